@@ -1,0 +1,152 @@
+// The native module `ep_backend._native`: raw pointers and sizes in, status out. No torch here, so
+// one build serves every torch version; Python checks tensors before it calls.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings_protocol.h"
+#include "cpu/atomics.h"
+#include "cpu/low_latency.h"
+
+#if defined(EP_BACKEND_CUDA)
+#include "cuda/protocol_selftest.h"
+#endif
+
+namespace py = pybind11;
+using namespace ep;
+using protocol::Half;
+using protocol::Phase;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Lets Ctrl-C and other Python signal handlers run while a kernel sleeps.
+bool python_interrupted() {
+  py::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
+
+// Runs a kernel without the GIL; a handler's exception (KeyboardInterrupt) goes on from here.
+template <typename Kernel>
+cpu::OpResult run(Kernel&& kernel) {
+  cpu::OpResult result;
+  {
+    py::gil_scoped_release no_gil;
+    result = kernel();
+  }
+  if (result.status == cpu::Status::kInterrupted) throw py::error_already_set();
+  return result;
+}
+
+cpu::HandleView handle_view(uintptr_t num_messages, uintptr_t messages, uintptr_t entries) {
+  return {pointer<uint32_t>(num_messages), pointer<cpu::HandleMessage>(messages),
+          pointer<cpu::HandleEntry>(entries)};
+}
+
+void bind_results(py::module_& m) {
+  py::enum_<cpu::Status>(m, "Status")
+      .value("OK", cpu::Status::kOk)
+      .value("TIMEOUT", cpu::Status::kTimeout)
+      .value("BUFFER_FAILED", cpu::Status::kBufferFailed)
+      .value("OUT_OF_ORDER", cpu::Status::kOutOfOrder)
+      .value("NEWER_EPOCH", cpu::Status::kNewerEpoch)
+      .value("CORRUPT", cpu::Status::kCorrupt)
+      .value("BAD_EXPERT", cpu::Status::kBadExpert);
+  py::enum_<Phase>(m, "Phase")
+      .value("DISPATCH", Phase::kDispatch)
+      .value("COMBINE", Phase::kCombine);
+  py::enum_<Half>(m, "Half").value("SEND", Half::kSend).value("RECV", Half::kRecv);
+  py::class_<cpu::FlightRecord>(m, "FlightRecord")
+      .def_readonly("self_rank", &cpu::FlightRecord::self_rank)
+      .def_readonly("peer_rank", &cpu::FlightRecord::peer_rank)
+      .def_readonly("phase", &cpu::FlightRecord::phase)
+      .def_readonly("half", &cpu::FlightRecord::half)
+      .def_readonly("epoch", &cpu::FlightRecord::epoch)
+      .def_readonly("expected", &cpu::FlightRecord::expected)
+      .def_readonly("seen", &cpu::FlightRecord::seen)
+      .def_readonly("waited_ns", &cpu::FlightRecord::waited_ns);
+  py::class_<cpu::OpResult>(m, "OpResult")
+      .def_readonly("status", &cpu::OpResult::status)
+      .def_readonly("record", &cpu::OpResult::record)
+      .def_readonly("token", &cpu::OpResult::token)
+      .def_readonly("k", &cpu::OpResult::k)
+      .def_readonly("expert", &cpu::OpResult::expert)
+      .def_readonly("wait_ns", &cpu::OpResult::wait_ns);
+}
+
+void bind_low_latency_rank(py::module_& m) {
+  using cpu::LowLatencyRank;
+  py::class_<LowLatencyRank>(m, "LowLatencyRank")
+      .def(py::init([](const protocol::LowLatencyConfig& config, uint32_t self_rank,
+                       const std::vector<uintptr_t>& bases, uint64_t timeout_ns, uint64_t spin_ns) {
+             std::vector<std::byte*> pointers;
+             for (uintptr_t base : bases) pointers.push_back(pointer<std::byte>(base));
+             return std::make_unique<LowLatencyRank>(
+                 config, self_rank, std::move(pointers),
+                 cpu::WaitPolicy{timeout_ns, spin_ns, &python_interrupted});
+           }),
+           py::arg("config"), py::arg("self_rank"), py::arg("bases"), py::kw_only(),
+           py::arg("timeout_ns"), py::arg("spin_ns"))
+      .def("dispatch_send",
+           [](LowLatencyRank& self, uintptr_t x, uintptr_t topk_idx, bool topk_idx_is_int64,
+              uintptr_t topk_weights, uint32_t num_tokens, uintptr_t num_partials) {
+             return run([&] {
+               return self.dispatch_send({pointer<std::byte>(x), pointer<void>(topk_idx),
+                                          topk_idx_is_int64, pointer<float>(topk_weights),
+                                          num_tokens, pointer<uint32_t>(num_partials)});
+             });
+           })
+      .def("dispatch_recv",
+           [](LowLatencyRank& self, uintptr_t recv_x, uintptr_t num_recv_tokens_per_expert,
+              uintptr_t num_messages, uintptr_t messages, uintptr_t entries) {
+             return run([&] {
+               return self.dispatch_recv({pointer<std::byte>(recv_x),
+                                          pointer<int32_t>(num_recv_tokens_per_expert),
+                                          handle_view(num_messages, messages, entries)});
+             });
+           })
+      .def("combine_send",
+           [](LowLatencyRank& self, uintptr_t expert_out, uintptr_t num_messages,
+              uintptr_t messages, uintptr_t entries) {
+             return run([&] {
+               return self.combine_send(
+                   {pointer<std::byte>(expert_out), handle_view(num_messages, messages, entries)});
+             });
+           })
+      .def("combine_recv",
+           [](LowLatencyRank& self, uintptr_t out, uint32_t num_tokens, uintptr_t num_partials) {
+             return run([&] {
+               return self.combine_recv(
+                   {pointer<std::byte>(out), num_tokens, pointer<uint32_t>(num_partials)});
+             });
+           })
+      .def("epoch", &LowLatencyRank::epoch)
+      .def("counters", [](const LowLatencyRank& self, Phase phase, Half half) {
+        const cpu::OpCounters& c = self.counters(phase, half);
+        py::dict counters;
+        counters["num_ops"] = cpu::ld_relaxed(&c.num_ops);
+        counters["num_rows"] = cpu::ld_relaxed(&c.num_rows);
+        counters["total_ns"] = cpu::ld_relaxed(&c.total_ns);
+        counters["wait_ns"] = cpu::ld_relaxed(&c.wait_ns);
+        return counters;
+      });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native kernels of ep_backend (private: use ep_backend.LowLatencyBuffer)";
+  bind_protocol(m);
+  bind_results(m);
+  bind_low_latency_rank(m);
+#if defined(EP_BACKEND_CUDA)
+  m.attr("has_cuda") = true;
+  m.def("cuda_protocol_mismatches", &cuda::protocol_mismatches, py::arg("config"),
+        "Words that a GPU computes differently from the host in the protocol headers; -1: no GPU.");
+#else
+  m.attr("has_cuda") = false;
+#endif
+}

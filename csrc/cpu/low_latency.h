@@ -1,0 +1,138 @@
+// The four low-latency kernels over shared memory, and the private state of one rank.
+//
+// Read these first: they are the executable specification. A call either completes or has no
+// effect (nothing is published, no epoch advances), so a failed or interrupted call can be told
+// apart from a late one.
+//
+// Shapes: T tokens of this rank (T <= M), H hidden, K top_k, L local experts, R ranks,
+// M tokens a rank at most, S = R * M rows an expert can receive.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/wait.h"
+#include "protocol/layout.h"
+
+namespace ep::cpu {
+
+// Always on: two clock reads an operation.
+struct OpCounters {
+  uint64_t num_ops = 0;
+  uint64_t num_rows = 0;  // rows of x, messages, partial rows: what the operation read
+  uint64_t total_ns = 0;
+  uint64_t wait_ns = 0;  // part of total_ns spent waiting for peers
+};
+
+struct OpResult {
+  Status status = Status::kOk;
+  FlightRecord record;  // for kTimeout, kNewerEpoch, kCorrupt, kOutOfOrder, kBufferFailed
+  uint32_t token = 0;   // for kBadExpert: topk_idx[token][k] == expert
+  uint32_t k = 0;
+  int64_t expert = 0;
+  uint64_t wait_ns = 0;
+};
+
+// What the dispatch hook copies out of the inbox so that combine can answer after the bank has been
+// given back. Messages of source 0 come first, then of source 1, ...
+struct HandleMessage {
+  uint32_t src_token;
+  uint32_t outcome_slot;
+  uint32_t first_entry;
+  uint32_t num_entries;
+};
+static_assert(sizeof(HandleMessage) == 16);
+struct HandleEntry {
+  uint32_t row;  // in recv_x seen as [L * S, H]
+  float weight;
+};
+static_assert(sizeof(HandleEntry) == 8);
+struct HandleView {
+  uint32_t* num_messages;   // [R]
+  HandleMessage* messages;  // [R * M]
+  HandleEntry* entries;     // [R * M * K], in message order, then k order
+};
+
+struct DispatchSendParams {
+  const std::byte* x;    // [T, H]
+  const void* topk_idx;  // [T, K] int32 or int64, -1 = not routed
+  bool topk_idx_is_int64;
+  const float* topk_weights;  // [T, K]
+  uint32_t num_tokens;
+  uint32_t* num_partials;  // out [T]: ranks that will answer for each token
+};
+struct DispatchRecvParams {
+  std::byte* recv_x;                    // out [L, S, H]
+  int32_t* num_recv_tokens_per_expert;  // out [L]
+  HandleView handle;                    // out
+};
+struct CombineSendParams {
+  const std::byte* expert_out;  // [L, S, H]
+  HandleView handle;
+};
+struct CombineRecvParams {
+  std::byte* out;  // out [T, H]
+  uint32_t num_tokens;
+  const uint32_t* num_partials;  // [T], from dispatch_send
+};
+
+class LowLatencyRank {
+ public:
+  // `bases[r]` is where this process sees the symmetric memory of rank r.
+  LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_t self_rank,
+                 std::vector<std::byte*> bases, WaitPolicy policy);
+
+  OpResult dispatch_send(const DispatchSendParams& params);
+  OpResult dispatch_recv(const DispatchRecvParams& params);
+  OpResult combine_send(const CombineSendParams& params);
+  OpResult combine_recv(const CombineRecvParams& params);
+
+  const protocol::LowLatencyLayout& layout() const { return layout_; }
+  uint64_t epoch(protocol::Phase phase, protocol::Half half) const {
+    return epochs_[index(phase)][index(half)].load(std::memory_order_acquire);
+  }
+  const OpCounters& counters(protocol::Phase phase, protocol::Half half) const {
+    return counters_[index(phase)][index(half)];
+  }
+
+ private:
+  class Op;
+
+  template <typename E>
+  static uint32_t index(E value) {
+    return static_cast<uint32_t>(value);
+  }
+
+  bool check_experts(Op& op, const DispatchSendParams& params) const;
+  void write_messages(Op& op, const DispatchSendParams& params);
+  void publish_counts_and_signals(Op& op);
+  bool unpack_source(Op& op, uint32_t src_rank, const DispatchRecvParams& params);
+  bool unpack_message(Op& op, uint32_t src_rank, uint32_t slot, const DispatchRecvParams& params);
+  bool check_counts(Op& op, uint32_t src_rank, uint64_t num_rows) const;
+  void send_partials(Op& op, uint32_t src_rank, const CombineSendParams& params);
+
+  uint32_t self_rank_;
+  protocol::LowLatencyLayout layout_;
+  std::vector<std::byte*> bases_;
+  WaitPolicy policy_;
+
+  // Operations completed, by phase and half. In CUDA these four words live on the device.
+  std::atomic<uint64_t> epochs_[protocol::kNumPhases][protocol::kNumHalves] = {};
+  std::atomic<bool> failed_{false};
+  OpCounters counters_[protocol::kNumPhases][protocol::kNumHalves];
+
+  // Scratch of dispatch_send: messages for each rank so far, rows for each expert so far.
+  std::vector<uint32_t> num_messages_to_;
+  std::vector<uint32_t> num_rows_for_expert_;
+  // Scratch of dispatch_recv: next free row of each local expert; rows, messages and entries so
+  // far.
+  std::vector<uint32_t> next_row_;
+  uint64_t num_rows_ = 0;
+  uint32_t next_message_ = 0;
+  uint32_t next_entry_ = 0;
+  // Scratch of combine_send: where each source's messages begin in the handle.
+  std::vector<uint32_t> first_message_of_;
+};
+
+}  // namespace ep::cpu

@@ -1,0 +1,77 @@
+// Combine: expert_out [L, S, H] goes home as out [T, H], weighted and summed.
+//
+// An expert rank adds up its own experts' rows of a token (k order) and sends one partial row; the
+// token's rank adds the partial rows (rank order). Example, token b of low_latency_dispatch.cpp
+// with weights (p, q) for experts (3, 2): rank 1 sends p * expert_3(b) + q * expert_2(b), the only
+// partial row of b, and b's outcome is that row.
+
+#include "cpu/low_latency_op.h"
+#include "cpu/rows.h"
+
+namespace ep::cpu {
+
+using protocol::Half;
+using protocol::Phase;
+
+OpResult LowLatencyRank::combine_send(const CombineSendParams& params) {
+  Op op(*this, Phase::kCombine, Half::kSend);
+  if (!op.ok() || !op.wait_for_credits()) return op.result();
+  const uint32_t num_ranks = layout_.config().num_ranks;
+  uint32_t num_rows = 0;
+  for (uint32_t src_rank = 0; src_rank < num_ranks; ++src_rank) {
+    first_message_of_[src_rank] = num_rows;
+    num_rows += params.handle.num_messages[src_rank];
+  }
+  // This rank's own rows last: nobody else waits for them.
+  for (uint32_t i = 1; i <= num_ranks; ++i) {
+    send_partials(op, (self_rank_ + i) % num_ranks, params);
+  }
+  return op.complete(num_rows);
+}
+
+// One partial row to `src_rank` for each message that came from it, then the signal.
+void LowLatencyRank::send_partials(Op& op, uint32_t src_rank, const CombineSendParams& params) {
+  const std::byte* rows[protocol::kMaxTopK];
+  float weights[protocol::kMaxTopK];
+  const HandleMessage* messages = params.handle.messages + first_message_of_[src_rank];
+  const uint32_t num_messages = params.handle.num_messages[src_rank];
+  for (uint32_t i = 0; i < num_messages; ++i) {
+    const HandleEntry* entries = params.handle.entries + messages[i].first_entry;
+    for (uint32_t j = 0; j < messages[i].num_entries; ++j) {
+      rows[j] = params.expert_out + entries[j].row * layout_.row_bytes();
+      weights[j] = entries[j].weight;
+    }
+    weighted_sum(layout_.config().dtype,
+                 bases_[src_rank] + layout_.outcome(op.bank(), messages[i].outcome_slot), rows,
+                 weights, messages[i].num_entries, layout_.config().hidden);
+  }
+  op.publish_signal(src_rank, num_messages);
+}
+
+OpResult LowLatencyRank::combine_recv(const CombineRecvParams& params) {
+  Op op(*this, Phase::kCombine, Half::kRecv);
+  if (!op.ok()) return op.result();
+  // Every rank, contributing or not: a credit must never run ahead of a late sender.
+  uint64_t num_rows = 0;
+  for (uint32_t src_rank = 0; src_rank < layout_.config().num_ranks; ++src_rank) {
+    uint64_t count;
+    if (!op.wait_for_signal(src_rank, &count)) return op.result();
+    num_rows += count;
+  }
+
+  const std::byte* rows[protocol::kMaxTopK];
+  const std::byte* self = bases_[self_rank_];
+  for (uint32_t token = 0; token < params.num_tokens; ++token) {
+    const uint32_t num_partials = params.num_partials[token];
+    for (uint32_t column = 0; column < num_partials; ++column) {
+      const uint64_t slot = uint64_t{token} * layout_.num_outcome_columns() + column;
+      rows[column] = self + layout_.outcome(op.bank(), slot);
+    }
+    weighted_sum(layout_.config().dtype, params.out + token * layout_.row_bytes(), rows, nullptr,
+                 num_partials, layout_.config().hidden);
+  }
+  op.publish_credits();
+  return op.complete(num_rows);
+}
+
+}  // namespace ep::cpu

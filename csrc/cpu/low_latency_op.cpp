@@ -1,0 +1,135 @@
+#include "cpu/low_latency_op.h"
+
+#include <utility>
+
+#include "cpu/atomics.h"
+
+namespace ep::cpu {
+
+using protocol::Half;
+using protocol::Phase;
+
+namespace {
+
+bool signal_arrived(uint64_t seen, uint64_t expected_epoch) {
+  return protocol::signal_epoch(seen) >= expected_epoch;  // a newer one ends the wait, as an error
+}
+
+bool credit_arrived(uint64_t seen, uint64_t expected_credit) { return seen >= expected_credit; }
+
+}  // namespace
+
+LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_t self_rank,
+                               std::vector<std::byte*> bases, WaitPolicy policy)
+    : self_rank_(self_rank),
+      layout_(config),
+      bases_(std::move(bases)),
+      policy_(policy),
+      num_messages_to_(config.num_ranks),
+      num_rows_for_expert_(config.num_experts),
+      next_row_(layout_.partition().num_local_experts(self_rank)),
+      first_message_of_(config.num_ranks) {}
+
+LowLatencyRank::Op::Op(LowLatencyRank& rank, Phase phase, Half half)
+    : rank_(rank),
+      phase_(phase),
+      half_(half),
+      epoch_(rank.epoch(phase, half) + 1),
+      bank_(protocol::bank_of(epoch_, rank.layout_.config().num_banks)),
+      deadline_(rank.policy_) {
+  const uint64_t num_sent = rank.epoch(phase, Half::kSend);
+  const uint64_t num_hooked = rank.epoch(phase, Half::kRecv);
+  const bool in_order = half == Half::kSend ? protocol::may_send(num_sent, num_hooked,
+                                                                 rank.layout_.config().num_banks)
+                                            : protocol::may_hook(num_sent, num_hooked);
+  result_.record = {static_cast<int32_t>(rank.self_rank_), -1, phase, half, epoch_, 0, 0, 0};
+  if (rank.failed_.load(std::memory_order_acquire)) {
+    result_.status = Status::kBufferFailed;
+  } else if (!in_order) {
+    result_.status = Status::kOutOfOrder;
+  }
+}
+
+bool LowLatencyRank::Op::wait_for_credits() {
+  const uint32_t num_banks = rank_.layout_.config().num_banks;
+  if (epoch_ <= num_banks) return true;  // every bank starts empty
+  const uint64_t expected = epoch_ - num_banks;
+  for (uint32_t peer = 0; peer < rank_.layout_.config().num_ranks; ++peer) {
+    std::byte* self = rank_.bases_[rank_.self_rank_];
+    uint64_t seen;
+    Status status = deadline_.wait_until(
+        at<uint64_t>(self, rank_.layout_.credit(phase_, peer)), credit_arrived, expected,
+        at<uint32_t>(self, rank_.layout_.credit_sleepers(phase_, peer)), &seen);
+    if (!waited(status, peer, expected, seen)) return false;
+  }
+  return true;
+}
+
+bool LowLatencyRank::Op::wait_for_signal(uint32_t src_rank, uint64_t* count) {
+  std::byte* self = rank_.bases_[rank_.self_rank_];
+  uint64_t seen;
+  Status status = deadline_.wait_until(
+      at<uint64_t>(self, rank_.layout_.signal(bank_, phase_, src_rank)), signal_arrived, epoch_,
+      at<uint32_t>(self, rank_.layout_.signal_sleepers(phase_, src_rank)), &seen);
+  if (!waited(status, src_rank, epoch_, protocol::signal_epoch(seen))) return false;
+  if (protocol::signal_epoch(seen) != epoch_) {
+    return fail(Status::kNewerEpoch, src_rank, epoch_, protocol::signal_epoch(seen));
+  }
+  *count = protocol::signal_count(seen);
+  return true;
+}
+
+void LowLatencyRank::Op::publish_signal(uint32_t dst_rank, uint64_t count) {
+  std::byte* dst = rank_.bases_[dst_rank];
+  publish(at<uint64_t>(dst, rank_.layout_.signal(bank_, phase_, rank_.self_rank_)),
+          protocol::pack_signal(epoch_, count),
+          at<uint32_t>(dst, rank_.layout_.signal_sleepers(phase_, rank_.self_rank_)));
+}
+
+void LowLatencyRank::Op::publish_credits() {
+  for (uint32_t peer = 0; peer < rank_.layout_.config().num_ranks; ++peer) {
+    std::byte* base = rank_.bases_[peer];
+    publish(at<uint64_t>(base, rank_.layout_.credit(phase_, rank_.self_rank_)), epoch_,
+            at<uint32_t>(base, rank_.layout_.credit_sleepers(phase_, rank_.self_rank_)));
+  }
+}
+
+bool LowLatencyRank::Op::waited(Status status, uint32_t peer_rank, uint64_t expected,
+                                uint64_t seen) {
+  if (status == Status::kOk) return true;
+  if (status == Status::kTimeout) return fail(status, peer_rank, expected, seen);
+  result_.status = status;
+  return false;
+}
+
+bool LowLatencyRank::Op::fail(Status status, uint32_t peer_rank, uint64_t expected, uint64_t seen) {
+  result_.status = status;
+  result_.record.peer_rank = static_cast<int32_t>(peer_rank);
+  result_.record.expected = expected;
+  result_.record.seen = seen;
+  result_.record.waited_ns = deadline_.elapsed_ns();
+  rank_.failed_.store(true, std::memory_order_release);
+  return false;
+}
+
+bool LowLatencyRank::Op::refuse_expert(uint32_t token, uint32_t k, int64_t expert) {
+  result_.status = Status::kBadExpert;
+  result_.token = token;
+  result_.k = k;
+  result_.expert = expert;
+  return false;
+}
+
+OpResult LowLatencyRank::Op::complete(uint64_t num_rows) {
+  OpCounters& counters = rank_.counters_[index(phase_)][index(half_)];
+  result_.wait_ns = deadline_.waited_ns();
+  // One writer at a time; relaxed stores because another thread may read the counters meanwhile.
+  st_relaxed(&counters.num_ops, counters.num_ops + 1);
+  st_relaxed(&counters.num_rows, counters.num_rows + num_rows);
+  st_relaxed(&counters.total_ns, counters.total_ns + deadline_.elapsed_ns());
+  st_relaxed(&counters.wait_ns, counters.wait_ns + result_.wait_ns);
+  rank_.epochs_[index(phase_)][index(half_)].store(epoch_, std::memory_order_release);
+  return result_;
+}
+
+}  // namespace ep::cpu

@@ -1,0 +1,47 @@
+// What the four kernels have in common: order, waits, signals, credits, counters.
+#pragma once
+
+#include "cpu/low_latency.h"
+
+namespace ep::cpu {
+
+// One running operation. Once `ok()` is false every further step is skipped by its caller and
+// `result()` says why; only `complete()` advances the epoch.
+class LowLatencyRank::Op {
+ public:
+  // Refuses to start out of order or on a failed buffer.
+  Op(LowLatencyRank& rank, protocol::Phase phase, protocol::Half half);
+
+  bool ok() const { return result_.status == Status::kOk; }
+  uint64_t epoch() const { return epoch_; }
+  uint32_t bank() const { return bank_; }
+  OpResult result() const { return result_; }
+
+  // Waits for: the credit of every peer for the operation that last used this bank.
+  bool wait_for_credits();
+  // Waits for: the signal of `src_rank` for this epoch. `*count` is what it carries.
+  bool wait_for_signal(uint32_t src_rank, uint64_t* count);
+  // Publishes: to `dst_rank`, that all data of this epoch is in its memory.
+  void publish_signal(uint32_t dst_rank, uint64_t count);
+  // Publishes: to every peer, that this rank has emptied this epoch's bank.
+  void publish_credits();
+
+  // The buffer cannot be trusted any more: fails it. Always returns false.
+  bool fail(Status status, uint32_t peer_rank, uint64_t expected, uint64_t seen);
+  // A mistake in the arguments; the buffer stays usable. Always returns false.
+  bool refuse_expert(uint32_t token, uint32_t k, int64_t expert);
+  OpResult complete(uint64_t num_rows);
+
+ private:
+  bool waited(Status status, uint32_t peer_rank, uint64_t expected, uint64_t seen);
+
+  LowLatencyRank& rank_;
+  protocol::Phase phase_;
+  protocol::Half half_;
+  uint64_t epoch_;
+  uint32_t bank_;
+  Deadline deadline_;
+  OpResult result_;
+};
+
+}  // namespace ep::cpu

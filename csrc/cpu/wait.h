@@ -1,0 +1,76 @@
+// Bounded waits on a 64-bit word that another process writes: spin briefly, then sleep in a futex.
+//
+// Sleeping and waking, in the order that loses no wake-up (all sequentially consistent):
+//   waiter     sleepers += 1;  reads the word;  sleeps if it has not changed
+//   publisher  writes the word;  reads sleepers;  wakes if it is not 0
+// Whichever comes second sees the other. The futex compares the low 32 bits of the word, which
+// change with every epoch (epoch in a credit; epoch mod 2^16 and count in a signal).
+#pragma once
+
+#include <cstdint>
+
+#include "protocol/base.h"
+
+namespace ep::cpu {
+
+enum class Status : uint32_t {
+  kOk,
+  kTimeout,       // a peer did not come in time; the buffer is failed from now on
+  kBufferFailed,  // an earlier operation failed the buffer
+  kOutOfOrder,    // this call may not start now
+  kNewerEpoch,    // a peer is ahead of what the protocol allows
+  kCorrupt,       // a message or count contradicts its signal
+  kBadExpert,     // topk_idx holds an expert that does not exist
+  kInterrupted,   // a signal handler wants to run (Ctrl-C); nothing was done, call again
+};
+
+// What an operation was doing when it gave up. Filled by the kernels, turned into an exception
+// above.
+struct FlightRecord {
+  int32_t self_rank = -1;
+  int32_t peer_rank = -1;
+  protocol::Phase phase = protocol::Phase::kDispatch;
+  protocol::Half half = protocol::Half::kSend;
+  uint64_t epoch = 0;
+  uint64_t expected = 0;
+  uint64_t seen = 0;
+  uint64_t waited_ns = 0;
+};
+
+struct WaitPolicy {
+  uint64_t timeout_ns;
+  uint64_t spin_ns;       // 0: sleep at once (more ranks than cores)
+  bool (*interrupted)();  // asked about ten times a second while asleep; may be null
+};
+
+uint64_t now_ns();
+
+// One operation's budget of time, started with the operation.
+class Deadline {
+ public:
+  explicit Deadline(const WaitPolicy& policy) : policy_(policy), begin_ns_(now_ns()) {}
+
+  uint64_t begin_ns() const { return begin_ns_; }
+  uint64_t elapsed_ns() const { return now_ns() - begin_ns_; }
+  // Total time inside wait_until, for the counters.
+  uint64_t waited_ns() const { return waited_ns_; }
+
+  // Waits for: `word` to satisfy `arrived(word, expected)`. Its writer calls publish() on it.
+  // `sleepers` counts the threads asleep on the word. Returns kOk, kTimeout or kInterrupted;
+  // `*seen` is the last value read.
+  Status wait_until(uint64_t* word, bool (*arrived)(uint64_t seen, uint64_t expected),
+                    uint64_t expected, uint32_t* sleepers, uint64_t* seen);
+
+ private:
+  Status sleep_until(uint64_t* word, bool (*arrived)(uint64_t, uint64_t), uint64_t expected,
+                     uint64_t* seen);
+
+  const WaitPolicy& policy_;
+  uint64_t begin_ns_;
+  uint64_t waited_ns_ = 0;
+};
+
+// Publishes: `value`, and everything this thread wrote before, to whoever waits on `word`.
+void publish(uint64_t* word, uint64_t value, uint32_t* sleepers);
+
+}  // namespace ep::cpu

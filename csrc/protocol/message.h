@@ -1,0 +1,36 @@
+// A message: one token for one rank, however many of its experts live there.
+//
+//   0                16                     header_bytes               message_bytes
+//   | MessageHeader  | ExpertEntry x top_k  | payload: hidden elements | pad |
+//
+//   header_bytes is a multiple of kPayloadAlign, message_bytes of kSlotAlign.
+//
+// Example, top_k = 3, R = 2, E = 4 (rank 1 owns experts 2 and 3): token 5 routed to experts
+// [3, 0, 2] reaches rank 1 as {src_token 5, outcome_slot 5 * 2 + 1, num_entries 2, epoch_tag} and
+// the entries {local_expert 1, k 0, w0}, {local_expert 0, k 2, w2}.
+#pragma once
+
+#include "protocol/base.h"
+
+namespace ep::protocol {
+
+struct MessageHeader {
+  uint32_t src_token;     // row of x on the source
+  uint32_t outcome_slot;  // where combine puts this rank's partial row, in rows of `outcome`
+  uint32_t num_entries;   // experts of this token on the receiving rank, 1..top_k
+  uint32_t epoch_tag;     // low 32 bits of the epoch: a message from another epoch is an error
+};
+static_assert(sizeof(MessageHeader) == 16);
+
+struct ExpertEntry {
+  uint16_t local_expert;
+  uint16_t k;  // position in the token's topk_idx; entries are in this order
+  float weight;
+};
+static_assert(sizeof(ExpertEntry) == 8);
+
+EP_HOST_DEVICE constexpr uint64_t header_bytes(uint32_t top_k) {
+  return align_up(sizeof(MessageHeader) + top_k * sizeof(ExpertEntry), kPayloadAlign);
+}
+
+}  // namespace ep::protocol

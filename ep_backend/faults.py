@@ -1,0 +1,54 @@
+"""Deliberate faults, to prove that checks can fail. Never set this in production.
+
+`EP_BACKEND_FAULT=drop-remote-contributions` makes every rank answer other ranks' tokens with zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import os
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ep_backend.low_latency import DispatchHandle
+
+FAULT_VARIABLE = "EP_BACKEND_FAULT"
+
+
+class Fault(enum.Enum):
+    DROP_REMOTE_CONTRIBUTIONS = "drop-remote-contributions"
+
+
+def active_fault() -> Fault | None:
+    """The fault asked for by the environment, with a warning that cannot be overlooked.
+
+    Raises:
+        ValueError: no such fault.
+    """
+    name = os.environ.get(FAULT_VARIABLE)
+    if not name:
+        return None
+    try:
+        fault = Fault(name)
+    except ValueError:
+        known = ", ".join(fault.value for fault in Fault)
+        raise ValueError(f"{FAULT_VARIABLE} is {name!r}, expected one of: {known}.") from None
+    warnings.warn(f"{FAULT_VARIABLE}={name}: results are wrong on purpose", stacklevel=3)
+    return fault
+
+
+def drop_remote_contributions(handle: DispatchHandle, self_rank: int) -> DispatchHandle:
+    """A copy of `handle` in which the rows of other ranks' tokens have weight 0."""
+    entries = handle.entries.clone()
+    first = 0
+    for src_rank, num_messages in enumerate(handle.num_messages.tolist()):
+        messages = handle.messages[first : first + num_messages]
+        first += num_messages
+        if src_rank == self_rank or num_messages == 0:
+            continue
+        begin = int(messages[0, 2])
+        end = int(messages[-1, 2] + messages[-1, 3])
+        entries[begin:end, 1] = 0
+    return dataclasses.replace(handle, entries=entries)

@@ -1,0 +1,222 @@
+"""Who the ranks are, and how they meet.
+
+A `Group` is one rank's view of the world: its rank, the number of ranks, and the collective calls
+that set things up. Rendezvous goes through torch.distributed (gloo); nothing here is on the path of
+a token.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch.distributed as dist
+
+from ep_backend.errors import RendezvousError, SettingsMismatch
+from ep_backend.memory import SymmetricMemory, shm
+
+T = TypeVar("T")
+
+DEFAULT_RENDEZVOUS_SECS = 120.0
+
+
+class _Exchange(Protocol):
+    """The one collective that a group needs."""
+
+    def all_gather(self, self_rank: int, value: Any) -> list[Any]: ...
+
+
+class _GlooExchange:
+    def __init__(self, process_group: dist.ProcessGroup, timeout_secs: float) -> None:
+        self.process_group = process_group
+        self.timeout = timedelta(seconds=timeout_secs)
+
+    def all_gather(self, self_rank: int, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.process_group.size()
+        try:
+            # The only gloo call that takes a timeout of its own and says who is missing.
+            dist.monitored_barrier(self.process_group, timeout=self.timeout)
+            dist.all_gather_object(values, value, group=self.process_group)
+        except RuntimeError as e:
+            raise RendezvousError(f"rank {self_rank}: the ranks could not meet: {e}") from e
+        return values
+
+
+class _ThreadExchange:
+    def __init__(self, num_ranks: int, timeout_secs: float) -> None:
+        self._values: list[Any] = [None] * num_ranks
+        self._barrier = threading.Barrier(num_ranks, timeout=timeout_secs)
+
+    def all_gather(self, self_rank: int, value: Any) -> list[Any]:
+        self._values[self_rank] = value
+        try:
+            self._barrier.wait()
+            values = list(self._values)
+            self._barrier.wait()  # nobody may start the next exchange before all have read this one
+        except threading.BrokenBarrierError as e:
+            raise RendezvousError(
+                f"virtual rank {self_rank}: another virtual rank failed or did not arrive"
+            ) from e
+        return values
+
+    def abort(self) -> None:
+        """A rank has failed: the others stop waiting for it."""
+        self._barrier.abort()
+
+
+class Group:
+    """The ranks of one expert-parallel world, seen from one of them.
+
+    Attributes:
+        self_rank: this rank, 0..num_ranks-1.
+        num_ranks: how many ranks there are.
+        is_virtual: the ranks are threads of this process.
+    """
+
+    def __init__(
+        self, exchange: _Exchange, self_rank: int, num_ranks: int, *, is_virtual: bool
+    ) -> None:
+        self._exchange = exchange
+        self.self_rank = self_rank
+        self.num_ranks = num_ranks
+        self.is_virtual = is_virtual
+
+    @classmethod
+    def from_process_group(
+        cls,
+        process_group: dist.ProcessGroup | None = None,
+        timeout_secs: float = DEFAULT_RENDEZVOUS_SECS,
+    ) -> Group:
+        """The ranks of a torch.distributed process group with a gloo backend. Not collective.
+
+        Args:
+            process_group: default: the world.
+            timeout_secs: how long set-up waits for a missing rank.
+
+        Raises:
+            ValueError: torch.distributed is not initialised, or the group has no gloo backend.
+        """
+        if not dist.is_initialized():
+            raise ValueError(
+                "torch.distributed is not initialised. Call "
+                "torch.distributed.init_process_group('gloo') first, or use Group.from_env()."
+            )
+        group = process_group if process_group is not None else dist.group.WORLD
+        assert group is not None
+        backend = dist.get_backend(group)
+        if backend != "gloo":
+            raise ValueError(
+                f"the process group's backend is {backend!r}, expected 'gloo': ranks exchange "
+                "Python objects at set-up. Pass torch.distributed.new_group(backend='gloo')."
+            )
+        return cls(_GlooExchange(group, timeout_secs), group.rank(), group.size(), is_virtual=False)
+
+    @classmethod
+    def from_env(cls, timeout_secs: float = DEFAULT_RENDEZVOUS_SECS) -> Group:
+        """Initialises torch.distributed from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as
+        torchrun sets them, and takes its world. Collective."""
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_secs))
+        return cls.from_process_group(timeout_secs=timeout_secs)
+
+    def all_gather(self, value: T) -> list[T]:
+        """`value` of every rank, in rank order. Collective.
+
+        Raises:
+            RendezvousError: a rank is missing after the group's timeout; the text says which.
+        """
+        return self._exchange.all_gather(self.self_rank, value)
+
+    def agree(self, what: str, settings: dict[str, Any], error: Exception | None = None) -> None:
+        """Makes sure that every rank came with the same settings. Collective.
+
+        Args:
+            what: what is being set up, for the messages.
+            settings: compared key by key; values must compare and pickle.
+            error: what this rank found wrong with its own arguments. It is raised here, after the
+                other ranks have been told, so that none of them waits for this one.
+
+        Raises:
+            SettingsMismatch: names the setting and every rank's value, on every rank.
+        """
+        answers = self.all_gather((settings, None if error is None else str(error)))
+        if error is not None:
+            raise error
+        for rank, (_, refusal) in enumerate(answers):
+            if refusal is not None:
+                raise SettingsMismatch(f"{what}: rank {rank} refused its settings: {refusal}")
+        for key in settings:
+            values = [theirs.get(key) for theirs, _ in answers]
+            if any(value != values[0] for value in values):
+                listed = ", ".join(f"rank {rank}: {value!r}" for rank, value in enumerate(values))
+                raise SettingsMismatch(
+                    f"{what}: {key} differs between ranks ({listed}). Pass the same on every rank."
+                )
+
+    def allocate(self, num_bytes: int) -> SymmetricMemory:
+        """Zeroed memory of this size on every rank, mapped by every rank. Collective.
+
+        Raises:
+            RendezvousError: the ranks are on different hosts (their link would be RDMA, which this
+                provider does not have), or a rank has no room.
+        """
+        if self.is_virtual:
+            return shm.allocate_in_process(self, num_bytes)
+        hosts = self.all_gather(_host_identity())
+        for rank, host in enumerate(hosts):
+            if host != hosts[0]:
+                raise RendezvousError(
+                    f"rank {rank} is on another host than rank 0. The shm link joins processes of "
+                    "one host; start all ranks of this group there."
+                )
+        return shm.allocate_shared(self, num_bytes)
+
+
+class VirtualWorld:
+    """`num_ranks` ranks as threads of this process: for tests, benchmarks and development.
+
+    The kernels, the memory layout and the waits are those of processes.
+    """
+
+    def __init__(self, num_ranks: int, timeout_secs: float) -> None:
+        self._exchange = _ThreadExchange(num_ranks, timeout_secs)
+        self.groups = [
+            Group(self._exchange, rank, num_ranks, is_virtual=True) for rank in range(num_ranks)
+        ]
+
+    def run(self, rank_main: Callable[[Group], T]) -> list[T]:
+        """Calls `rank_main(group)` on one thread a rank; returns the results in rank order.
+
+        Raises:
+            The first rank's exception that is not merely "another rank failed".
+        """
+
+        def guarded(group: Group) -> T:
+            try:
+                return rank_main(group)
+            except BaseException:
+                self._exchange.abort()
+                raise
+
+        with ThreadPoolExecutor(len(self.groups)) as pool:
+            futures = [pool.submit(guarded, group) for group in self.groups]
+        errors = [error for f in futures if (error := f.exception()) is not None]
+        for error in sorted(errors, key=lambda e: isinstance(e, RendezvousError)):
+            raise error
+        return [future.result() for future in futures]
+
+
+def virtual_world(num_ranks: int, timeout_secs: float = 60.0) -> VirtualWorld:
+    """A world of `num_ranks` threads. See `VirtualWorld`."""
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks is {num_ranks}, expected at least 1")
+    return VirtualWorld(num_ranks, timeout_secs)
+
+
+def _host_identity() -> str:
+    """The same for processes that run under one kernel, different otherwise."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,0 +1,553 @@
+"""Low-latency dispatch and combine with receive hooks, for decode.
+
+T tokens of this rank (T <= M), M num_max_tokens_per_rank, H hidden, K top_k, E experts, R ranks,
+L experts of this rank, S = R * M rows an expert can receive.
+
+    buffer = LowLatencyBuffer(group, num_max_tokens_per_rank=128, hidden=2048, num_experts=64,
+                              top_k=8, dtype=torch.bfloat16)
+    result, recv_hook = buffer.dispatch(x, topk_idx, topk_weights)      # only sends
+    ...                                                                 # work that overlaps
+    recv_hook()                                                         # waits and unpacks
+    y = experts(result.recv_x, result.num_recv_tokens_per_expert)
+    combined, recv_hook = buffer.combine(y, result.handle)
+    recv_hook()
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from ep_backend import _native, faults
+from ep_backend.checks import AtMost, check_int, check_tensor
+from ep_backend.errors import EPBackendError, OrderError, PeerTimeout, ProtocolError
+from ep_backend.group import Group
+from ep_backend.observe.trace import TraceWriter
+
+Phase, Half, Status = _native.Phase, _native.Half, _native.Status
+
+DTYPES = {
+    torch.float32: _native.DType.FLOAT32,
+    torch.bfloat16: _native.DType.BFLOAT16,
+}
+DEFAULT_TIMEOUT_SECS = 60.0
+
+
+@dataclass(frozen=True)
+class OpCounters:
+    """What one kind of operation has done on a buffer since its creation."""
+
+    num_ops: int
+    num_rows: int
+    """Tokens read by a dispatch send, messages by its hook, partial rows by a combine."""
+    total_ns: int
+    wait_ns: int
+    """Part of `total_ns` spent waiting for peers."""
+
+
+@dataclass(eq=False)
+class DispatchHandle:
+    """Where every received row came from; what `combine` needs. Filled by the dispatch hook.
+
+    It owns its memory: it may be kept, and used for more than one combine.
+    """
+
+    buffer: LowLatencyBuffer
+    epoch: int
+    num_tokens: int
+    """T of this dispatch on this rank."""
+    num_partials: torch.Tensor
+    """`[T]` int32: how many ranks answer for each of this rank's tokens."""
+    num_messages: torch.Tensor
+    """`[R]` int32: messages received from each rank."""
+    messages: torch.Tensor
+    """`[R * M, 4]` int32, source by source: source token, outcome slot, first entry, entries."""
+    entries: torch.Tensor
+    """`[R * M * K, 2]` int32: row of `recv_x` seen as `[L * S, H]`, and a float32 weight's bits."""
+    is_received: bool = False
+
+
+@dataclass(eq=False)
+class DispatchResult:
+    """What a dispatch brings; contents are valid once its hook has returned.
+
+    `recv_x` is a bank of the buffer: it is overwritten by the hook of the dispatch `num_banks`
+    later. Copy it to keep it longer.
+    """
+
+    handle: DispatchHandle
+    recv_x: torch.Tensor
+    """`[L, S, H]`: expert `e`'s tokens in rows `0 .. num_recv_tokens_per_expert[e] - 1`, ordered by
+    source rank, then token. Rows behind them hold anything."""
+    num_recv_tokens_per_expert: torch.Tensor
+    """`[L]` int32."""
+
+
+class RecvHook:
+    """Receives what the matching send started. Call it once; any thread may.
+
+    Raises (when called):
+        OrderError: called twice, or before the hook of an earlier operation of the same phase.
+        PeerTimeout: a peer's data did not come in time.
+    """
+
+    def __init__(self, name: str, receive: Callable[[], None]) -> None:
+        self._name = name
+        self._receive = receive
+        self._is_done = False
+
+    def __call__(self) -> None:
+        if self._is_done:
+            raise OrderError(f"the hook of {self._name} was called twice. Call each hook once.")
+        self._receive()
+        self._is_done = True
+
+    def __repr__(self) -> str:
+        return f"<RecvHook of {self._name}, {'done' if self._is_done else 'pending'}>"
+
+
+@dataclass
+class _PhaseState:
+    """Python's half of the order rules; the kernels check again."""
+
+    name: str
+    phase: Phase
+    locks: dict[Half, threading.Lock] = field(
+        default_factory=lambda: {Half.SEND: threading.Lock(), Half.RECV: threading.Lock()}
+    )
+
+
+class LowLatencyBuffer:
+    """Symmetric memory and state for low-latency dispatch and combine of one MoE shape.
+
+    Creation is collective. Afterwards every rank issues the same sequence of operations; the number
+    of tokens may differ between ranks and calls. At most `num_banks` dispatches, and as many
+    combines, may be between their send and their hook; hooks of a phase are called in the order of
+    their sends. Layers of a model with the same shape share one buffer.
+
+    Args:
+        group: the ranks.
+        num_max_tokens_per_rank: M, the most tokens one dispatch may send from a rank.
+        hidden: H, any number of elements.
+        num_experts: E, global. Rank r owns a contiguous block of them; where R does not divide E,
+            the first E mod R ranks own one more.
+        top_k: K, experts a token is routed to.
+        dtype: payload, `torch.float32` or `torch.bfloat16`. Sums are in float32 either way; a
+            rank's partial sum travels as `dtype`.
+        num_banks: operations in flight, at least 2.
+        timeout_secs: how long one wait for peers may last.
+        spin_us: how long a wait polls before it sleeps. Default: 50 where every rank has a core,
+            else 0.
+        device: where tensors live; "cpu".
+
+    Raises:
+        ValueError: an argument is out of range; the text names the limit.
+        SettingsMismatch: ranks disagree; raised on every rank.
+        RendezvousError: a rank is missing or has no room for its memory.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        *,
+        num_max_tokens_per_rank: int,
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        dtype: torch.dtype,
+        num_banks: int = 2,
+        timeout_secs: float = DEFAULT_TIMEOUT_SECS,
+        spin_us: float | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        settings = {
+            "num_max_tokens_per_rank": num_max_tokens_per_rank,
+            "hidden": hidden,
+            "num_experts": num_experts,
+            "top_k": top_k,
+            "dtype": dtype,
+            "num_banks": num_banks,
+            "device": torch.device(device).type,
+        }
+        try:
+            _check_settings(group.num_ranks, timeout_secs, settings)
+            error = None
+        except ValueError as e:
+            error = e
+        group.agree("LowLatencyBuffer", settings, error)
+
+        self.group = group
+        self.num_max_tokens_per_rank = num_max_tokens_per_rank
+        self.hidden = hidden
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.dtype = dtype
+        self.num_banks = num_banks
+        self.device = torch.device(device)
+        config = _native.LowLatencyConfig(
+            num_ranks=group.num_ranks,
+            num_experts=num_experts,
+            num_max_tokens_per_rank=num_max_tokens_per_rank,
+            hidden=hidden,
+            top_k=top_k,
+            num_banks=num_banks,
+            dtype=DTYPES[dtype],
+        )
+        layout = _native.LowLatencyLayout(config)
+        self.num_local_experts: int = layout.partition.num_local_experts(group.self_rank)
+        self.first_expert: int = layout.partition.first_expert(group.self_rank)
+        self.expert_capacity: int = layout.expert_capacity
+        """S, rows of `recv_x` an expert has."""
+        self.num_symmetric_bytes: int = layout.num_bytes
+        """Shared memory this buffer takes on every rank."""
+
+        self._memory = group.allocate(layout.num_bytes)
+        if spin_us is None:
+            spin_us = 50.0 if group.num_ranks <= (os.cpu_count() or 1) else 0.0
+        self._rank = _native.LowLatencyRank(
+            config,
+            group.self_rank,
+            self._memory.bases,
+            timeout_ns=int(timeout_secs * 1e9),
+            spin_ns=int(spin_us * 1e3),
+        )
+        self._dispatch = _PhaseState("dispatch", Phase.DISPATCH)
+        self._combine = _PhaseState("combine", Phase.COMBINE)
+        self._recv_x: list[torch.Tensor | None] = [None] * num_banks
+        self._failure: EPBackendError | None = None
+        self._is_closed = False
+        self._fault = faults.active_fault()
+        self._trace = TraceWriter.from_env(f"rank{group.self_rank}")
+
+    def dispatch(
+        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
+    ) -> tuple[DispatchResult, RecvHook]:
+        """Sends every token once to each rank that owns one of its experts.
+
+        Args:
+            x: `[T, H]` of the buffer's dtype. Copied: it may change when this returns.
+            topk_idx: `[T, K]` int32 or int64, global expert, -1 = not routed. An expert listed
+                twice for a token receives it once, and both weights count.
+            topk_weights: `[T, K]` float32, applied by combine.
+
+        Returns:
+            The result, and the hook that fills it.
+
+        Raises:
+            ValueError: wrong shape, dtype or expert; nothing was sent.
+            OrderError: `num_banks` dispatches are waiting for their hooks.
+            PeerTimeout: a peer did not free the bank in time.
+        """
+        num_tokens = self._check_dispatch(x, topk_idx, topk_weights)
+        num_partials = torch.empty(num_tokens, dtype=torch.int32)
+        epoch = self._run_send(
+            self._dispatch,
+            num_tokens,
+            lambda: self._rank.dispatch_send(
+                x.data_ptr(),
+                topk_idx.data_ptr(),
+                topk_idx.dtype == torch.int64,
+                topk_weights.data_ptr(),
+                num_tokens,
+                num_partials.data_ptr(),
+            ),
+        )
+        num_slots = self.group.num_ranks * self.num_max_tokens_per_rank
+        handle = DispatchHandle(
+            self,
+            epoch,
+            num_tokens,
+            num_partials,
+            num_messages=torch.empty(self.group.num_ranks, dtype=torch.int32),
+            messages=torch.empty((num_slots, 4), dtype=torch.int32),
+            entries=torch.empty((num_slots * self.top_k, 2), dtype=torch.int32),
+        )
+        counts = torch.empty(self.num_local_experts, dtype=torch.int32)
+        result = DispatchResult(handle, self._recv_bank(epoch), counts)
+
+        def receive() -> None:
+            self._run_hook(
+                self._dispatch,
+                epoch,
+                num_tokens,
+                lambda: self._rank.dispatch_recv(
+                    result.recv_x.data_ptr(),
+                    counts.data_ptr(),
+                    handle.num_messages.data_ptr(),
+                    handle.messages.data_ptr(),
+                    handle.entries.data_ptr(),
+                ),
+            )
+            handle.is_received = True
+
+        return result, RecvHook(f"dispatch {epoch}", receive)
+
+    def combine(
+        self, expert_out: torch.Tensor, handle: DispatchHandle, out: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, RecvHook]:
+        """Sends the weighted sum of a token's expert rows home, one row a (token, rank).
+
+        Args:
+            expert_out: `[L, S, H]` in the layout of `recv_x`; rows behind the counts are not read.
+                It may change when this returns.
+            handle: of a dispatch whose hook has been called.
+            out: `[T, H]`, where the result goes; default: a new tensor.
+
+        Returns:
+            `[T, H]`, valid once the hook has returned, and the hook. A token with no expert is 0.
+
+        Raises:
+            ValueError: wrong shape or dtype, or a handle of another buffer; nothing was sent.
+            OrderError: the handle's dispatch hook was not called, or `num_banks` combines are
+                waiting for their hooks.
+            PeerTimeout: a peer did not free the bank in time.
+        """
+        out = self._check_combine(expert_out, handle, out)
+        if self._fault is faults.Fault.DROP_REMOTE_CONTRIBUTIONS:
+            handle = faults.drop_remote_contributions(handle, self.group.self_rank)
+        epoch = self._run_send(
+            self._combine,
+            handle.num_tokens,
+            lambda: self._rank.combine_send(
+                expert_out.data_ptr(),
+                handle.num_messages.data_ptr(),
+                handle.messages.data_ptr(),
+                handle.entries.data_ptr(),
+            ),
+        )
+
+        def receive() -> None:
+            self._run_hook(
+                self._combine,
+                epoch,
+                handle.num_tokens,
+                lambda: self._rank.combine_recv(
+                    out.data_ptr(), handle.num_tokens, handle.num_partials.data_ptr()
+                ),
+            )
+
+        return out, RecvHook(f"combine {epoch}", receive)
+
+    def counters(self) -> dict[str, OpCounters]:
+        """Counters of "dispatch_send", "dispatch_recv", "combine_send" and "combine_recv"."""
+        return {
+            f"{state.name}_{half.name.lower()}": OpCounters(
+                **self._rank.counters(state.phase, half)
+            )
+            for state in (self._dispatch, self._combine)
+            for half in (Half.SEND, Half.RECV)
+        }
+
+    def close(self) -> None:
+        """Unmaps this rank's view of the shared memory. Not collective; idempotent. No operation of
+        this rank may be running; tensors that were returned stay valid."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._memory.close()
+
+    def __enter__(self) -> LowLatencyBuffer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _check_dispatch(
+        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
+    ) -> int:
+        check_tensor(
+            "x",
+            x,
+            shape=(AtMost(self.num_max_tokens_per_rank), self.hidden),
+            dtypes=(self.dtype,),
+            device=self.device,
+            remedy="The buffer was created with these num_max_tokens_per_rank, hidden and dtype.",
+        )
+        num_tokens = x.shape[0]
+        check_tensor(
+            "topk_idx",
+            topk_idx,
+            shape=(num_tokens, self.top_k),
+            dtypes=(torch.int64, torch.int32),
+            device=self.device,
+        )
+        check_tensor(
+            "topk_weights",
+            topk_weights,
+            shape=(num_tokens, self.top_k),
+            dtypes=(torch.float32,),
+            device=self.device,
+        )
+        return num_tokens
+
+    def _check_combine(
+        self, expert_out: torch.Tensor, handle: DispatchHandle, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        if handle.buffer is not self:
+            raise ValueError("handle is of another buffer. Combine on the buffer that dispatched.")
+        if not handle.is_received:
+            raise OrderError(
+                f"combine was called with the handle of dispatch {handle.epoch}, whose hook has not "
+                "been called. Call that hook first."
+            )
+        check_tensor(
+            "expert_out",
+            expert_out,
+            shape=(self.num_local_experts, self.expert_capacity, self.hidden),
+            dtypes=(self.dtype,),
+            device=self.device,
+        )
+        shape = (handle.num_tokens, self.hidden)
+        if out is None:
+            return torch.empty(shape, dtype=self.dtype)
+        check_tensor("out", out, shape=shape, dtypes=(self.dtype,), device=self.device)
+        return out
+
+    def _recv_bank(self, epoch: int) -> torch.Tensor:
+        bank = epoch % self.num_banks
+        recv_x = self._recv_x[bank]
+        if recv_x is None:
+            # Kept: fresh pages for each dispatch would cost more than the exchange.
+            shape = (self.num_local_experts, self.expert_capacity, self.hidden)
+            recv_x = self._recv_x[bank] = torch.empty(shape, dtype=self.dtype)
+        return recv_x
+
+    def _run_send(
+        self, state: _PhaseState, num_tokens: int, kernel: Callable[[], _native.OpResult]
+    ) -> int:
+        """Runs a send kernel; returns its epoch."""
+        with self._exclusive(state, Half.SEND):
+            epoch = self._rank.epoch(state.phase, Half.SEND) + 1
+            num_hooked = self._rank.epoch(state.phase, Half.RECV)
+            if epoch - num_hooked > self.num_banks:
+                raise OrderError(
+                    f"{state.name} {epoch} needs the bank of {state.name} "
+                    f"{epoch - self.num_banks}, whose hook has not been called (num_banks = "
+                    f"{self.num_banks}). Call that hook first, or create the buffer with more banks."
+                )
+            self._run(state, Half.SEND, num_tokens, kernel)
+            return epoch
+
+    def _run_hook(
+        self,
+        state: _PhaseState,
+        epoch: int,
+        num_tokens: int,
+        kernel: Callable[[], _native.OpResult],
+    ) -> None:
+        with self._exclusive(state, Half.RECV):
+            next_epoch = self._rank.epoch(state.phase, Half.RECV) + 1
+            if epoch != next_epoch:
+                raise OrderError(
+                    f"the hook of {state.name} {epoch} was called before the hook of {state.name} "
+                    f"{next_epoch}. Call the hooks of a phase in the order of their sends."
+                )
+            self._run(state, Half.RECV, num_tokens, kernel)
+
+    def _exclusive(self, state: _PhaseState, half: Half) -> _TryLock:
+        return _TryLock(state.locks[half], f"{state.name} {half.name.lower()}")
+
+    def _run(
+        self,
+        state: _PhaseState,
+        half: Half,
+        num_tokens: int,
+        kernel: Callable[[], _native.OpResult],
+    ) -> None:
+        if self._is_closed:
+            raise EPBackendError(f"{state.name} was called on a closed buffer.")
+        if self._failure is not None:
+            raise self._failure
+        if self._trace is None:
+            result = kernel()
+        else:
+            with self._trace.span(f"{state.name}_{half.name.lower()}", num_tokens) as span:
+                result = kernel()
+                span.wait_ns = result.wait_ns
+        if result.status != Status.OK:
+            self._raise(state, result)
+
+    def _raise(self, state: _PhaseState, result: _native.OpResult) -> None:
+        """Turns a kernel's status into an exception; failures of the buffer are remembered."""
+        if result.status == Status.BAD_EXPERT:
+            raise ValueError(
+                f"topk_idx[{result.token}, {result.k}] is {result.expert}, expected -1 (not routed) "
+                f"or an expert in 0..{self.num_experts - 1}. Nothing was sent."
+            )
+        record = result.record
+        half = record.half.name.lower()
+        where = (
+            f"{state.name} {half} {record.epoch} on rank {record.self_rank}: rank "
+            f"{record.peer_rank}'s "
+        )
+        if result.status == Status.TIMEOUT:
+            what = "credit" if record.half == Half.SEND else "data"
+            self._failure = PeerTimeout(
+                f"{where}{what} did not come within {record.waited_ns / 1e9:.1f} s (expected epoch "
+                f"{record.expected}, saw {record.seen}). That rank is dead, late, or has issued "
+                "other operations than this one; this buffer stays failed, create a new one.",
+                {
+                    "self_rank": record.self_rank,
+                    "peer_rank": record.peer_rank,
+                    "phase": state.name,
+                    "half": half,
+                    "epoch": record.epoch,
+                    "expected": record.expected,
+                    "seen": record.seen,
+                    "waited_secs": record.waited_ns / 1e9,
+                },
+            )
+        elif result.status in (Status.NEWER_EPOCH, Status.CORRUPT):
+            self._failure = ProtocolError(
+                f"{where}memory contradicts its signal ({result.status.name}: expected "
+                f"{record.expected}, saw {record.seen}). Ranks have issued different operations, or "
+                "memory was overwritten; this buffer stays failed, create a new one."
+            )
+        else:
+            raise OrderError(f"{where}call may not start now ({result.status.name}).")
+        raise self._failure
+
+
+class _TryLock:
+    """Two threads in one kernel would share its scratch: the second is refused, not queued."""
+
+    def __init__(self, lock: threading.Lock, what: str) -> None:
+        self._lock = lock
+        self._what = what
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise OrderError(
+                f"{self._what} is running in another thread. Operations of one kind on one buffer "
+                "run one after the other."
+            )
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._lock.release()
+
+
+def _check_settings(num_ranks: int, timeout_secs: float, settings: dict) -> None:
+    check_int("num_ranks", num_ranks, 1, _native.MAX_RANKS)
+    check_int("num_experts", settings["num_experts"], 1, _native.MAX_EXPERTS)
+    check_int(
+        "num_max_tokens_per_rank",
+        settings["num_max_tokens_per_rank"],
+        1,
+        _native.MAX_TOKENS_PER_RANK,
+        "A signal counts messages in 16 bits.",
+    )
+    check_int("hidden", settings["hidden"], 1, 1 << 20)
+    check_int("top_k", settings["top_k"], 1, _native.MAX_TOP_K)
+    check_int("num_banks", settings["num_banks"], 2, _native.MAX_BANKS)
+    if settings["dtype"] not in DTYPES:
+        allowed = " or ".join(str(dtype) for dtype in DTYPES)
+        raise ValueError(f"dtype is {settings['dtype']}, expected {allowed}.")
+    if settings["device"] != "cpu":
+        raise ValueError(
+            f"device is {settings['device']!r}, expected 'cpu': there are no CUDA kernels yet."
+        )
+    if timeout_secs <= 0:
+        raise ValueError(f"timeout_secs is {timeout_secs}, expected more than 0.")

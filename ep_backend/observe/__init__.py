@@ -1,0 +1,1 @@
+"""What the library shows of itself: traces of operations. Counters are on the buffers."""
