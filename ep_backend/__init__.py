@@ -9,13 +9,8 @@ from ep_backend.errors import (
     SettingsMismatch,
 )
 from ep_backend.group import Group, VirtualWorld, virtual_world
-from ep_backend.low_latency import (
-    DispatchHandle,
-    DispatchResult,
-    LowLatencyBuffer,
-    OpCounters,
-    RecvHook,
-)
+from ep_backend.handles import DispatchHandle, DispatchResult, OpCounters, RecvHook
+from ep_backend.low_latency import LowLatencyBuffer
 
 __version__ = "0.1.0"
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import enum
 import os
 import warnings
@@ -39,16 +39,17 @@ def active_fault() -> Fault | None:
     return fault
 
 
-def drop_remote_contributions(handle: DispatchHandle, self_rank: int) -> DispatchHandle:
+def drop_remote_contributions(handle: DispatchHandle) -> DispatchHandle:
     """A copy of `handle` in which the rows of other ranks' tokens have weight 0."""
-    entries = handle.entries.clone()
+    faulty = copy.copy(handle)
+    faulty.storage = handle.storage.clone()
     first = 0
     for src_rank, num_messages in enumerate(handle.num_messages.tolist()):
         messages = handle.messages[first : first + num_messages]
         first += num_messages
-        if src_rank == self_rank or num_messages == 0:
+        if src_rank == handle.buffer.group.self_rank or num_messages == 0:
             continue
         begin = int(messages[0, 2])
         end = int(messages[-1, 2] + messages[-1, 3])
-        entries[begin:end, 1] = 0
-    return dataclasses.replace(handle, entries=entries)
+        faulty.entries[begin:end, 1] = 0  # the bits of 0.0
+    return faulty

@@ -23,91 +23,19 @@ from dataclasses import dataclass, field
 import torch
 
 from ep_backend import _native, faults
+from ep_backend._native import Half, Phase, Status
 from ep_backend.checks import AtMost, check_int, check_tensor
 from ep_backend.errors import EPBackendError, OrderError, PeerTimeout, ProtocolError
 from ep_backend.group import Group
+from ep_backend.handles import DispatchHandle, DispatchResult, OpCounters, RecvHook
+from ep_backend.kernel_errors import exception_for
 from ep_backend.observe.trace import TraceWriter
-
-Phase, Half, Status = _native.Phase, _native.Half, _native.Status
 
 DTYPES = {
     torch.float32: _native.DType.FLOAT32,
     torch.bfloat16: _native.DType.BFLOAT16,
 }
 DEFAULT_TIMEOUT_SECS = 60.0
-
-
-@dataclass(frozen=True)
-class OpCounters:
-    """What one kind of operation has done on a buffer since its creation."""
-
-    num_ops: int
-    num_rows: int
-    """Tokens read by a dispatch send, messages by its hook, partial rows by a combine."""
-    total_ns: int
-    wait_ns: int
-    """Part of `total_ns` spent waiting for peers."""
-
-
-@dataclass(eq=False)
-class DispatchHandle:
-    """Where every received row came from; what `combine` needs. Filled by the dispatch hook.
-
-    It owns its memory: it may be kept, and used for more than one combine.
-    """
-
-    buffer: LowLatencyBuffer
-    epoch: int
-    num_tokens: int
-    """T of this dispatch on this rank."""
-    num_partials: torch.Tensor
-    """`[T]` int32: how many ranks answer for each of this rank's tokens."""
-    num_messages: torch.Tensor
-    """`[R]` int32: messages received from each rank."""
-    messages: torch.Tensor
-    """`[R * M, 4]` int32, source by source: source token, outcome slot, first entry, entries."""
-    entries: torch.Tensor
-    """`[R * M * K, 2]` int32: row of `recv_x` seen as `[L * S, H]`, and a float32 weight's bits."""
-    is_received: bool = False
-
-
-@dataclass(eq=False)
-class DispatchResult:
-    """What a dispatch brings; contents are valid once its hook has returned.
-
-    `recv_x` is a bank of the buffer: it is overwritten by the hook of the dispatch `num_banks`
-    later. Copy it to keep it longer.
-    """
-
-    handle: DispatchHandle
-    recv_x: torch.Tensor
-    """`[L, S, H]`: expert `e`'s tokens in rows `0 .. num_recv_tokens_per_expert[e] - 1`, ordered by
-    source rank, then token. Rows behind them hold anything."""
-    num_recv_tokens_per_expert: torch.Tensor
-    """`[L]` int32."""
-
-
-class RecvHook:
-    """Receives what the matching send started. Call it once; any thread may.
-
-    Raises (when called):
-        OrderError: called twice, or before the hook of an earlier operation of the same phase.
-        PeerTimeout: a peer's data did not come in time.
-    """
-
-    def __init__(self, name: str, receive: Callable[[], None]) -> None:
-        self._name = name
-        self._receive = receive
-        self._is_done = False
-
-    def __call__(self) -> None:
-        if self._is_done:
-            raise OrderError(f"the hook of {self._name} was called twice. Call each hook once.")
-        self._receive()
-        self._is_done = True
-
-    def __repr__(self) -> str:
-        return f"<RecvHook of {self._name}, {'done' if self._is_done else 'pending'}>"
 
 
 @dataclass
@@ -171,12 +99,12 @@ class LowLatencyBuffer:
             "top_k": top_k,
             "dtype": dtype,
             "num_banks": num_banks,
-            "device": torch.device(device).type,
+            "device": _device_type(device),
         }
+        error: Exception | None = None
         try:
             _check_settings(group.num_ranks, timeout_secs, settings)
-            error = None
-        except ValueError as e:
+        except (TypeError, ValueError) as e:
             error = e
         group.agree("LowLatencyBuffer", settings, error)
 
@@ -243,8 +171,9 @@ class LowLatencyBuffer:
             PeerTimeout: a peer did not free the bank in time.
         """
         num_tokens = self._check_dispatch(x, topk_idx, topk_weights)
-        num_partials = torch.empty(num_tokens, dtype=torch.int32)
-        epoch = self._run_send(
+        handle = DispatchHandle(self, num_tokens)
+        num_partials, *received = handle.pointers()
+        handle.epoch = self._run_send(
             self._dispatch,
             num_tokens,
             lambda: self._rank.dispatch_send(
@@ -253,38 +182,24 @@ class LowLatencyBuffer:
                 topk_idx.dtype == torch.int64,
                 topk_weights.data_ptr(),
                 num_tokens,
-                num_partials.data_ptr(),
+                num_partials,
             ),
         )
-        num_slots = self.group.num_ranks * self.num_max_tokens_per_rank
-        handle = DispatchHandle(
-            self,
-            epoch,
-            num_tokens,
-            num_partials,
-            num_messages=torch.empty(self.group.num_ranks, dtype=torch.int32),
-            messages=torch.empty((num_slots, 4), dtype=torch.int32),
-            entries=torch.empty((num_slots * self.top_k, 2), dtype=torch.int32),
-        )
         counts = torch.empty(self.num_local_experts, dtype=torch.int32)
-        result = DispatchResult(handle, self._recv_bank(epoch), counts)
+        result = DispatchResult(handle, self._recv_bank(handle.epoch), counts)
 
         def receive() -> None:
             self._run_hook(
                 self._dispatch,
-                epoch,
+                handle.epoch,
                 num_tokens,
                 lambda: self._rank.dispatch_recv(
-                    result.recv_x.data_ptr(),
-                    counts.data_ptr(),
-                    handle.num_messages.data_ptr(),
-                    handle.messages.data_ptr(),
-                    handle.entries.data_ptr(),
+                    result.recv_x.data_ptr(), counts.data_ptr(), *received
                 ),
             )
             handle.is_received = True
 
-        return result, RecvHook(f"dispatch {epoch}", receive)
+        return result, RecvHook(f"dispatch {handle.epoch}", receive)
 
     def combine(
         self, expert_out: torch.Tensor, handle: DispatchHandle, out: torch.Tensor | None = None
@@ -308,16 +223,12 @@ class LowLatencyBuffer:
         """
         out = self._check_combine(expert_out, handle, out)
         if self._fault is faults.Fault.DROP_REMOTE_CONTRIBUTIONS:
-            handle = faults.drop_remote_contributions(handle, self.group.self_rank)
+            handle = faults.drop_remote_contributions(handle)
+        num_partials, *received = handle.pointers()
         epoch = self._run_send(
             self._combine,
             handle.num_tokens,
-            lambda: self._rank.combine_send(
-                expert_out.data_ptr(),
-                handle.num_messages.data_ptr(),
-                handle.messages.data_ptr(),
-                handle.entries.data_ptr(),
-            ),
+            lambda: self._rank.combine_send(expert_out.data_ptr(), *received),
         )
 
         def receive() -> None:
@@ -325,9 +236,7 @@ class LowLatencyBuffer:
                 self._combine,
                 epoch,
                 handle.num_tokens,
-                lambda: self._rank.combine_recv(
-                    out.data_ptr(), handle.num_tokens, handle.num_partials.data_ptr()
-                ),
+                lambda: self._rank.combine_recv(out.data_ptr(), handle.num_tokens, num_partials),
             )
 
         return out, RecvHook(f"combine {epoch}", receive)
@@ -390,8 +299,8 @@ class LowLatencyBuffer:
             raise ValueError("handle is of another buffer. Combine on the buffer that dispatched.")
         if not handle.is_received:
             raise OrderError(
-                f"combine was called with the handle of dispatch {handle.epoch}, whose hook has not "
-                "been called. Call that hook first."
+                f"combine was called with the handle of dispatch {handle.epoch}, whose hook has "
+                "not been called. Call that hook first."
             )
         check_tensor(
             "expert_out",
@@ -426,7 +335,8 @@ class LowLatencyBuffer:
                 raise OrderError(
                     f"{state.name} {epoch} needs the bank of {state.name} "
                     f"{epoch - self.num_banks}, whose hook has not been called (num_banks = "
-                    f"{self.num_banks}). Call that hook first, or create the buffer with more banks."
+                    f"{self.num_banks}). Call that hook first, or create the buffer with more "
+                    "banks."
                 )
             self._run(state, Half.SEND, num_tokens, kernel)
             return epoch
@@ -468,47 +378,10 @@ class LowLatencyBuffer:
                 result = kernel()
                 span.wait_ns = result.wait_ns
         if result.status != Status.OK:
-            self._raise(state, result)
-
-    def _raise(self, state: _PhaseState, result: _native.OpResult) -> None:
-        """Turns a kernel's status into an exception; failures of the buffer are remembered."""
-        if result.status == Status.BAD_EXPERT:
-            raise ValueError(
-                f"topk_idx[{result.token}, {result.k}] is {result.expert}, expected -1 (not routed) "
-                f"or an expert in 0..{self.num_experts - 1}. Nothing was sent."
-            )
-        record = result.record
-        half = record.half.name.lower()
-        where = (
-            f"{state.name} {half} {record.epoch} on rank {record.self_rank}: rank "
-            f"{record.peer_rank}'s "
-        )
-        if result.status == Status.TIMEOUT:
-            what = "credit" if record.half == Half.SEND else "data"
-            self._failure = PeerTimeout(
-                f"{where}{what} did not come within {record.waited_ns / 1e9:.1f} s (expected epoch "
-                f"{record.expected}, saw {record.seen}). That rank is dead, late, or has issued "
-                "other operations than this one; this buffer stays failed, create a new one.",
-                {
-                    "self_rank": record.self_rank,
-                    "peer_rank": record.peer_rank,
-                    "phase": state.name,
-                    "half": half,
-                    "epoch": record.epoch,
-                    "expected": record.expected,
-                    "seen": record.seen,
-                    "waited_secs": record.waited_ns / 1e9,
-                },
-            )
-        elif result.status in (Status.NEWER_EPOCH, Status.CORRUPT):
-            self._failure = ProtocolError(
-                f"{where}memory contradicts its signal ({result.status.name}: expected "
-                f"{record.expected}, saw {record.seen}). Ranks have issued different operations, or "
-                "memory was overwritten; this buffer stays failed, create a new one."
-            )
-        else:
-            raise OrderError(f"{where}call may not start now ({result.status.name}).")
-        raise self._failure
+            error = exception_for(result, self.num_experts)
+            if isinstance(error, (PeerTimeout, ProtocolError)):
+                self._failure = error  # every later call raises it again
+            raise error
 
 
 class _TryLock:
@@ -527,6 +400,14 @@ class _TryLock:
 
     def __exit__(self, *exc_info: object) -> None:
         self._lock.release()
+
+
+def _device_type(device: str | torch.device) -> str:
+    """Of a device that torch does not know, its name: `_check_settings` refuses it, in company."""
+    try:
+        return torch.device(device).type
+    except RuntimeError:
+        return str(device)
 
 
 def _check_settings(num_ranks: int, timeout_secs: float, settings: dict) -> None:

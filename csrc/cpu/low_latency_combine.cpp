@@ -35,6 +35,8 @@ void LowLatencyRank::send_partials(Op& op, uint32_t src_rank, const CombineSendP
   float weights[protocol::kMaxTopK];
   const HandleMessage* messages = params.handle.messages + first_message_of_[src_rank];
   const uint32_t num_messages = params.handle.num_messages[src_rank];
+  const Store store =
+      src_rank == self_rank_ ? Store::kCached : store_for_peer(num_messages * layout_.row_bytes());
   for (uint32_t i = 0; i < num_messages; ++i) {
     const HandleEntry* entries = params.handle.entries + messages[i].first_entry;
     for (uint32_t j = 0; j < messages[i].num_entries; ++j) {
@@ -43,7 +45,7 @@ void LowLatencyRank::send_partials(Op& op, uint32_t src_rank, const CombineSendP
     }
     weighted_sum(layout_.config().dtype,
                  bases_[src_rank] + layout_.outcome(op.bank(), messages[i].outcome_slot), rows,
-                 weights, messages[i].num_entries, layout_.config().hidden);
+                 weights, messages[i].num_entries, layout_.config().hidden, store);
   }
   op.publish_signal(src_rank, num_messages);
 }
@@ -68,7 +70,7 @@ OpResult LowLatencyRank::combine_recv(const CombineRecvParams& params) {
       rows[column] = self + layout_.outcome(op.bank(), slot);
     }
     weighted_sum(layout_.config().dtype, params.out + token * layout_.row_bytes(), rows, nullptr,
-                 num_partials, layout_.config().hidden);
+                 num_partials, layout_.config().hidden, Store::kCached);
   }
   op.publish_credits();
   return op.complete(num_rows);

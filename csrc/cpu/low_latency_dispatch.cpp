@@ -6,10 +6,10 @@
 // and its counts are [3, 1].
 
 #include <algorithm>
-#include <cstring>
 
 #include "cpu/atomics.h"
 #include "cpu/low_latency_op.h"
+#include "cpu/rows.h"
 
 namespace ep::cpu {
 
@@ -67,6 +67,18 @@ bool listed_before(const TokenRoutes::Route* first, const TokenRoutes::Route* ro
   return std::any_of(first, route, [&](const auto& r) { return r.expert == route->expert; });
 }
 
+// One payload to the rows of its entries; entries of one expert share a row.
+void copy_to_rows(const protocol::LowLatencyLayout& layout, const std::byte* payload,
+                  const DispatchRecvParams& params, const HandleEntry* entries,
+                  uint32_t num_entries, Store store) {
+  for (const HandleEntry* entry = entries; entry != entries + num_entries; ++entry) {
+    const bool is_copied = std::any_of(
+        entries, entry, [&](const HandleEntry& other) { return other.row == entry->row; });
+    if (is_copied) continue;
+    copy_row(params.recv_x + entry->row * layout.row_bytes(), payload, layout.row_bytes(), store);
+  }
+}
+
 }  // namespace
 
 OpResult LowLatencyRank::dispatch_send(const DispatchSendParams& params) {
@@ -96,6 +108,7 @@ void LowLatencyRank::write_messages(Op& op, const DispatchSendParams& params) {
   std::fill(num_messages_to_.begin(), num_messages_to_.end(), 0);
   std::fill(num_rows_for_expert_.begin(), num_rows_for_expert_.end(), 0);
 
+  const Store peer_store = store_for_peer(params.num_tokens * layout_.row_bytes());
   TokenRoutes routes;
   for (uint32_t token = 0; token < params.num_tokens; ++token) {
     routes.assign(layout_.partition(), params, token, layout_.config().top_k);
@@ -114,8 +127,8 @@ void LowLatencyRank::write_messages(Op& op, const DispatchSendParams& params) {
       *reinterpret_cast<MessageHeader*>(message) = {
           token, token * layout_.num_outcome_columns() + column,
           static_cast<uint32_t>(route - first), static_cast<uint32_t>(op.epoch())};
-      std::memcpy(message + layout_.payload_in_message(), params.x + token * layout_.row_bytes(),
-                  layout_.row_bytes());
+      copy_row(message + layout_.payload_in_message(), params.x + token * layout_.row_bytes(),
+               layout_.row_bytes(), dst_rank == self_rank_ ? Store::kCached : peer_store);
       first = route;
     }
     params.num_partials[token] = column;
@@ -151,7 +164,8 @@ OpResult LowLatencyRank::dispatch_recv(const DispatchRecvParams& params) {
   return op.complete(next_message_);
 }
 
-// Inbox of one source -> rows of recv_x and entries of the handle.
+// Inbox of one source -> rows of recv_x and entries of the handle. Nothing is copied before all its
+// headers agree with the counts.
 bool LowLatencyRank::unpack_source(Op& op, uint32_t src_rank, const DispatchRecvParams& params) {
   uint64_t num_messages;
   if (!op.wait_for_signal(src_rank, &num_messages)) return false;
@@ -161,12 +175,27 @@ bool LowLatencyRank::unpack_source(Op& op, uint32_t src_rank, const DispatchRecv
   }
   params.handle.num_messages[src_rank] = static_cast<uint32_t>(num_messages);
   const uint64_t num_rows_before = num_rows_;
+  const uint32_t first_message = next_message_;
   for (uint32_t slot = 0; slot < num_messages; ++slot) {
     if (!unpack_message(op, src_rank, slot, params)) return false;
   }
-  return check_counts(op, src_rank, num_rows_ - num_rows_before);
+  const uint64_t num_rows = num_rows_ - num_rows_before;
+  if (!check_counts(op, src_rank, num_rows)) return false;
+
+  const auto& config = layout_.config();
+  // If every source sends about as much as this one, every rank and bank holds num_ranks as much.
+  const Store store = store_for_self(num_rows * layout_.row_bytes() * config.num_ranks,
+                                     config.num_ranks * config.num_banks);
+  for (uint32_t slot = 0; slot < num_messages; ++slot) {
+    const std::byte* message = bases_[self_rank_] + layout_.message(op.bank(), src_rank, slot);
+    const HandleMessage& unpacked = params.handle.messages[first_message + slot];
+    copy_to_rows(layout_, message + layout_.payload_in_message(), params,
+                 params.handle.entries + unpacked.first_entry, unpacked.num_entries, store);
+  }
+  return true;
 }
 
+// Header of one message -> its rows in recv_x, and the handle.
 bool LowLatencyRank::unpack_message(Op& op, uint32_t src_rank, uint32_t slot,
                                     const DispatchRecvParams& params) {
   const std::byte* message = bases_[self_rank_] + layout_.message(op.bank(), src_rank, slot);
@@ -196,8 +225,6 @@ bool LowLatencyRank::unpack_message(Op& op, uint32_t src_rank, uint32_t slot,
     const uint64_t row = local_expert * layout_.expert_capacity() + next_row_[local_expert]++;
     ++num_rows_;
     out[i] = {static_cast<uint32_t>(row), entries[i].weight};
-    std::memcpy(params.recv_x + row * layout_.row_bytes(), message + layout_.payload_in_message(),
-                layout_.row_bytes());
   }
   return true;
 }

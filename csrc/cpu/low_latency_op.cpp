@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "cpu/atomics.h"
+#include "cpu/rows.h"
 
 namespace ep::cpu {
 
@@ -80,6 +81,7 @@ bool LowLatencyRank::Op::wait_for_signal(uint32_t src_rank, uint64_t* count) {
 }
 
 void LowLatencyRank::Op::publish_signal(uint32_t dst_rank, uint64_t count) {
+  fence_streamed_rows();
   std::byte* dst = rank_.bases_[dst_rank];
   publish(at<uint64_t>(dst, rank_.layout_.signal(bank_, phase_, rank_.self_rank_)),
           protocol::pack_signal(epoch_, count),
@@ -121,6 +123,7 @@ bool LowLatencyRank::Op::refuse_expert(uint32_t token, uint32_t k, int64_t exper
 }
 
 OpResult LowLatencyRank::Op::complete(uint64_t num_rows) {
+  fence_streamed_rows();  // of recv_x: the caller may hand it to another thread
   OpCounters& counters = rank_.counters_[index(phase_)][index(half_)];
   result_.wait_ns = deadline_.waited_ns();
   // One writer at a time; relaxed stores because another thread may read the counters meanwhile.

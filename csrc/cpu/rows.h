@@ -10,9 +10,26 @@
 
 namespace ep::cpu {
 
+// Where a written row is expected to be read.
+enum class Store {
+  kCached,    // soon, by this core: an ordinary store
+  kStreamed,  // later, or by another core: past the caches, straight to memory
+};
+
+// How to write `num_bytes` of rows that a peer reads.
+Store store_for_peer(uint64_t num_bytes);
+// How to write `num_bytes` of rows that this rank reads, where `num_alike` ranks and banks hold as
+// many each.
+Store store_for_self(uint64_t num_bytes, uint32_t num_alike);
+
+// Streamed rows are not ordered by release stores: call this before a signal publishes them.
+void fence_streamed_rows();
+
+void copy_row(std::byte* out, const std::byte* row, uint64_t row_bytes, Store store);
+
 // out[i] = weights[0] * rows[0][i] + weights[1] * rows[1][i] + ..., float32 inside, stored as
 // `dtype`. `weights` null adds the rows up. No rows: zeros.
 void weighted_sum(protocol::DType dtype, std::byte* out, const std::byte* const* rows,
-                  const float* weights, uint32_t num_rows, uint32_t hidden);
+                  const float* weights, uint32_t num_rows, uint32_t hidden, Store store);
 
 }  // namespace ep::cpu

@@ -4,6 +4,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <sched.h>
+#include <cstdlib>
 #include <climits>
 #include <ctime>
 
@@ -53,7 +55,9 @@ Status Deadline::wait_until(uint64_t* word, bool (*arrived)(uint64_t, uint64_t),
   if (arrived(*seen, expected)) return Status::kOk;
 
   const uint64_t wait_begin_ns = now_ns();
+  static const uint64_t ysp = getenv("EPY") ? atoll(getenv("EPY")) : 1000000000ull;
   while (now_ns() - wait_begin_ns < policy_.spin_ns) {
+    if (now_ns() - wait_begin_ns >= ysp) sched_yield();
     for (int poll = 0; poll < kPollsPerClockRead; ++poll) {
       cpu_pause();
       *seen = ld_acquire(word);

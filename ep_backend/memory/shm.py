@@ -2,7 +2,8 @@
 for ranks that are threads of one process.
 
 A segment has a name in /dev/shm only until every rank has mapped it, so a killed run leaves nothing
-behind. All its pages are allocated at creation: a full /dev/shm is an error here, not a SIGBUS later.
+behind. All its pages are allocated at creation: a full /dev/shm is an error here, not a SIGBUS
+later.
 """
 
 from __future__ import annotations

@@ -1,0 +1,144 @@
+"""Types of the native module (csrc/bindings*.cpp)."""
+
+import enum
+
+MAX_RANKS: int
+MAX_EXPERTS: int
+MAX_TOKENS_PER_RANK: int
+MAX_TOP_K: int
+MAX_BANKS: int
+has_cuda: bool
+
+class Phase(enum.Enum):
+    DISPATCH = 0
+    COMBINE = 1
+
+class Half(enum.Enum):
+    SEND = 0
+    RECV = 1
+
+class DType(enum.Enum):
+    FLOAT32 = 0
+    BFLOAT16 = 1
+
+class Status(enum.Enum):
+    OK = 0
+    TIMEOUT = 1
+    BUFFER_FAILED = 2
+    OUT_OF_ORDER = 3
+    NEWER_EPOCH = 4
+    CORRUPT = 5
+    BAD_EXPERT = 6
+
+class LowLatencyConfig:
+    num_ranks: int
+    num_experts: int
+    num_max_tokens_per_rank: int
+    hidden: int
+    top_k: int
+    num_banks: int
+    dtype: DType
+    def __init__(
+        self,
+        *,
+        num_ranks: int,
+        num_experts: int,
+        num_max_tokens_per_rank: int,
+        hidden: int,
+        top_k: int,
+        num_banks: int,
+        dtype: DType,
+    ) -> None: ...
+
+class ExpertPartition:
+    def __init__(self, num_experts: int, num_ranks: int) -> None: ...
+    def num_local_experts(self, rank: int) -> int: ...
+    def num_max_local_experts(self) -> int: ...
+    def first_expert(self, rank: int) -> int: ...
+    def owner(self, expert: int) -> int: ...
+
+class LowLatencyLayout:
+    partition: ExpertPartition
+    row_bytes: int
+    message_bytes: int
+    payload_in_message: int
+    num_bytes: int
+    num_outcome_columns: int
+    num_outcome_slots: int
+    expert_capacity: int
+    signals_offset: int
+    credits_offset: int
+    sleepers_offset: int
+    counts_offset: int
+    inbox_offset: int
+    outcome_offset: int
+    def __init__(self, config: LowLatencyConfig) -> None: ...
+    def signal(self, bank: int, phase: Phase, src_rank: int) -> int: ...
+    def credit(self, phase: Phase, peer_rank: int) -> int: ...
+    def signal_sleepers(self, phase: Phase, src_rank: int) -> int: ...
+    def credit_sleepers(self, phase: Phase, peer_rank: int) -> int: ...
+    def counts(self, bank: int, src_rank: int) -> int: ...
+    def message(self, bank: int, src_rank: int, slot: int) -> int: ...
+    def outcome(self, bank: int, outcome_slot: int) -> int: ...
+
+def pack_signal(epoch: int, count: int) -> int: ...
+def signal_epoch(signal: int) -> int: ...
+def signal_count(signal: int) -> int: ...
+def bank_of(epoch: int, num_banks: int) -> int: ...
+def credit_admits(credit: int, epoch: int, num_banks: int) -> bool: ...
+def may_send(num_sent: int, num_hooked: int, num_banks: int) -> bool: ...
+def may_hook(num_sent: int, num_hooked: int) -> bool: ...
+
+class FlightRecord:
+    self_rank: int
+    peer_rank: int
+    phase: Phase
+    half: Half
+    epoch: int
+    expected: int
+    seen: int
+    waited_ns: int
+
+class OpResult:
+    status: Status
+    record: FlightRecord
+    token: int
+    k: int
+    expert: int
+    wait_ns: int
+
+class LowLatencyRank:
+    def __init__(
+        self,
+        config: LowLatencyConfig,
+        self_rank: int,
+        bases: list[int],
+        *,
+        timeout_ns: int,
+        spin_ns: int,
+    ) -> None: ...
+    def dispatch_send(
+        self,
+        x: int,
+        topk_idx: int,
+        topk_idx_is_int64: bool,
+        topk_weights: int,
+        num_tokens: int,
+        num_partials: int,
+    ) -> OpResult: ...
+    def dispatch_recv(
+        self,
+        recv_x: int,
+        num_recv_tokens_per_expert: int,
+        num_messages: int,
+        messages: int,
+        entries: int,
+    ) -> OpResult: ...
+    def combine_send(
+        self, expert_out: int, num_messages: int, messages: int, entries: int
+    ) -> OpResult: ...
+    def combine_recv(self, out: int, num_tokens: int, num_partials: int) -> OpResult: ...
+    def epoch(self, phase: Phase, half: Half) -> int: ...
+    def counters(self, phase: Phase, half: Half) -> dict[str, int]: ...
+
+def cuda_protocol_mismatches(config: LowLatencyConfig) -> int: ...

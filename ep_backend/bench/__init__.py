@@ -1,0 +1,1 @@
+"""The benchmarks users run, and the demo. Nothing in the library imports this package."""

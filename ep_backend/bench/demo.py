@@ -1,0 +1,251 @@
+"""The demo: a real engine serves a tiny MoE model on one rank, then on several through ep_backend.
+
+Both answer the same prompts with greedy tokens in float32; the tokens must be equal. While the
+second one decodes, every dispatch, hook and combine is timed inside the engine's workers, next to
+the engine's own forward passes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ep_backend.bench import exchange
+from ep_backend.bench.client import Completion, stream_all
+from ep_backend.bench.exchange import ExchangeReport
+from ep_backend.bench.model import TinyMoE, make_model
+from ep_backend.bench.server import (
+    VLLM_ENVIRONMENT,
+    Server,
+    ServerFailed,
+    core_binding,
+    running_server,
+    vllm_command,
+)
+from ep_backend.faults import FAULT_VARIABLE
+from ep_backend.observe.trace import TRACE_DIR_VARIABLE
+
+BACKENDS = {"low-latency": "ep_backend_low_latency"}
+SUBJECTS = ("alpha", "river", "engine", "lantern", "harbour", "violin", "glacier", "market")
+WARMUP_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What to serve, and where results go."""
+
+    output: Path
+    ranks: int = 2
+    mode: str = "low-latency"
+    shape: TinyMoE = field(default_factory=TinyMoE)
+    num_prompts: int = 8
+    num_tokens: int = 32
+    max_num_batched_tokens: int = 256
+    fault: str | None = None
+    """Breaks ep_backend on purpose (see `ep_backend.faults`): the comparison must notice."""
+
+    def __post_init__(self) -> None:
+        if self.ranks < 2:
+            raise ValueError(f"ranks is {self.ranks}, expected at least 2: one is the reference.")
+        if self.mode not in BACKENDS:
+            raise ValueError(f"mode is {self.mode!r}, expected one of {', '.join(BACKENDS)}.")
+
+    @property
+    def prompts(self) -> list[str]:
+        return [
+            f"{i}: tell me about the {SUBJECTS[i % len(SUBJECTS)]}" for i in range(self.num_prompts)
+        ]
+
+
+@dataclass
+class Run:
+    """What one server answered."""
+
+    name: str
+    ranks: int
+    start_secs: float
+    sequential: list[Completion]
+    """One prompt at a time: latencies come from here."""
+    concurrent: list[Completion]
+    """All prompts at once."""
+    exchange: ExchangeReport | None = None
+
+
+@dataclass
+class DemoResult:
+    settings: DemoSettings
+    reference: Run
+    ours: Run
+
+    def tokens_equal(self, pass_name: str) -> bool:
+        """Every token of this pass equals the one-rank server's, prompt by prompt."""
+        expected = [c.token_ids for c in self.reference.sequential]
+        return [c.token_ids for c in getattr(self.ours, pass_name)] == expected
+
+    @property
+    def is_good(self) -> bool:
+        """Tokens are equal, prompts differ in their answers, and nothing went round ep_backend."""
+        return (
+            self.tokens_equal("sequential")
+            and self.tokens_equal("concurrent")
+            and self.num_distinct_answers > 1
+            and self.ours.exchange is not None
+            and self.ours.exchange.all_steps_dispatched
+        )
+
+    @property
+    def num_distinct_answers(self) -> int:
+        return len({tuple(c.token_ids) for c in self.reference.sequential})
+
+    def as_json(self) -> dict[str, Any]:
+        exchange_report = self.ours.exchange
+        assert exchange_report is not None
+        settings = dataclasses.asdict(self.settings)
+        settings["output"] = str(self.settings.output)
+        return {
+            "engine": "vllm",
+            "settings": settings,
+            "good": self.is_good,
+            "num_distinct_answers": self.num_distinct_answers,
+            "runs": [
+                {
+                    "name": run.name,
+                    "ranks": run.ranks,
+                    "start_secs": run.start_secs,
+                    "tokens_equal": run is self.reference
+                    or (self.tokens_equal("sequential") and self.tokens_equal("concurrent")),
+                    "num_tokens": sum(len(c.token_ids) for c in run.sequential),
+                    "latency_ms": exchange.latency_summary(run.sequential),
+                    "completions": [dataclasses.asdict(c) for c in run.sequential],
+                }
+                for run in (self.reference, self.ours)
+            ],
+            "exchange": exchange_report.as_json(),
+        }
+
+
+class Progress:
+    """What the demo tells while it works; the command line draws it, tests ignore it."""
+
+    def stage(self, text: str) -> None: ...
+
+    def update(self, text: str) -> None: ...
+
+
+async def serve_reference(settings: DemoSettings, progress: Progress) -> Run:
+    """Serves on one rank, with the engine's own experts."""
+    return await _serve(settings, 1, {}, progress)
+
+
+async def serve_ours(settings: DemoSettings, progress: Progress) -> Run:
+    """Serves on `settings.ranks` ranks through ep_backend, with a trace."""
+    trace_dir = settings.output / f"trace-{settings.ranks}-ranks"
+    shutil.rmtree(trace_dir, ignore_errors=True)
+    trace_dir.mkdir(parents=True)
+    environment = {
+        TRACE_DIR_VARIABLE: str(trace_dir.resolve()),
+        "VLLM_CPU_OMP_THREADS_BIND": core_binding(settings.ranks),
+    }
+    if settings.fault:
+        environment[FAULT_VARIABLE] = settings.fault
+    return await _serve(settings, settings.ranks, environment, progress, trace_dir)
+
+
+async def run_demo(settings: DemoSettings, progress: Progress | None = None) -> DemoResult:
+    """Both servers, one after the other; writes `result.json` and the plot.
+
+    Raises:
+        ServerFailed: a server did not start or did not last; the text holds the end of its log.
+    """
+    progress = progress or Progress()
+    reference = await serve_reference(settings, progress)
+    ours = await serve_ours(settings, progress)
+    result = DemoResult(settings, reference, ours)
+    settings.output.mkdir(parents=True, exist_ok=True)
+    path = settings.output / "result.json"
+    path.write_text(json.dumps(result.as_json(), indent=2) + "\n")
+    return result
+
+
+async def _serve(
+    settings: DemoSettings,
+    ranks: int,
+    environment: dict[str, str],
+    progress: Progress,
+    trace_dir: Path | None = None,
+) -> Run:
+    model = make_model(settings.output / "model", settings.shape)
+    name = "one rank" if ranks == 1 else f"{ranks} ranks, {BACKENDS[settings.mode]}"
+    command = vllm_command(
+        model,
+        num_ranks=ranks,
+        backend=BACKENDS[settings.mode],
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+    )
+    log = settings.output / f"vllm-{ranks}-ranks.log"
+    progress.stage(f"vllm serve, {name}: starting (log: {log})")
+    async with running_server(
+        command,
+        log,
+        environment=VLLM_ENVIRONMENT | environment,
+        on_wait=lambda seconds: progress.update(f"{seconds:.0f} s"),
+    ) as server:
+        return await _stream(settings, server, str(model), ranks, name, progress, trace_dir)
+
+
+async def _stream(
+    settings: DemoSettings,
+    server: Server,
+    model: str,
+    ranks: int,
+    name: str,
+    progress: Progress,
+    trace_dir: Path | None,
+) -> Run:
+    def ask(concurrency: int, on_done: Callable[[], None] = lambda: None) -> Any:
+        return stream_all(
+            server.base_url,
+            model,
+            settings.prompts,
+            settings.num_tokens,
+            concurrency=concurrency,
+            on_done=on_done,
+        )
+
+    progress.stage(f"vllm serve, {name}: up after {server.start_secs:.0f} s, warming up")
+    for _ in range(WARMUP_ROUNDS):  # the first decode steps of every rank take seconds
+        await ask(concurrency=settings.num_prompts)
+
+    progress.stage(f"vllm serve, {name}: streaming {settings.num_prompts} prompts one by one")
+    num_done = 0
+
+    def count() -> None:
+        nonlocal num_done
+        num_done += 1
+        progress.update(f"{num_done}/{settings.num_prompts}")
+
+    begin_ns = time.monotonic_ns()
+    sequential = await ask(1, count)
+    end_ns = time.monotonic_ns()
+    concurrent = await ask(settings.num_prompts)
+    run = Run(name, ranks, server.start_secs, sequential, concurrent)
+    if trace_dir is not None:
+        # Idle ranks go on with empty steps for a moment: count when all of them rest.
+        await asyncio.to_thread(exchange.wait_until_quiet, trace_dir)
+        run.exchange = exchange.read_exchange(
+            trace_dir,
+            num_layers=settings.shape.num_layers,
+            num_ranks=ranks,
+            window_ns=(begin_ns, end_ns),
+        )
+    return run
+
+
+__all__ = ["DemoResult", "DemoSettings", "Progress", "Run", "ServerFailed", "run_demo"]

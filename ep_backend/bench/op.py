@@ -1,0 +1,268 @@
+"""`ep-backend bench op`: how long a dispatch and its combine take, beside gloo and beside memcpy.
+
+A pair is dispatch, hook, combine, hook; the experts between them do nothing. R processes run it,
+and two ways over torch.distributed (op_gloo.py) with the same contract, in turns, after all have
+been checked. A pair's time is that of its slowest rank; p50 and p95 are over pairs.
+
+The roofline is what plain memcpy needs, on all ranks at once, to move as many bytes. What counts as
+moved (`op_rank.count_bytes`): every row read or written once. With T tokens, m_out messages sent,
+m_in messages received and n rows for the local experts, a rank moves 2 * (T + m_out + m_in + n)
+rows: dispatch reads x and writes messages, reads messages and writes expert rows; combine reads
+expert rows and writes partial rows, reads partial rows and writes the result. A memcpy of half as
+many bytes moves as many. The table gives the busiest rank's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+import rich.console
+import torch
+import typer
+from rich.table import Table
+
+from ep_backend.bench.op_processes import RankFailed, run_ranks
+from ep_backend.bench.op_rank import OpBenchSettings, RankReport, bench_rank
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of the slowest rank of each pair, microseconds."""
+
+    p50_us: float
+    p95_us: float
+    min_us: float
+
+    @classmethod
+    def of_ranks(cls, times_us: list[list[float]]) -> Timing:
+        """From `[R][pairs]`."""
+        slowest = sorted(map(max, zip(*times_us, strict=True)))
+        p95 = slowest[min(len(slowest) - 1, int(0.95 * len(slowest)))]
+        return cls(statistics.median(slowest), p95, slowest[0])
+
+
+@dataclass(frozen=True)
+class OpBenchCase:
+    """The result for one number of tokens."""
+
+    num_ranks: int
+    num_tokens: int
+    num_bytes: int
+    """Moved by the busiest rank in a pair."""
+    ours: Timing
+    gloo_all_to_all: Timing
+    gloo_all_gather: Timing
+    memcpy_us: float
+    """To move `num_bytes` at the same time on all ranks: slowest rank, median of the rounds."""
+
+    @classmethod
+    def of_reports(cls, reports: list[RankReport]) -> OpBenchCase:
+        """From every rank's report of the case."""
+
+        def timing(way: str) -> Timing:
+            return Timing.of_ranks([report.pair_us[way] for report in reports])
+
+        return cls(
+            num_ranks=len(reports),
+            num_tokens=reports[0].num_tokens,
+            num_bytes=max(report.num_bytes for report in reports),
+            ours=timing("ours"),
+            gloo_all_to_all=timing("gloo_all_to_all"),
+            gloo_all_gather=timing("gloo_all_gather"),
+            memcpy_us=statistics.median(
+                map(max, zip(*(report.memcpy_us for report in reports), strict=True))
+            ),
+        )
+
+    @property
+    def speedup(self) -> float:
+        """Time of the better gloo way over ours."""
+        return min(self.gloo_all_to_all.p50_us, self.gloo_all_gather.p50_us) / self.ours.p50_us
+
+    @property
+    def roofline_fraction(self) -> float:
+        """Time of memcpy over ours."""
+        return self.memcpy_us / self.ours.p50_us
+
+    @property
+    def gbs(self) -> float:
+        """GB/s of the busiest rank."""
+        return self.num_bytes / self.ours.p50_us / 1e3
+
+    @property
+    def memcpy_gbs(self) -> float:
+        return self.num_bytes / self.memcpy_us / 1e3
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "speedup": self.speedup,
+            "roofline_fraction": self.roofline_fraction,
+            "gbs": self.gbs,
+            "memcpy_gbs": self.memcpy_gbs,
+        }
+
+
+def run_op_bench(
+    settings: OpBenchSettings, json_path: Path | None, console: rich.console.Console
+) -> list[OpBenchCase]:
+    """Runs the benchmark, prints its table, and writes everything to `json_path`.
+
+    Raises:
+        RankFailed: a way gave a wrong result, or a rank failed; nothing is printed or written.
+    """
+    cases: list[OpBenchCase] = []
+    begin = datetime.now(timezone.utc)
+    load_before = os.getloadavg()
+    with console.status("checking every way against the reference") as status:
+
+        def on_reports(reports: list[RankReport]) -> None:
+            cases.append(OpBenchCase.of_reports(reports))
+            status.update(f"measured {len(cases)} of {len(settings.num_tokens)} cases")
+
+        run_ranks(bench_rank, settings.num_ranks, settings, on_reports)
+    machine = _machine() | {"load_average_before": load_before[0]}
+    console.print(_table(settings, machine, cases))
+    if json_path is not None:
+        document = {
+            "bench": "op",
+            "date": begin.isoformat(timespec="seconds"),
+            "machine": machine,
+            "versions": _versions(),
+            "settings": asdict(settings) | {"dtype": str(settings.dtype).removeprefix("torch.")},
+            "cases": [case.to_json() for case in cases],
+        }
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(document, indent=2) + "\n")
+    return cases
+
+
+def _table(settings: OpBenchSettings, machine: dict[str, Any], cases: list[OpBenchCase]) -> Table:
+    versions = _versions()
+    table = Table(
+        title=f"dispatch + combine | hidden {settings.hidden}, {settings.num_experts} experts, "
+        f"top-{settings.top_k}, {str(settings.dtype).removeprefix('torch.')} | {machine['cpu']}, "
+        f"{machine['num_cpus']} CPUs, load {machine['load_average_before']:.1f} | "
+        f"ep_backend {versions['ep_backend']}, torch {versions['torch']}",
+        caption=f"Times are of the slowest rank, over {settings.num_iterations} pairs. GB/s = each "
+        "row read or written once on the busiest rank: x, messages (written, read), expert rows "
+        "(written, read), partial rows (written, read), result. memcpy moves as many bytes, on all "
+        "ranks at once. x gloo = the better gloo way / ours.",
+    )
+    for column in (
+        "ranks",
+        "tokens",
+        "ours p50 us",
+        "p95 us",
+        "all-to-all p50 us",
+        "all-gather p50 us",
+        "x gloo",
+        "memcpy us",
+        "memcpy / ours",
+        "GB/s",
+        "memcpy GB/s",
+    ):
+        table.add_column(column, justify="right")
+    for case in cases:
+        table.add_row(
+            str(case.num_ranks),
+            str(case.num_tokens),
+            f"{case.ours.p50_us:.1f}",
+            f"{case.ours.p95_us:.1f}",
+            f"{case.gloo_all_to_all.p50_us:.0f}",
+            f"{case.gloo_all_gather.p50_us:.0f}",
+            f"{case.speedup:.1f}",
+            f"{case.memcpy_us:.1f}",
+            f"{case.roofline_fraction:.2f}",
+            f"{case.gbs:.1f}",
+            f"{case.memcpy_gbs:.1f}",
+        )
+    return table
+
+
+def _machine() -> dict[str, Any]:
+    cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in cpu_lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    # Here, because the package does not need its own version until someone reads it.
+    from ep_backend import __version__
+
+    return {
+        "ep_backend": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def op(
+    ranks: Annotated[int, typer.Option(help="Processes on this machine.")] = 2,
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tokens a rank; a comma-separated list, may be repeated. [default: 1,16,64,512]"
+        ),
+    ] = None,
+    hidden: Annotated[int, typer.Option(help="Elements of a row.")] = 2048,
+    experts: Annotated[int, typer.Option(help="Experts of all ranks together.")] = 64,
+    top_k: Annotated[int, typer.Option(help="Experts of a token.")] = 8,
+    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".")] = "float32",
+    num_max_tokens: Annotated[
+        int | None,
+        typer.Option(help="num_max_tokens_per_rank of the buffers. [default: most of --tokens]"),
+    ] = None,
+    iterations: Annotated[int, typer.Option(help="Pairs timed for each way and case.")] = 100,
+    warmup: Annotated[int, typer.Option(help="Pairs run before, not timed.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write all results there.")
+    ] = None,
+) -> None:
+    """Time of dispatch + combine, beside gloo and memcpy in the same processes."""
+    console = rich.console.Console()
+    try:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}, expected {' or '.join(DTYPES)}")
+        num_tokens = _parse_tokens(tokens or ["1,16,64,512"])
+        settings = OpBenchSettings(
+            num_ranks=ranks,
+            num_tokens=num_tokens,
+            num_max_tokens_per_rank=max(num_tokens) if num_max_tokens is None else num_max_tokens,
+            hidden=hidden,
+            num_experts=experts,
+            top_k=top_k,
+            dtype=DTYPES[dtype],
+            num_iterations=iterations,
+            num_warmup=warmup,
+            seed=seed,
+        )
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from e
+    try:
+        run_op_bench(settings, json_path, console)
+    except RankFailed as e:
+        console.print(f"bench op failed: {e}", style="red", markup=False)
+        raise typer.Exit(1) from e
+
+
+def _parse_tokens(lists: list[str]) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for text in lists for number in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"tokens is {','.join(lists)!r}, expected numbers such as 1,16,64"
+        ) from None

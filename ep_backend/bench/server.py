@@ -1,0 +1,194 @@
+"""Inference servers as child processes: started, watched, and ended with all their children."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+RUN_VARIABLE = "EP_BACKEND_RUN_ID"
+"""Marks every process of a server, so that none can be overlooked when it ends."""
+START_TIMEOUT_SECS = 300.0
+STOP_TIMEOUT_SECS = 20.0
+LOG_TAIL_LINES = 40
+
+
+class ServerFailed(RuntimeError):
+    """A server ended, or did not get ready; the text holds the end of its log."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers."""
+
+    base_url: str
+    log: Path
+    start_secs: float
+
+
+def vllm_command(
+    model: Path, *, num_ranks: int, backend: str | None, max_num_batched_tokens: int
+) -> list[str]:
+    """`vllm serve` for a CPU in float32: one rank, or `num_ranks` data-parallel ranks that share
+    the experts through `backend`."""
+    command = [
+        str(Path(sys.executable).parent / "vllm"),
+        "serve",
+        str(model),
+        *("--dtype", "float32"),
+        *("--max-model-len", "512"),
+        *("--max-num-seqs", "16"),
+        *("--max-num-batched-tokens", str(max_num_batched_tokens)),
+        "--enforce-eager",
+        "--no-enable-prefix-caching",
+        *("--api-server-count", "1"),
+    ]
+    if num_ranks > 1:
+        assert backend is not None
+        command += ["--data-parallel-size", str(num_ranks)]
+        command += ["--enable-expert-parallel", "--all2all-backend", backend]
+    return command
+
+
+VLLM_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes half of the machine for each rank
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+}
+
+
+def core_binding(num_ranks: int) -> str:
+    """`VLLM_CPU_OMP_THREADS_BIND` with a core for each rank, in turn. Left to itself, vLLM binds
+    every data-parallel rank of a host with one NUMA node to the same core."""
+    cores = sorted(os.sched_getaffinity(0))
+    return "|".join(str(cores[rank % len(cores)]) for rank in range(num_ranks))
+
+
+@contextlib.asynccontextmanager
+async def running_server(
+    command: Sequence[str],
+    log: Path,
+    *,
+    environment: dict[str, str],
+    on_wait: Callable[[float], None] = lambda seconds: None,
+    start_timeout_secs: float = START_TIMEOUT_SECS,
+) -> AsyncIterator[Server]:
+    """Starts `command` on a free port of the loopback interface, waits until it is healthy, and at
+    the end of the block ends it and everything it has started, also on Ctrl-C or an error.
+
+    Args:
+        command: a server that takes `--host` and `--port` and answers `/health`.
+        log: receives its output.
+        on_wait: called about twice a second with the seconds waited.
+
+    Raises:
+        ServerFailed: it ended before it was healthy, or took longer than `start_timeout_secs`.
+    """
+    port = _free_port()
+    run_id = secrets.token_hex(8)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | environment | {RUN_VARIABLE: run_id},
+            start_new_session=True,  # Ctrl-C comes to us alone: we end it in order
+        )
+    try:
+        base_url = f"http://127.0.0.1:{port}"
+        start_secs = await _wait_healthy(process, base_url, log, on_wait, start_timeout_secs)
+        yield Server(base_url, log, start_secs)
+        if process.poll() is not None:
+            raise ServerFailed(f"the server ended by itself ({process.returncode}).{_tail(log)}")
+    finally:
+        _stop(process, run_id)
+
+
+async def _wait_healthy(
+    process: subprocess.Popen,
+    base_url: str,
+    log: Path,
+    on_wait: Callable[[float], None],
+    timeout_secs: float,
+) -> float:
+    begin = time.monotonic()
+    async with httpx.AsyncClient(base_url=base_url, timeout=5.0, trust_env=False) as client:
+        while (seconds := time.monotonic() - begin) < timeout_secs:
+            if process.poll() is not None:
+                raise ServerFailed(
+                    f"the server ended at start-up with code {process.returncode}.{_tail(log)}"
+                )
+            with contextlib.suppress(httpx.TransportError):
+                if (await client.get("/health")).status_code == 200:
+                    return seconds
+            on_wait(seconds)
+            await asyncio.sleep(0.5)
+    raise ServerFailed(f"the server was not healthy after {timeout_secs:.0f} s.{_tail(log)}")
+
+
+def _stop(process: subprocess.Popen, run_id: str) -> None:
+    """Ends the server and all its children. Another Ctrl-C meanwhile does not interrupt that."""
+    if threading.current_thread() is not threading.main_thread():
+        _end_processes(process, run_id)
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        _end_processes(process, run_id)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _end_processes(process: subprocess.Popen, run_id: str) -> None:
+    """SIGTERM, then SIGKILL to whatever still carries the run's mark."""
+    if process.poll() is None:
+        process.terminate()
+    deadline = time.monotonic() + STOP_TIMEOUT_SECS
+    while time.monotonic() < deadline:
+        process.poll()
+        if not processes_of_run(run_id):
+            return
+        time.sleep(0.1)
+    for pid in processes_of_run(run_id):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def processes_of_run(run_id: str) -> list[int]:
+    """Ids of the living processes that were started with this mark in their environment."""
+    mark = f"{RUN_VARIABLE}={run_id}".encode()
+    pids = []
+    for directory in Path("/proc").iterdir():
+        if not directory.name.isdigit():
+            continue
+        # Gone in between, or not ours: not a process of this run. A zombie has no environment.
+        with contextlib.suppress(OSError):
+            if mark in (directory / "environ").read_bytes().split(b"\0"):
+                pids.append(int(directory.name))
+    return pids
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+    return f" The end of {log}:\n" + "\n".join(lines)

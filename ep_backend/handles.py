@@ -1,0 +1,118 @@
+"""What operations return: results, the handle that ties a combine to its dispatch, receive hooks.
+
+R ranks, M num_max_tokens_per_rank, L local experts, S = R * M, H hidden, K top_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ep_backend.errors import OrderError
+
+if TYPE_CHECKING:
+    from ep_backend.low_latency import LowLatencyBuffer
+
+
+@dataclass(frozen=True)
+class OpCounters:
+    """What one kind of operation has done on a buffer since its creation."""
+
+    num_ops: int
+    num_rows: int
+    """Tokens read by a dispatch send, messages by its hook, partial rows by a combine."""
+    total_ns: int
+    wait_ns: int
+    """Part of `total_ns` spent waiting for peers."""
+
+
+class DispatchHandle:
+    """Where every received row came from; what `combine` needs. Filled by the dispatch hook.
+
+    It owns its memory: it may be kept, and used for more than one combine.
+
+    Attributes:
+        epoch: number of the dispatch on its buffer.
+        num_tokens: T of this dispatch on this rank.
+        is_received: the dispatch hook has returned.
+    """
+
+    def __init__(self, buffer: LowLatencyBuffer, num_tokens: int) -> None:
+        self.buffer = buffer
+        self.num_tokens = num_tokens
+        self.epoch = 0  # until the send has succeeded
+        self.is_received = False
+        num_ranks = buffer.group.num_ranks
+        num_slots = num_ranks * buffer.num_max_tokens_per_rank
+        # One allocation: this runs in every layer of every step.
+        self._sizes = (num_tokens, num_ranks, 4 * num_slots, 2 * num_slots * buffer.top_k)
+        self.storage = torch.empty(sum(self._sizes), dtype=torch.int32)
+
+    @property
+    def num_partials(self) -> torch.Tensor:
+        """`[T]` int32: how many ranks answer for each of this rank's tokens."""
+        return self.storage[: self.num_tokens]
+
+    @property
+    def num_messages(self) -> torch.Tensor:
+        """`[R]` int32: messages received from each rank."""
+        return self.storage.split(self._sizes)[1]
+
+    @property
+    def messages(self) -> torch.Tensor:
+        """`[R * M, 4]` int32, source by source: token, outcome slot, first entry, entries."""
+        return self.storage.split(self._sizes)[2].view(-1, 4)
+
+    @property
+    def entries(self) -> torch.Tensor:
+        """`[R * M * K, 2]` int32: row of `recv_x` as `[L * S, H]`, bits of a float32 weight."""
+        return self.storage.split(self._sizes)[3].view(-1, 2)
+
+    def pointers(self) -> tuple[int, int, int, int]:
+        """Addresses of `num_partials`, `num_messages`, `messages` and `entries`."""
+        num_partials = self.storage.data_ptr()
+        num_messages = num_partials + 4 * self._sizes[0]
+        messages = num_messages + 4 * self._sizes[1]
+        return num_partials, num_messages, messages, messages + 4 * self._sizes[2]
+
+
+@dataclass(eq=False)
+class DispatchResult:
+    """What a dispatch brings; contents are valid once its hook has returned.
+
+    `recv_x` is a bank of the buffer: it is overwritten by the hook of the dispatch `num_banks`
+    later. Copy it to keep it longer.
+    """
+
+    handle: DispatchHandle
+    recv_x: torch.Tensor
+    """`[L, S, H]`: expert `e`'s tokens in rows `0 .. num_recv_tokens_per_expert[e] - 1`, ordered by
+    source rank, then token. Rows behind them hold anything."""
+    num_recv_tokens_per_expert: torch.Tensor
+    """`[L]` int32."""
+
+
+class RecvHook:
+    """Receives what the matching send started. Call it once; any thread may.
+
+    Raises (when called):
+        OrderError: called twice, or before the hook of an earlier operation of the same phase.
+        PeerTimeout: a peer's data did not come in time.
+    """
+
+    def __init__(self, name: str, receive: Callable[[], None]) -> None:
+        self._name = name
+        self._receive = receive
+        self._is_done = False
+
+    def __call__(self) -> None:
+        if self._is_done:
+            raise OrderError(f"the hook of {self._name} was called twice. Call each hook once.")
+        self._receive()
+        self._is_done = True
+
+    def __repr__(self) -> str:
+        return f"<RecvHook of {self._name}, {'done' if self._is_done else 'pending'}>"

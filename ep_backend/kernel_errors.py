@@ -1,0 +1,45 @@
+"""From a kernel's status and flight record to an exception with a text one can act on."""
+
+from __future__ import annotations
+
+from ep_backend._native import Half, OpResult, Status
+from ep_backend.errors import OrderError, PeerTimeout, ProtocolError
+
+
+def exception_for(result: OpResult, num_experts: int) -> Exception:
+    """The exception for a status other than OK."""
+    if result.status == Status.BAD_EXPERT:
+        return ValueError(
+            f"topk_idx[{result.token}, {result.k}] is {result.expert}, expected -1 (not routed) or "
+            f"an expert in 0..{num_experts - 1}. Nothing was sent."
+        )
+    record = result.record
+    phase, half = record.phase.name.lower(), record.half.name.lower()
+    where = f"{phase} {half} {record.epoch} on rank {record.self_rank}"
+    if result.status == Status.TIMEOUT:
+        what = "credit" if record.half == Half.SEND else "data"
+        waited_secs = record.waited_ns / 1e9
+        return PeerTimeout(
+            f"{where}: the {what} of rank {record.peer_rank} did not come within "
+            f"{waited_secs:.1f} s (expected epoch {record.expected}, saw {record.seen}). That rank "
+            "is dead, late, or has issued other operations than this one. This buffer stays "
+            "failed: create a new one.",
+            {
+                "self_rank": record.self_rank,
+                "peer_rank": record.peer_rank,
+                "phase": phase,
+                "half": half,
+                "epoch": record.epoch,
+                "expected": record.expected,
+                "seen": record.seen,
+                "waited_secs": waited_secs,
+            },
+        )
+    if result.status in (Status.NEWER_EPOCH, Status.CORRUPT):
+        return ProtocolError(
+            f"{where}: memory written by rank {record.peer_rank} contradicts its signal "
+            f"({result.status.name}: expected {record.expected}, saw {record.seen}). The ranks "
+            "have issued different operations, or memory was overwritten. This buffer stays "
+            "failed: create a new one."
+        )
+    return OrderError(f"{where} may not start now ({result.status.name}).")

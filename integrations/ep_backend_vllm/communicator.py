@@ -1,0 +1,115 @@
+"""The all-to-all manager of an expert-parallel group: it owns our buffers."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from ep_backend import Group, LowLatencyBuffer
+from ep_backend_vllm.backends import BACKENDS
+from ep_backend_vllm.patching import require, require_parameters
+
+TIMEOUT_VARIABLE = "EP_BACKEND_TIMEOUT_SECS"
+# An engine's ranks may be apart by a compilation or a slow first step.
+DEFAULT_TIMEOUT_SECS = 120.0
+
+PLACE = "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase"
+
+
+def install() -> None:
+    from vllm.distributed.device_communicators import base_device_communicator as base
+
+    require_parameters(base.DeviceCommunicatorBase.__init__, PLACE, "cpu_group", "unique_name")
+    require(hasattr(base, "All2AllManagerBase"), base.__name__, "lacks All2AllManagerBase")
+    _decline_stock_managers(base.DeviceCommunicatorBase)
+    for communicator in _device_communicators():
+        _attach_our_manager(communicator)
+
+
+def _device_communicators() -> list[type]:
+    """The communicators our kernels can serve, as far as this vLLM can import them."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return [CpuCommunicator]
+    from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
+
+    return [CpuCommunicator, CudaCommunicator]
+
+
+def _decline_stock_managers(base: Any) -> None:
+    """Device communicators build a manager for `use_all2all`, and refuse names they do not know.
+    For our names they are told that there is nothing to build."""
+    original = base.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        require(
+            hasattr(self, "use_all2all") and hasattr(self, "all2all_backend"),
+            PLACE,
+            "does not set use_all2all and all2all_backend",
+        )
+        self._wants_ep_backend = self.use_all2all and self.all2all_backend in BACKENDS
+        if self._wants_ep_backend:
+            self.use_all2all = False
+
+    base.__init__ = init
+
+
+def _attach_our_manager(communicator: Any) -> None:
+    original = communicator.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self._wants_ep_backend:
+            self.use_all2all = True
+            self.all2all_manager = make_manager(self.cpu_group, self.all2all_backend)
+
+    communicator.__init__ = init
+
+
+def make_manager(cpu_group: Any, backend: str) -> Any:
+    """The manager that vLLM asks for buffers; `cpu_group` is the group's gloo process group."""
+    from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase
+    from vllm.logger import init_logger
+
+    logger = init_logger("vllm.ep_backend")
+
+    class EPBackendManager(All2AllManagerBase):
+        def __init__(self) -> None:
+            super().__init__(cpu_group)
+            self.group = Group.from_process_group(cpu_group)
+            self.buffers: dict[tuple, LowLatencyBuffer] = {}
+            logger.info(
+                "ep_backend: %s on rank %d of %d",
+                backend,
+                self.group.self_rank,
+                self.group.num_ranks,
+            )
+
+        def get_handle(self, kwargs: dict[str, Any]) -> LowLatencyBuffer:
+            """The buffer for these shapes, shared by all layers that have them. Collective."""
+            key = tuple(sorted(kwargs.items()))
+            if key not in self.buffers:
+                timeout = float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_SECS))
+                buffer = LowLatencyBuffer(self.group, timeout_secs=timeout, **kwargs)
+                self.buffers[key] = buffer
+                logger.info(
+                    "ep_backend: buffer for %s, %.1f MiB a rank",
+                    ", ".join(f"{name}={value}" for name, value in key),
+                    buffer.num_symmetric_bytes / 2**20,
+                )
+            return self.buffers[key]
+
+        def max_sms_used(self) -> int | None:
+            return 0  # transfers run on the CPU
+
+        def destroy(self) -> None:
+            while self.buffers:
+                self.buffers.popitem()[1].close()
+
+    return EPBackendManager()

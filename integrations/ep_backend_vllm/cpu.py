@@ -1,0 +1,71 @@
+"""What vLLM lacks on a CPU to serve the low-latency format. Does nothing on other platforms.
+
+vLLM's own CPU experts take token-major input only, so a small class for the batched format is added
+to the classes that vLLM chooses from; its own filter then picks by format.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from ep_backend_vllm.patching import rebind_everywhere, require
+
+
+def install() -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    _add_batched_experts()
+    _keep_exchange_out_of_graphs()
+
+
+def _add_batched_experts() -> None:
+    from vllm.model_executor.layers.fused_moe.oracle import unquantized
+
+    place = "vllm.model_executor.layers.fused_moe.oracle.unquantized"
+    original = getattr(unquantized, "backend_to_kernel_cls", None)
+    backends = getattr(unquantized, "UnquantizedMoeBackend", None)
+    require(callable(original), place, "lacks backend_to_kernel_cls")
+    require(hasattr(backends, "CPU"), place, "lacks UnquantizedMoeBackend.CPU")
+    assert original is not None
+    assert backends is not None
+
+    @functools.wraps(original)
+    def backend_to_kernel_cls(backend: Any) -> list[type]:
+        classes = original(backend)
+        if backend == backends.CPU:
+            from ep_backend_vllm.cpu_experts import BatchedCPUExperts
+
+            return [*classes, BatchedCPUExperts]
+        return classes
+
+    rebind_everywhere(original, backend_to_kernel_cls)
+
+
+def _keep_exchange_out_of_graphs() -> None:
+    """On a CPU, vLLM lets torch.compile trace into the MoE layer; an exchange with other processes
+    cannot be traced. For our backends the layer stays an opaque custom op, as it is on GPUs."""
+    from vllm.model_executor.layers.fused_moe.runner import moe_runner
+
+    from ep_backend_vllm.backends import BACKENDS
+
+    place = "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner"
+    runner = getattr(moe_runner, "MoERunner", None)
+    require(hasattr(runner, "_select_forward"), place, "lacks _select_forward")
+    assert runner is not None
+    original = runner._select_forward
+
+    @functools.wraps(original)
+    def select_forward(self: Any) -> Any:
+        import torch
+
+        parallel = self.moe_config.moe_parallel_config
+        if not (parallel.use_all2all_kernels and parallel.all2all_backend in BACKENDS):
+            return original(self)
+        if self._shared_experts is None:
+            return torch.ops.vllm.moe_forward
+        return torch.ops.vllm.moe_forward_shared
+
+    runner._select_forward = select_forward

@@ -1,0 +1,47 @@
+"""vLLM's prepare/finalize factory answers for our backends."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from ep_backend_vllm.backends import LOW_LATENCY
+from ep_backend_vllm.patching import rebind_everywhere, require, require_parameters
+
+PLACE = "vllm.model_executor.layers.fused_moe.all2all_utils.maybe_make_prepare_finalize"
+
+
+def install() -> None:
+    from vllm.model_executor.layers.fused_moe import all2all_utils
+
+    original = getattr(all2all_utils, "maybe_make_prepare_finalize", None)
+    require(callable(original), PLACE, "does not exist")
+    assert original is not None
+    require_parameters(original, PLACE, "moe", "quant_config")
+
+    @functools.wraps(original)
+    def maybe_make_prepare_finalize(moe: Any, *args: Any, **kwargs: Any) -> Any:
+        parallel = moe.moe_parallel_config
+        if parallel.use_all2all_kernels and parallel.all2all_backend == LOW_LATENCY:
+            return _make_low_latency(moe)
+        return original(moe, *args, **kwargs)
+
+    rebind_everywhere(original, maybe_make_prepare_finalize)
+
+
+def _make_low_latency(moe: Any) -> Any:
+    from vllm.distributed import get_ep_group
+
+    from ep_backend_vllm.low_latency import LowLatencyPrepareAndFinalize
+
+    communicator = get_ep_group().device_communicator
+    buffer = communicator.all2all_manager.get_handle(
+        {
+            "num_max_tokens_per_rank": moe.max_num_tokens,
+            "hidden": moe.hidden_dim,
+            "num_experts": moe.num_experts,
+            "top_k": moe.experts_per_token,
+            "dtype": moe.in_dtype,
+        }
+    )
+    return LowLatencyPrepareAndFinalize(buffer)
