@@ -20,6 +20,7 @@ import httpx
 
 RUN_VARIABLE = "EP_BACKEND_RUN_ID"
 """Marks every process of a server, so that none can be overlooked when it ends."""
+SHM_DIR = Path("/dev/shm")
 START_TIMEOUT_SECS = 300.0
 STOP_TIMEOUT_SECS = 20.0
 LOG_TAIL_LINES = 40
@@ -155,18 +156,36 @@ def _stop(process: subprocess.Popen, run_id: str) -> None:
 
 def _end_processes(process: subprocess.Popen, run_id: str) -> None:
     """SIGTERM, then SIGKILL to whatever still carries the run's mark."""
+    segments = _mapped_segments(processes_of_run(run_id))
     if process.poll() is None:
         process.terminate()
     deadline = time.monotonic() + STOP_TIMEOUT_SECS
-    while time.monotonic() < deadline:
+    while (pids := processes_of_run(run_id)) and time.monotonic() < deadline:
+        segments |= _mapped_segments(pids)
         process.poll()
-        if not processes_of_run(run_id):
-            return
         time.sleep(0.1)
-    for pid in processes_of_run(run_id):
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
+    # vLLM leaves message queues and semaphores behind when it is ended during start-up.
+    for path in SHM_DIR.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino in segments:
+                path.unlink()
+
+
+def _mapped_segments(pids: Sequence[int]) -> set[int]:
+    """Inodes in /dev/shm that these processes have mapped. Not names: glibc maps a semaphore under
+    a temporary one."""
+    inodes = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                _range, _mode, _offset, _device, inode, *path = line.split(maxsplit=5)
+                if path and path[0].startswith(f"{SHM_DIR}/"):
+                    inodes.add(int(inode))
+    return inodes
 
 
 def processes_of_run(run_id: str) -> list[int]:

@@ -23,6 +23,9 @@ def register() -> None:
     # Imported here: the package must be importable where vLLM is not installed.
     from ep_backend_vllm import communicator, config, cpu, kernels, tracing
 
-    for part in (config, communicator, kernels, cpu, tracing):
+    parts = (config, communicator, kernels, cpu, tracing)
+    for part in parts:  # all of them first: a half-applied plugin would be worse than none
+        part.check()
+    for part in parts:
         part.install()
     _is_registered = True

@@ -17,11 +17,16 @@ DEFAULT_TIMEOUT_SECS = 120.0
 PLACE = "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase"
 
 
-def install() -> None:
+def check() -> None:
     from vllm.distributed.device_communicators import base_device_communicator as base
 
     require_parameters(base.DeviceCommunicatorBase.__init__, PLACE, "cpu_group", "unique_name")
     require(hasattr(base, "All2AllManagerBase"), base.__name__, "lacks All2AllManagerBase")
+
+
+def install() -> None:
+    from vllm.distributed.device_communicators import base_device_communicator as base
+
     _decline_stock_managers(base.DeviceCommunicatorBase)
     for communicator in _device_communicators():
         _attach_our_manager(communicator)

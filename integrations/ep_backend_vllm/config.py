@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from ep_backend_vllm.backends import BACKENDS, LOW_LATENCY
@@ -10,6 +11,32 @@ from ep_backend_vllm.patching import require
 
 FIELD = "all2all_backend"
 PLACE = "vllm.config.parallel.ParallelConfig"
+
+
+def check() -> None:
+    from vllm.config.parallel import ParallelConfig
+    from vllm.engine import arg_utils
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
+
+    fields = {field.name: field for field in dataclasses.fields(ParallelConfig)}
+    require(FIELD in fields, PLACE, f"has no field {FIELD!r}")
+    choices = get_args(fields[FIELD].type)
+    require(
+        "allgather_reducescatter" in choices, f"{PLACE}.{FIELD}", f"is not a Literal: {choices}"
+    )
+    require(hasattr(ParallelConfig, "__pydantic_fields__"), PLACE, "is not a pydantic dataclass")
+    require(
+        hasattr(getattr(arg_utils, "_compute_kwargs", None), "cache_clear"),
+        "vllm.engine.arg_utils._compute_kwargs",
+        "is not a cached function",
+    )
+    for cls, name in (
+        (ParallelConfig, "use_sequence_parallel_moe"),
+        (ParallelConfig, "use_batched_dp_moe"),
+        (FusedMoEParallelConfig, "use_batched_activation_format"),
+    ):
+        is_property = isinstance(getattr(cls, name, None), property)
+        require(is_property, f"{cls.__module__}.{cls.__name__}", f"lacks the property {name!r}")
 
 
 def install() -> None:
@@ -22,38 +49,23 @@ def install() -> None:
     _extend_property(FusedMoEParallelConfig, "use_batched_activation_format", _is_batched)
 
 
-def _add_choices(parallel_config: type) -> None:
+def _add_choices(parallel_config: Any) -> None:
     """Extends the Literal that both the parser and pydantic read."""
     from pydantic.dataclasses import rebuild_dataclass
     from vllm.engine import arg_utils
 
-    fields = {field.name: field for field in dataclasses.fields(parallel_config)}
-    require(FIELD in fields, PLACE, f"has no field {FIELD!r}")
-    choices = get_args(fields[FIELD].type)
-    require(
-        "allgather_reducescatter" in choices, f"{PLACE}.{FIELD}", f"is not a Literal: {choices}"
-    )
-    require(hasattr(parallel_config, "__pydantic_fields__"), PLACE, "is not a pydantic dataclass")
-    require(
-        hasattr(getattr(arg_utils, "_compute_kwargs", None), "cache_clear"),
-        "vllm.engine.arg_utils._compute_kwargs",
-        "is not a cached function",
-    )
-    extended: Any = Literal[choices + BACKENDS]
+    field = parallel_config.__dataclass_fields__[FIELD]
+    extended: Any = Literal[get_args(field.type) + BACKENDS]
+    field.type = extended
     parallel_config.__annotations__[FIELD] = extended
-    fields[FIELD].type = extended
-    parallel_config.__pydantic_fields__[FIELD].annotation = extended  # type: ignore[attr-defined]
+    parallel_config.__pydantic_fields__[FIELD].annotation = extended
     rebuild_dataclass(parallel_config, force=True)
     arg_utils._compute_kwargs.cache_clear()
 
 
-def _extend_property(cls: type, name: str, also: Any) -> None:
-    original = cls.__dict__.get(name)
-    require(isinstance(original, property), f"{cls.__module__}.{cls.__name__}", f"lacks {name!r}")
-    assert isinstance(original, property)
-    getter = original.fget
-    assert getter is not None
-    setattr(cls, name, property(lambda self: getter(self) or also(self), doc=original.__doc__))
+def _extend_property(cls: Any, name: str, also: Callable[[Any], bool]) -> None:
+    original = getattr(cls, name)
+    setattr(cls, name, property(lambda self: original.fget(self) or also(self)))
 
 
 def _needs_sequence_parallel(config: Any) -> bool:

@@ -9,7 +9,25 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from ep_backend_vllm.backends import BACKENDS
 from ep_backend_vllm.patching import rebind_everywhere, require
+
+ORACLE = "vllm.model_executor.layers.fused_moe.oracle.unquantized"
+RUNNER = "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner"
+
+
+def check() -> None:
+    from vllm.model_executor.layers.fused_moe.oracle import unquantized
+    from vllm.model_executor.layers.fused_moe.runner import moe_runner
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    require(hasattr(unquantized, "backend_to_kernel_cls"), ORACLE, "lacks backend_to_kernel_cls")
+    backends = getattr(unquantized, "UnquantizedMoeBackend", None)
+    require(hasattr(backends, "CPU"), ORACLE, "lacks UnquantizedMoeBackend.CPU")
+    runner = getattr(moe_runner, "MoERunner", None)
+    require(hasattr(runner, "_select_forward"), RUNNER, "lacks _select_forward")
 
 
 def install() -> None:
@@ -24,18 +42,12 @@ def install() -> None:
 def _add_batched_experts() -> None:
     from vllm.model_executor.layers.fused_moe.oracle import unquantized
 
-    place = "vllm.model_executor.layers.fused_moe.oracle.unquantized"
-    original = getattr(unquantized, "backend_to_kernel_cls", None)
-    backends = getattr(unquantized, "UnquantizedMoeBackend", None)
-    require(callable(original), place, "lacks backend_to_kernel_cls")
-    require(hasattr(backends, "CPU"), place, "lacks UnquantizedMoeBackend.CPU")
-    assert original is not None
-    assert backends is not None
+    original = unquantized.backend_to_kernel_cls
 
     @functools.wraps(original)
     def backend_to_kernel_cls(backend: Any) -> list[type]:
         classes = original(backend)
-        if backend == backends.CPU:
+        if backend == unquantized.UnquantizedMoeBackend.CPU:
             from ep_backend_vllm.cpu_experts import BatchedCPUExperts
 
             return [*classes, BatchedCPUExperts]
@@ -47,20 +59,13 @@ def _add_batched_experts() -> None:
 def _keep_exchange_out_of_graphs() -> None:
     """On a CPU, vLLM lets torch.compile trace into the MoE layer; an exchange with other processes
     cannot be traced. For our backends the layer stays an opaque custom op, as it is on GPUs."""
-    from vllm.model_executor.layers.fused_moe.runner import moe_runner
+    import torch
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-    from ep_backend_vllm.backends import BACKENDS
-
-    place = "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner"
-    runner = getattr(moe_runner, "MoERunner", None)
-    require(hasattr(runner, "_select_forward"), place, "lacks _select_forward")
-    assert runner is not None
-    original = runner._select_forward
+    original = MoERunner._select_forward
 
     @functools.wraps(original)
     def select_forward(self: Any) -> Any:
-        import torch
-
         parallel = self.moe_config.moe_parallel_config
         if not (parallel.use_all2all_kernels and parallel.all2all_backend in BACKENDS):
             return original(self)
@@ -68,4 +73,4 @@ def _keep_exchange_out_of_graphs() -> None:
             return torch.ops.vllm.moe_forward
         return torch.ops.vllm.moe_forward_shared
 
-    runner._select_forward = select_forward
+    MoERunner._select_forward = select_forward

@@ -11,13 +11,17 @@ from ep_backend_vllm.patching import rebind_everywhere, require, require_paramet
 PLACE = "vllm.model_executor.layers.fused_moe.all2all_utils.maybe_make_prepare_finalize"
 
 
+def check() -> None:
+    from vllm.model_executor.layers.fused_moe import all2all_utils
+
+    require(hasattr(all2all_utils, "maybe_make_prepare_finalize"), PLACE, "does not exist")
+    require_parameters(all2all_utils.maybe_make_prepare_finalize, PLACE, "moe", "quant_config")
+
+
 def install() -> None:
     from vllm.model_executor.layers.fused_moe import all2all_utils
 
-    original = getattr(all2all_utils, "maybe_make_prepare_finalize", None)
-    require(callable(original), PLACE, "does not exist")
-    assert original is not None
-    require_parameters(original, PLACE, "moe", "quant_config")
+    original = all2all_utils.maybe_make_prepare_finalize
 
     @functools.wraps(original)
     def maybe_make_prepare_finalize(moe: Any, *args: Any, **kwargs: Any) -> Any:

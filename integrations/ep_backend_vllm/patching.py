@@ -1,7 +1,7 @@
 """How this package changes vLLM: every target is checked before it is touched.
 
 vLLM has no registry for all-to-all backends, so a few of its functions are wrapped. A check that
-fails stops the process with a text that names the place; a half-applied plugin would be worse.
+fails stops the process with a text that names the place.
 """
 
 from __future__ import annotations

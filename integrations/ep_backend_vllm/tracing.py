@@ -17,15 +17,21 @@ from ep_backend_vllm.patching import rebind_everywhere, require, require_paramet
 PLACE = "vllm.forward_context.set_forward_context"
 
 
+def check() -> None:
+    if not os.environ.get(TRACE_DIR_VARIABLE):
+        return
+    from vllm import forward_context
+
+    require(hasattr(forward_context, "set_forward_context"), PLACE, "does not exist")
+    require_parameters(forward_context.set_forward_context, PLACE, "num_tokens")
+
+
 def install() -> None:
     if not os.environ.get(TRACE_DIR_VARIABLE):
         return
     from vllm import forward_context
 
-    original = getattr(forward_context, "set_forward_context", None)
-    require(callable(original), PLACE, "does not exist")
-    assert original is not None
-    require_parameters(original, PLACE, "num_tokens")
+    original = forward_context.set_forward_context
 
     @functools.wraps(original)
     @contextmanager

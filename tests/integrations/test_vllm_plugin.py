@@ -1,0 +1,259 @@
+"""The plugin against vLLM's real classes: the flag, the guards, and the real modular MoE kernel."""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+import ep_backend_vllm
+from ep_backend_vllm import communicator, config, cpu, kernels, tracing
+from ep_backend_vllm.backends import BACKENDS, LOW_LATENCY
+from ep_backend_vllm.patching import UnsupportedVLLM
+
+from ep_backend import Group, LowLatencyBuffer, virtual_world
+
+NUM_RANKS, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, MAX_TOKENS = 2, 6, 2, 64, 32, 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered() -> None:
+    ep_backend_vllm.register()
+    ep_backend_vllm.register()  # idempotent: vLLM calls it in every process, sometimes twice
+
+
+def test_flag_is_a_choice_of_the_real_parser() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    for backend in BACKENDS:
+        assert parser.parse_args(["--all2all-backend", backend]).all2all_backend == backend
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--all2all-backend", "ep_backend_typo"])
+
+
+def test_config_accepts_the_backend_and_still_refuses_unknown_ones() -> None:
+    from vllm.config.parallel import ParallelConfig
+
+    accepted = ParallelConfig(all2all_backend=LOW_LATENCY)
+    assert pickle.loads(pickle.dumps(accepted)).all2all_backend == LOW_LATENCY
+    with pytest.raises(ValueError, match="ep_backend_typo"):
+        ParallelConfig(all2all_backend="ep_backend_typo")
+
+
+@pytest.mark.parametrize(
+    ("backend", "dp", "ep", "tp", "batched_dp", "sequence_parallel"),
+    [
+        (LOW_LATENCY, 2, True, 1, True, False),
+        (LOW_LATENCY, 2, True, 2, True, True),
+        (LOW_LATENCY, 2, False, 2, False, False),
+        (LOW_LATENCY, 1, True, 2, False, False),
+        ("allgather_reducescatter", 2, True, 1, False, False),
+        ("allgather_reducescatter", 2, True, 2, False, True),
+        ("deepep_low_latency", 2, True, 1, True, False),
+    ],
+)
+def test_name_tests_of_vllm_know_the_backend(
+    backend: str, dp: int, ep: bool, tp: int, batched_dp: bool, sequence_parallel: bool
+) -> None:
+    from vllm.config.parallel import ParallelConfig
+
+    parallel = ParallelConfig(all2all_backend=backend)
+    parallel.data_parallel_size = dp
+    parallel.enable_expert_parallel = ep
+    parallel.tensor_parallel_size = tp
+    assert parallel.use_batched_dp_moe == batched_dp
+    assert parallel.use_sequence_parallel_moe == sequence_parallel
+
+
+@pytest.mark.parametrize(
+    ("part", "target"),
+    [
+        (config, "vllm.config.parallel.ParallelConfig.use_batched_dp_moe"),
+        (config, "vllm.engine.arg_utils._compute_kwargs"),
+        (
+            communicator,
+            "vllm.distributed.device_communicators.base_device_communicator.All2AllManagerBase",
+        ),
+        (kernels, "vllm.model_executor.layers.fused_moe.all2all_utils.maybe_make_prepare_finalize"),
+        (cpu, "vllm.model_executor.layers.fused_moe.oracle.unquantized.backend_to_kernel_cls"),
+        (
+            cpu,
+            "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner._select_forward",
+        ),
+        (tracing, "vllm.forward_context.set_forward_context"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_vanished_target_stops_the_plugin_with_the_supported_versions(
+    part: SimpleNamespace, target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    monkeypatch.setenv("EP_BACKEND_TRACE_DIR", str(tmp_path))
+    monkeypatch.delattr(target)
+    with pytest.raises(UnsupportedVLLM, match=r"Supported: vLLM 0\.26 to 0\.33") as caught:
+        part.check()
+    assert target.rsplit(".", 1)[1] in str(caught.value)
+
+
+def test_adapter_implements_all_that_vllm_declares_abstract() -> None:
+    from ep_backend_vllm.cpu_experts import BatchedCPUExperts
+    from ep_backend_vllm.low_latency import LowLatencyPrepareAndFinalize
+
+    assert not LowLatencyPrepareAndFinalize.__abstractmethods__
+    assert not BatchedCPUExperts.__abstractmethods__
+
+
+def test_vllm_chooses_our_experts_for_the_batched_format_only() -> None:
+    import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+    from vllm.model_executor.layers.fused_moe.oracle import unquantized
+
+    classes = unquantized.backend_to_kernel_cls(unquantized.UnquantizedMoeBackend.CPU)
+    batched = [
+        cls
+        for cls in classes
+        if cls.activation_format() == mk.FusedMoEActivationFormat.BatchedExperts
+    ]
+    assert [cls.__name__ for cls in batched] == ["BatchedCPUExperts"]
+    assert len(classes) > 1, "vLLM's own classes are still offered"
+
+
+def test_real_modular_kernel_equals_the_dense_layer() -> None:
+    """FusedMoEKernel, our adapter and our experts on two ranks against a per-token loop."""
+    generator = torch.Generator().manual_seed(0)
+    w1 = torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator) / HIDDEN**0.5
+    w2 = torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=generator) / INTERMEDIATE**0.5
+    batches = [_batch(generator, num_tokens) for num_tokens in (5, 0)]
+
+    def rank_main(group: Group) -> torch.Tensor:
+        return _run_layer(group, w1, w2, *batches[group.self_rank])
+
+    outs = virtual_world(NUM_RANKS).run(rank_main)
+    for out, (x, ids, weights) in zip(outs, batches, strict=True):
+        torch.testing.assert_close(out, _dense_layer(x, ids, weights, w1, w2))
+
+
+def test_shared_experts_run_between_the_combine_and_its_hook() -> None:
+    generator = torch.Generator().manual_seed(1)
+    w1 = torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator)
+    w2 = torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=generator)
+    batch = _batch(generator, 3)
+    seen: list[tuple[int, int]] = []
+
+    def rank_main(group: Group) -> None:
+        def watch(buffer: LowLatencyBuffer) -> None:
+            counters = buffer.counters()
+            seen.append((counters["combine_send"].num_ops, counters["combine_recv"].num_ops))
+
+        _run_layer(group, w1, w2, *batch, shared_experts=watch)
+
+    virtual_world(1).run(rank_main)
+    assert seen == [(1, 0)], "the send had happened, the hook had not"
+
+
+def _batch(
+    generator: torch.Generator, num_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = torch.randn(num_tokens, HIDDEN, generator=generator)
+    scores = torch.rand(num_tokens, NUM_EXPERTS, generator=generator)
+    weights, ids = scores.topk(TOP_K, dim=-1)
+    return x, ids.to(torch.int32), weights
+
+
+def _dense_layer(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor
+) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    for token in range(x.shape[0]):
+        for k in range(TOP_K):
+            expert = int(ids[token, k])
+            gate, up = (w1[expert] @ x[token]).chunk(2)
+            out[token] += weights[token, k] * (w2[expert] @ (torch.nn.functional.silu(gate) * up))
+    return out
+
+
+def _run_layer(
+    group: Group,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    shared_experts: object = None,
+) -> torch.Tensor:
+    from ep_backend_vllm.cpu_experts import BatchedCPUExperts
+    from ep_backend_vllm.low_latency import LowLatencyPrepareAndFinalize
+    from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
+
+    buffer = LowLatencyBuffer(
+        group,
+        num_max_tokens_per_rank=MAX_TOKENS,
+        hidden=HIDDEN,
+        num_experts=NUM_EXPERTS,
+        top_k=TOP_K,
+        dtype=torch.float32,
+    )
+    owned = slice(buffer.first_expert, buffer.first_expert + buffer.num_local_experts)
+    experts = BatchedCPUExperts(
+        moe_config=_moe_config(group, buffer),
+        quant_config=FUSED_MOE_UNQUANTIZED_CONFIG,
+        max_num_tokens=MAX_TOKENS,
+        num_dispatchers=group.num_ranks,
+    )
+    kernel = FusedMoEKernel(LowLatencyPrepareAndFinalize(buffer), experts)
+    if shared_experts is not None:
+        kernel.impl._maybe_apply_shared_experts = lambda *_: shared_experts(buffer)  # type: ignore[operator]
+    return kernel.apply(
+        hidden_states=x,
+        w1=w1[owned],
+        w2=w2[owned],
+        topk_weights=weights,
+        topk_ids=ids,
+        activation=experts.moe_config.activation,
+        global_num_experts=NUM_EXPERTS,
+        expert_map=None,
+        apply_router_weight_on_input=False,
+    )
+
+
+def _moe_config(group: Group, buffer: LowLatencyBuffer) -> object:
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import (
+        FusedMoEConfig,
+        FusedMoEParallelConfig,
+        RoutingMethodType,
+    )
+
+    parallel = FusedMoEParallelConfig(
+        tp_size=1,
+        pcp_size=1,
+        dp_size=group.num_ranks,
+        ep_size=group.num_ranks,
+        tp_rank=0,
+        pcp_rank=0,
+        dp_rank=group.self_rank,
+        ep_rank=group.self_rank,
+        sp_size=1,
+        use_ep=True,
+        all2all_backend=LOW_LATENCY,
+        enable_eplb=False,
+    )
+    return FusedMoEConfig(
+        num_experts=NUM_EXPERTS,
+        experts_per_token=TOP_K,
+        hidden_dim=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_local_experts=buffer.num_local_experts,
+        num_logical_experts=NUM_EXPERTS,
+        activation=MoEActivation.SILU,
+        device="cpu",
+        routing_method=RoutingMethodType.Renormalize,
+        moe_parallel_config=parallel,
+        in_dtype=torch.float32,
+        max_num_tokens=MAX_TOKENS,
+    )

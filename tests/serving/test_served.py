@@ -1,0 +1,107 @@
+"""A real vLLM serves through ep_backend; a real streaming client compares its tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ep_backend.bench.demo import DemoResult, Run
+from ep_backend.bench.demo_report import plot_latencies, print_report
+from ep_backend.bench.server import RUN_VARIABLE
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.engine
+
+
+async def test_prompts_have_different_answers(reference: Run) -> None:
+    """Otherwise equal tokens would prove little."""
+    answers = {tuple(c.token_ids) for c in reference.sequential}
+    assert len(answers) == len(reference.sequential)
+    assert all(len(set(answer)) >= 10 for answer in answers)
+
+
+async def test_two_ranks_give_the_tokens_of_one(two_ranks: DemoResult) -> None:
+    assert two_ranks.tokens_equal("sequential")
+    assert two_ranks.tokens_equal("concurrent")
+
+
+async def test_four_ranks_give_the_tokens_of_one(four_ranks: DemoResult) -> None:
+    assert four_ranks.tokens_equal("sequential")
+    assert four_ranks.tokens_equal("concurrent")
+
+
+async def test_every_layer_of_every_step_is_dispatched(
+    two_ranks: DemoResult, four_ranks: DemoResult
+) -> None:
+    for result in (two_ranks, four_ranks):
+        assert result.ours.exchange is not None
+        assert result.ours.exchange.all_steps_dispatched, result.ours.exchange.as_json()
+        # A step makes at most one token a prompt, so no rank can have had fewer steps than this.
+        least = result.settings.num_tokens - 1
+        assert all(rank.num_forwards >= least for rank in result.ours.exchange.ranks)
+
+
+async def test_a_broken_combine_is_noticed(broken: DemoResult) -> None:
+    assert not broken.tokens_equal("sequential")
+    assert not broken.is_good
+    assert broken.ours.exchange is not None
+    assert broken.ours.exchange.all_steps_dispatched, "the exchange itself went on"
+
+
+async def test_report_says_what_was_served(two_ranks: DemoResult, tmp_path: Path) -> None:
+    result = json.loads(json.dumps(two_ranks.as_json()))
+    assert [run["tokens_equal"] for run in result["runs"]] == [True, True]
+    assert result["exchange"]["dispatches_equal_layers_times_steps"] is True
+    console = Console(record=True, width=120)
+    print_report(two_ranks, console)
+    text = console.export_text()
+    assert "all 512 tokens equal" in text
+    assert "exchange as the engine sees it" in text
+    plot = tmp_path / "plot.png"
+    plot_latencies(two_ranks, plot)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_ctrl_c_leaves_no_process_and_no_shared_memory(tmp_path: Path) -> None:
+    before = set(os.listdir("/dev/shm"))
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "ep_backend.cli", "demo", "--output", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    log = tmp_path / "vllm-1-ranks.log"
+    deadline = time.monotonic() + 120
+    # Engine processes exist by then, so there is something to leave behind.
+    while time.monotonic() < deadline and not (log.exists() and "EngineCore" in log.read_text()):
+        assert demo.poll() is None
+        time.sleep(0.5)
+    demo.send_signal(signal.SIGINT)
+    output, _ = demo.communicate(timeout=60)
+    assert demo.returncode == 130, output
+    assert _served_processes(tmp_path) == []
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def _served_processes(model_parent: Path) -> list[str]:
+    """Command lines of living processes of a demo that writes to this directory."""
+    found = []
+    for directory in Path("/proc").iterdir():
+        if not directory.name.isdigit() or int(directory.name) == os.getpid():
+            continue
+        try:
+            command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            environment = (directory / "environ").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if str(model_parent) in command and RUN_VARIABLE in environment:
+            found.append(command)
+    return found
