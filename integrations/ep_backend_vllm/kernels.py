@@ -34,6 +34,7 @@ def install() -> None:
 
 
 def _make_low_latency(moe: Any) -> Any:
+    import torch
     from vllm.distributed import get_ep_group
 
     from ep_backend_vllm.low_latency import LowLatencyPrepareAndFinalize
@@ -46,6 +47,7 @@ def _make_low_latency(moe: Any) -> Any:
             "num_experts": moe.num_experts,
             "top_k": moe.experts_per_token,
             "dtype": moe.in_dtype,
+            "device": torch.device(moe.device).type,
         }
     )
     return LowLatencyPrepareAndFinalize(buffer)
