@@ -192,19 +192,21 @@ class VirtualWorld:
         """Calls `rank_main(group)` on one thread a rank; returns the results in rank order.
 
         Raises:
-            The first rank's exception that is not merely "another rank failed".
+            The first exception that is not merely "another rank failed".
         """
+
+        errors: list[BaseException] = []  # in the order they happened
 
         def guarded(group: Group) -> T:
             try:
                 return rank_main(group)
-            except BaseException:
+            except BaseException as e:
+                errors.append(e)
                 self._exchange.abort()
                 raise
 
         with ThreadPoolExecutor(len(self.groups)) as pool:
             futures = [pool.submit(guarded, group) for group in self.groups]
-        errors = [error for f in futures if (error := f.exception()) is not None]
         for error in sorted(errors, key=lambda e: isinstance(e, RendezvousError)):
             raise error
         return [future.result() for future in futures]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ep_backend._native import Half, OpResult, Status
-from ep_backend.errors import OrderError, PeerTimeout, ProtocolError
+from ep_backend.errors import EPBackendError, OrderError, PeerTimeout, ProtocolError
 
 
 def exception_for(result: OpResult, num_experts: int) -> Exception:
@@ -41,5 +41,9 @@ def exception_for(result: OpResult, num_experts: int) -> Exception:
             f"({result.status.name}: expected {record.expected}, saw {record.seen}). The ranks "
             "have issued different operations, or memory was overwritten. This buffer stays "
             "failed: create a new one."
+        )
+    if result.status == Status.BUFFER_FAILED:
+        return EPBackendError(
+            f"{where} cannot run: another operation has just failed this buffer. See its exception."
         )
     return OrderError(f"{where} may not start now ({result.status.name}).")

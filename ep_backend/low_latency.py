@@ -103,7 +103,8 @@ class LowLatencyBuffer:
         }
         error: Exception | None = None
         try:
-            _check_settings(group.num_ranks, timeout_secs, settings)
+            _check_settings(group.num_ranks, settings)
+            _check_waits(timeout_secs, spin_us)
         except (TypeError, ValueError) as e:
             error = e
         group.agree("LowLatencyBuffer", settings, error)
@@ -410,7 +411,7 @@ def _device_type(device: str | torch.device) -> str:
         return str(device)
 
 
-def _check_settings(num_ranks: int, timeout_secs: float, settings: dict) -> None:
+def _check_settings(num_ranks: int, settings: dict) -> None:
     check_int("num_ranks", num_ranks, 1, _native.MAX_RANKS)
     check_int("num_experts", settings["num_experts"], 1, _native.MAX_EXPERTS)
     check_int(
@@ -430,5 +431,10 @@ def _check_settings(num_ranks: int, timeout_secs: float, settings: dict) -> None
         raise ValueError(
             f"device is {settings['device']!r}, expected 'cpu': there are no CUDA kernels yet."
         )
+
+
+def _check_waits(timeout_secs: float, spin_us: float | None) -> None:
     if timeout_secs <= 0:
         raise ValueError(f"timeout_secs is {timeout_secs}, expected more than 0.")
+    if spin_us is not None and spin_us < 0:
+        raise ValueError(f"spin_us is {spin_us}, expected 0 or more.")

@@ -109,7 +109,7 @@ class LowLatencyRank {
   void publish_counts_and_signals(Op& op);
   bool unpack_source(Op& op, uint32_t src_rank, const DispatchRecvParams& params);
   bool unpack_message(Op& op, uint32_t src_rank, uint32_t slot, const DispatchRecvParams& params);
-  bool check_counts(Op& op, uint32_t src_rank, uint64_t num_rows) const;
+  bool check_counts(Op& op, uint32_t src_rank) const;
   void send_partials(Op& op, uint32_t src_rank, const CombineSendParams& params);
 
   uint32_t self_rank_;
@@ -125,9 +125,10 @@ class LowLatencyRank {
   // Scratch of dispatch_send: messages for each rank so far, rows for each expert so far.
   std::vector<uint32_t> num_messages_to_;
   std::vector<uint32_t> num_rows_for_expert_;
-  // Scratch of dispatch_recv: next free row of each local expert; rows, messages and entries so
-  // far.
+  // Scratch of dispatch_recv: next free row of each local expert, now and before the source that is
+  // being unpacked; rows, messages and entries so far.
   std::vector<uint32_t> next_row_;
+  std::vector<uint32_t> first_row_;
   uint64_t num_rows_ = 0;
   uint32_t next_message_ = 0;
   uint32_t next_entry_ = 0;

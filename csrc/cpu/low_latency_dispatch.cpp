@@ -175,13 +175,14 @@ bool LowLatencyRank::unpack_source(Op& op, uint32_t src_rank, const DispatchRecv
   }
   params.handle.num_messages[src_rank] = static_cast<uint32_t>(num_messages);
   const uint64_t num_rows_before = num_rows_;
+  first_row_ = next_row_;
   const uint32_t first_message = next_message_;
   for (uint32_t slot = 0; slot < num_messages; ++slot) {
     if (!unpack_message(op, src_rank, slot, params)) return false;
   }
-  const uint64_t num_rows = num_rows_ - num_rows_before;
-  if (!check_counts(op, src_rank, num_rows)) return false;
+  if (!check_counts(op, src_rank)) return false;
 
+  const uint64_t num_rows = num_rows_ - num_rows_before;
   const auto& config = layout_.config();
   // If every source sends about as much as this one, every rank and bank holds num_ranks as much.
   const Store store = store_for_self(num_rows * layout_.row_bytes() * config.num_ranks,
@@ -203,9 +204,14 @@ bool LowLatencyRank::unpack_message(Op& op, uint32_t src_rank, uint32_t slot,
   const auto* entries = reinterpret_cast<const ExpertEntry*>(message + sizeof(MessageHeader));
   const auto epoch_tag = static_cast<uint32_t>(op.epoch());
   // Memory that contradicts its signal must not choose where we write.
-  if (header.epoch_tag != epoch_tag || header.num_entries > layout_.config().top_k ||
-      header.outcome_slot >= layout_.num_outcome_slots()) {
+  if (header.epoch_tag != epoch_tag) {
     return op.fail(Status::kCorrupt, src_rank, epoch_tag, header.epoch_tag);
+  }
+  if (header.num_entries < 1 || header.num_entries > layout_.config().top_k) {
+    return op.fail(Status::kCorrupt, src_rank, layout_.config().top_k, header.num_entries);
+  }
+  if (header.outcome_slot >= layout_.num_outcome_slots()) {
+    return op.fail(Status::kCorrupt, src_rank, layout_.num_outcome_slots(), header.outcome_slot);
   }
   params.handle.messages[next_message_++] = {header.src_token, header.outcome_slot, next_entry_,
                                              header.num_entries};
@@ -229,17 +235,17 @@ bool LowLatencyRank::unpack_message(Op& op, uint32_t src_rank, uint32_t slot,
   return true;
 }
 
-// The counts that came with the signal must be of this epoch and add up to the rows unpacked.
-bool LowLatencyRank::check_counts(Op& op, uint32_t src_rank, uint64_t num_rows) const {
+// The counts that came with the signal must be of this epoch and equal the rows of its messages.
+bool LowLatencyRank::check_counts(Op& op, uint32_t src_rank) const {
   const auto* counts = at<uint64_t>(bases_[self_rank_], layout_.counts(op.bank(), src_rank));
-  uint64_t num_announced = 0;
   for (size_t local = 0; local < next_row_.size(); ++local) {
-    if (protocol::signal_epoch(counts[local]) != op.epoch()) {
-      return op.fail(Status::kCorrupt, src_rank, op.epoch(), protocol::signal_epoch(counts[local]));
+    const uint64_t expected =
+        protocol::pack_signal(op.epoch(), next_row_[local] - first_row_[local]);
+    if (counts[local] != expected) {
+      return op.fail(Status::kCorrupt, src_rank, expected, counts[local]);
     }
-    num_announced += protocol::signal_count(counts[local]);
   }
-  return num_announced == num_rows || op.fail(Status::kCorrupt, src_rank, num_announced, num_rows);
+  return true;
 }
 
 }  // namespace ep::cpu

@@ -96,23 +96,27 @@ def _collect(
                 open_pipes.remove(rank)
                 continue
             if error is not None:
-                raise RankFailed(f"rank {rank} failed:\n{error}{_other_errors(pipes, rank)}")
+                raise RankFailed(
+                    f"rank {rank} failed:\n{error}{_other_failures(processes, pipes, rank)}"
+                )
             reports[rank].append(report)
         while all(len(mine) > num_handed_on for mine in reports):
             on_reports([mine[num_handed_on] for mine in reports])
             num_handed_on += 1
 
 
-def _other_errors(pipes: list[Connection], first_rank: int) -> str:
-    """Errors that come with the first: one of them may be its cause."""
+def _other_failures(processes: list[BaseProcess], pipes: list[Connection], first_rank: int) -> str:
+    """Failures that come with the first: one of them may be its cause."""
     time.sleep(0.2)
     text = ""
-    for rank, pipe in enumerate(pipes):
+    for rank, (process, pipe) in enumerate(zip(processes, pipes, strict=True)):
         with contextlib.suppress(EOFError, OSError):
             while rank != first_rank and pipe.poll():
                 error, _ = pipe.recv()
                 if error is not None:
                     text += f"\nrank {rank} failed:\n{error}"
+        if (process.exitcode or 0) < 0:
+            text += f"\nrank {rank} was killed by signal {-(process.exitcode or 0)}"
     return text
 
 

@@ -1,0 +1,39 @@
+"""Settings of the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from ep_backend.memory import shm
+from tests.support.processes import started_pids
+
+# Derandomised: a run says the same thing every time. No deadline: machines differ.
+settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_torch_threads() -> None:
+    torch.set_num_threads(1)  # virtual ranks are threads already
+
+
+def shm_segments() -> set[str]:
+    """Names in /dev/shm that belong to this test run; others may use the library meanwhile."""
+    names = (path.name for path in shm.SHM_DIR.glob(f"{shm.SEGMENT_PREFIX}*"))
+    return {
+        name
+        for name in names
+        if int(name.removeprefix(shm.SEGMENT_PREFIX).split("-")[0]) in started_pids
+    }
+
+
+@pytest.fixture(autouse=True)
+def no_segment_is_left() -> Iterator[None]:
+    """Whatever a test does to its ranks, no name stays in /dev/shm."""
+    before = shm_segments()
+    yield
+    assert shm_segments() <= before

@@ -1,0 +1,257 @@
+"""The low-latency kernels equal the reference, bit for bit, on shapes that nobody listed."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from ep_backend import Group, virtual_world
+from tests.support.programs import PROGRAMS, Interpreter
+from tests.support.routing import ROUTINGS
+from tests.support.scenario import (
+    Scenario,
+    check_combined,
+    check_received,
+    mixed_scenario,
+    run_experts,
+    variant_of,
+)
+from tests.support.shapes import Shape
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@st.composite
+def shapes(draw: st.DrawFn, max_ranks: int = 5) -> Shape:
+    return Shape(
+        num_ranks=draw(st.integers(1, max_ranks)),
+        num_max_tokens_per_rank=draw(st.integers(1, 9)),
+        hidden=draw(st.one_of(st.integers(1, 70), st.sampled_from([255, 256, 257, 600]))),
+        num_experts=draw(st.integers(1, 13)),
+        top_k=draw(st.integers(1, 32)),
+        dtype=draw(st.sampled_from(DTYPES)),
+        num_banks=draw(st.integers(2, 4)),
+    )
+
+
+@st.composite
+def scenarios(draw: st.DrawFn, max_ranks: int = 5) -> Scenario:
+    shape = draw(shapes(max_ranks))
+    scenario = Scenario(shape)
+    tokens = st.integers(0, shape.num_max_tokens_per_rank)
+    for _ in range(draw(st.integers(1, 3))):
+        scenario.add(
+            draw(st.sampled_from(ROUTINGS)),
+            draw(st.lists(tokens, min_size=shape.num_ranks, max_size=shape.num_ranks)),
+            seed=draw(st.integers(0, 1000)),
+            idx_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
+        )
+    return scenario
+
+
+def run_on_threads(scenario: Scenario, program: str, num_ops: int) -> None:
+    def rank_main(group: Group) -> None:
+        with scenario.shape.buffer(group, timeout_secs=10.0) as buffer:
+            Interpreter(buffer, scenario).run(PROGRAMS[program](num_ops, buffer.num_banks))
+
+    virtual_world(scenario.shape.num_ranks).run(rank_main)
+
+
+@settings(max_examples=300)
+@given(scenarios(), st.sampled_from(["plain_loop", "late_hooks", "two_micro_batches"]))
+def test_drawn_shapes_equal_the_reference(scenario: Scenario, program: str) -> None:
+    run_on_threads(scenario, program, num_ops=8)
+
+
+@settings(max_examples=60)
+@given(scenarios(max_ranks=9))
+def test_up_to_nine_ranks_equal_the_reference(scenario: Scenario) -> None:
+    run_on_threads(scenario, "plain_loop", num_ops=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("hidden", "num_tokens"),
+    [(8192, 8), (8192, 9), (12_345, 9), (60_000, 9), (60_001, 9), (3, 9)],
+)
+def test_rows_that_are_written_past_the_caches_equal_the_reference(
+    dtype: torch.dtype, hidden: int, num_tokens: int
+) -> None:
+    """The kernels switch to streaming stores at some number of bytes, and need aligned rows."""
+    shape = Shape(
+        3,
+        num_max_tokens_per_rank=num_tokens,
+        hidden=hidden,
+        num_experts=5,
+        top_k=4,
+        dtype=dtype,
+        num_banks=4,
+    )
+    scenario = Scenario(shape)
+    for seed, routing in enumerate(["uniform", "one_hot_expert", "repeated"]):
+        scenario.add(routing, [num_tokens, num_tokens - seed, 0 if seed == 1 else 1], seed)
+    run_on_threads(scenario, "two_micro_batches", num_ops=6)
+
+
+@settings(max_examples=60)
+@given(shapes(max_ranks=4), st.data())
+@example(Shape(3, num_experts=2, top_k=6), None)
+def test_any_table_of_experts_equals_the_reference(
+    shape: Shape, data: st.DataObject | None
+) -> None:
+    """Every entry drawn by itself: mixtures that no routing generator makes."""
+    n, k = shape.num_max_tokens_per_rank, shape.top_k
+    scenario = Scenario(shape).add("uniform", [n] * shape.num_ranks, seed=0)
+    if data is not None:
+        variant = scenario.variants[0]
+        entry = st.integers(-1, shape.num_experts - 1)
+        table = st.lists(entry, min_size=n * k, max_size=n * k)
+        idx = [torch.tensor(data.draw(table)).view(n, k) for _ in range(shape.num_ranks)]
+        scenario = Scenario(shape, [variant_of(shape, variant.x, idx, variant.topk_weights)])
+    run_on_threads(scenario, "plain_loop", num_ops=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_full_float_range_survives_dispatch_and_rounds_like_torch(dtype: torch.dtype) -> None:
+    """Random bit patterns, denormals, infinities and negative zeros, not only small integers."""
+    shape = Shape(2, hidden=512, num_experts=4, top_k=4, dtype=dtype)
+    generator = torch.Generator().manual_seed(3)
+    as_int = torch.int32 if dtype == torch.float32 else torch.int16
+    info = torch.iinfo(as_int)
+    base = Scenario(shape).add("uniform", [6, 6], seed=3).variants[0]
+    x = []
+    for _ in range(2):
+        bits = torch.randint(info.min, info.max, (6, 512), generator=generator, dtype=as_int)
+        values = bits.view(dtype)
+        # A NaN's sign and payload are not defined by arithmetic; NaN has its own test.
+        x.append(torch.where(values.isnan(), torch.tensor(-0.0, dtype=dtype), values))
+        x[-1][0, :3] = torch.tensor([float("inf"), -0.0, 1e-40], dtype=dtype)
+    # One positive weight a token: no sum can make a NaN, and -0 must survive.
+    idx = [i.clone() for i in base.topk_idx]
+    for i in idx:
+        i[:, 1:] = -1
+    weights = [w.abs() + 0.1 for w in base.topk_weights]
+    variant = variant_of(shape, x, idx, weights, expert=lambda _, rows: rows)
+
+    buffers = shape.virtual_buffers()
+    sent = [b.dispatch(x[r], idx[r], weights[r]) for r, b in enumerate(buffers)]
+    back = []
+    for rank, (result, hook) in enumerate(sent):
+        hook()
+        check_received(result, variant, shape, rank)
+        back.append(buffers[rank].combine(result.recv_x, result.handle))
+    for rank, (out, hook) in enumerate(back):
+        hook()
+        check_combined(out, variant, rank)
+
+
+def test_a_nan_stays_with_its_token() -> None:
+    shape = Shape(2, hidden=8, num_experts=2, top_k=2)
+    base = Scenario(shape).add("uniform", [2, 2], seed=0).variants[0]
+    x = [t.clone() for t in base.x]
+    x[1][0, 3] = float("nan")
+
+    def rank_main(group: Group) -> torch.Tensor:
+        with shape.buffer(group) as buffer:
+            result, hook = buffer.dispatch(
+                x[group.self_rank], base.topk_idx[group.self_rank], torch.ones(2, 2)
+            )
+            hook()
+            out, hook = buffer.combine(result.recv_x, result.handle)
+            hook()
+            return out
+
+    outs = virtual_world(2).run(rank_main)
+    assert not outs[0].isnan().any()
+    assert outs[1].isnan().nonzero().tolist() == [[0, 3]]
+
+
+def test_worked_example_of_the_dispatch_kernel() -> None:
+    """Numbers of the first comment of csrc/cpu/low_latency_dispatch.cpp and _combine.cpp."""
+    shape = Shape(
+        2, num_max_tokens_per_rank=2, hidden=1, num_experts=4, top_k=2, dtype=torch.float32
+    )
+    a, b, c, p, q = 1.0, 2.0, 4.0, 0.5, 0.25
+    x = [torch.tensor([[a], [b]]), torch.tensor([[c]])]
+    idx = [torch.tensor([[0, 2], [3, 2]]), torch.tensor([[2, 0]])]
+    weights = [torch.tensor([[1.0, 1.0], [p, q]]), torch.tensor([[1.0, 1.0]])]
+    buffers = shape.virtual_buffers(timeout_secs=1.0)
+    sent = [buffers[r].dispatch(x[r], idx[r], weights[r]) for r in range(2)]
+    for _, hook in sent:
+        hook()
+    (_, _), (on_rank_1, _) = sent
+    assert on_rank_1.num_recv_tokens_per_expert.tolist() == [3, 1]
+    assert on_rank_1.recv_x[0, :3].flatten().tolist() == [a, b, c]
+    assert on_rank_1.recv_x[1, :1].flatten().tolist() == [b]
+
+    # Experts that add their number, so that both terms of b's partial row show.
+    outs = []
+    for rank, (result, _) in enumerate(sent):
+        factor = torch.arange(buffers[rank].first_expert, 4)[:2].float()[:, None, None]
+        outs.append(buffers[rank].combine(result.recv_x + factor, result.handle))
+    for _, hook in outs:
+        hook()
+    assert outs[0][0].flatten().tolist() == [a + (a + 2), p * (b + 3) + q * (b + 2)]
+    assert outs[1][0].flatten().tolist() == [(c + 2) + c]
+    # Tokens a and c are answered by both ranks, b by rank 1 alone.
+    assert sent[0][0].handle.num_partials.tolist() == [2, 1]
+    assert sent[1][0].handle.num_partials.tolist() == [2]
+
+
+def test_counters_count_tokens_messages_and_partial_rows() -> None:
+    shape = Shape(2, num_experts=4, top_k=2, hidden=3)
+    idx = [torch.tensor([[0, 1], [0, 2]]), torch.tensor([[3, -1], [-1, -1], [0, 3]])]
+    buffers = shape.virtual_buffers()
+    x = [torch.zeros(i.shape[0], 3, dtype=shape.dtype) for i in idx]
+    sent = [b.dispatch(x[r], idx[r], torch.ones(idx[r].shape)) for r, b in enumerate(buffers)]
+    for _, hook in sent:
+        hook()
+    back = [b.combine(s[0].recv_x, s[0].handle) for b, s in zip(buffers, sent, strict=True)]
+    for _, hook in back:
+        hook()
+    rows = [{name: c.num_rows for name, c in b.counters().items()} for b in buffers]
+    # Messages to rank 0: tokens 0 and 1 of rank 0, token 2 of rank 1; the other three to rank 1.
+    assert rows[0] == dict(dispatch_send=2, dispatch_recv=3, combine_send=3, combine_recv=3)
+    assert rows[1] == dict(dispatch_send=3, dispatch_recv=3, combine_send=3, combine_recv=3)
+    counters = list(chain.from_iterable(b.counters().values() for b in buffers))
+    assert all(c.num_ops == 1 and c.total_ns >= c.wait_ns for c in counters)
+
+
+def test_inputs_may_change_as_soon_as_a_send_returns() -> None:
+    shape = Shape(2)
+    scenario = mixed_scenario(shape, seed=4)
+    buffers = shape.virtual_buffers()
+    variant = scenario.variants[1]
+    sent = []
+    for rank, buffer in enumerate(buffers):
+        tensors = [t[rank].clone() for t in (variant.x, variant.topk_idx, variant.topk_weights)]
+        sent.append(buffer.dispatch(*tensors))
+        for tensor in tensors:
+            tensor.fill_(7)
+    back = []
+    for rank, (result, hook) in enumerate(sent):
+        hook()
+        check_received(result, variant, shape, rank)
+        y = run_experts(result, buffers[rank].first_expert)
+        back.append(buffers[rank].combine(y, result.handle))
+        y.fill_(7)
+    for rank, (out, hook) in enumerate(back):
+        hook()
+        check_combined(out, variant, rank)
+
+
+def test_combine_writes_into_the_tensor_it_is_given() -> None:
+    shape = Shape(1)
+    variant = mixed_scenario(shape).variants[0]
+    (buffer,) = shape.virtual_buffers()
+    result, hook = buffer.dispatch(variant.x[0], variant.topk_idx[0], variant.topk_weights[0])
+    hook()
+    given_out = torch.full_like(variant.combined[0], 7)
+    out, hook = buffer.combine(run_experts(result, 0), result.handle, out=given_out)
+    hook()
+    assert out is given_out
+    check_combined(given_out, variant, 0)

@@ -1,0 +1,96 @@
+"""Ranks as real processes, against the reference: named routings, every number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from tests.support.processes import Rank, RankProcesses
+from tests.support.programs import PROGRAMS, Delays, Interpreter
+from tests.support.scenario import Scenario, mixed_scenario
+from tests.support.shapes import Shape
+
+
+@dataclass(frozen=True)
+class Case:
+    routing: str
+    dtype: torch.dtype
+    hidden: int = 72
+    num_experts: int = 10
+    top_k: int = 4
+    num_max_tokens_per_rank: int = 12
+
+    @property
+    def id(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.routing}-{dtype}-H{self.hidden}-E{self.num_experts}-K{self.top_k}"
+
+    def scenario(self, num_ranks: int) -> Scenario:
+        shape = Shape(
+            num_ranks=num_ranks,
+            num_max_tokens_per_rank=self.num_max_tokens_per_rank,
+            hidden=self.hidden,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            dtype=self.dtype,
+        )
+        full = self.num_max_tokens_per_rank
+        # The last rank has no token in the case of that name, and in the others now and then.
+        sparse = [full] * (num_ranks - 1) + [0]
+        scenario = Scenario(shape)
+        scenario.add(
+            self.routing, sparse if self.routing == "empty_rank" else [full] * num_ranks, 1
+        )
+        scenario.add(self.routing, [(3 * r) % full for r in range(num_ranks)], 2, torch.int32)
+        return scenario.add(self.routing, sparse, 3)
+
+
+CASES = [
+    Case("uniform", torch.bfloat16),
+    Case("uniform", torch.float32, hidden=7168, num_max_tokens_per_rank=5),
+    Case("skewed", torch.bfloat16, hidden=33, num_experts=7),
+    Case("one_hot_expert", torch.float32),
+    Case("empty_rank", torch.bfloat16),
+    Case("masked", torch.float32, hidden=1),
+    Case("all_masked", torch.bfloat16),
+    Case("repeated", torch.bfloat16, num_experts=2, top_k=32),
+]
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3, 4, 5], ids=lambda n: f"R{n}")
+def ranks(request: pytest.FixtureRequest) -> Iterator[RankProcesses]:
+    with RankProcesses(request.param) as processes:
+        yield processes
+
+
+def run_checked(
+    rank: Rank, scenario: Scenario, program: str, num_ops: int, delays: Delays | None = None
+) -> int:
+    with scenario.shape.buffer(rank.group) as buffer:
+        steps = PROGRAMS[program](num_ops, scenario.shape.num_banks)
+        return Interpreter(buffer, scenario).run(steps, delays)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_every_routing_equals_the_reference(ranks: RankProcesses, case: Case) -> None:
+    num_ops = 7  # every bank is used again
+    num_steps = ranks.run(run_checked, case.scenario(ranks.num_ranks), "plain_loop", num_ops)
+    assert num_steps == [4 * num_ops] * ranks.num_ranks
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_order_of_sends_and_hooks_while_ranks_drift(
+    ranks: RankProcesses, program: str
+) -> None:
+    scenario = mixed_scenario(Shape(ranks.num_ranks), seed=5)
+    assert min(ranks.run(run_checked, scenario, program, 60, Delays(seed=5))) >= 100
+
+
+@pytest.mark.parametrize("program", ["plain_loop", "steady"])
+def test_eight_ranks_share_the_cores_over_hundreds_of_operations(program: str) -> None:
+    scenario = mixed_scenario(Shape(8, num_experts=12, top_k=4), seed=8)
+    with RankProcesses(8) as ranks:
+        ranks.run(run_checked, scenario, program, 400, deadline_secs=120)

@@ -1,0 +1,1 @@
+"""What several tests share: routings, expected results, programs, rank processes."""

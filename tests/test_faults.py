@@ -1,0 +1,44 @@
+"""A deliberate fault makes results wrong: proof that comparing them with the reference can fail."""
+
+from __future__ import annotations
+
+import pytest
+
+from ep_backend import Group, virtual_world
+from ep_backend.faults import FAULT_VARIABLE
+from tests.support.programs import PROGRAMS, Interpreter
+from tests.support.scenario import Scenario
+from tests.support.shapes import Shape
+
+
+def run(num_ranks: int) -> None:
+    shape = Shape(num_ranks)
+    scenario = Scenario(shape).add("uniform", [6] * num_ranks, seed=1)
+
+    def rank_main(group: Group) -> None:
+        with shape.buffer(group) as buffer:
+            Interpreter(buffer, scenario).run(PROGRAMS["plain_loop"](1, 2))
+
+    virtual_world(num_ranks).run(rank_main)
+
+
+def test_dropped_remote_contributions_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAULT_VARIABLE, "drop-remote-contributions")
+    with (
+        pytest.warns(UserWarning, match="results are wrong on purpose"),
+        pytest.raises(AssertionError, match=r"rank [01], token \d+ of experts"),
+    ):
+        run(3)
+    with pytest.warns(UserWarning, match="wrong on purpose"):
+        run(1)  # no remote rank, nothing to drop
+
+
+def test_without_the_variable_results_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FAULT_VARIABLE, raising=False)
+    run(3)
+
+
+def test_an_unknown_fault_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAULT_VARIABLE, "drop-everything")
+    with pytest.raises(ValueError, match="'drop-everything', expected one of: drop-remote"):
+        run(1)
