@@ -69,6 +69,8 @@ void bind_results(py::module_& m) {
       .def_readonly("seen", &cpu::FlightRecord::seen)
       .def_readonly("waited_ns", &cpu::FlightRecord::waited_ns);
   py::class_<cpu::OpResult>(m, "OpResult")
+      .def_property_readonly("ok",
+                             [](const cpu::OpResult& r) { return r.status == cpu::Status::kOk; })
       .def_readonly("status", &cpu::OpResult::status)
       .def_readonly("record", &cpu::OpResult::record)
       .def_readonly("token", &cpu::OpResult::token)

@@ -100,6 +100,7 @@ class FlightRecord:
     waited_ns: int
 
 class OpResult:
+    ok: bool
     status: Status
     record: FlightRecord
     token: int

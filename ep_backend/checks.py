@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 
@@ -14,36 +12,55 @@ class AtMost(int):
 def check_tensor(
     name: str,
     tensor: torch.Tensor,
-    *,
-    shape: Sequence[int],
-    dtypes: Sequence[torch.dtype],
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
     device: torch.device,
     remedy: str = "",
 ) -> None:
-    """Raises `ValueError` unless `tensor` has this shape, one of these dtypes and this device.
+    """Raises `ValueError` unless `tensor` is contiguous and has this shape, dtype and device.
 
     Args:
         shape: one entry a dimension; an `AtMost` allows fewer.
+        dtypes: any of these.
         remedy: ends the message, where there is more to say than "pass the right tensor".
     """
+    # Passed by every call of every layer: texts are made only for what is wrong.
+    if (
+        tensor.dtype in dtypes
+        and tensor.device.type == device.type
+        and (tensor.shape == shape or _fits(tensor.shape, shape))
+        and tensor.is_contiguous()
+    ):
+        return
+    raise ValueError(f"{_mismatch(name, tensor, shape, dtypes, device)} {remedy}".strip())
+
+
+def _fits(got: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    return len(got) == len(wanted) and all(
+        g <= w if isinstance(w, AtMost) else g == w for g, w in zip(got, wanted, strict=True)
+    )
+
+
+def _mismatch(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> str:
+    got = list(tensor.shape)
     if tensor.dtype not in dtypes:
         allowed = " or ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(f"{name} has dtype {tensor.dtype}, expected {allowed}. {remedy}".strip())
+        return f"{name} has dtype {tensor.dtype}, expected {allowed}."
     if tensor.device.type != device.type:
-        raise ValueError(f"{name} is on {tensor.device}, expected {device}. {remedy}".strip())
-    fits = tensor.dim() == len(shape) and all(
-        got <= want if isinstance(want, AtMost) else got == want
-        for got, want in zip(tensor.shape, shape, strict=True)
-    )
-    if not fits:
+        return f"{name} is on {tensor.device}, expected {device}."
+    if not _fits(tensor.shape, shape):
         wanted = ", ".join(f"<={int(n)}" if isinstance(n, AtMost) else str(n) for n in shape)
-        got = list(tensor.shape)
-        raise ValueError(f"{name} has shape {got}, expected [{wanted}]. {remedy}".strip())
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} of shape {list(tensor.shape)} has strides {list(tensor.stride())}, expected a "
-            f"contiguous tensor. Pass {name}.contiguous()."
-        )
+        return f"{name} has shape {got}, expected [{wanted}]."
+    return (
+        f"{name} of shape {got} has strides {list(tensor.stride())}, expected a contiguous tensor. "
+        f"Pass {name}.contiguous()."
+    )
 
 
 def check_int(name: str, value: int, low: int, high: int, why: str = "") -> None:

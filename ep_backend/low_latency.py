@@ -16,37 +16,26 @@ L experts of this rank, S = R * M rows an expert can receive.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 
 from ep_backend import _native, faults
-from ep_backend._native import Half, Phase, Status
+from ep_backend._native import Half, Phase
 from ep_backend.checks import AtMost, check_int, check_tensor
 from ep_backend.errors import EPBackendError, OrderError, PeerTimeout, ProtocolError
 from ep_backend.group import Group
 from ep_backend.handles import DispatchHandle, DispatchResult, OpCounters, RecvHook
 from ep_backend.kernel_errors import exception_for
 from ep_backend.observe.trace import TraceWriter
+from ep_backend.order import PhaseOrder
 
 DTYPES = {
     torch.float32: _native.DType.FLOAT32,
     torch.bfloat16: _native.DType.BFLOAT16,
 }
+INDEX_DTYPES = (torch.int64, torch.int32)
 DEFAULT_TIMEOUT_SECS = 60.0
-
-
-@dataclass
-class _PhaseState:
-    """Python's half of the order rules; the kernels check again."""
-
-    name: str
-    phase: Phase
-    locks: dict[Half, threading.Lock] = field(
-        default_factory=lambda: {Half.SEND: threading.Lock(), Half.RECV: threading.Lock()}
-    )
 
 
 class LowLatencyBuffer:
@@ -144,8 +133,8 @@ class LowLatencyBuffer:
             timeout_ns=int(timeout_secs * 1e9),
             spin_ns=int(spin_us * 1e3),
         )
-        self._dispatch = _PhaseState("dispatch", Phase.DISPATCH)
-        self._combine = _PhaseState("combine", Phase.COMBINE)
+        self._dispatches = PhaseOrder("dispatch", num_banks)
+        self._combines = PhaseOrder("combine", num_banks)
         self._recv_x: list[torch.Tensor | None] = [None] * num_banks
         self._failure: EPBackendError | None = None
         self._is_closed = False
@@ -174,31 +163,35 @@ class LowLatencyBuffer:
         num_tokens = self._check_dispatch(x, topk_idx, topk_weights)
         handle = DispatchHandle(self, num_tokens)
         num_partials, *received = handle.pointers()
-        handle.epoch = self._run_send(
-            self._dispatch,
-            num_tokens,
-            lambda: self._rank.dispatch_send(
+        handle.epoch = self._dispatches.send(
+            lambda: self._run(
+                "dispatch_send",
+                num_tokens,
+                self._rank.dispatch_send,
                 x.data_ptr(),
                 topk_idx.data_ptr(),
                 topk_idx.dtype == torch.int64,
                 topk_weights.data_ptr(),
                 num_tokens,
                 num_partials,
-            ),
+            )
         )
         counts = torch.empty(self.num_local_experts, dtype=torch.int32)
         result = DispatchResult(handle, self._recv_bank(handle.epoch), counts)
 
-        def receive() -> None:
-            self._run_hook(
-                self._dispatch,
-                handle.epoch,
+        def unpack() -> None:
+            self._run(
+                "dispatch_recv",
                 num_tokens,
-                lambda: self._rank.dispatch_recv(
-                    result.recv_x.data_ptr(), counts.data_ptr(), *received
-                ),
+                self._rank.dispatch_recv,
+                result.recv_x.data_ptr(),
+                counts.data_ptr(),
+                *received,
             )
             handle.is_received = True
+
+        def receive() -> None:
+            self._dispatches.hook(handle.epoch, unpack)
 
         return result, RecvHook(f"dispatch {handle.epoch}", receive)
 
@@ -226,29 +219,38 @@ class LowLatencyBuffer:
         if self._fault is faults.Fault.DROP_REMOTE_CONTRIBUTIONS:
             handle = faults.drop_remote_contributions(handle)
         num_partials, *received = handle.pointers()
-        epoch = self._run_send(
-            self._combine,
-            handle.num_tokens,
-            lambda: self._rank.combine_send(expert_out.data_ptr(), *received),
+        epoch = self._combines.send(
+            lambda: self._run(
+                "combine_send",
+                handle.num_tokens,
+                self._rank.combine_send,
+                expert_out.data_ptr(),
+                *received,
+            )
         )
 
-        def receive() -> None:
-            self._run_hook(
-                self._combine,
-                epoch,
+        def add_up() -> None:
+            self._run(
+                "combine_recv",
                 handle.num_tokens,
-                lambda: self._rank.combine_recv(out.data_ptr(), handle.num_tokens, num_partials),
+                self._rank.combine_recv,
+                out.data_ptr(),
+                handle.num_tokens,
+                num_partials,
             )
+
+        def receive() -> None:
+            self._combines.hook(epoch, add_up)
 
         return out, RecvHook(f"combine {epoch}", receive)
 
     def counters(self) -> dict[str, OpCounters]:
         """Counters of "dispatch_send", "dispatch_recv", "combine_send" and "combine_recv"."""
         return {
-            f"{state.name}_{half.name.lower()}": OpCounters(
-                **self._rank.counters(state.phase, half)
+            f"{phase.name.lower()}_{half.name.lower()}": OpCounters(
+                **self._rank.counters(phase, half)
             )
-            for state in (self._dispatch, self._combine)
+            for phase in (Phase.DISPATCH, Phase.COMBINE)
             for half in (Half.SEND, Half.RECV)
         }
 
@@ -271,26 +273,15 @@ class LowLatencyBuffer:
         check_tensor(
             "x",
             x,
-            shape=(AtMost(self.num_max_tokens_per_rank), self.hidden),
-            dtypes=(self.dtype,),
-            device=self.device,
+            (AtMost(self.num_max_tokens_per_rank), self.hidden),
+            (self.dtype,),
+            self.device,
             remedy="The buffer was created with these num_max_tokens_per_rank, hidden and dtype.",
         )
         num_tokens = x.shape[0]
-        check_tensor(
-            "topk_idx",
-            topk_idx,
-            shape=(num_tokens, self.top_k),
-            dtypes=(torch.int64, torch.int32),
-            device=self.device,
-        )
-        check_tensor(
-            "topk_weights",
-            topk_weights,
-            shape=(num_tokens, self.top_k),
-            dtypes=(torch.float32,),
-            device=self.device,
-        )
+        shape = (num_tokens, self.top_k)
+        check_tensor("topk_idx", topk_idx, shape, INDEX_DTYPES, self.device)
+        check_tensor("topk_weights", topk_weights, shape, (torch.float32,), self.device)
         return num_tokens
 
     def _check_combine(
@@ -303,17 +294,11 @@ class LowLatencyBuffer:
                 f"combine was called with the handle of dispatch {handle.epoch}, whose hook has "
                 "not been called. Call that hook first."
             )
-        check_tensor(
-            "expert_out",
-            expert_out,
-            shape=(self.num_local_experts, self.expert_capacity, self.hidden),
-            dtypes=(self.dtype,),
-            device=self.device,
-        )
-        shape = (handle.num_tokens, self.hidden)
+        shape = (self.num_local_experts, self.expert_capacity, self.hidden)
+        check_tensor("expert_out", expert_out, shape, (self.dtype,), self.device)
         if out is None:
-            return torch.empty(shape, dtype=self.dtype)
-        check_tensor("out", out, shape=shape, dtypes=(self.dtype,), device=self.device)
+            return torch.empty((handle.num_tokens, self.hidden), dtype=self.dtype)
+        check_tensor("out", out, (handle.num_tokens, self.hidden), (self.dtype,), self.device)
         return out
 
     def _recv_bank(self, epoch: int) -> torch.Tensor:
@@ -325,82 +310,25 @@ class LowLatencyBuffer:
             recv_x = self._recv_x[bank] = torch.empty(shape, dtype=self.dtype)
         return recv_x
 
-    def _run_send(
-        self, state: _PhaseState, num_tokens: int, kernel: Callable[[], _native.OpResult]
-    ) -> int:
-        """Runs a send kernel; returns its epoch."""
-        with self._exclusive(state, Half.SEND):
-            epoch = self._rank.epoch(state.phase, Half.SEND) + 1
-            num_hooked = self._rank.epoch(state.phase, Half.RECV)
-            if epoch - num_hooked > self.num_banks:
-                raise OrderError(
-                    f"{state.name} {epoch} needs the bank of {state.name} "
-                    f"{epoch - self.num_banks}, whose hook has not been called (num_banks = "
-                    f"{self.num_banks}). Call that hook first, or create the buffer with more "
-                    "banks."
-                )
-            self._run(state, Half.SEND, num_tokens, kernel)
-            return epoch
-
-    def _run_hook(
-        self,
-        state: _PhaseState,
-        epoch: int,
-        num_tokens: int,
-        kernel: Callable[[], _native.OpResult],
-    ) -> None:
-        with self._exclusive(state, Half.RECV):
-            next_epoch = self._rank.epoch(state.phase, Half.RECV) + 1
-            if epoch != next_epoch:
-                raise OrderError(
-                    f"the hook of {state.name} {epoch} was called before the hook of {state.name} "
-                    f"{next_epoch}. Call the hooks of a phase in the order of their sends."
-                )
-            self._run(state, Half.RECV, num_tokens, kernel)
-
-    def _exclusive(self, state: _PhaseState, half: Half) -> _TryLock:
-        return _TryLock(state.locks[half], f"{state.name} {half.name.lower()}")
-
     def _run(
-        self,
-        state: _PhaseState,
-        half: Half,
-        num_tokens: int,
-        kernel: Callable[[], _native.OpResult],
+        self, kind: str, num_tokens: int, kernel: Callable[..., _native.OpResult], *args: int
     ) -> None:
+        """Calls a kernel, with a span around it where a trace is wanted; raises what it reports."""
         if self._is_closed:
-            raise EPBackendError(f"{state.name} was called on a closed buffer.")
+            raise EPBackendError(f"{kind} was called on a closed buffer.")
         if self._failure is not None:
             raise self._failure
         if self._trace is None:
-            result = kernel()
+            result = kernel(*args)
         else:
-            with self._trace.span(f"{state.name}_{half.name.lower()}", num_tokens) as span:
-                result = kernel()
+            with self._trace.span(kind, num_tokens) as span:
+                result = kernel(*args)
                 span.wait_ns = result.wait_ns
-        if result.status != Status.OK:
+        if not result.ok:
             error = exception_for(result, self.num_experts)
             if isinstance(error, (PeerTimeout, ProtocolError)):
                 self._failure = error  # every later call raises it again
             raise error
-
-
-class _TryLock:
-    """Two threads in one kernel would share its scratch: the second is refused, not queued."""
-
-    def __init__(self, lock: threading.Lock, what: str) -> None:
-        self._lock = lock
-        self._what = what
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise OrderError(
-                f"{self._what} is running in another thread. Operations of one kind on one buffer "
-                "run one after the other."
-            )
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._lock.release()
 
 
 def _device_type(device: str | torch.device) -> str:

@@ -180,10 +180,10 @@ def test_a_hook_while_another_thread_runs_one_is_refused_not_queued(
     ranks[0].step("d", 1)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(ranks[0].step, "h", 0)
-        while not ranks[0].buffer._dispatch.locks[_native.Half.RECV].locked():
+        while not ranks[0].buffer._dispatches._hook_lock.locked():
             time.sleep(0.001)
         for op in (0, 1):
-            with pytest.raises(OrderError, match="dispatch recv is running in another thread"):
+            with pytest.raises(OrderError, match="a dispatch hook is running in another thread"):
                 ranks[0].dispatched[op][1]()
         assert not running.done()
         ranks[1].step("d", 0)
@@ -202,9 +202,9 @@ def test_a_send_while_another_thread_waits_in_one_is_refused(
     ranks[0].step("h", 0)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(ranks[0].step, "d", num_banks)  # for rank 1's credit
-        while not ranks[0].buffer._dispatch.locks[_native.Half.SEND].locked():
+        while not ranks[0].buffer._dispatches._send_lock.locked():
             time.sleep(0.001)
-        with pytest.raises(OrderError, match="dispatch send is running in another thread"):
+        with pytest.raises(OrderError, match="a dispatch send is running in another thread"):
             ranks[0].step("d", num_banks)
         ranks[1].step("h", 0)
         waiting.result(timeout=5)
