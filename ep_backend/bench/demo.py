@@ -182,7 +182,7 @@ async def _serve(
     trace_dir: Path | None = None,
 ) -> Run:
     model = make_model(settings.output / "model", settings.shape)
-    name = "one rank" if ranks == 1 else f"{ranks} ranks, {BACKENDS[settings.mode]}"
+    name = "1 rank" if ranks == 1 else f"{ranks} ranks, ep_backend"
     command = vllm_command(
         model,
         num_ranks=ranks,

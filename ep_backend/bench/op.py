@@ -23,11 +23,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
+import rich.box
 import rich.console
 import torch
 import typer
 from rich.table import Table
 
+from ep_backend import __version__
 from ep_backend.bench.op_processes import RankFailed, run_ranks
 from ep_backend.bench.op_rank import OpBenchSettings, RankReport, bench_rank
 
@@ -148,44 +150,48 @@ def run_op_bench(
 def _table(settings: OpBenchSettings, machine: dict[str, Any], cases: list[OpBenchCase]) -> Table:
     versions = _versions()
     table = Table(
-        title=f"dispatch + combine | hidden {settings.hidden}, {settings.num_experts} experts, "
-        f"top-{settings.top_k}, {str(settings.dtype).removeprefix('torch.')} | {machine['cpu']}, "
-        f"{machine['num_cpus']} CPUs, load {machine['load_average_before']:.1f} | "
-        f"ep_backend {versions['ep_backend']}, torch {versions['torch']}",
+        title=f"dispatch + combine, {settings.num_ranks} ranks | hidden {settings.hidden}, "
+        f"{settings.num_experts} experts, top-{settings.top_k}, "
+        f"{str(settings.dtype).removeprefix('torch.')} | {machine['cpu']}, {machine['num_cpus']} "
+        f"CPUs, load {machine['load_average_before']:.1f} | ep_backend {versions['ep_backend']}, "
+        f"torch {versions['torch']}",
         caption=f"Times are of the slowest rank, over {settings.num_iterations} pairs. GB/s = each "
         "row read or written once on the busiest rank: x, messages (written, read), expert rows "
         "(written, read), partial rows (written, read), result. memcpy moves as many bytes, on all "
         "ranks at once. x gloo = the better gloo way / ours.",
+        box=rich.box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for column in (
-        "ranks",
         "tokens",
-        "ours p50 us",
-        "p95 us",
-        "all-to-all p50 us",
-        "all-gather p50 us",
-        "x gloo",
-        "memcpy us",
-        "memcpy / ours",
-        "GB/s",
-        "memcpy GB/s",
+        "ours us\np50",
+        "\np95",
+        "gloo\nto-all us",
+        "gloo\ngather us",
+        "\nx gloo",
+        "memcpy\nus",
+        "memcpy\n/ ours",
+        "\nGB/s",
     ):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for case in cases:
         table.add_row(
-            str(case.num_ranks),
             str(case.num_tokens),
-            f"{case.ours.p50_us:.1f}",
-            f"{case.ours.p95_us:.1f}",
-            f"{case.gloo_all_to_all.p50_us:.0f}",
-            f"{case.gloo_all_gather.p50_us:.0f}",
+            _microseconds(case.ours.p50_us),
+            _microseconds(case.ours.p95_us),
+            _microseconds(case.gloo_all_to_all.p50_us),
+            _microseconds(case.gloo_all_gather.p50_us),
             f"{case.speedup:.1f}",
-            f"{case.memcpy_us:.1f}",
+            _microseconds(case.memcpy_us),
             f"{case.roofline_fraction:.2f}",
             f"{case.gbs:.1f}",
-            f"{case.memcpy_gbs:.1f}",
         )
     return table
+
+
+def _microseconds(us: float) -> str:
+    return f"{us:.1f}" if us < 100 else f"{us:.0f}"
 
 
 def _machine() -> dict[str, Any]:
@@ -199,9 +205,6 @@ def _machine() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    # Here, because the package does not need its own version until someone reads it.
-    from ep_backend import __version__
-
     return {
         "ep_backend": __version__,
         "python": platform.python_version(),
