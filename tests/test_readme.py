@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -45,3 +46,15 @@ def test_every_variable_is_read_somewhere() -> None:
     variables = set(re.findall(r"`(EP_BACKEND_\w+)`", README))
     assert variables
     assert all(variable in sources for variable in variables)
+
+
+def test_numbers_are_those_of_the_results() -> None:
+    for num_ranks in (2, 4, 8):
+        path = ROOT / "ep_backend" / "bench" / "results" / f"op-cpu-{num_ranks}-ranks.json"
+        for case in json.loads(path.read_text())["cases"]:
+            gloo_us = min(case[way]["p50_us"] for way in ("gloo_all_to_all", "gloo_all_gather"))
+            row = (
+                f"| {num_ranks} | {case['num_tokens']} | {case['ours']['p50_us']:.0f} "
+                f"| {gloo_us:.0f} | {case['speedup']:.1f}x | {case['roofline_fraction']:.2f} |"
+            )
+            assert row in README
