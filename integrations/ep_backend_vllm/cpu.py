@@ -7,12 +7,16 @@ to the classes that vLLM chooses from; its own filter then picks by format.
 from __future__ import annotations
 
 import functools
+import os
+import time
 from typing import Any
 
 from ep_backend_vllm.backends import BACKENDS
 from ep_backend_vllm.patching import rebind_everywhere, require
 
 ORACLE = "vllm.model_executor.layers.fused_moe.oracle.unquantized"
+QUEUES = "vllm.distributed.device_communicators.shm_broadcast"
+POLL_VARIABLE = "EP_BACKEND_VLLM_POLL_US"
 RUNNER = "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner"
 
 
@@ -28,6 +32,10 @@ def check() -> None:
     require(hasattr(backends, "CPU"), ORACLE, "lacks UnquantizedMoeBackend.CPU")
     runner = getattr(moe_runner, "MoERunner", None)
     require(hasattr(runner, "_select_forward"), RUNNER, "lacks _select_forward")
+    if POLL_VARIABLE in os.environ:
+        from vllm.distributed.device_communicators import shm_broadcast
+
+        require(hasattr(shm_broadcast, "sched_yield"), QUEUES, "lacks sched_yield")
 
 
 def install() -> None:
@@ -37,6 +45,8 @@ def install() -> None:
         return
     _add_batched_experts()
     _keep_exchange_out_of_graphs()
+    if POLL_VARIABLE in os.environ:
+        _pause_between_polls(float(os.environ[POLL_VARIABLE]))
 
 
 def _add_batched_experts() -> None:
@@ -74,3 +84,12 @@ def _keep_exchange_out_of_graphs() -> None:
         return torch.ops.vllm.moe_forward_shared
 
     MoERunner._select_forward = select_forward
+
+
+def _pause_between_polls(microseconds: float) -> None:
+    """Engine cores and workers poll their message queues, yielding the core between two polls. On
+    few cores that starves the thread that sends tokens out: the poller gives the interpreter lock
+    away and takes it back before that thread has been scheduled. A short sleep lets it through."""
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    shm_broadcast.sched_yield = lambda: time.sleep(microseconds * 1e-6)
