@@ -27,6 +27,7 @@ void bind_config(py::module_& m) {
       .def_readonly("top_k", &LowLatencyConfig::top_k)
       .def_readonly("num_banks", &LowLatencyConfig::num_banks)
       .def_readonly("dtype", &LowLatencyConfig::dtype);
+  m.attr("PROTOCOL_VERSION") = kProtocolVersion;
   m.attr("MAX_RANKS") = kNumMaxRanks;
   m.attr("MAX_EXPERTS") = kNumMaxExperts;
   m.attr("MAX_TOKENS_PER_RANK") = kNumMaxTokensPerRank;

@@ -1,5 +1,13 @@
 """Expert-parallel all-to-all for MoE inference: dispatch and combine with receive hooks."""
 
+try:
+    from ep_backend import _native  # noqa: F401
+except ImportError as e:
+    raise ImportError(
+        "ep_backend's native module is not built for this Python. Run `pip install .` in the "
+        "repository (a C++17 compiler is enough)."
+    ) from e
+
 from ep_backend.errors import (
     EPBackendError,
     OrderError,

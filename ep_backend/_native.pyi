@@ -2,6 +2,7 @@
 
 import enum
 
+PROTOCOL_VERSION: int
 MAX_RANKS: int
 MAX_EXPERTS: int
 MAX_TOKENS_PER_RANK: int

@@ -89,6 +89,7 @@ class LowLatencyBuffer:
             "dtype": dtype,
             "num_banks": num_banks,
             "device": _device_type(device),
+            "protocol version": _native.PROTOCOL_VERSION,
         }
         error: Exception | None = None
         try:

@@ -67,3 +67,10 @@ def test_cuda_wheel_loads_without_a_driver(tmp_path: Path) -> None:
     assert "cuda" not in libraries, "the CUDA runtime is linked statically"
     assert "torch" not in libraries
     assert import_native(unpacked, "native.has_cuda") == "True"
+
+
+def test_a_missing_native_module_says_what_to_do() -> None:
+    program = "import sys; sys.modules['ep_backend._native'] = None; import ep_backend"
+    failed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert failed.returncode != 0
+    assert "Run `pip install .` in the repository" in failed.stderr

@@ -14,6 +14,9 @@
 
 namespace ep::protocol {
 
+// Changes whenever a region, a word or a rule does: ranks of different builds must not meet.
+constexpr uint32_t kProtocolVersion = 1;
+
 // What all ranks must agree on.
 struct LowLatencyConfig {
   uint32_t num_ranks;
