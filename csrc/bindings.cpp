@@ -8,7 +8,7 @@
 #include "cpu/low_latency.h"
 
 #if defined(EP_BACKEND_CUDA)
-#include "cuda/protocol_selftest.h"
+#include "bindings_cuda.h"
 #endif
 
 namespace py = pybind11;
@@ -31,52 +31,53 @@ bool python_interrupted() {
 
 // Runs a kernel without the GIL; a handler's exception (KeyboardInterrupt) goes on from here.
 template <typename Kernel>
-cpu::OpResult run(Kernel&& kernel) {
-  cpu::OpResult result;
+protocol::OpResult run(Kernel&& kernel) {
+  protocol::OpResult result;
   {
     py::gil_scoped_release no_gil;
     result = kernel();
   }
-  if (result.status == cpu::Status::kInterrupted) throw py::error_already_set();
+  if (result.status == protocol::Status::kInterrupted) throw py::error_already_set();
   return result;
 }
 
-cpu::HandleView handle_view(uintptr_t num_messages, uintptr_t messages, uintptr_t entries) {
-  return {pointer<uint32_t>(num_messages), pointer<cpu::HandleMessage>(messages),
-          pointer<cpu::HandleEntry>(entries)};
+protocol::HandleView handle_view(uintptr_t num_messages, uintptr_t messages, uintptr_t entries) {
+  return {pointer<uint32_t>(num_messages), pointer<protocol::HandleMessage>(messages),
+          pointer<protocol::HandleEntry>(entries)};
 }
 
 void bind_results(py::module_& m) {
-  py::enum_<cpu::Status>(m, "Status")
-      .value("OK", cpu::Status::kOk)
-      .value("TIMEOUT", cpu::Status::kTimeout)
-      .value("BUFFER_FAILED", cpu::Status::kBufferFailed)
-      .value("OUT_OF_ORDER", cpu::Status::kOutOfOrder)
-      .value("NEWER_EPOCH", cpu::Status::kNewerEpoch)
-      .value("CORRUPT", cpu::Status::kCorrupt)
-      .value("BAD_EXPERT", cpu::Status::kBadExpert);
+  py::enum_<protocol::Status>(m, "Status")
+      .value("OK", protocol::Status::kOk)
+      .value("TIMEOUT", protocol::Status::kTimeout)
+      .value("BUFFER_FAILED", protocol::Status::kBufferFailed)
+      .value("OUT_OF_ORDER", protocol::Status::kOutOfOrder)
+      .value("NEWER_EPOCH", protocol::Status::kNewerEpoch)
+      .value("CORRUPT", protocol::Status::kCorrupt)
+      .value("BAD_EXPERT", protocol::Status::kBadExpert);
   py::enum_<Phase>(m, "Phase")
       .value("DISPATCH", Phase::kDispatch)
       .value("COMBINE", Phase::kCombine);
   py::enum_<Half>(m, "Half").value("SEND", Half::kSend).value("RECV", Half::kRecv);
-  py::class_<cpu::FlightRecord>(m, "FlightRecord")
-      .def_readonly("self_rank", &cpu::FlightRecord::self_rank)
-      .def_readonly("peer_rank", &cpu::FlightRecord::peer_rank)
-      .def_readonly("phase", &cpu::FlightRecord::phase)
-      .def_readonly("half", &cpu::FlightRecord::half)
-      .def_readonly("epoch", &cpu::FlightRecord::epoch)
-      .def_readonly("expected", &cpu::FlightRecord::expected)
-      .def_readonly("seen", &cpu::FlightRecord::seen)
-      .def_readonly("waited_ns", &cpu::FlightRecord::waited_ns);
-  py::class_<cpu::OpResult>(m, "OpResult")
-      .def_property_readonly("ok",
-                             [](const cpu::OpResult& r) { return r.status == cpu::Status::kOk; })
-      .def_readonly("status", &cpu::OpResult::status)
-      .def_readonly("record", &cpu::OpResult::record)
-      .def_readonly("token", &cpu::OpResult::token)
-      .def_readonly("k", &cpu::OpResult::k)
-      .def_readonly("expert", &cpu::OpResult::expert)
-      .def_readonly("wait_ns", &cpu::OpResult::wait_ns);
+  py::class_<protocol::FlightRecord>(m, "FlightRecord")
+      .def_readonly("self_rank", &protocol::FlightRecord::self_rank)
+      .def_readonly("peer_rank", &protocol::FlightRecord::peer_rank)
+      .def_readonly("phase", &protocol::FlightRecord::phase)
+      .def_readonly("half", &protocol::FlightRecord::half)
+      .def_readonly("epoch", &protocol::FlightRecord::epoch)
+      .def_readonly("expected", &protocol::FlightRecord::expected)
+      .def_readonly("seen", &protocol::FlightRecord::seen)
+      .def_readonly("waited_ns", &protocol::FlightRecord::waited_ns);
+  py::class_<protocol::OpResult>(m, "OpResult")
+      .def(py::init<>())
+      .def_property_readonly(
+          "ok", [](const protocol::OpResult& r) { return r.status == protocol::Status::kOk; })
+      .def_readonly("status", &protocol::OpResult::status)
+      .def_readonly("record", &protocol::OpResult::record)
+      .def_readonly("token", &protocol::OpResult::token)
+      .def_readonly("k", &protocol::OpResult::k)
+      .def_readonly("expert", &protocol::OpResult::expert)
+      .def_readonly("wait_ns", &protocol::OpResult::wait_ns);
 }
 
 void bind_low_latency_rank(py::module_& m) {
@@ -146,8 +147,7 @@ PYBIND11_MODULE(_native, m) {
   bind_low_latency_rank(m);
 #if defined(EP_BACKEND_CUDA)
   m.attr("has_cuda") = true;
-  m.def("cuda_protocol_mismatches", &cuda::protocol_mismatches, py::arg("config"),
-        "Words that a GPU computes differently from the host in the protocol headers; -1: no GPU.");
+  bind_cuda(m);
 #else
   m.attr("has_cuda") = false;
 #endif

@@ -14,10 +14,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from ep_backend.errors import RendezvousError, SettingsMismatch
-from ep_backend.memory import SymmetricMemory, shm
+from ep_backend.memory import SymmetricMemory, cuda, shm
 
 T = TypeVar("T")
 
@@ -157,22 +158,26 @@ class Group:
                     f"{what}: {key} differs between ranks ({listed}). Pass the same on every rank."
                 )
 
-    def allocate(self, num_bytes: int) -> SymmetricMemory:
-        """Zeroed memory of this size on every rank, mapped by every rank. Collective.
+    def allocate(self, num_bytes: int, device: torch.device) -> SymmetricMemory:
+        """Zeroed memory of this size on every rank's device, mapped by every rank. Collective.
 
         Raises:
             RendezvousError: the ranks are on different hosts (their link would be RDMA, which this
                 provider does not have), or a rank has no room.
         """
         if self.is_virtual:
+            if device.type == "cuda":
+                return cuda.allocate(self, num_bytes, device)
             return shm.allocate_in_process(self, num_bytes)
         hosts = self.all_gather(_host_identity())
         for rank, host in enumerate(hosts):
             if host != hosts[0]:
                 raise RendezvousError(
-                    f"rank {rank} is on another host than rank 0. The shm link joins processes of "
-                    "one host; start all ranks of this group there."
+                    f"rank {rank} is on another host than rank 0. Ranks are joined by the memory "
+                    "of one host; start all ranks of this group there."
                 )
+        if device.type == "cuda":
+            return cuda.allocate(self, num_bytes, device)
         return shm.allocate_shared(self, num_bytes)
 
 

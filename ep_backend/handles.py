@@ -49,7 +49,7 @@ class DispatchHandle:
         num_slots = num_ranks * buffer.num_max_tokens_per_rank
         # One allocation: this runs in every layer of every step.
         self._sizes = (num_tokens, num_ranks, 4 * num_slots, 2 * num_slots * buffer.top_k)
-        self.storage = torch.empty(sum(self._sizes), dtype=torch.int32)
+        self.storage = torch.empty(sum(self._sizes), dtype=torch.int32, device=buffer.device)
 
     @property
     def num_partials(self) -> torch.Tensor:

@@ -6,12 +6,17 @@ from ep_backend._native import Half, OpResult, Status
 from ep_backend.errors import EPBackendError, OrderError, PeerTimeout, ProtocolError
 
 
-def exception_for(result: OpResult, num_experts: int) -> Exception:
-    """The exception for a status other than OK."""
+def exception_for(result: OpResult, num_experts: int, *, is_async: bool) -> Exception:
+    """The exception for a status other than OK.
+
+    Args:
+        is_async: kernels check their input while they run, so that a mistake fails the buffer.
+    """
     if result.status == Status.BAD_EXPERT:
         return ValueError(
             f"topk_idx[{result.token}, {result.k}] is {result.expert}, expected -1 (not routed) or "
-            f"an expert in 0..{num_experts - 1}. Nothing was sent."
+            f"an expert in 0..{num_experts - 1}. "
+            + ("This buffer stays failed: create a new one." if is_async else "Nothing was sent.")
         )
     record = result.record
     phase, half = record.phase.name.lower(), record.half.name.lower()

@@ -15,18 +15,17 @@ L experts of this rank, S = R * M rows an expert can receive.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
 
 from ep_backend import _native, faults
-from ep_backend._native import Half, Phase
 from ep_backend.checks import AtMost, check_int, check_tensor
 from ep_backend.errors import EPBackendError, OrderError, PeerTimeout, ProtocolError
 from ep_backend.group import Group
 from ep_backend.handles import DispatchHandle, DispatchResult, OpCounters, RecvHook
 from ep_backend.kernel_errors import exception_for
+from ep_backend.kernels import make_kernels
 from ep_backend.observe.trace import TraceWriter
 from ep_backend.order import PhaseOrder
 
@@ -57,9 +56,13 @@ class LowLatencyBuffer:
             rank's partial sum travels as `dtype`.
         num_banks: operations in flight, at least 2.
         timeout_secs: how long one wait for peers may last.
-        spin_us: how long a wait polls before it sleeps. Default: 50 where every rank has a core,
-            else 0.
-        device: where tensors live; "cpu".
+        device: where tensors live: "cpu", or a CUDA device. On CUDA, sends and hooks are launched
+            on the current stream and return at once; what a kernel finds wrong is raised by a later
+            call, or by `raise_if_failed()`.
+        spin_us: CPU: how long a wait polls before it sleeps. Default: 50 where every rank has a
+            core, else 0.
+        num_sms: CUDA: blocks a kernel has at most. Default: all SMs, shared between virtual ranks,
+            whose waiting kernels must fit on the GPU together.
 
     Raises:
         ValueError: an argument is out of range; the text names the limit.
@@ -78,8 +81,9 @@ class LowLatencyBuffer:
         dtype: torch.dtype,
         num_banks: int = 2,
         timeout_secs: float = DEFAULT_TIMEOUT_SECS,
-        spin_us: float | None = None,
         device: str | torch.device = "cpu",
+        spin_us: float | None = None,
+        num_sms: int | None = None,
     ) -> None:
         settings = {
             "num_max_tokens_per_rank": num_max_tokens_per_rank,
@@ -95,6 +99,8 @@ class LowLatencyBuffer:
         try:
             _check_settings(group.num_ranks, settings)
             _check_waits(timeout_secs, spin_us)
+            self.device = _usable_device(device)
+            _check_num_sms(num_sms, self.device)
         except (TypeError, ValueError) as e:
             error = e
         group.agree("LowLatencyBuffer", settings, error)
@@ -106,7 +112,6 @@ class LowLatencyBuffer:
         self.top_k = top_k
         self.dtype = dtype
         self.num_banks = num_banks
-        self.device = torch.device(device)
         config = _native.LowLatencyConfig(
             num_ranks=group.num_ranks,
             num_experts=num_experts,
@@ -124,20 +129,14 @@ class LowLatencyBuffer:
         self.num_symmetric_bytes: int = layout.num_bytes
         """Shared memory this buffer takes on every rank."""
 
-        self._memory = group.allocate(layout.num_bytes)
-        if spin_us is None:
-            spin_us = 50.0 if group.num_ranks <= (os.cpu_count() or 1) else 0.0
-        self._rank = _native.LowLatencyRank(
-            config,
-            group.self_rank,
-            self._memory.bases,
-            timeout_ns=int(timeout_secs * 1e9),
-            spin_ns=int(spin_us * 1e3),
+        self._memory = group.allocate(layout.num_bytes, self.device)
+        self._rank = make_kernels(
+            config, group, self._memory.bases, self.device, timeout_secs, spin_us, num_sms
         )
         self._dispatches = PhaseOrder("dispatch", num_banks)
         self._combines = PhaseOrder("combine", num_banks)
         self._recv_x: list[torch.Tensor | None] = [None] * num_banks
-        self._failure: EPBackendError | None = None
+        self._failure: Exception | None = None
         self._is_closed = False
         self._fault = faults.active_fault()
         self._trace = TraceWriter.from_env(f"rank{group.self_rank}")
@@ -157,7 +156,8 @@ class LowLatencyBuffer:
             The result, and the hook that fills it.
 
         Raises:
-            ValueError: wrong shape, dtype or expert; nothing was sent.
+            ValueError: wrong shape, dtype or expert; nothing was sent. A wrong expert on CUDA is
+                noticed by the kernel: it is raised by a later call, and the buffer stays failed.
             OrderError: `num_banks` dispatches are waiting for their hooks.
             PeerTimeout: a peer did not free the bank in time.
         """
@@ -177,7 +177,7 @@ class LowLatencyBuffer:
                 num_partials,
             )
         )
-        counts = torch.empty(self.num_local_experts, dtype=torch.int32)
+        counts = torch.empty(self.num_local_experts, dtype=torch.int32, device=self.device)
         result = DispatchResult(handle, self._recv_bank(handle.epoch), counts)
 
         def unpack() -> None:
@@ -247,13 +247,13 @@ class LowLatencyBuffer:
 
     def counters(self) -> dict[str, OpCounters]:
         """Counters of "dispatch_send", "dispatch_recv", "combine_send" and "combine_recv"."""
-        return {
-            f"{phase.name.lower()}_{half.name.lower()}": OpCounters(
-                **self._rank.counters(phase, half)
-            )
-            for phase in (Phase.DISPATCH, Phase.COMBINE)
-            for half in (Half.SEND, Half.RECV)
-        }
+        return self._rank.counters()
+
+    def raise_if_failed(self) -> None:
+        """Raises what kernels have reported so far. On CUDA, synchronise first to be sure."""
+        if self._failure is not None:
+            raise self._failure
+        self._raise_unless_ok(self._rank.report())
 
     def close(self) -> None:
         """Unmaps this rank's view of the shared memory. Not collective; idempotent. No operation of
@@ -298,7 +298,8 @@ class LowLatencyBuffer:
         shape = (self.num_local_experts, self.expert_capacity, self.hidden)
         check_tensor("expert_out", expert_out, shape, (self.dtype,), self.device)
         if out is None:
-            return torch.empty((handle.num_tokens, self.hidden), dtype=self.dtype)
+            size = (handle.num_tokens, self.hidden)
+            return torch.empty(size, dtype=self.dtype, device=self.device)
         check_tensor("out", out, (handle.num_tokens, self.hidden), (self.dtype,), self.device)
         return out
 
@@ -308,7 +309,7 @@ class LowLatencyBuffer:
         if recv_x is None:
             # Kept: fresh pages for each dispatch would cost more than the exchange.
             shape = (self.num_local_experts, self.expert_capacity, self.hidden)
-            recv_x = self._recv_x[bank] = torch.empty(shape, dtype=self.dtype)
+            recv_x = self._recv_x[bank] = torch.empty(shape, dtype=self.dtype, device=self.device)
         return recv_x
 
     def _run(
@@ -325,11 +326,16 @@ class LowLatencyBuffer:
             with self._trace.span(kind, num_tokens) as span:
                 result = kernel(*args)
                 span.wait_ns = result.wait_ns
-        if not result.ok:
-            error = exception_for(result, self.num_experts)
-            if isinstance(error, (PeerTimeout, ProtocolError)):
-                self._failure = error  # every later call raises it again
-            raise error
+        self._raise_unless_ok(result)
+
+    def _raise_unless_ok(self, result: _native.OpResult) -> None:
+        if result.ok:
+            return
+        is_async = self.device.type == "cuda"
+        error = exception_for(result, self.num_experts, is_async=is_async)
+        if isinstance(error, (PeerTimeout, ProtocolError)) or is_async:
+            self._failure = error  # every later call raises it again
+        raise error
 
 
 def _device_type(device: str | torch.device) -> str:
@@ -356,10 +362,33 @@ def _check_settings(num_ranks: int, settings: dict) -> None:
     if settings["dtype"] not in DTYPES:
         allowed = " or ".join(str(dtype) for dtype in DTYPES)
         raise ValueError(f"dtype is {settings['dtype']}, expected {allowed}.")
-    if settings["device"] != "cpu":
+    if settings["device"] == "cuda" and _native.has_cuda:
+        why = "The CUDA kernels count rows by expert in shared memory."
+        check_int("num_experts", settings["num_experts"], 1, _native.CUDA_MAX_EXPERTS, why)
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    """The device, with its index. Raises `ValueError` where no kernels can run on it."""
+    device_type = _device_type(device)
+    if device_type == "cpu":
+        return torch.device("cpu")
+    if device_type != "cuda":
+        raise ValueError(f"device is {str(device)!r}, expected 'cpu' or a CUDA device.")
+    if not _native.has_cuda:
         raise ValueError(
-            f"device is {settings['device']!r}, expected 'cpu': there are no CUDA kernels yet."
+            f"device is {str(device)!r}, but this build is CPU-only. Build it where nvcc is, with "
+            "EP_BACKEND_CUDA=ON."
         )
+    if not torch.cuda.is_available():
+        raise ValueError(f"device is {str(device)!r}, but torch sees no CUDA device.")
+    index = torch.device(device).index
+    return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+
+
+def _check_num_sms(num_sms: int | None, device: torch.device) -> None:
+    if num_sms is not None and device.type == "cuda":
+        num_present = torch.cuda.get_device_properties(device).multi_processor_count
+        check_int("num_sms", num_sms, 1, num_present, f"{device} has so many.")
 
 
 def _check_waits(timeout_secs: float, spin_us: float | None) -> None:

@@ -188,7 +188,7 @@ BAD_SETTINGS: list[tuple[str, Any, str]] = [
     ("top_k", 65, "top_k is 65, expected an integer in 1..64"),
     ("num_banks", 1, "num_banks is 1, expected an integer in 2..64"),
     ("dtype", torch.float16, "dtype is torch.float16, expected torch.float32 or torch.bfloat16"),
-    ("device", "cuda", "device is 'cuda', expected 'cpu'"),
+    ("device", "meta", "device is 'meta', expected 'cpu' or a CUDA device"),
     ("device", "no such device", "no such device"),
     ("timeout_secs", 0, "timeout_secs is 0, expected more than 0"),
     ("timeout_secs", None, "not supported between"),

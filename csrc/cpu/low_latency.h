@@ -25,34 +25,11 @@ struct OpCounters {
   uint64_t wait_ns = 0;  // part of total_ns spent waiting for peers
 };
 
-struct OpResult {
-  Status status = Status::kOk;
-  FlightRecord record;  // for kTimeout, kNewerEpoch, kCorrupt, kOutOfOrder, kBufferFailed
-  uint32_t token = 0;   // for kBadExpert: topk_idx[token][k] == expert
-  uint32_t k = 0;
-  int64_t expert = 0;
-  uint64_t wait_ns = 0;
-};
-
-// What the dispatch hook copies out of the inbox so that combine can answer after the bank has been
-// given back. Messages of source 0 come first, then of source 1, ...
-struct HandleMessage {
-  uint32_t src_token;
-  uint32_t outcome_slot;
-  uint32_t first_entry;
-  uint32_t num_entries;
-};
-static_assert(sizeof(HandleMessage) == 16);
-struct HandleEntry {
-  uint32_t row;  // in recv_x seen as [L * S, H]
-  float weight;
-};
-static_assert(sizeof(HandleEntry) == 8);
-struct HandleView {
-  uint32_t* num_messages;   // [R]
-  HandleMessage* messages;  // [R * M]
-  HandleEntry* entries;     // [R * M * K], in message order, then k order
-};
+using protocol::FlightRecord;
+using protocol::HandleEntry;
+using protocol::HandleMessage;
+using protocol::HandleView;
+using protocol::OpResult;
 
 struct DispatchSendParams {
   const std::byte* x;    // [T, H]

@@ -45,12 +45,12 @@ class TokenRoutes {
       const uint32_t expert = static_cast<uint32_t>(expert_or_none);
       const uint32_t rank = partition.owner(expert);
       const auto local_expert = static_cast<uint16_t>(expert - partition.first_expert(rank));
-      uint32_t position = num_routes_++;
-      for (; position > 0 && routes_[position - 1].rank > rank; --position) {
-        routes_[position] = routes_[position - 1];
+      uint32_t place = num_routes_++;
+      for (; place > 0 && routes_[place - 1].rank > rank; --place) {
+        routes_[place] = routes_[place - 1];
       }
-      routes_[position] = {
-          rank, expert, {local_expert, static_cast<uint16_t>(k), params.topk_weights[i]}};
+      routes_[place] = {
+          rank, expert, {local_expert, static_cast<uint16_t>(k), 0, params.topk_weights[i]}};
     }
   }
 
@@ -63,8 +63,10 @@ class TokenRoutes {
 };
 
 // A token may list an expert twice. It then occupies one row there, and both weights count.
-bool listed_before(const TokenRoutes::Route* first, const TokenRoutes::Route* route) {
-  return std::any_of(first, route, [&](const auto& r) { return r.expert == route->expert; });
+const ExpertEntry* find_twin(const ExpertEntry* entries, const ExpertEntry* entry) {
+  const auto* twin = std::find_if(
+      entries, entry, [&](const ExpertEntry& e) { return e.local_expert == entry->local_expert; });
+  return twin == entry ? nullptr : twin;
 }
 
 // One payload to the rows of its entries; entries of one expert share a row.
@@ -121,8 +123,10 @@ void LowLatencyRank::write_messages(Op& op, const DispatchSendParams& params) {
 
       auto route = first;
       for (; route != routes.end() && route->rank == dst_rank; ++route) {
-        entries[route - first] = route->entry;
-        if (!listed_before(first, route)) ++num_rows_for_expert_[route->expert];
+        ExpertEntry& entry = entries[route - first];
+        entry = route->entry;
+        const ExpertEntry* twin = find_twin(entries, &entry);
+        entry.position = twin != nullptr ? twin->position : num_rows_for_expert_[route->expert]++;
       }
       *reinterpret_cast<MessageHeader*>(message) = {
           token, token * layout_.num_outcome_columns() + column,
@@ -222,14 +226,18 @@ bool LowLatencyRank::unpack_message(Op& op, uint32_t src_rank, uint32_t slot,
     if (local_expert >= next_row_.size()) {
       return op.fail(Status::kCorrupt, src_rank, next_row_.size(), local_expert);
     }
-    const auto* twin = std::find_if(
-        entries, entries + i, [&](const ExpertEntry& e) { return e.local_expert == local_expert; });
-    if (twin != entries + i) {
-      out[i] = {out[twin - entries].row, entries[i].weight};
-      continue;
+    const ExpertEntry* twin = find_twin(entries, entries + i);
+    const uint32_t row_of_source = next_row_[local_expert] - first_row_[local_expert];
+    const uint32_t position = twin != nullptr ? twin->position : row_of_source;
+    if (entries[i].position != position) {
+      return op.fail(Status::kCorrupt, src_rank, position, entries[i].position);
     }
-    const uint64_t row = local_expert * layout_.expert_capacity() + next_row_[local_expert]++;
-    ++num_rows_;
+    if (twin == nullptr) {
+      ++next_row_[local_expert];
+      ++num_rows_;
+    }
+    const uint64_t row =
+        local_expert * layout_.expert_capacity() + first_row_[local_expert] + position;
     out[i] = {static_cast<uint32_t>(row), entries[i].weight};
   }
   return true;

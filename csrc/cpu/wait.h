@@ -9,33 +9,11 @@
 
 #include <cstdint>
 
-#include "protocol/base.h"
+#include "protocol/op.h"
 
 namespace ep::cpu {
 
-enum class Status : uint32_t {
-  kOk,
-  kTimeout,       // a peer did not come in time; the buffer is failed from now on
-  kBufferFailed,  // an earlier operation failed the buffer
-  kOutOfOrder,    // this call may not start now
-  kNewerEpoch,    // a peer is ahead of what the protocol allows
-  kCorrupt,       // a message or count contradicts its signal
-  kBadExpert,     // topk_idx holds an expert that does not exist
-  kInterrupted,   // a signal handler wants to run (Ctrl-C); nothing was done, call again
-};
-
-// What an operation was doing when it gave up. Filled by the kernels, turned into an exception
-// above.
-struct FlightRecord {
-  int32_t self_rank = -1;
-  int32_t peer_rank = -1;
-  protocol::Phase phase = protocol::Phase::kDispatch;
-  protocol::Half half = protocol::Half::kSend;
-  uint64_t epoch = 0;
-  uint64_t expected = 0;
-  uint64_t seen = 0;
-  uint64_t waited_ns = 0;
-};
+using protocol::Status;
 
 struct WaitPolicy {
   uint64_t timeout_ns;

@@ -15,7 +15,7 @@
 namespace ep::protocol {
 
 // Changes whenever a region, a word or a rule does: ranks of different builds must not meet.
-constexpr uint32_t kProtocolVersion = 1;
+constexpr uint32_t kProtocolVersion = 2;
 
 // What all ranks must agree on.
 struct LowLatencyConfig {

@@ -7,7 +7,8 @@
 //
 // Example, top_k = 3, R = 2, E = 4 (rank 1 owns experts 2 and 3): token 5 routed to experts
 // [3, 0, 2] reaches rank 1 as {src_token 5, outcome_slot 5 * 2 + 1, num_entries 2, epoch_tag} and
-// the entries {local_expert 1, k 0, w0}, {local_expert 0, k 2, w2}.
+// the entries {local_expert 1, k 0, p, w0}, {local_expert 0, k 2, q, w2}, where p of the tokens
+// 0..4 of this source go to expert 3 and q to expert 2.
 #pragma once
 
 #include "protocol/base.h"
@@ -25,9 +26,12 @@ static_assert(sizeof(MessageHeader) == 16);
 struct ExpertEntry {
   uint16_t local_expert;
   uint16_t k;  // position in the token's topk_idx; entries are in this order
+  // Rows that this source sends to the expert before this one. The row's place follows: behind the
+  // rows of earlier sources, which the counts tell. So messages are unpacked in any order.
+  uint32_t position;
   float weight;
 };
-static_assert(sizeof(ExpertEntry) == 8);
+static_assert(sizeof(ExpertEntry) == 12);
 
 EP_HOST_DEVICE constexpr uint64_t header_bytes(uint32_t top_k) {
   return align_up(sizeof(MessageHeader) + top_k * sizeof(ExpertEntry), kPayloadAlign);

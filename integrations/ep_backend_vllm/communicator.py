@@ -81,6 +81,7 @@ def make_manager(cpu_group: Any, backend: str) -> Any:
     """The manager that vLLM asks for buffers; `cpu_group` is the group's gloo process group."""
     from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase
     from vllm.logger import init_logger
+    from vllm.platforms import current_platform
 
     logger = init_logger("vllm.ep_backend")
 
@@ -111,7 +112,7 @@ def make_manager(cpu_group: Any, backend: str) -> Any:
             return self.buffers[key]
 
         def max_sms_used(self) -> int | None:
-            return 0  # transfers run on the CPU
+            return 0 if current_platform.is_cpu() else None  # None: as many as there are
 
         def destroy(self) -> None:
             while self.buffers:

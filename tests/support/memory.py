@@ -24,6 +24,7 @@ class ExpertEntry(ctypes.Structure):
     _fields_ = [
         ("local_expert", ctypes.c_uint16),
         ("k", ctypes.c_uint16),
+        ("position", ctypes.c_uint32),
         ("weight", ctypes.c_float),
     ]
 

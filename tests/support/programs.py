@@ -132,9 +132,8 @@ class Interpreter:
 
     def send_dispatch(self, op: int) -> None:
         v, rank = self.scenario.variant(op), self.buffer.group.self_rank
-        self.dispatched[op] = self.buffer.dispatch(
-            v.x[rank], v.topk_idx[rank], v.topk_weights[rank]
-        )
+        inputs = (v.x[rank], v.topk_idx[rank], v.topk_weights[rank])
+        self.dispatched[op] = self.buffer.dispatch(*(t.to(self.buffer.device) for t in inputs))
 
     def hook_dispatch(self, op: int) -> None:
         result, hook = self.dispatched[op]

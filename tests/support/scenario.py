@@ -127,7 +127,7 @@ def check_received(result: DispatchResult, variant: Variant, shape: Shape, rank:
     experts = reference.experts_of_rank(shape.num_experts, shape.num_ranks, rank)
     for local, num_rows in enumerate(result.num_recv_tokens_per_expert.tolist()):
         expected = variant.received[experts[local]]
-        got = result.recv_x[local, :num_rows]
+        got = result.recv_x[local, :num_rows].cpu()
         where = f"rank {rank}, expert {experts[local]}"
         assert num_rows == len(expected.origins), (
             f"{where}: {num_rows} rows, expected {len(expected.origins)}"
@@ -141,7 +141,7 @@ def check_received(result: DispatchResult, variant: Variant, shape: Shape, rank:
 
 
 def check_combined(out: torch.Tensor, variant: Variant, rank: int) -> None:
-    expected = variant.combined[rank]
+    expected, out = variant.combined[rank], out.cpu()
     assert out.shape == expected.shape
     if not same_bits(out, expected):
         token = next(t for t in range(out.shape[0]) if not same_bits(out[t], expected[t]))

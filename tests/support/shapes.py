@@ -19,6 +19,7 @@ class Shape:
     top_k: int = 3
     dtype: torch.dtype = torch.bfloat16
     num_banks: int = 2
+    device: str = "cpu"
 
     def config(self) -> _native.LowLatencyConfig:
         return _native.LowLatencyConfig(
@@ -46,6 +47,7 @@ class Shape:
             dtype=self.dtype,
             num_banks=self.num_banks,
             timeout_secs=timeout_secs,
+            device=self.device,
             spin_us=spin_us,
         )
 

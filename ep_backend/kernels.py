@@ -1,0 +1,157 @@
+"""The native kernels of one rank behind one interface, whatever device they run on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from ep_backend import _native
+from ep_backend.errors import EPBackendError
+from ep_backend.handles import OpCounters
+
+if TYPE_CHECKING:
+    from ep_backend.group import Group
+
+Phase, Half = _native.Phase, _native.Half
+Kernel = Callable[..., _native.OpResult]
+
+
+class RankKernels(Protocol):
+    """Kernels take addresses and sizes; csrc/cpu/low_latency.h says which."""
+
+    @property
+    def dispatch_send(self) -> Kernel: ...
+
+    @property
+    def dispatch_recv(self) -> Kernel: ...
+
+    @property
+    def combine_send(self) -> Kernel: ...
+
+    @property
+    def combine_recv(self) -> Kernel: ...
+
+    def counters(self) -> dict[str, OpCounters]: ...
+
+    def report(self) -> _native.OpResult:
+        """What has failed since, where kernels run asynchronously; else OK."""
+
+
+class CpuKernels:
+    """They run in the calling thread and wait there, without the interpreter lock.
+
+    Args:
+        spin_us: see `LowLatencyBuffer`.
+    """
+
+    def __init__(
+        self,
+        config: _native.LowLatencyConfig,
+        self_rank: int,
+        bases: list[int],
+        timeout_secs: float,
+        spin_us: float | None,
+    ) -> None:
+        if spin_us is None:
+            # With a core for every rank, polling saves the two context switches of a sleep; with
+            # fewer, it would hold the core that the peer needs.
+            spin_us = 50.0 if config.num_ranks <= (os.cpu_count() or 1) else 0.0
+        rank = _native.LowLatencyRank(
+            config,
+            self_rank,
+            bases,
+            timeout_ns=int(timeout_secs * 1e9),
+            spin_ns=int(spin_us * 1e3),
+        )
+        self._rank = rank
+        self.dispatch_send = rank.dispatch_send
+        self.dispatch_recv = rank.dispatch_recv
+        self.combine_send = rank.combine_send
+        self.combine_recv = rank.combine_recv
+
+    def counters(self) -> dict[str, OpCounters]:
+        return {
+            f"{phase.name.lower()}_{half.name.lower()}": OpCounters(
+                **self._rank.counters(phase, half)
+            )
+            for phase in (Phase.DISPATCH, Phase.COMBINE)
+            for half in (Half.SEND, Half.RECV)
+        }
+
+    def report(self) -> _native.OpResult:
+        return _native.OpResult()
+
+
+class CudaKernels:
+    """They are launched on the calling thread's current stream.
+
+    Args:
+        num_sms: blocks a kernel has at most. Default: all SMs; virtual ranks share them.
+    """
+
+    def __init__(
+        self,
+        config: _native.LowLatencyConfig,
+        self_rank: int,
+        bases: list[int],
+        timeout_secs: float,
+        num_sms: int,
+        device: torch.device,
+    ) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._rank = _native.CudaLowLatencyRank(
+                config,
+                self_rank,
+                bases,
+                timeout_ns=int(timeout_secs * 1e9),
+                num_sms=num_sms,
+            )
+
+    def _stream(self) -> int:
+        if torch.cuda.current_device() != self._device.index:
+            raise EPBackendError(
+                f"the current device is cuda:{torch.cuda.current_device()}, the buffer's is "
+                f"{self._device}. Call torch.cuda.set_device({self._device.index}) in this thread."
+            )
+        return torch.cuda.current_stream().cuda_stream
+
+    def dispatch_send(self, *args: int) -> _native.OpResult:
+        return self._rank.dispatch_send(*args, self._stream())
+
+    def dispatch_recv(self, *args: int) -> _native.OpResult:
+        return self._rank.dispatch_recv(*args, self._stream())
+
+    def combine_send(self, *args: int) -> _native.OpResult:
+        return self._rank.combine_send(*args, self._stream())
+
+    def combine_recv(self, *args: int) -> _native.OpResult:
+        return self._rank.combine_recv(*args, self._stream())
+
+    def counters(self) -> dict[str, OpCounters]:
+        raise EPBackendError("kernels on a GPU do not keep counters yet.")
+
+    def report(self) -> _native.OpResult:
+        return self._rank.report()
+
+
+def make_kernels(
+    config: _native.LowLatencyConfig,
+    group: Group,
+    bases: list[int],
+    device: torch.device,
+    timeout_secs: float,
+    spin_us: float | None,
+    num_sms: int | None,
+) -> RankKernels:
+    """The kernels for `device`; arguments that it does not know are ignored."""
+    if device.type == "cpu":
+        return CpuKernels(config, group.self_rank, bases, timeout_secs, spin_us)
+    if num_sms is None:
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        if group.is_virtual:
+            num_sms = max(1, num_sms // group.num_ranks)
+    return CudaKernels(config, group.self_rank, bases, timeout_secs, num_sms, device)
