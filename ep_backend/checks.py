@@ -63,6 +63,15 @@ def _mismatch(
     )
 
 
+def check_alignment(name: str, tensor: torch.Tensor, alignment: int) -> None:
+    """Raises `ValueError` unless the tensor starts at a multiple of `alignment` bytes."""
+    if alignment > 1 and tensor.data_ptr() % alignment != 0:
+        raise ValueError(
+            f"{name} starts {tensor.data_ptr() % alignment} bytes behind a multiple of {alignment}, "
+            f"expected one: it is a view into the middle of a row. Pass {name}.clone()."
+        )
+
+
 def check_int(name: str, value: int, low: int, high: int, why: str = "") -> None:
     """Raises `ValueError` unless `low <= value <= high`."""
     if not isinstance(value, int) or not low <= value <= high:

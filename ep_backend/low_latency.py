@@ -15,12 +15,13 @@ L experts of this rank, S = R * M rows an expert can receive.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 
 from ep_backend import _native, faults
-from ep_backend.checks import AtMost, check_int, check_tensor
+from ep_backend.checks import AtMost, check_alignment, check_int, check_tensor
 from ep_backend.errors import EPBackendError, OrderError, PeerTimeout, ProtocolError
 from ep_backend.group import Group
 from ep_backend.handles import DispatchHandle, DispatchResult, OpCounters, RecvHook
@@ -129,6 +130,8 @@ class LowLatencyBuffer:
         self.num_symmetric_bytes: int = layout.num_bytes
         """Shared memory this buffer takes on every rank."""
 
+        # The CUDA kernels move rows in the widest vectors that divide them.
+        self._row_alignment = math.gcd(16, layout.row_bytes) if self.device.type == "cuda" else 1
         self._memory = group.allocate(layout.num_bytes, self.device)
         self._rank = make_kernels(
             config, group, self._memory.bases, self.device, timeout_secs, spin_us, num_sms
@@ -283,6 +286,7 @@ class LowLatencyBuffer:
         shape = (num_tokens, self.top_k)
         check_tensor("topk_idx", topk_idx, shape, INDEX_DTYPES, self.device)
         check_tensor("topk_weights", topk_weights, shape, (torch.float32,), self.device)
+        check_alignment("x", x, self._row_alignment)
         return num_tokens
 
     def _check_combine(
@@ -297,10 +301,12 @@ class LowLatencyBuffer:
             )
         shape = (self.num_local_experts, self.expert_capacity, self.hidden)
         check_tensor("expert_out", expert_out, shape, (self.dtype,), self.device)
+        check_alignment("expert_out", expert_out, self._row_alignment)
         if out is None:
             size = (handle.num_tokens, self.hidden)
             return torch.empty(size, dtype=self.dtype, device=self.device)
         check_tensor("out", out, (handle.num_tokens, self.hidden), (self.dtype,), self.device)
+        check_alignment("out", out, self._row_alignment)
         return out
 
     def _recv_bank(self, epoch: int) -> torch.Tensor:

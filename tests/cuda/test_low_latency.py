@@ -207,3 +207,13 @@ def test_tensors_of_another_device_are_refused() -> None:
     x = torch.ones(1, 20, dtype=buffer.dtype)
     with pytest.raises(ValueError, match="x is on cpu, expected cuda:0"):
         buffer.dispatch(x, torch.zeros((1, 3), dtype=torch.int64), torch.ones(1, 3))
+
+
+def test_rows_that_vectors_cannot_reach_are_refused() -> None:
+    """On the GPU a misaligned access would end the process's context."""
+    shape = Shape(1, hidden=16, num_experts=4, top_k=1, device="cuda")
+    (buffer,) = shape.virtual_buffers()
+    storage = torch.ones(1 + 2 * 16, dtype=buffer.dtype, device="cuda")
+    idx = torch.zeros((2, 1), dtype=torch.int64, device="cuda")
+    with pytest.raises(ValueError, match=r"x starts 2 bytes behind a multiple of 16.*x\.clone"):
+        buffer.dispatch(storage[1:].view(2, 16), idx, torch.ones(2, 1, device="cuda"))
