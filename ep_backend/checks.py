@@ -66,9 +66,10 @@ def _mismatch(
 def check_alignment(name: str, tensor: torch.Tensor, alignment: int) -> None:
     """Raises `ValueError` unless the tensor starts at a multiple of `alignment` bytes."""
     if alignment > 1 and tensor.data_ptr() % alignment != 0:
+        excess = tensor.data_ptr() % alignment
         raise ValueError(
-            f"{name} starts {tensor.data_ptr() % alignment} bytes behind a multiple of {alignment}, "
-            f"expected one: it is a view into the middle of a row. Pass {name}.clone()."
+            f"{name} starts {excess} bytes behind a multiple of {alignment}, expected one: it is a "
+            f"view into the middle of a row. Pass {name}.clone()."
         )
 
 

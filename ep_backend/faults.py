@@ -12,7 +12,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ep_backend.low_latency import DispatchHandle
+    from ep_backend.handles import DispatchHandle
 
 FAULT_VARIABLE = "EP_BACKEND_FAULT"
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 
 from ep_backend import _native, faults
-from ep_backend.checks import AtMost, check_alignment, check_int, check_tensor
+from ep_backend.checks import AtMost, check_alignment, check_tensor
 from ep_backend.errors import EPBackendError, OrderError, PeerTimeout, ProtocolError
 from ep_backend.group import Group
 from ep_backend.handles import DispatchHandle, DispatchResult, OpCounters, RecvHook
@@ -29,11 +29,15 @@ from ep_backend.kernel_errors import exception_for
 from ep_backend.kernels import make_kernels
 from ep_backend.observe.trace import TraceWriter
 from ep_backend.order import PhaseOrder
+from ep_backend.settings import (
+    DTYPES,
+    check_num_sms,
+    check_settings,
+    check_waits,
+    device_type,
+    usable_device,
+)
 
-DTYPES = {
-    torch.float32: _native.DType.FLOAT32,
-    torch.bfloat16: _native.DType.BFLOAT16,
-}
 INDEX_DTYPES = (torch.int64, torch.int32)
 DEFAULT_TIMEOUT_SECS = 60.0
 
@@ -93,15 +97,15 @@ class LowLatencyBuffer:
             "top_k": top_k,
             "dtype": dtype,
             "num_banks": num_banks,
-            "device": _device_type(device),
+            "device": device_type(device),
             "protocol version": _native.PROTOCOL_VERSION,
         }
         error: Exception | None = None
         try:
-            _check_settings(group.num_ranks, settings)
-            _check_waits(timeout_secs, spin_us)
-            self.device = _usable_device(device)
-            _check_num_sms(num_sms, self.device)
+            check_settings(group.num_ranks, settings)
+            check_waits(timeout_secs, spin_us)
+            self.device = usable_device(device)
+            check_num_sms(num_sms, self.device)
         except (TypeError, ValueError) as e:
             error = e
         group.agree("LowLatencyBuffer", settings, error)
@@ -342,63 +346,3 @@ class LowLatencyBuffer:
         if isinstance(error, (PeerTimeout, ProtocolError)) or is_async:
             self._failure = error  # every later call raises it again
         raise error
-
-
-def _device_type(device: str | torch.device) -> str:
-    """Of a device that torch does not know, its name: `_check_settings` refuses it, in company."""
-    try:
-        return torch.device(device).type
-    except RuntimeError:
-        return str(device)
-
-
-def _check_settings(num_ranks: int, settings: dict) -> None:
-    check_int("num_ranks", num_ranks, 1, _native.MAX_RANKS)
-    check_int("num_experts", settings["num_experts"], 1, _native.MAX_EXPERTS)
-    check_int(
-        "num_max_tokens_per_rank",
-        settings["num_max_tokens_per_rank"],
-        1,
-        _native.MAX_TOKENS_PER_RANK,
-        "A signal counts messages in 16 bits.",
-    )
-    check_int("hidden", settings["hidden"], 1, 1 << 20)
-    check_int("top_k", settings["top_k"], 1, _native.MAX_TOP_K)
-    check_int("num_banks", settings["num_banks"], 2, _native.MAX_BANKS)
-    if settings["dtype"] not in DTYPES:
-        allowed = " or ".join(str(dtype) for dtype in DTYPES)
-        raise ValueError(f"dtype is {settings['dtype']}, expected {allowed}.")
-    if settings["device"] == "cuda" and _native.has_cuda:
-        why = "The CUDA kernels count rows by expert in shared memory."
-        check_int("num_experts", settings["num_experts"], 1, _native.CUDA_MAX_EXPERTS, why)
-
-
-def _usable_device(device: str | torch.device) -> torch.device:
-    """The device, with its index. Raises `ValueError` where no kernels can run on it."""
-    device_type = _device_type(device)
-    if device_type == "cpu":
-        return torch.device("cpu")
-    if device_type != "cuda":
-        raise ValueError(f"device is {str(device)!r}, expected 'cpu' or a CUDA device.")
-    if not _native.has_cuda:
-        raise ValueError(
-            f"device is {str(device)!r}, but this build is CPU-only. Build it where nvcc is, with "
-            "EP_BACKEND_CUDA=ON."
-        )
-    if not torch.cuda.is_available():
-        raise ValueError(f"device is {str(device)!r}, but torch sees no CUDA device.")
-    index = torch.device(device).index
-    return torch.device("cuda", torch.cuda.current_device() if index is None else index)
-
-
-def _check_num_sms(num_sms: int | None, device: torch.device) -> None:
-    if num_sms is not None and device.type == "cuda":
-        num_present = torch.cuda.get_device_properties(device).multi_processor_count
-        check_int("num_sms", num_sms, 1, num_present, f"{device} has so many.")
-
-
-def _check_waits(timeout_secs: float, spin_us: float | None) -> None:
-    if timeout_secs <= 0:
-        raise ValueError(f"timeout_secs is {timeout_secs}, expected more than 0.")
-    if spin_us is not None and spin_us < 0:
-        raise ValueError(f"spin_us is {spin_us}, expected 0 or more.")

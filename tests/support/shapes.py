@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ep_backend import Group, LowLatencyBuffer, _native, virtual_world
-from ep_backend.low_latency import DTYPES
+from ep_backend.settings import DTYPES
 
 
 @dataclass(frozen=True)
