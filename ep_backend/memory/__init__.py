@@ -1,13 +1,15 @@
 """Symmetric memory: the same number of zeroed bytes on every rank, mapped by every rank.
 
-`shm` (processes of one host, and threads of one process) is here; `cuda` (peer pointers) and
-`nvshmem` (RDMA) belong here too. A provider gives `bases`, one address per rank, valid in this
+`shm` (processes of one host, and threads of one process) and `cuda` (peer pointers) are here;
+`nvshmem` (RDMA) belongs here too. A provider gives `bases`, one address per rank, valid in this
 process until `close()`.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
+
+from ep_backend.errors import RendezvousError
 
 
 class SymmetricMemory(Protocol):
@@ -19,3 +21,10 @@ class SymmetricMemory(Protocol):
 
     def close(self) -> None:
         """Unmaps everything. Peers that still use their own mappings are not disturbed."""
+
+
+def raise_first(errors: list[str | None]) -> None:
+    """Raises the first rank's error, on every rank alike, after all have exchanged theirs."""
+    for rank, error in enumerate(errors):
+        if error is not None:
+            raise RendezvousError(f"rank {rank}: {error}")

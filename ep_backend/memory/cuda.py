@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ep_backend import _native
-from ep_backend.errors import RendezvousError
+from ep_backend.memory import raise_first
 
 if TYPE_CHECKING:
     from ep_backend.group import Group
@@ -47,11 +47,11 @@ def allocate(group: Group, num_bytes: int, device: torch.device) -> PeerPointers
             error = f"cannot allocate {num_bytes} bytes on {device}: {e}"
         if group.is_virtual:
             shared = group.all_gather((own, error))
-            _raise_first([e for _, e in shared])
+            raise_first([e for _, e in shared])
             return PeerPointers([memory for memory, _ in shared if memory is not None])
 
         handles = group.all_gather((own.ipc_handle() if own is not None else b"", error))
-        _raise_first([e for _, e in handles])
+        raise_first([e for _, e in handles])
         memories: list[_native.DeviceMemory | _native.PeerMemory] = []
         try:
             for rank, (handle, _) in enumerate(handles):
@@ -62,11 +62,5 @@ def allocate(group: Group, num_bytes: int, device: torch.device) -> PeerPointers
                 f"cannot map the memory of rank {rank}: {e}. Its GPU must be reachable from "
                 f"{device} (nvidia-smi topo -p2p r), and its process on this host."
             )
-        _raise_first(group.all_gather(error))
+        raise_first(group.all_gather(error))
     return PeerPointers(memories)
-
-
-def _raise_first(errors: list[str | None]) -> None:
-    for rank, error in enumerate(errors):
-        if error is not None:
-            raise RendezvousError(f"rank {rank}: {error}")

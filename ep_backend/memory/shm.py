@@ -16,7 +16,7 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ep_backend.errors import RendezvousError
+from ep_backend.memory import raise_first
 
 if TYPE_CHECKING:
     from ep_backend.group import Group
@@ -57,10 +57,10 @@ def allocate_shared(group: Group, num_bytes: int) -> MappedMemory:
     try:
         own, error = _create(path, num_bytes)
         created = group.all_gather((str(path), error))
-        _raise_first([error for _, error in created])
+        raise_first([error for _, error in created])
         mappings, error = _map_all([Path(name) for name, _ in created], num_bytes, own, group)
         # Also the barrier after which the names may go.
-        _raise_first(group.all_gather(error))
+        raise_first(group.all_gather(error))
     finally:
         path.unlink(missing_ok=True)
     return MappedMemory(mappings)
@@ -88,7 +88,7 @@ def _create(path: Path, num_bytes: int) -> tuple[mmap.mmap | None, str | None]:
 def _map_all(
     paths: list[Path], num_bytes: int, own: mmap.mmap | None, group: Group
 ) -> tuple[list[mmap.mmap], str | None]:
-    assert own is not None  # _raise_first has seen to it
+    assert own is not None  # raise_first has seen to it
     mappings = []
     for rank, path in enumerate(paths):
         if rank == group.self_rank:
@@ -106,9 +106,3 @@ def _map_all(
         finally:
             os.close(fd)
     return mappings, None
-
-
-def _raise_first(errors: list[str | None]) -> None:
-    for rank, error in enumerate(errors):
-        if error is not None:
-            raise RendezvousError(f"rank {rank}: {error}")
