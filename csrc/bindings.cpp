@@ -1,5 +1,7 @@
 // The native module `ep_backend._native`: raw pointers and sizes in, status out. No torch here, so
 // one build serves every torch version; Python checks tensors before it calls.
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -17,11 +19,6 @@ using protocol::Half;
 using protocol::Phase;
 
 namespace {
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // Lets Ctrl-C and other Python signal handlers run while a kernel sleeps.
 bool python_interrupted() {
@@ -41,9 +38,13 @@ protocol::OpResult run(Kernel&& kernel) {
   return result;
 }
 
-protocol::HandleView handle_view(uintptr_t num_messages, uintptr_t messages, uintptr_t entries) {
-  return {pointer<uint32_t>(num_messages), pointer<protocol::HandleMessage>(messages),
-          pointer<protocol::HandleEntry>(entries)};
+// A method that packs its arguments with `make` and runs `kernel` on them.
+template <typename Params, typename... Args>
+auto method(protocol::OpResult (cpu::LowLatencyRank::*kernel)(const Params&),
+            Params (*make)(Args...)) {
+  return [=](cpu::LowLatencyRank& self, Args... args) {
+    return run([&] { return (self.*kernel)(make(args...)); });
+  };
 }
 
 void bind_results(py::module_& m) {
@@ -93,39 +94,10 @@ void bind_low_latency_rank(py::module_& m) {
            }),
            py::arg("config"), py::arg("self_rank"), py::arg("bases"), py::kw_only(),
            py::arg("timeout_ns"), py::arg("spin_ns"))
-      .def("dispatch_send",
-           [](LowLatencyRank& self, uintptr_t x, uintptr_t topk_idx, bool topk_idx_is_int64,
-              uintptr_t topk_weights, uint32_t num_tokens, uintptr_t num_partials) {
-             return run([&] {
-               return self.dispatch_send({pointer<std::byte>(x), pointer<void>(topk_idx),
-                                          topk_idx_is_int64, pointer<float>(topk_weights),
-                                          num_tokens, pointer<uint32_t>(num_partials)});
-             });
-           })
-      .def("dispatch_recv",
-           [](LowLatencyRank& self, uintptr_t recv_x, uintptr_t num_recv_tokens_per_expert,
-              uintptr_t num_messages, uintptr_t messages, uintptr_t entries) {
-             return run([&] {
-               return self.dispatch_recv({pointer<std::byte>(recv_x),
-                                          pointer<int32_t>(num_recv_tokens_per_expert),
-                                          handle_view(num_messages, messages, entries)});
-             });
-           })
-      .def("combine_send",
-           [](LowLatencyRank& self, uintptr_t expert_out, uintptr_t num_messages,
-              uintptr_t messages, uintptr_t entries) {
-             return run([&] {
-               return self.combine_send(
-                   {pointer<std::byte>(expert_out), handle_view(num_messages, messages, entries)});
-             });
-           })
-      .def("combine_recv",
-           [](LowLatencyRank& self, uintptr_t out, uint32_t num_tokens, uintptr_t num_partials) {
-             return run([&] {
-               return self.combine_recv(
-                   {pointer<std::byte>(out), num_tokens, pointer<uint32_t>(num_partials)});
-             });
-           })
+      .def("dispatch_send", method(&LowLatencyRank::dispatch_send, &make_dispatch_send))
+      .def("dispatch_recv", method(&LowLatencyRank::dispatch_recv, &make_dispatch_recv))
+      .def("combine_send", method(&LowLatencyRank::combine_send, &make_combine_send))
+      .def("combine_recv", method(&LowLatencyRank::combine_recv, &make_combine_recv))
       .def("epoch", &LowLatencyRank::epoch)
       .def("counters", [](const LowLatencyRank& self, Phase phase, Half half) {
         const cpu::OpCounters& c = self.counters(phase, half);

@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include "bindings.h"
 #include "cuda/low_latency.h"
 #include "cuda/memory.h"
 #include "cuda/protocol_selftest.h"
@@ -11,15 +12,8 @@ using namespace ep;
 
 namespace {
 
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-protocol::HandleView handle_view(uintptr_t num_messages, uintptr_t messages, uintptr_t entries) {
-  return {pointer<uint32_t>(num_messages), pointer<protocol::HandleMessage>(messages),
-          pointer<protocol::HandleEntry>(entries)};
-}
+using cuda::LowLatencyRank;
+using protocol::OpResult;
 
 void bind_memory(py::module_& m) {
   py::class_<cuda::DeviceMemory>(m, "DeviceMemory")
@@ -32,10 +26,29 @@ void bind_memory(py::module_& m) {
       .def_property_readonly("address", &cuda::PeerMemory::address);
 }
 
-// The same methods as the CPU's LowLatencyRank, with a stream behind the arguments. Launches do not
-// block, so the GIL is kept.
+// A method that packs its arguments with `make` and launches `kernel` on the stream behind them.
+// Launches do not block, so the GIL is kept.
+template <typename Params, typename... Args>
+auto method(OpResult (LowLatencyRank::*kernel)(const Params&, void*), Params (*make)(Args...)) {
+  return [=](LowLatencyRank& self, Args... args, uintptr_t stream) {
+    return (self.*kernel)(make(args...), pointer<void>(stream));
+  };
+}
+
+// The same for both halves: the send's arguments, the receive's, the stream.
+template <typename Send, typename... SendArgs, typename Recv, typename... RecvArgs>
+auto method(OpResult (LowLatencyRank::*kernel)(const Send&, const Recv&, void*),
+            Send (*make_send)(SendArgs...), Recv (*make_recv)(RecvArgs...)) {
+  return [=](LowLatencyRank& self, SendArgs... send, RecvArgs... recv, uintptr_t stream) {
+    return (self.*kernel)(make_send(send...), make_recv(recv...), pointer<void>(stream));
+  };
+}
+
+// The same methods as the CPU's LowLatencyRank, with a stream behind the arguments, and more.
 void bind_rank(py::module_& m) {
-  using cuda::LowLatencyRank;
+  py::class_<cuda::Statistics>(m, "CudaStatistics")
+      .def_readonly("wait_ns", &cuda::Statistics::wait_ns)
+      .def_readonly("num_expert_rows", &cuda::Statistics::num_expert_rows);
   py::class_<LowLatencyRank>(m, "CudaLowLatencyRank")
       .def(py::init([](const protocol::LowLatencyConfig& config, uint32_t self_rank,
                        const std::vector<uintptr_t>& bases, uint64_t timeout_ns, uint32_t num_sms) {
@@ -46,38 +59,15 @@ void bind_rank(py::module_& m) {
            }),
            py::arg("config"), py::arg("self_rank"), py::arg("bases"), py::kw_only(),
            py::arg("timeout_ns"), py::arg("num_sms"))
-      .def("dispatch_send",
-           [](LowLatencyRank& self, uintptr_t x, uintptr_t topk_idx, bool topk_idx_is_int64,
-              uintptr_t topk_weights, uint32_t num_tokens, uintptr_t num_partials,
-              uintptr_t stream) {
-             return self.dispatch_send(
-                 {pointer<std::byte>(x), pointer<void>(topk_idx), topk_idx_is_int64,
-                  pointer<float>(topk_weights), num_tokens, pointer<uint32_t>(num_partials)},
-                 pointer<void>(stream));
-           })
-      .def("dispatch_recv",
-           [](LowLatencyRank& self, uintptr_t recv_x, uintptr_t num_recv_tokens_per_expert,
-              uintptr_t num_messages, uintptr_t messages, uintptr_t entries, uintptr_t stream) {
-             return self.dispatch_recv(
-                 {pointer<std::byte>(recv_x), pointer<int32_t>(num_recv_tokens_per_expert),
-                  handle_view(num_messages, messages, entries)},
-                 pointer<void>(stream));
-           })
-      .def("combine_send",
-           [](LowLatencyRank& self, uintptr_t expert_out, uintptr_t num_messages,
-              uintptr_t messages, uintptr_t entries, uintptr_t stream) {
-             return self.combine_send(
-                 {pointer<std::byte>(expert_out), handle_view(num_messages, messages, entries)},
-                 pointer<void>(stream));
-           })
-      .def("combine_recv",
-           [](LowLatencyRank& self, uintptr_t out, uint32_t num_tokens, uintptr_t num_partials,
-              uintptr_t stream) {
-             return self.combine_recv(
-                 {pointer<std::byte>(out), num_tokens, pointer<uint32_t>(num_partials)},
-                 pointer<void>(stream));
-           })
-      .def("report", &LowLatencyRank::report);
+      .def("dispatch_send", method(&LowLatencyRank::dispatch_send, &make_dispatch_send))
+      .def("dispatch_recv", method(&LowLatencyRank::dispatch_recv, &make_dispatch_recv))
+      .def("combine_send", method(&LowLatencyRank::combine_send, &make_combine_send))
+      .def("combine_recv", method(&LowLatencyRank::combine_recv, &make_combine_recv))
+      .def("dispatch", method(&LowLatencyRank::dispatch, &make_dispatch_send, &make_dispatch_recv))
+      .def("combine", method(&LowLatencyRank::combine, &make_combine_send, &make_combine_recv))
+      .def("report", &LowLatencyRank::report)
+      .def("statistics", &LowLatencyRank::statistics,
+           "Waits for the device: wait_ns [phase][half][R], num_expert_rows [L].");
 }
 
 }  // namespace

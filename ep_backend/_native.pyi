@@ -8,6 +8,7 @@ MAX_EXPERTS: int
 MAX_TOKENS_PER_RANK: int
 MAX_TOP_K: int
 MAX_BANKS: int
+TAGGED_BIT: int
 has_cuda: bool
 
 class Phase(enum.Enum):
@@ -21,6 +22,20 @@ class Half(enum.Enum):
 class DType(enum.Enum):
     FLOAT32 = 0
     BFLOAT16 = 1
+    FLOAT8_E4M3 = 2
+
+class ScaleFormat(enum.Enum):
+    FLOAT32 = 0
+    POWER_OF_TWO = 1
+    UE8M0 = 2
+
+class Transfer(enum.Enum):
+    PUSH = 0
+    PULL = 1
+
+class OutputLayout(enum.Enum):
+    EXPERT_MAJOR = 0
+    RANK_MAJOR = 1
 
 class Status(enum.Enum):
     OK = 0
@@ -39,6 +54,11 @@ class LowLatencyConfig:
     top_k: int
     num_banks: int
     dtype: DType
+    dispatch_dtype: DType
+    scale_format: ScaleFormat
+    transfer: Transfer
+    num_max_tagged_tokens: int
+    num_combine_inputs: int
     def __init__(
         self,
         *,
@@ -49,6 +69,11 @@ class LowLatencyConfig:
         top_k: int,
         num_banks: int,
         dtype: DType,
+        dispatch_dtype: DType,
+        scale_format: ScaleFormat,
+        transfer: Transfer,
+        num_max_tagged_tokens: int,
+        num_combine_inputs: int = 0,
     ) -> None: ...
 
 class ExpertPartition:
@@ -61,8 +86,10 @@ class ExpertPartition:
 class LowLatencyLayout:
     partition: ExpertPartition
     row_bytes: int
-    message_bytes: int
-    payload_in_message: int
+    dispatch_row_bytes: int
+    num_scales: int
+    tagged_row_in_message: int
+    tagged_message_bytes: int
     num_bytes: int
     num_outcome_columns: int
     num_outcome_slots: int
@@ -71,24 +98,41 @@ class LowLatencyLayout:
     credits_offset: int
     sleepers_offset: int
     counts_offset: int
+    headers_offset: int
     inbox_offset: int
+    scales_offset: int
     outcome_offset: int
+    tagged_inbox_offset: int
+    tagged_outcome_offset: int
+    combine_inputs_offset: int
     def __init__(self, config: LowLatencyConfig) -> None: ...
     def signal(self, bank: int, phase: Phase, src_rank: int) -> int: ...
     def credit(self, phase: Phase, peer_rank: int) -> int: ...
     def signal_sleepers(self, phase: Phase, src_rank: int) -> int: ...
     def credit_sleepers(self, phase: Phase, peer_rank: int) -> int: ...
     def counts(self, bank: int, src_rank: int) -> int: ...
-    def message(self, bank: int, src_rank: int, slot: int) -> int: ...
+    def header(self, bank: int, src_rank: int, slot: int) -> int: ...
+    def inbox_row(self, bank: int, src_rank: int, slot: int) -> int: ...
+    def inbox_scales(self, bank: int, src_rank: int, slot: int) -> int: ...
+    def staged_row(self, bank: int, token: int) -> int: ...
+    def staged_scales(self, bank: int, token: int) -> int: ...
     def outcome(self, bank: int, outcome_slot: int) -> int: ...
+    def outbox(self, bank: int, src_rank: int, slot: int) -> int: ...
+    def tagged_message(self, bank: int, src_rank: int, slot: int) -> int: ...
+    def tagged_outcome(self, bank: int, outcome_slot: int) -> int: ...
+    def combine_input(self, idx: int, src_rank: int, slot: int) -> int: ...
 
 def pack_signal(epoch: int, count: int) -> int: ...
 def signal_epoch(signal: int) -> int: ...
 def signal_count(signal: int) -> int: ...
+def signal_is_tagged(signal: int) -> bool: ...
 def bank_of(epoch: int, num_banks: int) -> int: ...
 def credit_admits(credit: int, epoch: int, num_banks: int) -> bool: ...
 def may_send(num_sent: int, num_hooked: int, num_banks: int) -> bool: ...
 def may_hook(num_sent: int, num_hooked: int) -> bool: ...
+def to_e4m3(value: float) -> int: ...
+def scale_for(amax: float, format: ScaleFormat) -> tuple[float, float]: ...
+def tagged_row_bytes(row_bytes: int) -> int: ...
 
 class FlightRecord:
     self_rank: int
@@ -123,24 +167,38 @@ class LowLatencyRank:
     def dispatch_send(
         self,
         x: int,
+        x_is_quantized: bool,
+        x_scales: int,
         topk_idx: int,
         topk_idx_is_int64: bool,
         topk_weights: int,
         num_tokens: int,
         num_partials: int,
+        answers: int,
     ) -> OpResult: ...
     def dispatch_recv(
         self,
+        output: OutputLayout,
         recv_x: int,
+        recv_scales: int,
         num_recv_tokens_per_expert: int,
+        recv_topk_idx: int,
+        recv_topk_weights: int,
         num_messages: int,
         messages: int,
         entries: int,
     ) -> OpResult: ...
     def combine_send(
-        self, expert_out: int, num_messages: int, messages: int, entries: int
+        self,
+        expert_out: int,
+        num_messages: int,
+        messages: int,
+        entries: int,
+        combine_input: int,
     ) -> OpResult: ...
-    def combine_recv(self, out: int, num_tokens: int, num_partials: int) -> OpResult: ...
+    def combine_recv(
+        self, out: int, num_tokens: int, num_partials: int, answers: int, combine_input: int
+    ) -> OpResult: ...
     def epoch(self, phase: Phase, half: Half) -> int: ...
     def counters(self, phase: Phase, half: Half) -> dict[str, int]: ...
 
@@ -156,6 +214,10 @@ class PeerMemory:
     address: int
     def __init__(self, ipc_handle: bytes) -> None: ...
 
+class CudaStatistics:
+    wait_ns: list[int]
+    num_expert_rows: list[int]
+
 class CudaLowLatencyRank:
     def __init__(
         self,
@@ -168,9 +230,13 @@ class CudaLowLatencyRank:
     ) -> None: ...
     # As LowLatencyRank's, with the stream behind them.
     def dispatch_send(self, *args: int) -> OpResult: ...
-    def dispatch_recv(self, *args: int) -> OpResult: ...
+    def dispatch_recv(self, *args: OutputLayout | int) -> OpResult: ...
     def combine_send(self, *args: int) -> OpResult: ...
     def combine_recv(self, *args: int) -> OpResult: ...
+    # Send and receive at once: the arguments of both, then the stream.
+    def dispatch(self, *args: OutputLayout | int) -> OpResult: ...
+    def combine(self, *args: int) -> OpResult: ...
     def report(self) -> OpResult: ...
+    def statistics(self) -> CudaStatistics: ...
 
 def cuda_protocol_mismatches(config: LowLatencyConfig) -> int: ...

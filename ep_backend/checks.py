@@ -36,9 +36,13 @@ def check_tensor(
 
 
 def _fits(got: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    return len(got) == len(wanted) and all(
-        g <= w if isinstance(w, AtMost) else g == w for g, w in zip(got, wanted, strict=True)
-    )
+    if len(got) != len(wanted):
+        return False
+    # Not all(..): a generator costs more than the comparisons.
+    for g, w in zip(got, wanted, strict=True):
+        if g > w or (g != w and not isinstance(w, AtMost)):
+            return False
+    return True
 
 
 def _mismatch(
@@ -70,6 +74,33 @@ def check_alignment(name: str, tensor: torch.Tensor, alignment: int) -> None:
         raise ValueError(
             f"{name} starts {excess} bytes behind a multiple of {alignment}, expected one: it is a "
             f"view into the middle of a row. Pass {name}.clone()."
+        )
+
+
+def check_x_scales(
+    x: torch.Tensor, x_scales: torch.Tensor | None, num_scales: int, device: torch.device
+) -> None:
+    """Raises `ValueError` unless float8 `x`, and no other, has its scales.
+
+    Args:
+        num_scales: of a row; 0 where rows do not travel as float8.
+    """
+    if x.dtype == torch.float8_e4m3fn and x_scales is not None:
+        check_tensor("x_scales", x_scales, (x.shape[0], num_scales), (torch.float32,), device)
+    elif x_scales is None:
+        raise ValueError(
+            "x has dtype torch.float8_e4m3fn, but x_scales was not given. Pass the float32 scales "
+            "of its groups of 128 channels, or x in the buffer's dtype."
+        )
+    elif num_scales == 0:
+        raise ValueError(
+            f"x_scales was given, but this buffer sends {x.dtype}. Leave it out, or create the "
+            "buffer with dispatch_dtype=torch.float8_e4m3fn."
+        )
+    else:
+        raise ValueError(
+            f"x_scales was given with x of {x.dtype}, which the buffer quantises itself. Leave it "
+            "out, or pass x as torch.float8_e4m3fn."
         )
 
 

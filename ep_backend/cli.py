@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.status import Status
 
-from ep_backend.bench import op
+from ep_backend.bench import op, op_cuda
 from ep_backend.bench.demo import BACKENDS, DemoSettings, Progress, ServerFailed, run_demo
 from ep_backend.bench.demo_report import plot_latencies, print_report
 from ep_backend.bench.model import TinyMoE, make_model
@@ -20,13 +20,32 @@ from ep_backend.bench.model import TinyMoE, make_model
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each checks its results first.")
 app.add_typer(bench, name="bench")
-bench.command("op")(op.op)
+# `bench op` parses only --device itself: what it measures has options of its own on each.
+op_cpu = typer.Typer(pretty_exceptions_enable=False)
+op_cpu.command()(op.op)
 
 Experts = Annotated[int, typer.Option(min=1, help="Routed experts a layer.")]
 TopK = Annotated[int, typer.Option(min=1, help="Experts a token.")]
 Layers = Annotated[int, typer.Option(min=1)]
 Hidden = Annotated[int, typer.Option(min=64, help="A multiple of 64.")]
 Seed = Annotated[int, typer.Option()]
+
+
+@bench.command(
+    "op",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def op_command(
+    context: typer.Context,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Time of dispatch + combine: processes on the CPU, or virtual ranks on a GPU."""
+    if device == "cuda":
+        raise typer.Exit(op_cuda.main(context.args))
+    if device != "cpu":
+        raise typer.BadParameter(f"device is {device!r}, expected cpu or cuda")
+    typer.main.get_command(op_cpu).main(context.args, prog_name="ep-backend bench op")
 
 
 @app.command("make-model")

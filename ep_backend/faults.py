@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import enum
 import os
 import warnings
@@ -41,8 +40,7 @@ def active_fault() -> Fault | None:
 
 def drop_remote_contributions(handle: DispatchHandle) -> DispatchHandle:
     """A copy of `handle` in which the rows of other ranks' tokens have weight 0."""
-    faulty = copy.copy(handle)
-    faulty.storage = handle.storage.clone()
+    faulty = handle.clone()
     first = 0
     for src_rank, num_messages in enumerate(handle.num_messages.tolist()):
         messages = handle.messages[first : first + num_messages]

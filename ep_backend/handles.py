@@ -1,16 +1,19 @@
 """What operations return: results, the handle that ties a combine to its dispatch, receive hooks.
 
-R ranks, M num_max_tokens_per_rank, L local experts, S = R * M, H hidden, K top_k.
+R ranks, M num_max_tokens_per_rank, L local experts, S = R * M, H hidden, K top_k,
+C = min(K, R), N scales a row: one for 128 channels.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from ep_backend import _native
 from ep_backend.errors import OrderError
 
 if TYPE_CHECKING:
@@ -48,8 +51,15 @@ class DispatchHandle:
         num_ranks = buffer.group.num_ranks
         num_slots = num_ranks * buffer.num_max_tokens_per_rank
         # One allocation: this runs in every layer of every step.
-        self._sizes = (num_tokens, num_ranks, 4 * num_slots, 2 * num_slots * buffer.top_k)
+        self._sizes = (
+            num_tokens,
+            num_tokens * min(buffer.top_k, num_ranks),
+            num_ranks,
+            4 * num_slots,
+            2 * num_slots * buffer.top_k,
+        )
         self.storage = torch.empty(sum(self._sizes), dtype=torch.int32, device=buffer.device)
+        self._pointers = self._addresses()
 
     @property
     def num_partials(self) -> torch.Tensor:
@@ -59,40 +69,71 @@ class DispatchHandle:
     @property
     def num_messages(self) -> torch.Tensor:
         """`[R]` int32: messages received from each rank."""
-        return self.storage.split(self._sizes)[1]
+        # The bit above the count says how they came; only kernels want to know.
+        return self.storage.split(self._sizes)[2] & _native.MAX_TOKENS_PER_RANK
 
     @property
     def messages(self) -> torch.Tensor:
         """`[R * M, 4]` int32, source by source: token, outcome slot, first entry, entries."""
-        return self.storage.split(self._sizes)[2].view(-1, 4)
+        return self.storage.split(self._sizes)[3].view(-1, 4)
 
     @property
     def entries(self) -> torch.Tensor:
-        """`[R * M * K, 2]` int32: row of `recv_x` as `[L * S, H]`, bits of a float32 weight."""
-        return self.storage.split(self._sizes)[3].view(-1, 2)
+        """`[R * M * K, 2]` int32: row of `expert_out` as `[rows, H]`, bits of a float32 weight."""
+        return self.storage.split(self._sizes)[4].view(-1, 2)
 
-    def pointers(self) -> tuple[int, int, int, int]:
-        """Addresses of `num_partials`, `num_messages`, `messages` and `entries`."""
+    def pointers(self) -> tuple[int, int, int, int, int]:
+        """Addresses of `num_partials`, the kernels' `answers` `[T, C]`, `num_messages`, `messages`
+        and `entries`."""
+        return self._pointers
+
+    def clone(self) -> DispatchHandle:
+        """The same in memory of its own."""
+        clone = copy.copy(self)
+        clone.storage = self.storage.clone()
+        clone._pointers = clone._addresses()
+        return clone
+
+    def _addresses(self) -> tuple[int, int, int, int, int]:
         num_partials = self.storage.data_ptr()
-        num_messages = num_partials + 4 * self._sizes[0]
-        messages = num_messages + 4 * self._sizes[1]
-        return num_partials, num_messages, messages, messages + 4 * self._sizes[2]
+        answers = num_partials + 4 * self._sizes[0]
+        num_messages = answers + 4 * self._sizes[1]
+        messages = num_messages + 4 * self._sizes[2]
+        return num_partials, answers, num_messages, messages, messages + 4 * self._sizes[3]
 
 
 @dataclass(eq=False)
 class DispatchResult:
     """What a dispatch brings; contents are valid once its hook has returned.
 
-    `recv_x` is a bank of the buffer: it is overwritten by the hook of the dispatch `num_banks`
-    later. Copy it to keep it longer.
+    The tensors named `recv_*` are a bank of the buffer: they are overwritten by the hook of the
+    dispatch `num_banks` later. Copy them to keep them longer.
     """
 
     handle: DispatchHandle
     recv_x: torch.Tensor
-    """`[L, S, H]`: expert `e`'s tokens in rows `0 .. num_recv_tokens_per_expert[e] - 1`, ordered by
-    source rank, then token. Rows behind them hold anything."""
+    """Of the dispatch dtype. Expert-major `[L, S, H]`: expert `e`'s tokens in rows
+    `0 .. num_recv_tokens_per_expert[e] - 1`, ordered by source rank, then token. Rank-major
+    `[R, M, H]`: source `r`'s messages in rows `0 .. num_recv_tokens_per_rank[r] - 1`, ordered by
+    token. Rows behind them hold anything."""
+    recv_scales: torch.Tensor | None
+    """Of float8 rows, else None; a value is `float8 * scale`. Expert-major `[L, S, N]` float32, of
+    which the rows of one channel group lie side by side (strides `N * S, 1, S`); rank-major
+    `[R, M, N]`, contiguous. With "ue8m0" int32, `ceil(N / 4)` instead of N: four exponent bytes a
+    word, the lowest first."""
     num_recv_tokens_per_expert: torch.Tensor
-    """`[L]` int32."""
+    """`[L]` int32. In both layouts; rank-major, the rows that each expert has to compute."""
+    recv_topk_idx: torch.Tensor | None
+    """Rank-major `[R, M, K]` int32, else None: the row's local experts, in the order of its
+    source's `topk_idx`, then -1. Rows that hold no message are -1 throughout. An expert that the
+    source listed twice is here twice."""
+    recv_topk_weights: torch.Tensor | None
+    """Rank-major `[R, M, K]` float32, else None: the weights of those experts, then 0."""
+
+    @property
+    def num_recv_tokens_per_rank(self) -> torch.Tensor:
+        """`[R]` int32: messages of each source."""
+        return self.handle.num_messages
 
 
 class RecvHook:

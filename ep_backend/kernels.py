@@ -20,7 +20,7 @@ Kernel = Callable[..., _native.OpResult]
 
 
 class RankKernels(Protocol):
-    """Kernels take addresses and sizes; csrc/cpu/low_latency.h says which."""
+    """Kernels take addresses and sizes; csrc/bindings.h says which."""
 
     @property
     def dispatch_send(self) -> Kernel: ...
@@ -33,6 +33,14 @@ class RankKernels(Protocol):
 
     @property
     def combine_recv(self) -> Kernel: ...
+
+    @property
+    def dispatch(self) -> Kernel | None:
+        """Send and receive in one kernel, with the arguments of both; None where there is none."""
+
+    @property
+    def combine(self) -> Kernel | None:
+        """The same for combine."""
 
     def counters(self) -> dict[str, OpCounters]: ...
 
@@ -67,6 +75,9 @@ class CpuKernels:
             spin_ns=int(spin_us * 1e3),
         )
         self._rank = rank
+        # The two calls are as good as one.
+        self.dispatch = None
+        self.combine = None
         self.dispatch_send = rank.dispatch_send
         self.dispatch_recv = rank.dispatch_recv
         self.combine_send = rank.combine_send
@@ -122,7 +133,7 @@ class CudaKernels:
     def dispatch_send(self, *args: int) -> _native.OpResult:
         return self._rank.dispatch_send(*args, self._stream())
 
-    def dispatch_recv(self, *args: int) -> _native.OpResult:
+    def dispatch_recv(self, *args: _native.OutputLayout | int) -> _native.OpResult:
         return self._rank.dispatch_recv(*args, self._stream())
 
     def combine_send(self, *args: int) -> _native.OpResult:
@@ -130,6 +141,12 @@ class CudaKernels:
 
     def combine_recv(self, *args: int) -> _native.OpResult:
         return self._rank.combine_recv(*args, self._stream())
+
+    def dispatch(self, *args: _native.OutputLayout | int) -> _native.OpResult:
+        return self._rank.dispatch(*args, self._stream())
+
+    def combine(self, *args: int) -> _native.OpResult:
+        return self._rank.combine(*args, self._stream())
 
     def counters(self) -> dict[str, OpCounters]:
         raise EPBackendError("kernels on a GPU do not keep counters yet.")

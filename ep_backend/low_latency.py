@@ -1,7 +1,7 @@
 """Low-latency dispatch and combine with receive hooks, for decode.
 
 T tokens of this rank (T <= M), M num_max_tokens_per_rank, H hidden, K top_k, E experts, R ranks,
-L experts of this rank, S = R * M rows an expert can receive.
+L experts of this rank, S = R * M rows an expert can receive, N = ceil(H / 128) scales a float8 row.
 
     buffer = LowLatencyBuffer(group, num_max_tokens_per_rank=128, hidden=2048, num_experts=64,
                               top_k=8, dtype=torch.bfloat16)
@@ -15,24 +15,23 @@ L experts of this rank, S = R * M rows an expert can receive.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import torch
 
 from ep_backend import _native, faults
-from ep_backend.checks import AtMost, check_alignment, check_tensor
-from ep_backend.errors import EPBackendError, OrderError, PeerTimeout, ProtocolError
+from ep_backend.checks import AtMost, check_alignment, check_tensor, check_x_scales
+from ep_backend.errors import OrderError
 from ep_backend.group import Group
 from ep_backend.handles import DispatchHandle, DispatchResult, OpCounters, RecvHook
-from ep_backend.kernel_errors import exception_for
+from ep_backend.kernel_calls import KernelCalls
 from ep_backend.kernels import make_kernels
+from ep_backend.memory import cuda
 from ep_backend.observe.trace import TraceWriter
 from ep_backend.order import PhaseOrder
+from ep_backend.outputs import OutputShape, RecvBanks
 from ep_backend.settings import (
-    DTYPES,
+    CUDA_ROW_ALIGNMENT,
+    BufferSettings,
     check_num_sms,
-    check_settings,
     check_waits,
     device_type,
     usable_device,
@@ -57,8 +56,21 @@ class LowLatencyBuffer:
         num_experts: E, global. Rank r owns a contiguous block of them; where R does not divide E,
             the first E mod R ranks own one more.
         top_k: K, experts a token is routed to.
-        dtype: payload, `torch.float32` or `torch.bfloat16`. Sums are in float32 either way; a
-            rank's partial sum travels as `dtype`.
+        dtype: of `x` and of combine's rows, `torch.float32` or `torch.bfloat16`. Sums are in
+            float32 either way; a rank's partial sum travels as `dtype`.
+        dispatch_dtype: of dispatch's rows as they travel and as the experts get them: `dtype`, the
+            default, or `torch.float8_e4m3fn`, with a scale for every 128 channels.
+        scale_format: of those scales: "float32" (amax / 448), "power_of_two" (the next one), or
+            "ue8m0", a power of two as its exponent byte.
+        output_layout: of what is received, and of what combine takes. "expert_major": a row for
+            each (token, expert), packed by expert. "rank_major": a row for each (token, source),
+            its experts beside it; the caller weights and sums the experts of a row itself.
+        transfer: CUDA: "pull", the receiver fetches rows, or "push", the sender writes them into
+            its peers' memory. The CPU always pushes.
+        num_max_tagged_tokens: CUDA: batches of up to so many tokens travel with an epoch in every
+            16 bytes, so that a receiver need not wait for a signal. Default: at most 32, and 0
+            where a row has more than 32 KiB.
+        num_combine_inputs: CUDA, rank-major, pull: tensors that `combine_input` offers.
         num_banks: operations in flight, at least 2.
         timeout_secs: how long one wait for peers may last.
         device: where tensors live: "cpu", or a CUDA device. On CUDA, sends and hooks are launched
@@ -84,31 +96,42 @@ class LowLatencyBuffer:
         num_experts: int,
         top_k: int,
         dtype: torch.dtype,
+        dispatch_dtype: torch.dtype | None = None,
+        scale_format: str = "float32",
+        output_layout: str = "expert_major",
+        transfer: str = "pull",
+        num_max_tagged_tokens: int | None = None,
+        num_combine_inputs: int = 0,
         num_banks: int = 2,
         timeout_secs: float = DEFAULT_TIMEOUT_SECS,
         device: str | torch.device = "cpu",
         spin_us: float | None = None,
         num_sms: int | None = None,
     ) -> None:
-        settings = {
-            "num_max_tokens_per_rank": num_max_tokens_per_rank,
-            "hidden": hidden,
-            "num_experts": num_experts,
-            "top_k": top_k,
-            "dtype": dtype,
-            "num_banks": num_banks,
-            "device": device_type(device),
-            "protocol version": _native.PROTOCOL_VERSION,
-        }
+        settings = BufferSettings(
+            num_max_tokens_per_rank=num_max_tokens_per_rank,
+            hidden=hidden,
+            num_experts=num_experts,
+            top_k=top_k,
+            dtype=dtype,
+            dispatch_dtype=dtype if dispatch_dtype is None else dispatch_dtype,
+            scale_format=scale_format,
+            output_layout=output_layout,
+            transfer=transfer,
+            num_max_tagged_tokens=num_max_tagged_tokens,
+            num_combine_inputs=num_combine_inputs,
+            num_banks=num_banks,
+            device=device_type(device),
+        )
         error: Exception | None = None
         try:
-            check_settings(group.num_ranks, settings)
+            settings.check(group.num_ranks)
             check_waits(timeout_secs, spin_us)
             self.device = usable_device(device)
             check_num_sms(num_sms, self.device)
         except (TypeError, ValueError) as e:
             error = e
-        group.agree("LowLatencyBuffer", settings, error)
+        group.agree("LowLatencyBuffer", settings.agreed(), error)
 
         self.group = group
         self.num_max_tokens_per_rank = num_max_tokens_per_rank
@@ -116,48 +139,64 @@ class LowLatencyBuffer:
         self.num_experts = num_experts
         self.top_k = top_k
         self.dtype = dtype
+        self.dispatch_dtype = settings.dispatch_dtype
+        self.scale_format = scale_format
+        self.output_layout = output_layout
         self.num_banks = num_banks
-        config = _native.LowLatencyConfig(
-            num_ranks=group.num_ranks,
-            num_experts=num_experts,
-            num_max_tokens_per_rank=num_max_tokens_per_rank,
-            hidden=hidden,
-            top_k=top_k,
-            num_banks=num_banks,
-            dtype=DTYPES[dtype],
-        )
+        self.num_combine_inputs = num_combine_inputs
+        config = settings.config(group.num_ranks)
         layout = _native.LowLatencyLayout(config)
         self.num_local_experts: int = layout.partition.num_local_experts(group.self_rank)
         self.first_expert: int = layout.partition.first_expert(group.self_rank)
         self.expert_capacity: int = layout.expert_capacity
-        """S, rows of `recv_x` an expert has."""
+        """S, rows that an expert can receive."""
+        self.num_scales: int = layout.num_scales
+        """N, scales of a dispatched row; 0 where it is not float8."""
         self.num_symmetric_bytes: int = layout.num_bytes
         """Shared memory this buffer takes on every rank."""
 
-        # The CUDA kernels move rows in the widest vectors that divide them.
-        self._row_alignment = math.gcd(16, layout.row_bytes) if self.device.type == "cuda" else 1
+        self._row_alignment = CUDA_ROW_ALIGNMENT if self.device.type == "cuda" else 1
+        output_shape = OutputShape.of(settings, layout, group)
+        self._x_dtypes = tuple(dict.fromkeys((self.dtype, self.dispatch_dtype)))
+        self._expert_out_shape = (*output_shape.rows, hidden)
         self._memory = group.allocate(layout.num_bytes, self.device)
-        self._rank = make_kernels(
+        self._kernels = make_kernels(
             config, group, self._memory.bases, self.device, timeout_secs, spin_us, num_sms
         )
+        self._combine_inputs = [
+            cuda.tensor_at(
+                self._memory.bases[group.self_rank] + layout.combine_input(idx, 0, 0),
+                self._expert_out_shape,
+                dtype,
+                self.device,
+            )
+            for idx in range(num_combine_inputs)
+        ]
         self._dispatches = PhaseOrder("dispatch", num_banks)
         self._combines = PhaseOrder("combine", num_banks)
-        self._recv_x: list[torch.Tensor | None] = [None] * num_banks
-        self._failure: Exception | None = None
-        self._is_closed = False
+        self._recv_banks = RecvBanks(output_shape, num_banks, self.device)
         self._fault = faults.active_fault()
-        self._trace = TraceWriter.from_env(f"rank{group.self_rank}")
+        trace = TraceWriter.from_env(f"rank{group.self_rank}")
+        self._calls = KernelCalls(self._kernels, num_experts, self.device, trace)
 
     def dispatch(
-        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        x_scales: torch.Tensor | None = None,
     ) -> tuple[DispatchResult, RecvHook]:
         """Sends every token once to each rank that owns one of its experts.
 
         Args:
-            x: `[T, H]` of the buffer's dtype. Copied: it may change when this returns.
+            x: `[T, H]` of the buffer's dtype; or, where the dispatch dtype is float8, of that.
+                Copied: it may change when this returns.
             topk_idx: `[T, K]` int32 or int64, global expert, -1 = not routed. An expert listed
                 twice for a token receives it once, and both weights count.
-            topk_weights: `[T, K]` float32, applied by combine.
+            topk_weights: `[T, K]` float32, applied by combine; in the rank-major layout by the
+                caller, on the receiving rank.
+            x_scales: `[T, N]` float32, of float8 `x`: a value is `x * scale`. With "power_of_two"
+                and "ue8m0" they must be powers of two; that is not checked.
 
         Returns:
             The result, and the hook that fills it.
@@ -168,34 +207,16 @@ class LowLatencyBuffer:
             OrderError: `num_banks` dispatches are waiting for their hooks.
             PeerTimeout: a peer did not free the bank in time.
         """
-        num_tokens = self._check_dispatch(x, topk_idx, topk_weights)
-        handle = DispatchHandle(self, num_tokens)
-        num_partials, *received = handle.pointers()
+        handle, arguments = self._prepare_dispatch(x, topk_idx, topk_weights, x_scales)
+        num_tokens = handle.num_tokens
         handle.epoch = self._dispatches.send(
-            lambda: self._run(
-                "dispatch_send",
-                num_tokens,
-                self._rank.dispatch_send,
-                x.data_ptr(),
-                topk_idx.data_ptr(),
-                topk_idx.dtype == torch.int64,
-                topk_weights.data_ptr(),
-                num_tokens,
-                num_partials,
-            )
+            lambda: self._calls.run("dispatch_send", num_tokens, *arguments)
         )
-        counts = torch.empty(self.num_local_experts, dtype=torch.int32, device=self.device)
-        result = DispatchResult(handle, self._recv_bank(handle.epoch), counts)
+        bank = self._recv_banks.of(handle.epoch)
+        result = bank.result(handle)
 
         def unpack() -> None:
-            self._run(
-                "dispatch_recv",
-                num_tokens,
-                self._rank.dispatch_recv,
-                result.recv_x.data_ptr(),
-                counts.data_ptr(),
-                *received,
-            )
+            self._calls.run("dispatch_recv", num_tokens, *bank.arguments(result))
             handle.is_received = True
 
         def receive() -> None:
@@ -203,14 +224,51 @@ class LowLatencyBuffer:
 
         return result, RecvHook(f"dispatch {handle.epoch}", receive)
 
+    def dispatch_and_receive(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        x_scales: torch.Tensor | None = None,
+    ) -> DispatchResult:
+        """`dispatch` and its hook in one call; on CUDA also in one kernel. For where nothing could
+        overlap with the transfer.
+
+        Args, Returns: as `dispatch`, without the hook: the result is filled.
+
+        Raises:
+            ValueError, PeerTimeout: as `dispatch` and its hook. After a call that was interrupted
+                on the CPU (Ctrl-C), create a new buffer.
+            OrderError: a dispatch is waiting for its hook.
+        """
+        if self._kernels.dispatch is None:
+            self._dispatches.require_idle()
+            result, recv_hook = self.dispatch(x, topk_idx, topk_weights, x_scales)
+            recv_hook()
+            return result
+        handle, arguments = self._prepare_dispatch(x, topk_idx, topk_weights, x_scales)
+
+        def run(epoch: int) -> DispatchResult:
+            handle.epoch = epoch
+            bank = self._recv_banks.of(epoch)
+            result = bank.result(handle)
+            received = bank.arguments(result)
+            self._calls.run("dispatch", handle.num_tokens, *arguments, *received)
+            handle.is_received = True
+            return result
+
+        return self._dispatches.exchange(run)
+
     def combine(
         self, expert_out: torch.Tensor, handle: DispatchHandle, out: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, RecvHook]:
         """Sends the weighted sum of a token's expert rows home, one row a (token, rank).
 
         Args:
-            expert_out: `[L, S, H]` in the layout of `recv_x`; rows behind the counts are not read.
-                It may change when this returns.
+            expert_out: of the buffer's dtype, in the layout of `recv_x`. Expert-major
+                `[L, S, H]`: rows that are not weighted yet. Rank-major `[R, M, H]`: for each
+                message the sum over its experts, weighted. Rows behind the counts are not read. It
+                may change when this returns.
             handle: of a dispatch whose hook has been called.
             out: `[T, H]`, where the result goes; default: a new tensor.
 
@@ -223,50 +281,74 @@ class LowLatencyBuffer:
                 waiting for their hooks.
             PeerTimeout: a peer did not free the bank in time.
         """
-        out = self._check_combine(expert_out, handle, out)
-        if self._fault is faults.Fault.DROP_REMOTE_CONTRIBUTIONS:
-            handle = faults.drop_remote_contributions(handle)
-        num_partials, *received = handle.pointers()
+        out, handle = self._prepare_combine(expert_out, handle, out)
+        num_tokens = handle.num_tokens
+        num_partials, answers, *received = handle.pointers()
+        combine_input = self._combine_input_idx(expert_out)
         epoch = self._combines.send(
-            lambda: self._run(
-                "combine_send",
-                handle.num_tokens,
-                self._rank.combine_send,
-                expert_out.data_ptr(),
-                *received,
+            lambda: self._calls.run(
+                "combine_send", num_tokens, expert_out.data_ptr(), *received, combine_input
             )
         )
 
         def add_up() -> None:
-            self._run(
-                "combine_recv",
-                handle.num_tokens,
-                self._rank.combine_recv,
-                out.data_ptr(),
-                handle.num_tokens,
-                num_partials,
-            )
+            # Of the tensors themselves: this keeps their memory until then.
+            arguments = (out.data_ptr(), handle.num_tokens, num_partials, answers, combine_input)
+            self._calls.run("combine_recv", num_tokens, *arguments)
 
         def receive() -> None:
             self._combines.hook(epoch, add_up)
 
         return out, RecvHook(f"combine {epoch}", receive)
 
+    def combine_and_receive(
+        self, expert_out: torch.Tensor, handle: DispatchHandle, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`combine` and its hook in one call, as `dispatch_and_receive`. Returns `[T, H]`, filled.
+
+        Raises:
+            OrderError: a combine is waiting for its hook; else as `combine` and its hook.
+        """
+        if self._kernels.combine is None:
+            self._combines.require_idle()
+            out, recv_hook = self.combine(expert_out, handle, out)
+            recv_hook()
+            return out
+        out, handle = self._prepare_combine(expert_out, handle, out)
+        num_partials, answers, *received = handle.pointers()
+        combine_input = self._combine_input_idx(expert_out)
+        arguments = (expert_out.data_ptr(), *received, combine_input)
+        arguments += (out.data_ptr(), handle.num_tokens, num_partials, answers, combine_input)
+        self._combines.exchange(lambda _: self._calls.run("combine", handle.num_tokens, *arguments))
+        return out
+
+    def combine_input(self, idx: int) -> torch.Tensor:
+        """`[R, M, H]` of the buffer's dtype, in symmetric memory: one of `num_combine_inputs`.
+
+        A combine of this very tensor copies nothing: peers read its rows where they are. Every rank
+        must then combine its input of the same number. It may be written again once a dispatch
+        that was sent after that combine was received has been received: peers have read it then.
+        """
+        return self._combine_inputs[idx]
+
+    def _combine_input_idx(self, expert_out: torch.Tensor) -> int:
+        for idx, tensor in enumerate(self._combine_inputs):
+            if tensor.data_ptr() == expert_out.data_ptr():
+                return idx
+        return -1
+
     def counters(self) -> dict[str, OpCounters]:
         """Counters of "dispatch_send", "dispatch_recv", "combine_send" and "combine_recv"."""
-        return self._rank.counters()
+        return self._kernels.counters()
 
     def raise_if_failed(self) -> None:
         """Raises what kernels have reported so far. On CUDA, synchronise first to be sure."""
-        if self._failure is not None:
-            raise self._failure
-        self._raise_unless_ok(self._rank.report())
+        self._calls.raise_if_failed()
 
     def close(self) -> None:
         """Unmaps this rank's view of the shared memory. Not collective; idempotent. No operation of
         this rank may be running; tensors that were returned stay valid."""
-        if not self._is_closed:
-            self._is_closed = True
+        if self._calls.close():
             self._memory.close()
 
     def __enter__(self) -> LowLatencyBuffer:
@@ -275,27 +357,47 @@ class LowLatencyBuffer:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _check_dispatch(
-        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
-    ) -> int:
+    def _prepare_dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        x_scales: torch.Tensor | None,
+    ) -> tuple[DispatchHandle, tuple[int, ...]]:
+        """Checks the tensors; makes the handle and the arguments of the native dispatch_send."""
         check_tensor(
             "x",
             x,
             (AtMost(self.num_max_tokens_per_rank), self.hidden),
-            (self.dtype,),
+            self._x_dtypes,
             self.device,
-            remedy="The buffer was created with these num_max_tokens_per_rank, hidden and dtype.",
+            remedy="The buffer was created with these num_max_tokens_per_rank, hidden and dtypes.",
         )
         num_tokens = x.shape[0]
         shape = (num_tokens, self.top_k)
         check_tensor("topk_idx", topk_idx, shape, INDEX_DTYPES, self.device)
         check_tensor("topk_weights", topk_weights, shape, (torch.float32,), self.device)
         check_alignment("x", x, self._row_alignment)
-        return num_tokens
+        if x_scales is not None or x.dtype != self.dtype:
+            check_x_scales(x, x_scales, self.num_scales, self.device)
+        handle = DispatchHandle(self, num_tokens)
+        num_partials, answers, *_ = handle.pointers()
+        return handle, (
+            x.data_ptr(),
+            x_scales is not None,
+            0 if x_scales is None else x_scales.data_ptr(),
+            topk_idx.data_ptr(),
+            topk_idx.dtype == torch.int64,
+            topk_weights.data_ptr(),
+            num_tokens,
+            num_partials,
+            answers,
+        )
 
-    def _check_combine(
+    def _prepare_combine(
         self, expert_out: torch.Tensor, handle: DispatchHandle, out: torch.Tensor | None
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, DispatchHandle]:
+        """Checks the arguments; gives the tensor for the result, and the handle to go by."""
         if handle.buffer is not self:
             raise ValueError("handle is of another buffer. Combine on the buffer that dispatched.")
         if not handle.is_received:
@@ -303,46 +405,14 @@ class LowLatencyBuffer:
                 f"combine was called with the handle of dispatch {handle.epoch}, whose hook has "
                 "not been called. Call that hook first."
             )
-        shape = (self.num_local_experts, self.expert_capacity, self.hidden)
-        check_tensor("expert_out", expert_out, shape, (self.dtype,), self.device)
+        check_tensor("expert_out", expert_out, self._expert_out_shape, (self.dtype,), self.device)
         check_alignment("expert_out", expert_out, self._row_alignment)
+        shape = (handle.num_tokens, self.hidden)
         if out is None:
-            size = (handle.num_tokens, self.hidden)
-            return torch.empty(size, dtype=self.dtype, device=self.device)
-        check_tensor("out", out, (handle.num_tokens, self.hidden), (self.dtype,), self.device)
-        check_alignment("out", out, self._row_alignment)
-        return out
-
-    def _recv_bank(self, epoch: int) -> torch.Tensor:
-        bank = epoch % self.num_banks
-        recv_x = self._recv_x[bank]
-        if recv_x is None:
-            # Kept: fresh pages for each dispatch would cost more than the exchange.
-            shape = (self.num_local_experts, self.expert_capacity, self.hidden)
-            recv_x = self._recv_x[bank] = torch.empty(shape, dtype=self.dtype, device=self.device)
-        return recv_x
-
-    def _run(
-        self, kind: str, num_tokens: int, kernel: Callable[..., _native.OpResult], *args: int
-    ) -> None:
-        """Calls a kernel, with a span around it where a trace is wanted; raises what it reports."""
-        if self._is_closed:
-            raise EPBackendError(f"{kind} was called on a closed buffer.")
-        if self._failure is not None:
-            raise self._failure
-        if self._trace is None:
-            result = kernel(*args)
+            out = torch.empty(shape, dtype=self.dtype, device=self.device)
         else:
-            with self._trace.span(kind, num_tokens) as span:
-                result = kernel(*args)
-                span.wait_ns = result.wait_ns
-        self._raise_unless_ok(result)
-
-    def _raise_unless_ok(self, result: _native.OpResult) -> None:
-        if result.ok:
-            return
-        is_async = self.device.type == "cuda"
-        error = exception_for(result, self.num_experts, is_async=is_async)
-        if isinstance(error, (PeerTimeout, ProtocolError)) or is_async:
-            self._failure = error  # every later call raises it again
-        raise error
+            check_tensor("out", out, shape, (self.dtype,), self.device)
+            check_alignment("out", out, self._row_alignment)
+        if self._fault is faults.Fault.DROP_REMOTE_CONTRIBUTIONS:
+            handle = faults.drop_remote_contributions(handle)
+        return out, handle

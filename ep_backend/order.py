@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 from ep_backend.errors import OrderError
+
+T = TypeVar("T")
 
 
 class PhaseOrder:
@@ -66,6 +69,38 @@ class PhaseOrder:
             self._num_hooked = epoch
         finally:
             self._hook_lock.release()
+
+    def exchange(self, run: Callable[[int], T]) -> T:
+        """Runs a send and its hook as one call, which gets its epoch. If it raises, it has not
+        happened.
+
+        Raises:
+            OrderError: an operation waits for its hook, or a send or a hook is running.
+        """
+        if not self._send_lock.acquire(blocking=False):
+            raise self._is_running("send")
+        try:
+            if not self._hook_lock.acquire(blocking=False):
+                raise self._is_running("hook")
+            try:
+                self.require_idle()
+                epoch = self._num_sent + 1
+                result = run(epoch)
+                self._num_sent = self._num_hooked = epoch
+                return result
+            finally:
+                self._hook_lock.release()
+        finally:
+            self._send_lock.release()
+
+    def require_idle(self) -> None:
+        """Raises `OrderError` while an operation waits for its hook: hooks run in order, so a call
+        that sends and receives cannot overtake it."""
+        if self._num_hooked != self._num_sent:
+            raise OrderError(
+                f"{self.name}_and_receive was called while {self.name} {self._num_hooked + 1} "
+                "waits for its hook. Call that hook first."
+            )
 
     def _is_running(self, what: str) -> OrderError:
         return OrderError(

@@ -2,7 +2,10 @@
 
 Every kernel must equal these functions bit for bit: rows are ordered by source rank, then token;
 each product and each sum is rounded to float32; a rank adds its experts in k order and its partial
-sum is rounded to the payload's dtype; a token adds its ranks in rank order.
+sum is rounded to the payload's dtype; a token adds its ranks in rank order. Where rows travel as
+float8, `quantize` says what becomes of them; `dispatch` then takes its result as `x`.
+
+R ranks, T_r tokens of rank r, H hidden, K top_k, N = ceil(H / 128) scales a float8 row.
 """
 
 from __future__ import annotations
@@ -19,24 +22,79 @@ def experts_of_rank(num_experts: int, num_ranks: int, rank: int) -> range:
     return range(first, first + base + (rank < num_larger))
 
 
+CHANNELS_PER_SCALE = 128
+MAX_E4M3 = 448.0
+
+
+def quantize(x: torch.Tensor, scale_format: str = "float32") -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as float8 and their scales, one for 128 channels; a value is `float8 * scale`.
+
+    Args:
+        x: `[T, H]` float32 or bfloat16. NaN counts for no scale and becomes NaN.
+        scale_format: "float32": amax / 448; "power_of_two" and "ue8m0": the smallest power of two
+            that is not below it.
+
+    Returns:
+        `[T, H]` float8_e4m3fn and `[T, N]` float32.
+    """
+    hidden = x.shape[1]
+    num_scales = -(-hidden // CHANNELS_PER_SCALE)
+    padding = num_scales * CHANNELS_PER_SCALE - hidden
+    padded = torch.nn.functional.pad(x.float(), (0, padding))
+    groups = padded.view(-1, num_scales, CHANNELS_PER_SCALE)
+    magnitude = groups.abs()
+    amax = magnitude.masked_fill(magnitude.isnan(), 0).amax(-1, keepdim=True).clamp(min=1e-4)
+    # A tensor: with a number torch may multiply by a reciprocal, which rounds twice.
+    maximum = torch.full_like(amax, MAX_E4M3)
+    if scale_format == "float32":
+        scale, inverse = amax / maximum, maximum / amax
+    else:
+        # An infinite amax has no power of two: it gets the largest whose inverse is one too.
+        mantissa, exponent = torch.frexp((amax / maximum).clamp(max=2.0**126))
+        scale = torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
+        inverse = 1 / scale
+    values = (groups * inverse).clamp(-MAX_E4M3, MAX_E4M3)
+    # One NaN, 0x7f, whatever its sign: also the NaN of infinity * 0.
+    rows = values.masked_fill(values.isnan(), float("nan")).to(torch.float8_e4m3fn)
+    return rows.view(-1, num_scales * CHANNELS_PER_SCALE)[:, :hidden].contiguous(), scale[..., 0]
+
+
+def dequantize(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """`[..., H]` float32 of float8 rows `[..., H]` and their float32 scales `[..., N]`."""
+    return rows.float() * scales.repeat_interleave(CHANNELS_PER_SCALE, -1)[..., : rows.shape[-1]]
+
+
+def unpack_ue8m0(words: torch.Tensor, num_scales: int) -> torch.Tensor:
+    """Scales `[..., N]` float32 of int32 words `[..., ceil(N / 4)]`: four exponent bytes a word,
+    the lowest first."""
+    exponents = torch.stack([words >> shift & 0xFF for shift in (0, 8, 16, 24)], -1)
+    return (exponents.flatten(-2)[..., :num_scales] << 23).view(torch.float32)
+
+
 @dataclass
 class ExpertRows:
     """What one expert received."""
 
     rows: torch.Tensor
-    """`[N, H]`."""
+    """`[n, H]`."""
+    scales: torch.Tensor | None
+    """`[n, N]` of float8 rows."""
     origins: list[tuple[int, int]]
     """(source rank, token) of each row."""
 
 
 def dispatch(
-    x: list[torch.Tensor], topk_idx: list[torch.Tensor], num_experts: int
+    x: list[torch.Tensor],
+    topk_idx: list[torch.Tensor],
+    num_experts: int,
+    x_scales: list[torch.Tensor] | None = None,
 ) -> list[ExpertRows]:
     """What every expert receives.
 
     Args:
         x: of each rank, `[T_r, H]`.
         topk_idx: of each rank, `[T_r, K]`, -1 = not routed.
+        x_scales: of each rank, `[T_r, N]`, of float8 rows.
 
     Returns:
         One entry for each of the `num_experts` experts.
@@ -49,10 +107,78 @@ def dispatch(
             for token in range(idx.shape[0])
             if expert in idx[token].tolist()
         ]
-        rows = [x[src_rank][token] for src_rank, token in origins]
-        stacked = torch.stack(rows) if rows else x[0].new_empty((0, x[0].shape[1]))
-        received.append(ExpertRows(stacked, origins))
+        scales = None if x_scales is None else _rows_at(x_scales, origins)
+        received.append(ExpertRows(_rows_at(x, origins), scales, origins))
     return received
+
+
+def _rows_at(x: list[torch.Tensor], origins: list[tuple[int, int]]) -> torch.Tensor:
+    rows = [x[src_rank][token] for src_rank, token in origins]
+    return torch.stack(rows) if rows else x[0].new_empty((0, x[0].shape[1]))
+
+
+@dataclass
+class SourceRows:
+    """What one rank received from one source: a row a message."""
+
+    rows: torch.Tensor
+    """`[n, H]`, ordered by token."""
+    scales: torch.Tensor | None
+    """`[n, N]` of float8 rows."""
+    tokens: list[int]
+    topk_idx: torch.Tensor
+    """`[n, K]` int32: the receiving rank's local experts, in k order, then -1."""
+    topk_weights: torch.Tensor
+    """`[n, K]` float32: theirs, then 0."""
+
+
+def dispatch_rank_major(
+    x: list[torch.Tensor],
+    topk_idx: list[torch.Tensor],
+    topk_weights: list[torch.Tensor],
+    num_experts: int,
+    x_scales: list[torch.Tensor] | None = None,
+) -> list[list[SourceRows]]:
+    """What every rank receives from every rank in the rank-major layout: `[dst_rank][src_rank]`.
+
+    Args:
+        x, topk_idx, x_scales: as in `dispatch`.
+        topk_weights: of each rank, `[T_r, K]` float32.
+    """
+    num_ranks = len(x)
+    owned = [experts_of_rank(num_experts, num_ranks, rank) for rank in range(num_ranks)]
+    return [
+        [
+            _rows_of_source(
+                experts,
+                x[src_rank],
+                topk_idx[src_rank],
+                topk_weights[src_rank],
+                None if x_scales is None else x_scales[src_rank],
+            )
+            for src_rank in range(num_ranks)
+        ]
+        for experts in owned
+    ]
+
+
+def _rows_of_source(
+    experts: range,
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    x_scales: torch.Tensor | None,
+) -> SourceRows:
+    top_k = topk_idx.shape[1]
+    tokens = [t for t, idx in enumerate(topk_idx.tolist()) if any(e in experts for e in idx)]
+    local_idx = torch.full((len(tokens), top_k), -1, dtype=torch.int32)
+    local_weights = torch.zeros((len(tokens), top_k))
+    for row, token in enumerate(tokens):
+        ks = [k for k, e in enumerate(topk_idx[token].tolist()) if e in experts]
+        local_idx[row, : len(ks)] = (topk_idx[token, ks] - experts.start).int()
+        local_weights[row, : len(ks)] = topk_weights[token, ks]
+    scales = None if x_scales is None else x_scales[tokens]
+    return SourceRows(x[tokens], scales, tokens, local_idx, local_weights)
 
 
 def combine(
@@ -65,7 +191,7 @@ def combine(
     """What every rank gets back.
 
     Args:
-        expert_out: of each expert, `[N, H]` in the order of `received`.
+        expert_out: of each expert, `[n, H]` in the order of `received`.
         received: what `dispatch` returned.
         topk_weights: of each rank, `[T_r, K]` float32.
 
@@ -91,6 +217,38 @@ def combine(
                     partials.append(_ordered_sum(terms).to(dtype))
             if partials:
                 out[token] = _ordered_sum([p.float() for p in partials]).to(dtype)
+        outs.append(out)
+    return outs
+
+
+def combine_rank_major(
+    expert_out: list[list[torch.Tensor]],
+    received: list[list[SourceRows]],
+    num_tokens: list[int],
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """What every rank gets back in the rank-major layout.
+
+    Args:
+        expert_out: `[rank][src_rank]`, `[n, H]` of `dtype` in the order of `received`: what that
+            rank's experts make of each message, weighted and summed.
+        received: what `dispatch_rank_major` returned.
+        num_tokens: T_r of each rank.
+
+    Returns:
+        Of each rank, `[T_r, H]` of `dtype`.
+    """
+    outs = []
+    for src_rank, n in enumerate(num_tokens):
+        out = torch.zeros((n, expert_out[0][0].shape[1]), dtype=dtype)
+        for token in range(n):
+            partials = [
+                rows[src_rank][sources[src_rank].tokens.index(token)].float()
+                for rows, sources in zip(expert_out, received, strict=True)
+                if token in sources[src_rank].tokens
+            ]
+            if partials:
+                out[token] = _ordered_sum(partials).to(dtype)
         outs.append(out)
     return outs
 

@@ -1,6 +1,9 @@
-"""Checks of a buffer's settings, before the ranks agree on them."""
+"""A buffer's settings: their checks, before the ranks agree on them, and their native form."""
 
 from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -11,6 +14,146 @@ DTYPES = {
     torch.float32: _native.DType.FLOAT32,
     torch.bfloat16: _native.DType.BFLOAT16,
 }
+DISPATCH_DTYPES = DTYPES | {torch.float8_e4m3fn: _native.DType.FLOAT8_E4M3}
+SCALE_FORMATS = {
+    "float32": _native.ScaleFormat.FLOAT32,
+    "power_of_two": _native.ScaleFormat.POWER_OF_TWO,
+    "ue8m0": _native.ScaleFormat.UE8M0,
+}
+OUTPUT_LAYOUTS = {
+    "expert_major": _native.OutputLayout.EXPERT_MAJOR,
+    "rank_major": _native.OutputLayout.RANK_MAJOR,
+}
+TRANSFERS = {"push": _native.Transfer.PUSH, "pull": _native.Transfer.PULL}
+
+CUDA_ROW_ALIGNMENT = 16
+"""Bytes: the CUDA kernels move rows in vectors of this size."""
+# Tagged words save the trip of a signal and cost a third more bytes: for batches of a decode step.
+DEFAULT_TAGGED_TOKENS = 32
+MAX_TAGGED_ROW_BYTES = 32 << 10
+
+
+@dataclass(frozen=True)
+class BufferSettings:
+    """What all ranks must agree on; see `LowLatencyBuffer`."""
+
+    num_max_tokens_per_rank: int
+    hidden: int
+    num_experts: int
+    top_k: int
+    dtype: torch.dtype
+    dispatch_dtype: torch.dtype
+    scale_format: str
+    output_layout: str
+    transfer: str
+    num_max_tagged_tokens: int | None
+    num_combine_inputs: int
+    num_banks: int
+    device: str
+    """Its type, "cpu" or "cuda"."""
+
+    def agreed(self) -> dict[str, Any]:
+        """By name, for `Group.agree`."""
+        return asdict(self) | {"protocol version": _native.PROTOCOL_VERSION}
+
+    def check(self, num_ranks: int) -> None:
+        """Raises `ValueError` for what no kernel could serve."""
+        check_int("num_ranks", num_ranks, 1, _native.MAX_RANKS)
+        check_int("num_experts", self.num_experts, 1, _native.MAX_EXPERTS)
+        check_int(
+            "num_max_tokens_per_rank",
+            self.num_max_tokens_per_rank,
+            1,
+            _native.MAX_TOKENS_PER_RANK,
+            "A signal counts messages in 15 bits.",
+        )
+        check_int("hidden", self.hidden, 1, 1 << 20)
+        check_int("top_k", self.top_k, 1, _native.MAX_TOP_K)
+        check_int("num_banks", self.num_banks, 2, _native.MAX_BANKS)
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("scale_format", self.scale_format, SCALE_FORMATS)
+        _check_choice("output_layout", self.output_layout, OUTPUT_LAYOUTS)
+        _check_choice("transfer", self.transfer, TRANSFERS)
+        self._check_dispatch_dtype()
+        if self.num_max_tagged_tokens is not None:
+            check_int(
+                "num_max_tagged_tokens",
+                self.num_max_tagged_tokens,
+                0,
+                self.num_max_tokens_per_rank,
+                "No batch is larger than num_max_tokens_per_rank.",
+            )
+        self._check_combine_inputs()
+        if self.device == "cuda" and _native.has_cuda:
+            self._check_cuda()
+
+    def _check_dispatch_dtype(self) -> None:
+        if self.dispatch_dtype not in (self.dtype, torch.float8_e4m3fn):
+            raise ValueError(
+                f"dispatch_dtype is {self.dispatch_dtype}, expected {self.dtype}, which is the "
+                "dtype, or torch.float8_e4m3fn."
+            )
+        if self.dispatch_dtype == self.dtype and self.scale_format != "float32":
+            raise ValueError(
+                f"scale_format is {self.scale_format!r}, but rows of {self.dtype} have no scales. "
+                "Leave it out, or pass dispatch_dtype=torch.float8_e4m3fn."
+            )
+
+    def _check_combine_inputs(self) -> None:
+        check_int("num_combine_inputs", self.num_combine_inputs, 0, _native.MAX_BANKS)
+        can_read_in_place = self.device == "cuda" and self.transfer == "pull"
+        if self.num_combine_inputs > 0 and not (
+            can_read_in_place and self.output_layout == "rank_major"
+        ):
+            raise ValueError(
+                f"num_combine_inputs is {self.num_combine_inputs}, but only a rank-major combine "
+                "that is pulled, on CUDA, reads its input in place. Pass "
+                "output_layout='rank_major' and transfer='pull', or leave it out."
+            )
+
+    def _check_cuda(self) -> None:
+        why = "The CUDA kernels count rows by expert in shared memory."
+        check_int("num_experts", self.num_experts, 1, _native.CUDA_MAX_EXPERTS, why)
+        for dtype in (self.dtype, self.dispatch_dtype):
+            row_bytes = self.hidden * dtype.itemsize
+            if row_bytes % CUDA_ROW_ALIGNMENT != 0:
+                raise ValueError(
+                    f"hidden is {self.hidden}, so rows of {dtype} have {row_bytes} bytes; on CUDA "
+                    f"that must be a multiple of {CUDA_ROW_ALIGNMENT}. Pass a multiple of "
+                    f"{CUDA_ROW_ALIGNMENT // dtype.itemsize}, with zeros behind the row."
+                )
+
+    def config(self, num_ranks: int) -> _native.LowLatencyConfig:
+        """Of checked settings. The CPU's kernels always push, and know no tagged words."""
+        is_cuda = self.device == "cuda"
+        return _native.LowLatencyConfig(
+            num_ranks=num_ranks,
+            num_experts=self.num_experts,
+            num_max_tokens_per_rank=self.num_max_tokens_per_rank,
+            hidden=self.hidden,
+            top_k=self.top_k,
+            num_banks=self.num_banks,
+            dtype=DTYPES[self.dtype],
+            dispatch_dtype=DISPATCH_DTYPES[self.dispatch_dtype],
+            scale_format=SCALE_FORMATS[self.scale_format],
+            transfer=TRANSFERS[self.transfer] if is_cuda else _native.Transfer.PUSH,
+            num_max_tagged_tokens=self._num_tagged_tokens() if is_cuda else 0,
+            num_combine_inputs=self.num_combine_inputs,
+        )
+
+    def _num_tagged_tokens(self) -> int:
+        if self.num_max_tagged_tokens is not None:
+            return self.num_max_tagged_tokens
+        if self.hidden * self.dtype.itemsize > MAX_TAGGED_ROW_BYTES:
+            return 0
+        return min(self.num_max_tokens_per_rank, DEFAULT_TAGGED_TOKENS)
+
+
+def _check_choice(name: str, value: Any, choices: dict[Any, Any]) -> None:
+    if value not in choices:
+        got = repr(value) if isinstance(value, str) else value
+        allowed = " or ".join(repr(c) if isinstance(c, str) else str(c) for c in choices)
+        raise ValueError(f"{name} is {got}, expected {allowed}.")
 
 
 def device_type(device: str | torch.device) -> str:
@@ -19,27 +162,6 @@ def device_type(device: str | torch.device) -> str:
         return torch.device(device).type
     except RuntimeError:
         return str(device)
-
-
-def check_settings(num_ranks: int, settings: dict) -> None:
-    check_int("num_ranks", num_ranks, 1, _native.MAX_RANKS)
-    check_int("num_experts", settings["num_experts"], 1, _native.MAX_EXPERTS)
-    check_int(
-        "num_max_tokens_per_rank",
-        settings["num_max_tokens_per_rank"],
-        1,
-        _native.MAX_TOKENS_PER_RANK,
-        "A signal counts messages in 16 bits.",
-    )
-    check_int("hidden", settings["hidden"], 1, 1 << 20)
-    check_int("top_k", settings["top_k"], 1, _native.MAX_TOP_K)
-    check_int("num_banks", settings["num_banks"], 2, _native.MAX_BANKS)
-    if settings["dtype"] not in DTYPES:
-        allowed = " or ".join(str(dtype) for dtype in DTYPES)
-        raise ValueError(f"dtype is {settings['dtype']}, expected {allowed}.")
-    if settings["device"] == "cuda" and _native.has_cuda:
-        why = "The CUDA kernels count rows by expert in shared memory."
-        check_int("num_experts", settings["num_experts"], 1, _native.CUDA_MAX_EXPERTS, why)
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -64,7 +64,9 @@ BAD_DISPATCHES = [
         r"x has shape \[8, 6\], expected \[<=4, 6\].*num_max_tokens_per_rank",
     ),
     BadDispatch("dim", "x", lambda x: x[0], r"x has shape \[6\]"),
-    BadDispatch("dtype", "x", lambda x: x.float(), "x has dtype torch.float32.*torch.bfloat16"),
+    BadDispatch(
+        "dtype", "x", lambda x: x.float(), r"x has dtype torch.float32, expected torch.bfloat16\."
+    ),
     BadDispatch("strides", "x", lambda x: x.t().contiguous().t(), r"strides.*x\.contiguous\(\)"),
     BadDispatch("device", "x", lambda x: x.to("meta"), "x is on meta, expected cpu"),
     BadDispatch("idx_k", "topk_idx", lambda i: i[:, :2].contiguous(), r"shape \[4, 2\].*\[4, 3\]"),
@@ -103,6 +105,46 @@ def test_a_bad_dispatch_names_the_argument_and_sends_nothing(bad: BadDispatch) -
                 rank.step(what, op)
         with pytest.raises(ValueError, match=bad.message):
             ranks[1].buffer.dispatch(**good | {bad.argument: bad.replace(good[bad.argument])})
+
+
+FLOAT8_X = torch.zeros(4, 6).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("dispatch_dtype", "x", "x_scales", "message"),
+    [
+        (None, torch.zeros(4, 6).bfloat16(), torch.ones(4, 1), "x_scales was given, but this buf"),
+        (None, FLOAT8_X, torch.ones(4, 1), "x has dtype torch.float8_e4m3fn, expected torch.bfl"),
+        (FLOAT8_X.dtype, FLOAT8_X, None, "float8_e4m3fn, but x_scales was not given. Pass the"),
+        (FLOAT8_X.dtype, torch.zeros(4, 6).bfloat16(), torch.ones(4, 1), "quantises itself"),
+        (FLOAT8_X.dtype, FLOAT8_X, torch.ones(4, 2), r"x_scales has shape \[4, 2\].*\[4, 1\]"),
+        (FLOAT8_X.dtype, FLOAT8_X, torch.ones(4, 1).int(), "x_scales has dtype torch.int32"),
+        (FLOAT8_X.dtype, torch.zeros(4, 6), None, "expected torch.bfloat16 or torch.float8_e4m3"),
+    ],
+    ids=["no_float8", "no_float8_x", "no_scales", "x_not_float8", "shape", "dtype", "x_dtype"],
+)
+def test_scales_without_float8_and_float8_without_scales_are_refused(
+    dispatch_dtype: torch.dtype | None,
+    x: torch.Tensor,
+    x_scales: torch.Tensor | None,
+    message: str,
+) -> None:
+    buffer, _ = replace(SHAPE, dispatch_dtype=dispatch_dtype).virtual_buffers()
+    idx, weights = torch.zeros((4, 3), dtype=torch.int64), torch.ones(4, 3)
+    for call in (buffer.dispatch, buffer.dispatch_and_receive):
+        with pytest.raises(ValueError, match=message):
+            call(x, idx, weights, x_scales)
+
+
+def test_the_rank_major_layout_wants_a_row_a_message() -> None:
+    scenario = Scenario(replace(SHAPE, output_layout="rank_major")).add("uniform", [4, 4], seed=1)
+    ranks = [Interpreter(b, scenario) for b in scenario.shape.virtual_buffers(timeout_secs=2.0)]
+    for what in ("d", "h"):
+        for rank in ranks:
+            rank.step(what, 0)
+    handle = ranks[0].dispatched[0][0].handle
+    with pytest.raises(ValueError, match=r"expert_out has shape \[3, 8, 6\], expected \[2, 4, 6\]"):
+        ranks[0].buffer.combine(torch.zeros(3, 8, 6).bfloat16(), handle)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +208,10 @@ def create_on_threads(settings_of_rank: list[dict[str, Any]]) -> list[Answer]:
         ("top_k", 2, 3),
         ("dtype", torch.float32, torch.bfloat16),
         ("num_banks", 3, 2),
+        ("dispatch_dtype", torch.float8_e4m3fn, torch.bfloat16),
+        ("output_layout", "rank_major", "expert_major"),
+        ("transfer", "push", "pull"),
+        ("num_max_tagged_tokens", 3, None),
     ],
 )
 def test_a_differing_setting_is_a_mismatch_on_every_rank(
@@ -181,13 +227,25 @@ def test_a_differing_setting_is_a_mismatch_on_every_rank(
 BAD_SETTINGS: list[tuple[str, Any, str]] = [
     ("num_experts", 0, "num_experts is 0, expected an integer in 1..65536"),
     ("num_experts", (1 << 16) + 1, "num_experts is 65537"),
-    ("num_max_tokens_per_rank", 0, "1..65535. A signal counts messages in 16 bits"),
-    ("num_max_tokens_per_rank", 1 << 16, "num_max_tokens_per_rank is 65536"),
+    ("num_max_tokens_per_rank", 0, "1..32767. A signal counts messages in 15 bits"),
+    ("num_max_tokens_per_rank", 1 << 15, "num_max_tokens_per_rank is 32768"),
     ("hidden", 0, "hidden is 0"),
     ("hidden", 6.0, "hidden is 6.0, expected an integer"),
     ("top_k", 65, "top_k is 65, expected an integer in 1..64"),
     ("num_banks", 1, "num_banks is 1, expected an integer in 2..64"),
     ("dtype", torch.float16, "dtype is torch.float16, expected torch.float32 or torch.bfloat16"),
+    (
+        "dispatch_dtype",
+        torch.float32,
+        "dispatch_dtype is torch.float32, expected torch.bfloat16, which is the dtype, or torch."
+        "float8_e4m3fn",
+    ),
+    ("scale_format", "float8", "scale_format is 'float8', expected 'float32' or 'power_of_two' or"),
+    ("scale_format", "ue8m0", "rows of torch.bfloat16 have no scales. Leave it out, or pass disp"),
+    ("output_layout", "token", "output_layout is 'token', expected 'expert_major' or 'rank_major'"),
+    ("transfer", None, "transfer is None, expected 'push' or 'pull'"),
+    ("num_max_tagged_tokens", -1, "num_max_tagged_tokens is -1, expected an integer in 0..4"),
+    ("num_max_tagged_tokens", 5, "No batch is larger than num_max_tokens_per_rank"),
     ("device", "meta", "device is 'meta', expected 'cpu' or a CUDA device"),
     ("device", "no such device", "no such device"),
     ("timeout_secs", 0, "timeout_secs is 0, expected more than 0"),
@@ -200,7 +258,8 @@ def test_a_bad_setting_on_one_rank_is_told_to_all(setting: str, value: Any, mess
     """The rank itself gets the plain ValueError, the others who refused what; nobody waits."""
     begin = time.monotonic()
     answers = create_on_threads([{}, {setting: value}])
-    assert answers[1].error_type == ("TypeError" if value is None else "ValueError")
+    is_type_error = setting == "timeout_secs" and value is None
+    assert answers[1].error_type == ("TypeError" if is_type_error else "ValueError")
     assert message in answers[1].error
     assert answers[0].error_type == SettingsMismatch.__name__
     assert "rank 1 refused its settings" in answers[0].error
@@ -216,14 +275,14 @@ def test_every_limit_of_the_wire_words_can_be_used() -> None:
 
 
 def test_the_largest_batch_that_a_signal_can_count() -> None:
-    shape = Shape(1, num_max_tokens_per_rank=65535, hidden=1, num_experts=1, top_k=1)
+    shape = Shape(1, num_max_tokens_per_rank=32767, hidden=1, num_experts=1, top_k=1)
     (buffer,) = shape.virtual_buffers()
-    x = (torch.arange(65535) % 251)[:, None].to(shape.dtype)
+    x = (torch.arange(32767) % 251)[:, None].to(shape.dtype)
     result, hook = buffer.dispatch(
-        x, torch.zeros(65535, 1, dtype=torch.int32), torch.full((65535, 1), 2.0)
+        x, torch.zeros(32767, 1, dtype=torch.int32), torch.full((32767, 1), 2.0)
     )
     hook()
-    assert result.num_recv_tokens_per_expert.tolist() == [65535]
+    assert result.num_recv_tokens_per_expert.tolist() == [32767]
     assert torch.equal(result.recv_x[0], x)
     out, hook = buffer.combine(result.recv_x, result.handle)
     hook()
@@ -268,7 +327,7 @@ def test_a_rank_that_never_comes_is_named() -> None:
 def test_too_little_shared_memory_is_told_to_every_rank_with_the_remedy() -> None:
     """More than the whole of /dev/shm: the kernel refuses at once and fills nothing."""
     size = os.statvfs(shm.SHM_DIR).f_blocks * os.statvfs(shm.SHM_DIR).f_frsize
-    too_much = dict(num_max_tokens_per_rank=65535, hidden=1 << 20, dtype=torch.float32)
+    too_much = dict(num_max_tokens_per_rank=32767, hidden=1 << 20, dtype=torch.float32)
     layout = Shape(2, num_experts=5, **too_much).layout()  # type: ignore[arg-type]
     if layout.num_bytes < size:
         pytest.skip("/dev/shm holds more than the largest buffer of two ranks")

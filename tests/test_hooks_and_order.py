@@ -5,14 +5,25 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
-from ep_backend import EPBackendError, LowLatencyBuffer, OrderError, _native
+from ep_backend import (
+    EPBackendError,
+    Group,
+    LowLatencyBuffer,
+    OrderError,
+    _native,
+    virtual_world,
+)
+from ep_backend.order import PhaseOrder
 from tests.support.processes import Rank, RankProcesses
-from tests.support.programs import Interpreter
+from tests.support.programs import PROGRAMS, Interpreter
 from tests.support.scenario import Scenario, check_received, mixed_scenario, same_bits
 from tests.support.shapes import Shape
 
@@ -111,6 +122,96 @@ def test_a_handle_of_another_buffer_is_refused(
     for world in (ranks, others):
         step_all(world, "c", 0)
         step_all(world, "hc", 0)
+
+
+def test_both_halves_at_once_are_refused_while_a_hook_is_outstanding(
+    ranks: list[Interpreter],
+) -> None:
+    """Nothing is sent: the outstanding operations go on."""
+    step_all(ranks, "d", 0)
+    with pytest.raises(OrderError, match="dispatch_and_receive was called while dispatch 1 waits"):
+        ranks[0].exchange_dispatch(1)
+    for what in ("h", "c"):
+        step_all(ranks, what, 0)
+    step_all(ranks, "d", 1)
+    step_all(ranks, "h", 1)
+    with pytest.raises(OrderError, match="combine_and_receive was called while combine 1 waits"):
+        ranks[0].exchange_combine(1)
+    step_all(ranks, "hc", 0)
+    for what in ("c", "hc"):
+        step_all(ranks, what, 1)
+    still_works(ranks, 2)
+
+
+def test_both_halves_at_once_may_be_mixed_with_halves(scenario: Scenario) -> None:
+    """One rank sends and receives at once, the other in two calls; then the other way round."""
+
+    def rank_main(group: Group) -> None:
+        with scenario.shape.buffer(group) as buffer:
+            rank = Interpreter(buffer, scenario)
+            for op in range(10):
+                at_once = (op + group.self_rank) % 2 == 0
+                for what in ("x", "xc") if at_once else ("d", "h", "c", "hc"):
+                    rank.step(what, op)
+
+    virtual_world(2).run(rank_main)
+
+
+def test_kernels_that_do_both_halves_get_the_arguments_of_both(scenario: Scenario) -> None:
+    """As on CUDA: here two calls of the CPU's kernels stand for one."""
+
+    def rank_main(group: Group) -> None:
+        with scenario.shape.buffer(group) as buffer:
+            kernels: Any = buffer._kernels
+            num_done = 0
+
+            def run(send: Callable, recv: Callable, num_sent: int, *args: Any) -> _native.OpResult:
+                nonlocal num_done
+                num_done += 1
+                sent = send(*args[:num_sent])
+                return recv(*args[num_sent:]) if sent.ok else sent
+
+            kernels.dispatch = partial(run, kernels.dispatch_send, kernels.dispatch_recv, 9)
+            kernels.combine = partial(run, kernels.combine_send, kernels.combine_recv, 5)
+            Interpreter(buffer, scenario).run(PROGRAMS["fused_loop"](10, buffer.num_banks))
+            assert num_done == 20
+
+    virtual_world(2).run(rank_main)
+
+
+class TestExchange:
+    """`PhaseOrder.exchange`, which CUDA's fused kernels run under."""
+
+    def test_it_counts_as_a_send_and_its_hook(self) -> None:
+        order = PhaseOrder("dispatch", num_banks=2)
+        assert [order.exchange(lambda epoch: epoch) for _ in range(3)] == [1, 2, 3]
+        assert order.send(lambda: None) == 4
+        order.hook(4, lambda: None)
+
+    def test_it_has_not_happened_if_it_raises(self) -> None:
+        order = PhaseOrder("dispatch", num_banks=2)
+        with pytest.raises(ZeroDivisionError):
+            order.exchange(lambda epoch: 1 // 0)
+        assert order.exchange(lambda epoch: epoch) == 1
+
+    def test_it_waits_for_no_hook(self) -> None:
+        order = PhaseOrder("combine", num_banks=2)
+        order.send(lambda: None)
+        with pytest.raises(OrderError, match="combine_and_receive was called while combine 1"):
+            order.exchange(lambda epoch: epoch)
+        order.hook(1, lambda: None)
+        assert order.exchange(lambda epoch: epoch) == 2
+
+    @pytest.mark.parametrize("half", ["send", "hook"])
+    def test_it_does_not_run_beside_a_send_or_a_hook(self, half: str) -> None:
+        order = PhaseOrder("dispatch", num_banks=2)
+
+        def exchange_within() -> None:
+            with pytest.raises(OrderError, match=f"a dispatch {half} is running"):
+                order.exchange(lambda epoch: epoch)
+
+        order.send(exchange_within if half == "send" else lambda: None)
+        order.hook(1, exchange_within if half == "hook" else lambda: None)
 
 
 def test_a_handle_serves_two_combines(ranks: list[Interpreter], scenario: Scenario) -> None:
@@ -251,16 +352,21 @@ def test_the_kernels_refuse_by_themselves_what_python_would_have_refused() -> No
     scratch = [torch.zeros(n, dtype=torch.int32) for n in (8, 1, slots * 4, slots * 3 * 2)]
     recv_x = torch.empty(8, slots, shape.hidden, dtype=shape.dtype)
     counts, *handle = [t.data_ptr() for t in scratch]
+    received = (_native.OutputLayout.EXPERT_MAJOR, recv_x.data_ptr(), 0, counts, 0, 0, *handle)
+
+    def send_nothing() -> _native.OpResult:
+        return rank.dispatch_send(0, False, 0, 0, True, 0, 0, 0, 0)
+
     out_of_order = _native.Status.OUT_OF_ORDER
-    assert rank.dispatch_recv(recv_x.data_ptr(), counts, *handle).status == out_of_order
-    assert rank.combine_recv(0, 0, 0).status == out_of_order
+    assert rank.dispatch_recv(*received).status == out_of_order
+    assert rank.combine_recv(0, 0, 0, 0, -1).status == out_of_order
     for _ in range(shape.num_banks):
-        assert rank.dispatch_send(0, 0, True, 0, 0, 0).status == _native.Status.OK
-    refused = rank.dispatch_send(0, 0, True, 0, 0, 0)
+        assert send_nothing().status == _native.Status.OK
+    refused = send_nothing()
     assert refused.status == out_of_order
     assert refused.record.epoch == shape.num_banks + 1
-    assert rank.dispatch_recv(recv_x.data_ptr(), counts, *handle).status == _native.Status.OK
-    assert rank.dispatch_send(0, 0, True, 0, 0, 0).status == _native.Status.OK
+    assert rank.dispatch_recv(*received).status == _native.Status.OK
+    assert send_nothing().status == _native.Status.OK
 
 
 def wait_where_told(rank: Rank, scenario: Scenario, step: str) -> None:

@@ -116,3 +116,55 @@ def test_a_token_without_experts_comes_back_as_zeros(num_ranks: int) -> None:
     weights = [torch.ones(2, 2) for _ in range(num_ranks)]
     for out in reference.combine(outputs, received, idx, weights, torch.float32):
         assert torch.equal(out, torch.zeros(2, 3))
+
+
+def test_a_float8_row_by_hand() -> None:
+    """Two groups: amax 448 and 7. A power of two keeps 7 / 448 = 1 / 64."""
+    x = torch.zeros(1, 130)
+    x[0, :3] = torch.tensor([448.0, -27.0, 0.001])
+    x[0, 128:] = torch.tensor([7.0, 0.5])
+    for scale_format in ("float32", "power_of_two", "ue8m0"):
+        rows, scales = reference.quantize(x, scale_format)
+        assert scales.tolist() == [[1.0, 1 / 64]]
+        assert rows[0, :3].tolist() == [448.0, -28.0, 2.0**-9]  # 27 is a tie: to even
+        assert rows[0, 128:].tolist() == [448.0, 32.0]
+        assert reference.dequantize(rows, scales)[0, 128:].tolist() == [7.0, 0.5]
+
+
+def test_powers_of_two_round_the_scale_up() -> None:
+    x = torch.tensor([[450.0], [448.0 * 4], [448.0 * 4.001], [0.0]])
+    _, scales = reference.quantize(x, "power_of_two")
+    assert scales.flatten().tolist() == [2.0, 4.0, 8.0, 2.0**-22]
+
+
+def test_a_nan_marks_its_channel_and_no_other() -> None:
+    x = torch.tensor([[1.0, float("nan"), -float("nan"), 2.0]])
+    rows, scales = reference.quantize(x)
+    assert scales.item() == torch.tensor(2.0 / 448).item()
+    assert rows.view(torch.uint8).tolist() == [[0x76, 0x7F, 0x7F, 0x7E]]
+
+
+def test_exponent_bytes() -> None:
+    words = torch.tensor([[0x02_7F_80_7E, 0x81]], dtype=torch.int32)
+    assert reference.unpack_ue8m0(words, 5).tolist() == [[0.5, 2.0, 1.0, 2.0**-125, 4.0]]
+
+
+def test_rank_major_by_hand() -> None:
+    """Rank 1 owns experts 2 and 3."""
+    x = [torch.tensor([[0.0], [1.0]]), torch.tensor([[10.0]])]
+    idx = [torch.tensor([[0, 2, -1], [3, 2, 3]]), torch.tensor([[-1, 1, 0]])]
+    weights = [torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]), torch.tensor([[0.7, 0.8, 0.9]])]
+    (from_0, from_1), (to_1, none) = reference.dispatch_rank_major(x, idx, weights, num_experts=4)
+    assert (from_0.tokens, from_1.tokens, to_1.tokens, none.tokens) == ([0], [0], [0, 1], [])
+    assert to_1.rows.flatten().tolist() == [0.0, 1.0]
+    assert to_1.topk_idx.tolist() == [[0, -1, -1], [1, 0, 1]]
+    expected_weights = torch.tensor([[0.2, 0, 0], [0.4, 0.5, 0.6]])
+    assert torch.equal(to_1.topk_weights, expected_weights)
+    assert from_1.topk_idx.tolist() == [[1, 0, -1]]
+    assert none.topk_idx.shape == (0, 3)
+
+    sums = [[torch.tensor([[1.0]]), torch.tensor([[2.0]])], [torch.tensor([[4.0], [8.0]])]]
+    sums[1].append(torch.empty(0, 1))
+    received = [[from_0, from_1], [to_1, none]]
+    outs = reference.combine_rank_major(sums, received, [2, 1], torch.float32)
+    assert [out.flatten().tolist() for out in outs] == [[1.0 + 4.0, 8.0], [2.0]]

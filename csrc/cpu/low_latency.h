@@ -4,8 +4,8 @@
 // effect (nothing is published, no epoch advances), so a failed or interrupted call can be told
 // apart from a late one.
 //
-// Shapes: T tokens of this rank (T <= M), H hidden, K top_k, L local experts, R ranks,
-// M tokens a rank at most, S = R * M rows an expert can receive.
+// Rows are always pushed and batches never tagged; both other ways are for GPUs. What each kernel
+// is given, and the shapes, are in protocol/op.h.
 #pragma once
 
 #include <atomic>
@@ -14,6 +14,7 @@
 
 #include "cpu/wait.h"
 #include "protocol/layout.h"
+#include "protocol/op.h"
 
 namespace ep::cpu {
 
@@ -25,33 +26,19 @@ struct OpCounters {
   uint64_t wait_ns = 0;  // part of total_ns spent waiting for peers
 };
 
-using protocol::FlightRecord;
+using protocol::CombineRecvParams;
+using protocol::CombineSendParams;
+using protocol::DispatchRecvParams;
+using protocol::DispatchSendParams;
 using protocol::HandleEntry;
 using protocol::HandleMessage;
 using protocol::HandleView;
 using protocol::OpResult;
 
-struct DispatchSendParams {
-  const std::byte* x;    // [T, H]
-  const void* topk_idx;  // [T, K] int32 or int64, -1 = not routed
-  bool topk_idx_is_int64;
-  const float* topk_weights;  // [T, K]
-  uint32_t num_tokens;
-  uint32_t* num_partials;  // out [T]: ranks that will answer for each token
-};
-struct DispatchRecvParams {
-  std::byte* recv_x;                    // out [L, S, H]
-  int32_t* num_recv_tokens_per_expert;  // out [L]
-  HandleView handle;                    // out
-};
-struct CombineSendParams {
-  const std::byte* expert_out;  // [L, S, H]
-  HandleView handle;
-};
-struct CombineRecvParams {
-  std::byte* out;  // out [T, H]
-  uint32_t num_tokens;
-  const uint32_t* num_partials;  // [T], from dispatch_send
+// Where a row that is about to be sent lies.
+struct Row {
+  const std::byte* values;  // [H] of dispatch_dtype
+  const float* scales;      // [N], float8 only
 };
 
 class LowLatencyRank {
@@ -82,11 +69,17 @@ class LowLatencyRank {
   }
 
   bool check_experts(Op& op, const DispatchSendParams& params) const;
+  Row row_of(const DispatchSendParams& params, uint32_t token);
   void write_messages(Op& op, const DispatchSendParams& params);
   void publish_counts_and_signals(Op& op);
   bool unpack_source(Op& op, uint32_t src_rank, const DispatchRecvParams& params);
   bool unpack_message(Op& op, uint32_t src_rank, uint32_t slot, const DispatchRecvParams& params);
+  bool check_header(Op& op, uint32_t src_rank, const protocol::MessageHeader& header) const;
+  bool place_entry(Op& op, uint32_t src_rank, const protocol::ExpertEntry* entries, uint32_t i,
+                   uint64_t* row);
   bool check_counts(Op& op, uint32_t src_rank) const;
+  void copy_rows(Op& op, uint32_t src_rank, uint32_t first_message, uint64_t num_rows,
+                 const DispatchRecvParams& params) const;
   void send_partials(Op& op, uint32_t src_rank, const CombineSendParams& params);
 
   uint32_t self_rank_;
@@ -102,6 +95,9 @@ class LowLatencyRank {
   // Scratch of dispatch_send: messages for each rank so far, rows for each expert so far.
   std::vector<uint32_t> num_messages_to_;
   std::vector<uint32_t> num_rows_for_expert_;
+  // And a float8 row with its scales, before it goes to its ranks.
+  std::vector<std::byte> quantized_row_;
+  std::vector<float> row_scales_;
   // Scratch of dispatch_recv: next free row of each local expert, now and before the source that is
   // being unpacked; rows, messages and entries so far.
   std::vector<uint32_t> next_row_;

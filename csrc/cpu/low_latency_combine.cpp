@@ -1,5 +1,8 @@
 // Combine: expert_out [L, S, H] goes home as out [T, H], weighted and summed.
 //
+// In the rank-major layout expert_out is [R, M, H], one row a message that the caller has weighted
+// and summed already; the handle then has one entry a message, of weight 1.
+//
 // An expert rank adds up its own experts' rows of a token (k order) and sends one partial row; the
 // token's rank adds the partial rows (rank order). Example, token b of low_latency_dispatch.cpp
 // with weights (p, q) for experts (3, 2): rank 1 sends p * expert_3(b) + q * expert_2(b), the only

@@ -4,80 +4,56 @@
 // rank 1 has c -> (2, 0). Messages to rank 1: a [2], b [3, 2] from rank 0, c [2] from itself. Rank
 // 1 owns experts 2 and 3; its recv_x[0] (expert 2) is a b c -, its recv_x[1] (expert 3) is b - - -,
 // and its counts are [3, 1].
+//
+// Rank-major instead, recv_x [R, M, H]: from rank 0 a b, with local experts [0 -] and [1 0], from
+// rank 1 c -, with [0 -] and, for the slot that is not used, [- -]. The counts are the same.
 
 #include <algorithm>
 
 #include "cpu/atomics.h"
 #include "cpu/low_latency_op.h"
 #include "cpu/rows.h"
+#include "cpu/token_routes.h"
+#include "protocol/scales.h"
 
 namespace ep::cpu {
 
 using protocol::ExpertEntry;
 using protocol::Half;
 using protocol::MessageHeader;
+using protocol::OutputLayout;
 using protocol::Phase;
+using protocol::ScaleFormat;
 
 namespace {
 
-int64_t expert_at(const DispatchSendParams& params, uint64_t i) {
-  return params.topk_idx_is_int64 ? static_cast<const int64_t*>(params.topk_idx)[i]
-                                  : static_cast<const int32_t*>(params.topk_idx)[i];
-}
-
-// The experts of one token, grouped by the rank that owns them: ranks ascending, k ascending
-// within.
-class TokenRoutes {
- public:
-  struct Route {
-    uint32_t rank;
-    uint32_t expert;
-    ExpertEntry entry;
-  };
-
-  void assign(const protocol::ExpertPartition& partition, const DispatchSendParams& params,
-              uint32_t token, uint32_t top_k) {
-    num_routes_ = 0;
-    for (uint32_t k = 0; k < top_k; ++k) {
-      const uint64_t i = uint64_t{token} * top_k + k;
-      const int64_t expert_or_none = expert_at(params, i);
-      if (expert_or_none < 0) continue;
-      const uint32_t expert = static_cast<uint32_t>(expert_or_none);
-      const uint32_t rank = partition.owner(expert);
-      const auto local_expert = static_cast<uint16_t>(expert - partition.first_expert(rank));
-      uint32_t place = num_routes_++;
-      for (; place > 0 && routes_[place - 1].rank > rank; --place) {
-        routes_[place] = routes_[place - 1];
-      }
-      routes_[place] = {
-          rank, expert, {local_expert, static_cast<uint16_t>(k), 0, params.topk_weights[i]}};
-    }
+// Word `word` of a row's scales as the experts take them.
+uint32_t scale_word(const protocol::LowLatencyLayout& layout, const float* scales, uint32_t word) {
+  if (layout.config().scale_format != ScaleFormat::kUE8M0) return protocol::bits_of(scales[word]);
+  uint32_t bytes = 0;
+  for (uint32_t i = 4 * word; i < std::min(4 * word + 4, layout.num_scales()); ++i) {
+    bytes |= uint32_t{protocol::ue8m0_of(scales[i])} << (i % 4 * 8);
   }
-
-  const Route* begin() const { return routes_; }
-  const Route* end() const { return routes_ + num_routes_; }
-
- private:
-  Route routes_[protocol::kMaxTopK];
-  uint32_t num_routes_ = 0;
-};
-
-// A token may list an expert twice. It then occupies one row there, and both weights count.
-const ExpertEntry* find_twin(const ExpertEntry* entries, const ExpertEntry* entry) {
-  const auto* twin = std::find_if(
-      entries, entry, [&](const ExpertEntry& e) { return e.local_expert == entry->local_expert; });
-  return twin == entry ? nullptr : twin;
+  return bytes;
 }
 
-// One payload to the rows of its entries; entries of one expert share a row.
-void copy_to_rows(const protocol::LowLatencyLayout& layout, const std::byte* payload,
-                  const DispatchRecvParams& params, const HandleEntry* entries,
-                  uint32_t num_entries, Store store) {
-  for (const HandleEntry* entry = entries; entry != entries + num_entries; ++entry) {
-    const bool is_copied = std::any_of(
-        entries, entry, [&](const HandleEntry& other) { return other.row == entry->row; });
-    if (is_copied) continue;
-    copy_row(params.recv_x + entry->row * layout.row_bytes(), payload, layout.row_bytes(), store);
+void write_scales(const protocol::LowLatencyLayout& layout, const DispatchRecvParams& params,
+                  uint64_t row, const float* scales) {
+  auto* words = static_cast<uint32_t*>(params.recv_scales);
+  for (uint32_t word = 0; word < protocol::scale_words(layout); ++word) {
+    words[protocol::scale_word_idx(layout, params.output, row, word)] =
+        scale_word(layout, scales, word);
+  }
+}
+
+// Rank-major: the experts of one row, in k order, and how they are weighted.
+void list_experts(const DispatchRecvParams& params, uint64_t row, uint32_t top_k,
+                  const ExpertEntry* entries, uint32_t num_entries) {
+  int32_t* topk_idx = params.recv_topk_idx + row * top_k;
+  float* topk_weights = params.recv_topk_weights + row * top_k;
+  for (uint32_t i = 0; i < top_k; ++i) {
+    topk_idx[i] = i < num_entries ? entries[i].local_expert : -1;
+    topk_weights[i] = i < num_entries ? entries[i].weight : 0.0f;
   }
 }
 
@@ -105,21 +81,39 @@ bool LowLatencyRank::check_experts(Op& op, const DispatchSendParams& params) con
   return true;
 }
 
+// The row of one token as it travels. Valid until the next call.
+Row LowLatencyRank::row_of(const DispatchSendParams& params, uint32_t token) {
+  const uint32_t num_scales = layout_.num_scales();
+  if (params.x_is_quantized) {
+    return {params.x + token * layout_.dispatch_row_bytes(), params.x_scales + token * num_scales};
+  }
+  const std::byte* row = params.x + token * layout_.row_bytes();
+  if (num_scales == 0) return {row, nullptr};
+  const auto& config = layout_.config();
+  quantize_row(config.dtype, config.scale_format, row, config.hidden, quantized_row_.data(),
+               row_scales_.data());
+  return {quantized_row_.data(), row_scales_.data()};
+}
+
 // Copies each token once to every rank that owns some of its experts.
 void LowLatencyRank::write_messages(Op& op, const DispatchSendParams& params) {
   std::fill(num_messages_to_.begin(), num_messages_to_.end(), 0);
   std::fill(num_rows_for_expert_.begin(), num_rows_for_expert_.end(), 0);
 
-  const Store peer_store = store_for_peer(params.num_tokens * layout_.row_bytes());
+  const uint64_t row_bytes = layout_.dispatch_row_bytes();
+  const Store peer_store = store_for_peer(params.num_tokens * row_bytes);
   TokenRoutes routes;
   for (uint32_t token = 0; token < params.num_tokens; ++token) {
     routes.assign(layout_.partition(), params, token, layout_.config().top_k);
-    uint32_t column = 0;
-    for (auto first = routes.begin(); first != routes.end(); ++column) {
+    params.num_partials[token] = 0;
+    if (routes.begin() == routes.end()) continue;
+    const Row row = row_of(params, token);
+    for (auto first = routes.begin(); first != routes.end();) {
       const uint32_t dst_rank = first->rank;
       const uint32_t slot = num_messages_to_[dst_rank]++;
-      std::byte* message = bases_[dst_rank] + layout_.message(op.bank(), self_rank_, slot);
-      auto* entries = reinterpret_cast<ExpertEntry*>(message + sizeof(MessageHeader));
+      std::byte* dst = bases_[dst_rank];
+      std::byte* header = dst + layout_.header(op.bank(), self_rank_, slot);
+      auto* entries = reinterpret_cast<ExpertEntry*>(header + sizeof(MessageHeader));
 
       auto route = first;
       for (; route != routes.end() && route->rank == dst_rank; ++route) {
@@ -128,14 +122,16 @@ void LowLatencyRank::write_messages(Op& op, const DispatchSendParams& params) {
         const ExpertEntry* twin = find_twin(entries, &entry);
         entry.position = twin != nullptr ? twin->position : num_rows_for_expert_[route->expert]++;
       }
-      *reinterpret_cast<MessageHeader*>(message) = {
+      const uint32_t column = params.num_partials[token]++;
+      *reinterpret_cast<MessageHeader*>(header) = {
           token, token * layout_.num_outcome_columns() + column,
           static_cast<uint32_t>(route - first), static_cast<uint32_t>(op.epoch())};
-      copy_row(message + layout_.payload_in_message(), params.x + token * layout_.row_bytes(),
-               layout_.row_bytes(), dst_rank == self_rank_ ? Store::kCached : peer_store);
+      copy_row(dst + layout_.inbox_row(op.bank(), self_rank_, slot), row.values, row_bytes,
+               dst_rank == self_rank_ ? Store::kCached : peer_store);
+      std::copy_n(row.scales, layout_.num_scales(),
+                  at<float>(dst, layout_.inbox_scales(op.bank(), self_rank_, slot)));
       first = route;
     }
-    params.num_partials[token] = column;
   }
 }
 
@@ -171,11 +167,11 @@ OpResult LowLatencyRank::dispatch_recv(const DispatchRecvParams& params) {
 // Inbox of one source -> rows of recv_x and entries of the handle. Nothing is copied before all its
 // headers agree with the counts.
 bool LowLatencyRank::unpack_source(Op& op, uint32_t src_rank, const DispatchRecvParams& params) {
+  const auto& config = layout_.config();
   uint64_t num_messages;
   if (!op.wait_for_signal(src_rank, &num_messages)) return false;
-  if (num_messages > layout_.config().num_max_tokens_per_rank) {
-    return op.fail(Status::kCorrupt, src_rank, layout_.config().num_max_tokens_per_rank,
-                   num_messages);
+  if (num_messages > config.num_max_tokens_per_rank) {
+    return op.fail(Status::kCorrupt, src_rank, config.num_max_tokens_per_rank, num_messages);
   }
   params.handle.num_messages[src_rank] = static_cast<uint32_t>(num_messages);
   const uint64_t num_rows_before = num_rows_;
@@ -185,29 +181,48 @@ bool LowLatencyRank::unpack_source(Op& op, uint32_t src_rank, const DispatchRecv
     if (!unpack_message(op, src_rank, slot, params)) return false;
   }
   if (!check_counts(op, src_rank)) return false;
-
-  const uint64_t num_rows = num_rows_ - num_rows_before;
-  const auto& config = layout_.config();
-  // If every source sends about as much as this one, every rank and bank holds num_ranks as much.
-  const Store store = store_for_self(num_rows * layout_.row_bytes() * config.num_ranks,
-                                     config.num_ranks * config.num_banks);
-  for (uint32_t slot = 0; slot < num_messages; ++slot) {
-    const std::byte* message = bases_[self_rank_] + layout_.message(op.bank(), src_rank, slot);
-    const HandleMessage& unpacked = params.handle.messages[first_message + slot];
-    copy_to_rows(layout_, message + layout_.payload_in_message(), params,
-                 params.handle.entries + unpacked.first_entry, unpacked.num_entries, store);
+  if (params.output == OutputLayout::kExpertMajor) {
+    copy_rows(op, src_rank, first_message, num_rows_ - num_rows_before, params);
+    return true;
+  }
+  copy_rows(op, src_rank, first_message, num_messages, params);
+  for (uint64_t slot = num_messages; slot < config.num_max_tokens_per_rank; ++slot) {
+    const uint64_t row = uint64_t{src_rank} * config.num_max_tokens_per_rank + slot;
+    list_experts(params, row, config.top_k, nullptr, 0);
   }
   return true;
 }
 
-// Header of one message -> its rows in recv_x, and the handle.
+// Header of one message -> its entries in the handle and, rank-major, its experts.
 bool LowLatencyRank::unpack_message(Op& op, uint32_t src_rank, uint32_t slot,
                                     const DispatchRecvParams& params) {
-  const std::byte* message = bases_[self_rank_] + layout_.message(op.bank(), src_rank, slot);
+  const std::byte* message = bases_[self_rank_] + layout_.header(op.bank(), src_rank, slot);
   const auto& header = *reinterpret_cast<const MessageHeader*>(message);
   const auto* entries = reinterpret_cast<const ExpertEntry*>(message + sizeof(MessageHeader));
+  if (!check_header(op, src_rank, header)) return false;
+  const bool is_rank_major = params.output == OutputLayout::kRankMajor;
+  HandleEntry* out = params.handle.entries + next_entry_;
+  for (uint32_t i = 0; i < header.num_entries; ++i) {
+    uint64_t row = 0;
+    if (!place_entry(op, src_rank, entries, i, &row)) return false;
+    if (!is_rank_major) out[i] = {static_cast<uint32_t>(row), entries[i].weight};
+  }
+  if (is_rank_major) {
+    const auto& config = layout_.config();
+    const uint32_t row = src_rank * config.num_max_tokens_per_rank + slot;
+    list_experts(params, row, config.top_k, entries, header.num_entries);
+    out[0] = {row, 1.0f};
+  }
+  const uint32_t num_entries = is_rank_major ? 1 : header.num_entries;
+  params.handle.messages[next_message_++] = {header.src_token, header.outcome_slot, next_entry_,
+                                             num_entries};
+  next_entry_ += num_entries;
+  return true;
+}
+
+// Memory that contradicts its signal must not choose where we write.
+bool LowLatencyRank::check_header(Op& op, uint32_t src_rank, const MessageHeader& header) const {
   const auto epoch_tag = static_cast<uint32_t>(op.epoch());
-  // Memory that contradicts its signal must not choose where we write.
   if (header.epoch_tag != epoch_tag) {
     return op.fail(Status::kCorrupt, src_rank, epoch_tag, header.epoch_tag);
   }
@@ -217,29 +232,27 @@ bool LowLatencyRank::unpack_message(Op& op, uint32_t src_rank, uint32_t slot,
   if (header.outcome_slot >= layout_.num_outcome_slots()) {
     return op.fail(Status::kCorrupt, src_rank, layout_.num_outcome_slots(), header.outcome_slot);
   }
-  params.handle.messages[next_message_++] = {header.src_token, header.outcome_slot, next_entry_,
-                                             header.num_entries};
-  HandleEntry* out = params.handle.entries + next_entry_;
-  next_entry_ += header.num_entries;
-  for (uint32_t i = 0; i < header.num_entries; ++i) {
-    const uint32_t local_expert = entries[i].local_expert;
-    if (local_expert >= next_row_.size()) {
-      return op.fail(Status::kCorrupt, src_rank, next_row_.size(), local_expert);
-    }
-    const ExpertEntry* twin = find_twin(entries, entries + i);
-    const uint32_t row_of_source = next_row_[local_expert] - first_row_[local_expert];
-    const uint32_t position = twin != nullptr ? twin->position : row_of_source;
-    if (entries[i].position != position) {
-      return op.fail(Status::kCorrupt, src_rank, position, entries[i].position);
-    }
-    if (twin == nullptr) {
-      ++next_row_[local_expert];
-      ++num_rows_;
-    }
-    const uint64_t row =
-        local_expert * layout_.expert_capacity() + first_row_[local_expert] + position;
-    out[i] = {static_cast<uint32_t>(row), entries[i].weight};
+  return true;
+}
+
+// The row of recv_x [L * S, H] that entry i of a message belongs to.
+bool LowLatencyRank::place_entry(Op& op, uint32_t src_rank, const ExpertEntry* entries, uint32_t i,
+                                 uint64_t* row) {
+  const uint32_t local_expert = entries[i].local_expert;
+  if (local_expert >= next_row_.size()) {
+    return op.fail(Status::kCorrupt, src_rank, next_row_.size(), local_expert);
   }
+  const ExpertEntry* twin = find_twin(entries, entries + i);
+  const uint32_t row_of_source = next_row_[local_expert] - first_row_[local_expert];
+  const uint32_t position = twin != nullptr ? twin->position : row_of_source;
+  if (entries[i].position != position) {
+    return op.fail(Status::kCorrupt, src_rank, position, entries[i].position);
+  }
+  if (twin == nullptr) {
+    ++next_row_[local_expert];
+    ++num_rows_;
+  }
+  *row = local_expert * layout_.expert_capacity() + first_row_[local_expert] + position;
   return true;
 }
 
@@ -254,6 +267,31 @@ bool LowLatencyRank::check_counts(Op& op, uint32_t src_rank) const {
     }
   }
   return true;
+}
+
+// Rows of one source, and their scales, to the places that the handle gives them. Entries of a
+// message that are of one expert share a row.
+void LowLatencyRank::copy_rows(Op& op, uint32_t src_rank, uint32_t first_message, uint64_t num_rows,
+                               const DispatchRecvParams& params) const {
+  const auto& config = layout_.config();
+  const uint64_t row_bytes = layout_.dispatch_row_bytes();
+  // If every source sends about as much as this one, every rank and bank holds num_ranks as much.
+  const Store store =
+      store_for_self(num_rows * row_bytes * config.num_ranks, config.num_ranks * config.num_banks);
+  std::byte* self = bases_[self_rank_];
+  for (uint32_t slot = 0; slot < next_message_ - first_message; ++slot) {
+    const std::byte* values = self + layout_.inbox_row(op.bank(), src_rank, slot);
+    const auto* scales = at<float>(self, layout_.inbox_scales(op.bank(), src_rank, slot));
+    const HandleMessage& message = params.handle.messages[first_message + slot];
+    const HandleEntry* entries = params.handle.entries + message.first_entry;
+    for (const HandleEntry* entry = entries; entry != entries + message.num_entries; ++entry) {
+      const bool is_copied = std::any_of(
+          entries, entry, [&](const HandleEntry& other) { return other.row == entry->row; });
+      if (is_copied) continue;
+      copy_row(params.recv_x + entry->row * row_bytes, values, row_bytes, store);
+      write_scales(layout_, params, entry->row, scales);
+    }
+  }
 }
 
 }  // namespace ep::cpu

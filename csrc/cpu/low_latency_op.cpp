@@ -28,6 +28,8 @@ LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_
       policy_(policy),
       num_messages_to_(config.num_ranks),
       num_rows_for_expert_(config.num_experts),
+      quantized_row_(layout_.num_scales() > 0 ? layout_.dispatch_row_bytes() : 0),
+      row_scales_(layout_.num_scales()),
       next_row_(layout_.partition().num_local_experts(self_rank)),
       first_message_of_(config.num_ranks) {}
 
@@ -77,6 +79,9 @@ bool LowLatencyRank::Op::wait_for_signal(uint32_t src_rank, uint64_t* count) {
     return fail(Status::kNewerEpoch, src_rank, epoch_, protocol::signal_epoch(seen));
   }
   *count = protocol::signal_count(seen);
+  if (protocol::signal_is_tagged(seen)) {
+    return fail(Status::kCorrupt, src_rank, protocol::pack_signal(epoch_, *count), seen);
+  }
   return true;
 }
 

@@ -19,7 +19,8 @@ class LowLatencyRank::Op {
 
   // Waits for: the credit of every peer for the operation that last used this bank.
   bool wait_for_credits();
-  // Waits for: the signal of `src_rank` for this epoch. `*count` is what it carries.
+  // Waits for: the signal of `src_rank` for this epoch. `*count` is what it carries. One that
+  // promises tagged units fails the buffer: these kernels do not read them.
   bool wait_for_signal(uint32_t src_rank, uint64_t* count);
   // Publishes: to `dst_rank`, that all data of this epoch is in its memory.
   void publish_signal(uint32_t dst_rank, uint64_t count);

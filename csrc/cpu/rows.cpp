@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "protocol/tagged.h"
+
 // ThreadSanitizer does not see streaming stores, so it gets ordinary ones.
 #if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
 #define EP_STREAMING_STORES
@@ -128,6 +130,47 @@ EP_VECTOR_CLONES void weighted_sum_bf16(uint16_t* out, const std::byte* const* r
   weighted_sum_impl(out, rows, weights, num_rows, hidden, how);
 }
 
+// `group`, at most kChannelsPerScale elements, as float8. Returns its scale.
+template <typename T>
+EP_INLINE float quantize_group(protocol::ScaleFormat format, const T* group, uint32_t length,
+                               uint8_t* values) {
+  // As integers: magnitudes of floats are ordered like their bits, and NaN can be masked out (by a
+  // conditional instead, GCC 12 would not vectorise the loop).
+  uint32_t amax = 0;
+  for (uint32_t i = 0; i < length; ++i) {
+    const uint32_t bits = protocol::bits_of(to_float(group[i])) & 0x7fffffff;
+    const uint32_t magnitude = bits & (bits <= 0x7f800000 ? ~0u : 0u);
+    amax = amax < magnitude ? magnitude : amax;
+  }
+  const protocol::Scale scale = protocol::scale_for(protocol::float_of(amax), format);
+  for (uint32_t i = 0; i < length; ++i) {
+    values[i] = protocol::to_e4m3(to_float(group[i]) * scale.inverse);
+  }
+  return scale.scale;
+}
+
+template <typename T>
+EP_INLINE void quantize_impl(protocol::ScaleFormat format, const T* row, uint32_t hidden,
+                             uint8_t* values, float* scales) {
+  constexpr uint32_t kLength = protocol::kChannelsPerScale;
+  for (uint32_t begin = 0; begin < hidden; begin += kLength) {
+    const uint32_t length = std::min(kLength, hidden - begin);
+    // As in weighted_sum_impl: a full group needs no tail.
+    *scales++ = length == kLength ? quantize_group(format, row + begin, kLength, values + begin)
+                                  : quantize_group(format, row + begin, length, values + begin);
+  }
+}
+
+EP_VECTOR_CLONES void quantize_f32(protocol::ScaleFormat format, const float* row, uint32_t hidden,
+                                   uint8_t* values, float* scales) {
+  quantize_impl(format, row, hidden, values, scales);
+}
+
+EP_VECTOR_CLONES void quantize_bf16(protocol::ScaleFormat format, const uint16_t* row,
+                                    uint32_t hidden, uint8_t* values, float* scales) {
+  quantize_impl(format, row, hidden, values, scales);
+}
+
 }  // namespace
 
 Store store_for_peer(uint64_t num_bytes) {
@@ -158,6 +201,16 @@ void weighted_sum(protocol::DType dtype, std::byte* out, const std::byte* const*
     weighted_sum_f32(reinterpret_cast<float*>(out), rows, weights, num_rows, hidden, store);
   } else {
     weighted_sum_bf16(reinterpret_cast<uint16_t*>(out), rows, weights, num_rows, hidden, store);
+  }
+}
+
+void quantize_row(protocol::DType dtype, protocol::ScaleFormat format, const std::byte* row,
+                  uint32_t hidden, std::byte* values, float* scales) {
+  auto* out = reinterpret_cast<uint8_t*>(values);
+  if (dtype == protocol::DType::kFloat32) {
+    quantize_f32(format, reinterpret_cast<const float*>(row), hidden, out, scales);
+  } else {
+    quantize_bf16(format, reinterpret_cast<const uint16_t*>(row), hidden, out, scales);
   }
 }
 

@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "protocol/base.h"
+#include "protocol/float8.h"
 
 namespace ep::cpu {
 
@@ -31,5 +31,10 @@ void copy_row(std::byte* out, const std::byte* row, uint64_t row_bytes, Store st
 // `dtype`. `weights` null adds the rows up. No rows: zeros.
 void weighted_sum(protocol::DType dtype, std::byte* out, const std::byte* const* rows,
                   const float* weights, uint32_t num_rows, uint32_t hidden, Store store);
+
+// A row of `dtype` as float8: `values` [hidden] and a scale for every 128 of them, as
+// protocol/float8.h defines them.
+void quantize_row(protocol::DType dtype, protocol::ScaleFormat format, const std::byte* row,
+                  uint32_t hidden, std::byte* values, float* scales);
 
 }  // namespace ep::cpu

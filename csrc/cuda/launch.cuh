@@ -1,4 +1,4 @@
-// How the four kernels are launched: the widest vector a row divides into, blocks, threads, stream.
+// How the kernels are launched: blocks, stream, shared memory, programmatic dependent launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,41 +15,43 @@ struct Launch {
   cudaStream_t stream;
 
   // Errors are left to cudaGetLastError.
-  template <typename Params>
-  void run(void (*kernel)(RankView, Params), uint64_t shared_bytes, const RankView& rank,
-           const Params& params) const {
-    kernel<<<num_blocks, num_threads, shared_bytes, stream>>>(rank, params);
+  template <typename... Params, typename... Args>
+  void run(void (*kernel)(Params...), uint64_t shared_bytes, const Args&... args) const {
+    if (shared_bytes > kDefaultSharedBytes) {
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(shared_bytes));
+    }
+    // The kernel may be put on the GPU while the one before it ends.
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = num_blocks;
+    config.blockDim = num_threads;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    cudaLaunchKernelEx(&config, kernel, args...);
   }
+
+  // Shared memory that a kernel may have without asking.
+  static constexpr uint64_t kDefaultSharedBytes = 24 << 10;  // 48 KiB less what kernels declare
 };
 
-// Shared memory that a kernel may have without asking.
-constexpr uint64_t kDefaultSharedBytes = 32 << 10;  // 48 KiB less what kernels declare themselves
+// Shared memory of a dispatch: a bit for each token, under every expert and rank, and what arrives.
+uint64_t dispatch_shared_bytes(const protocol::LowLatencyLayout& layout, uint32_t self_rank,
+                               uint32_t num_tokens);
 
-// Shared memory of a send: a bit for each token, under every expert and rank.
-uint64_t dispatch_send_shared_bytes(const protocol::LowLatencyConfig& config, uint32_t num_tokens);
-
-void launch_dispatch_send(const RankView& rank, const DispatchSendParams& params,
+void launch_dispatch_send(const RankView& rank, const DispatchSendParams& send,
                           const Launch& launch);
-void launch_dispatch_recv(const RankView& rank, const DispatchRecvParams& params,
+void launch_dispatch_recv(const RankView& rank, const DispatchRecvParams& recv,
                           const Launch& launch);
-void launch_combine_send(const RankView& rank, const CombineSendParams& params,
-                         const Launch& launch);
-void launch_combine_recv(const RankView& rank, const CombineRecvParams& params,
-                         const Launch& launch);
-
-// Calls `launch` with a value of the widest type whose size divides a row: rows in tensors follow
-// each other without padding, so a row's size is also its alignment.
-template <typename Function>
-void with_vector(uint64_t row_bytes, Function&& launch) {
-  if (row_bytes % 16 == 0) {
-    launch(uint4{});
-  } else if (row_bytes % 8 == 0) {
-    launch(uint2{});
-  } else if (row_bytes % 4 == 0) {
-    launch(uint32_t{});
-  } else {
-    launch(uint16_t{});
-  }
-}
+void launch_dispatch(const RankView& rank, const DispatchSendParams& send,
+                     const DispatchRecvParams& recv, const Launch& launch);
+void launch_combine_send(const RankView& rank, const CombineSendParams& send, const Launch& launch);
+void launch_combine_recv(const RankView& rank, const CombineRecvParams& recv, const Launch& launch);
+void launch_combine(const RankView& rank, const CombineSendParams& send,
+                    const CombineRecvParams& recv, const Launch& launch);
 
 }  // namespace ep::cuda

@@ -2,23 +2,51 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/check.h"
 #include "cuda/launch.cuh"
 #include "cuda/low_latency.h"
 #include "cuda/rank.cuh"
 
 namespace ep::cuda {
+
+using protocol::OpResult;
+
 namespace {
 
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-  }
+template <typename T>
+T* zeroed_device_array(size_t count) {
+  T* array = nullptr;
+  check(cudaMalloc(&array, count * sizeof(T)), "allocating a rank's state");
+  check(cudaMemset(array, 0, count * sizeof(T)), "zeroing a rank's state");
+  return array;
 }
 
-// Half a row of 16-byte vectors a thread, in whole warps.
-uint32_t threads_for(uint64_t row_bytes) {
-  const uint64_t num_vectors = (row_bytes + 31) / 32;
-  return static_cast<uint32_t>(std::clamp<uint64_t>((num_vectors + 31) / 32 * 32, 64, 512));
+std::vector<uint64_t> copy_to_host(const uint64_t* array, size_t count) {
+  std::vector<uint64_t> values(count);
+  check(cudaMemcpy(values.data(), array, count * sizeof(uint64_t), cudaMemcpyDeviceToHost),
+        "reading a rank's statistics");
+  return values;
+}
+
+// Whether two blocks of the largest dispatch fit an SM.
+bool check_shared_memory(const LowLatencyLayout& layout, uint32_t self_rank) {
+  int device, of_block, of_sm;
+  check(cudaGetDevice(&device), "asking for the current device");
+  check(cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "asking for the size of shared memory");
+  check(cudaDeviceGetAttribute(&of_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+        "asking for the size of shared memory");
+  const uint64_t num_declared = (48 << 10) - Launch::kDefaultSharedBytes;
+  const uint64_t num_wanted =
+      dispatch_shared_bytes(layout, self_rank, layout.config().num_max_tokens_per_rank);
+  if (num_wanted + num_declared > static_cast<uint64_t>(of_block)) {
+    throw std::invalid_argument(
+        "a dispatch of num_max_tokens_per_rank tokens needs " + std::to_string(num_wanted) +
+        " bytes of shared memory, a bit for each token and expert; this GPU has " +
+        std::to_string(of_block - num_declared) +
+        ". Lower num_max_tokens_per_rank or num_experts.");
+  }
+  return kBlocksPerSM * (num_wanted + num_declared) <= static_cast<uint64_t>(of_sm);
 }
 
 }  // namespace
@@ -26,40 +54,25 @@ uint32_t threads_for(uint64_t row_bytes) {
 LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_t self_rank,
                                const std::vector<std::byte*>& bases, uint64_t timeout_ns,
                                uint32_t num_sms)
-    : view_{protocol::LowLatencyLayout(config),
-            self_rank,
-            bases[self_rank],
-            {},
-            nullptr,
-            nullptr,
-            nullptr,
-            timeout_ns},
-      num_sms_(num_sms),
-      num_threads_(threads_for(view_.layout.row_bytes())) {
-  const size_t table_bytes = bases.size() * sizeof(std::byte*);
-  int device, max_shared_bytes;
-  check(cudaGetDevice(&device), "asking for the current device");
-  check(cudaDeviceGetAttribute(&max_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "asking for the size of shared memory");
-  const uint64_t shared_bytes = dispatch_send_shared_bytes(config, config.num_max_tokens_per_rank);
-  const uint64_t static_shared_bytes = (48 << 10) - kDefaultSharedBytes;
-  if (shared_bytes + static_shared_bytes > static_cast<uint64_t>(max_shared_bytes)) {
-    throw std::invalid_argument(
-        "a dispatch of num_max_tokens_per_rank tokens needs " + std::to_string(shared_bytes) +
-        " bytes of shared memory, a bit for each token and expert; this GPU has " +
-        std::to_string(max_shared_bytes - static_shared_bytes) +
-        ". Lower num_max_tokens_per_rank or num_experts.");
-  }
-  check(cudaMalloc(&bases_, table_bytes), "allocating the table of peers");
-  check(cudaMemcpy(bases_, bases.data(), table_bytes, cudaMemcpyHostToDevice),
+    : view_{LowLatencyLayout(config), self_rank, bases[self_rank]}, num_sms_(num_sms) {
+  has_room_for_two_ = check_shared_memory(view_.layout, self_rank);
+  const size_t num_ranks = bases.size();
+  bases_ = zeroed_device_array<std::byte*>(num_ranks);
+  check(cudaMemcpy(bases_, bases.data(), num_ranks * sizeof(std::byte*), cudaMemcpyHostToDevice),
         "writing the table of peers");
-  check(cudaMalloc(&view_.state, sizeof(RankState)), "allocating a rank's state");
-  check(cudaMemset(view_.state, 0, sizeof(RankState)), "zeroing a rank's state");
+  view_.state = zeroed_device_array<RankState>(1);
+  view_.wait_ns =
+      zeroed_device_array<uint64_t>(protocol::kNumPhases * protocol::kNumHalves * num_ranks);
+  view_.num_expert_rows =
+      zeroed_device_array<uint64_t>(view_.layout.partition().num_max_local_experts());
   check(cudaHostAlloc(&view_.report, sizeof(HostReport), cudaHostAllocMapped),
         "allocating a rank's report");
   view_.report->result = {};
-  std::copy_n(bases.begin(), std::min<size_t>(bases.size(), kNumNearRanks), view_.near_bases);
+  std::copy_n(bases.begin(), std::min<size_t>(num_ranks, kNumNearRanks), view_.near_bases);
   view_.bases = bases_;
+  view_.timeout_ns = timeout_ns;
+  view_.owners = Owners(view_.layout.partition());
+  view_.num_local_experts = view_.layout.partition().num_local_experts(self_rank);
   check(cudaDeviceSynchronize(), "setting a rank up");
 }
 
@@ -67,49 +80,95 @@ LowLatencyRank::~LowLatencyRank() {
   // Errors here have nobody to go to; the device's memory goes with the process at the latest.
   cudaFree(bases_);
   cudaFree(view_.state);
+  cudaFree(view_.wait_ns);
+  cudaFree(view_.num_expert_rows);
   cudaFreeHost(view_.report);
 }
 
-uint32_t LowLatencyRank::num_blocks(uint64_t num_rows) const {
-  return static_cast<uint32_t>(std::clamp<uint64_t>(num_rows, 1, num_sms_));
+struct LowLatencyRank::Plan {
+  RankView view;
+  Launch launch;
+};
+
+// `num_rows`: of kernels that receive, an estimate from this rank's batch; peers' are likely alike.
+LowLatencyRank::Plan LowLatencyRank::plan(uint64_t num_rows, uint64_t row_bytes,
+                                          void* stream) const {
+  const uint64_t num_items = num_rows * protocol::parts_for(row_bytes);
+  // With more to do than a block an SM has warps, two a block: the next kernel then waits outside.
+  const bool has_much = has_room_for_two_ && num_items > uint64_t{num_sms_} * kWarps;
+  const auto num_blocks = static_cast<uint32_t>(
+      has_much ? kBlocksPerSM * num_sms_ : std::clamp<uint64_t>(num_items, 1, num_sms_));
+  Plan plan = {view_, {num_blocks, kThreads, static_cast<cudaStream_t>(stream)}};
+  plan.view.share = kProgressPerOp / num_blocks;
+  plan.view.first_share = kProgressPerOp - plan.view.share * (num_blocks - 1);
+  plan.view.next_starts_early = has_room_for_two_ && !has_much;
+  return plan;
 }
 
-protocol::OpResult LowLatencyRank::dispatch_send(const DispatchSendParams& params, void* stream) {
-  const Launch launch{num_blocks(params.num_tokens), num_threads_,
-                      static_cast<cudaStream_t>(stream)};
-  launch_dispatch_send(view_, params, launch);
+uint64_t LowLatencyRank::num_messages() const {
+  return uint64_t{num_tokens_} * view_.layout.num_outcome_columns();
+}
+
+OpResult LowLatencyRank::dispatch_send(const DispatchSendParams& send, void* stream) {
+  num_tokens_ = send.num_tokens;
+  const Plan p = plan(send.num_tokens, view_.layout.dispatch_row_bytes(), stream);
+  launch_dispatch_send(p.view, send, p.launch);
   check(cudaGetLastError(), "launching dispatch_send");
   return report();
 }
 
-protocol::OpResult LowLatencyRank::dispatch_recv(const DispatchRecvParams& params, void* stream) {
-  const Launch launch{num_sms_, num_threads_, static_cast<cudaStream_t>(stream)};
-  launch_dispatch_recv(view_, params, launch);
+OpResult LowLatencyRank::dispatch_recv(const DispatchRecvParams& recv, void* stream) {
+  const Plan p = plan(num_messages(), view_.layout.dispatch_row_bytes(), stream);
+  launch_dispatch_recv(p.view, recv, p.launch);
   check(cudaGetLastError(), "launching dispatch_recv");
   return report();
 }
 
-protocol::OpResult LowLatencyRank::combine_send(const CombineSendParams& params, void* stream) {
-  const Launch launch{num_sms_, num_threads_, static_cast<cudaStream_t>(stream)};
-  launch_combine_send(view_, params, launch);
+OpResult LowLatencyRank::dispatch(const DispatchSendParams& send, const DispatchRecvParams& recv,
+                                  void* stream) {
+  num_tokens_ = send.num_tokens;
+  const Plan p = plan(num_messages(), view_.layout.dispatch_row_bytes(), stream);
+  launch_dispatch(p.view, send, recv, p.launch);
+  check(cudaGetLastError(), "launching dispatch");
+  return report();
+}
+
+OpResult LowLatencyRank::combine_send(const CombineSendParams& send, void* stream) {
+  const Plan p = plan(num_messages(), view_.layout.row_bytes(), stream);
+  launch_combine_send(p.view, send, p.launch);
   check(cudaGetLastError(), "launching combine_send");
   return report();
 }
 
-protocol::OpResult LowLatencyRank::combine_recv(const CombineRecvParams& params, void* stream) {
-  const Launch launch{num_blocks(params.num_tokens), num_threads_,
-                      static_cast<cudaStream_t>(stream)};
-  launch_combine_recv(view_, params, launch);
+OpResult LowLatencyRank::combine_recv(const CombineRecvParams& recv, void* stream) {
+  const Plan p = plan(recv.num_tokens, view_.layout.row_bytes(), stream);
+  launch_combine_recv(p.view, recv, p.launch);
   check(cudaGetLastError(), "launching combine_recv");
   return report();
 }
 
-protocol::OpResult LowLatencyRank::report() const {
+OpResult LowLatencyRank::combine(const CombineSendParams& send, const CombineRecvParams& recv,
+                                 void* stream) {
+  const Plan p = plan(num_messages(), view_.layout.row_bytes(), stream);
+  launch_combine(p.view, send, recv, p.launch);
+  check(cudaGetLastError(), "launching combine");
+  return report();
+}
+
+OpResult LowLatencyRank::report() const {
   const volatile auto* status =
       reinterpret_cast<const volatile uint32_t*>(&view_.report->result.status);
   if (*status == static_cast<uint32_t>(Status::kOk)) return {};
   __sync_synchronize();  // the status is written last
   return view_.report->result;
+}
+
+Statistics LowLatencyRank::statistics() const {
+  const auto& partition = view_.layout.partition();
+  const size_t num_waits =
+      size_t{protocol::kNumPhases} * protocol::kNumHalves * partition.num_ranks;
+  return {copy_to_host(view_.wait_ns, num_waits),
+          copy_to_host(view_.num_expert_rows, partition.num_local_experts(view_.self_rank))};
 }
 
 }  // namespace ep::cuda

@@ -1,22 +1,49 @@
-// The four low-latency kernels over peer pointers, and one rank's private state on the device.
+// The low-latency kernels over peer pointers, and one rank's private state on the device.
 //
 // Launches return at once. What a kernel finds wrong it writes to pinned host memory before it
-// ends; the next call on the buffer reports it. See csrc/cpu/low_latency.h for the shapes.
+// ends; the next call on the buffer reports it. See csrc/protocol/op.h for the shapes.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "cuda/divide.h"
 #include "protocol/layout.h"
 #include "protocol/op.h"
 
 namespace ep::cuda {
+
+using protocol::CombineRecvParams;
+using protocol::CombineSendParams;
+using protocol::DispatchRecvParams;
+using protocol::DispatchSendParams;
 
 struct RankState;   // on the device: epochs, arrival counters, the failed word
 struct HostReport;  // pinned: what failed
 
 // Ranks whose bases travel with a kernel's parameters, which cost no memory access.
 constexpr uint32_t kNumNearRanks = 16;
+
+// protocol::ExpertPartition without divisions.
+struct Owners {
+  uint32_t base = 0, num_larger = 0;  // experts of a rank; ranks with one more
+  Divisor by_base, by_larger;
+
+  Owners() = default;
+  explicit Owners(const protocol::ExpertPartition& partition)
+      : base(partition.num_experts / partition.num_ranks),
+        num_larger(partition.num_experts % partition.num_ranks),
+        by_base(base > 0 ? base : 1),
+        by_larger(base + 1) {}
+  EP_HOST_DEVICE uint32_t owner(uint32_t expert) const {
+    const uint32_t num_in_larger = num_larger * (base + 1);
+    return expert < num_in_larger ? expert / by_larger
+                                  : num_larger + (expert - num_in_larger) / by_base;
+  }
+  EP_HOST_DEVICE uint32_t first_expert(uint32_t rank) const {
+    return rank * base + (rank < num_larger ? rank : num_larger);
+  }
+};
 
 // What every kernel of one rank is given.
 struct RankView {
@@ -26,59 +53,62 @@ struct RankView {
   std::byte* near_bases[kNumNearRanks];
   std::byte* const* bases;  // device table [R]: where this GPU sees each rank's memory
   RankState* state;
+  uint64_t* wait_ns;          // [phase][half][R]: waited for each peer so far
+  uint64_t* num_expert_rows;  // [L]: received so far
   HostReport* report;
   uint64_t timeout_ns;
-};
-
-struct DispatchSendParams {
-  const std::byte* x;    // [T, H]
-  const void* topk_idx;  // [T, K] int32 or int64, -1 = not routed
-  bool topk_idx_is_int64;
-  const float* topk_weights;  // [T, K]
-  uint32_t num_tokens;
-  uint32_t* num_partials;  // out [T]
-};
-struct DispatchRecvParams {
-  std::byte* recv_x;                    // out [L, S, H]
-  int32_t* num_recv_tokens_per_expert;  // out [L]
-  protocol::HandleView handle;          // out
-};
-struct CombineSendParams {
-  const std::byte* expert_out;  // [L, S, H]
-  protocol::HandleView handle;
-};
-struct CombineRecvParams {
-  std::byte* out;  // out [T, H]
-  uint32_t num_tokens;
-  const uint32_t* num_partials;  // [T]
+  Owners owners;
+  uint32_t num_local_experts;
+  // Of this launch: what a block adds to the operation's progress (block 0, any other), and whether
+  // the next kernel of the stream may be on the GPU beside this one from the beginning.
+  uint32_t first_share, share;
+  bool next_starts_early;
 };
 
 // More would not fit the shared memory in which a dispatch counts rows by expert.
 constexpr uint32_t kNumMaxExperts = 4096;
 
+// What a rank's kernels have counted since its creation.
+struct Statistics {
+  std::vector<uint64_t> wait_ns;          // [phase][half][R]
+  std::vector<uint64_t> num_expert_rows;  // [L]
+};
+
 class LowLatencyRank {
  public:
-  // `bases[r]`: memory of rank r as the current device sees it. Throws std::runtime_error with the
-  // CUDA error where the device refuses.
+  // `bases[r]`: memory of rank r as the current device sees it. `num_sms`: blocks a kernel has at
+  // most. Throws std::runtime_error with the CUDA error where the device refuses,
+  // std::invalid_argument where it has too little shared memory.
   LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_t self_rank,
                  const std::vector<std::byte*>& bases, uint64_t timeout_ns, uint32_t num_sms);
   ~LowLatencyRank();
   LowLatencyRank(const LowLatencyRank&) = delete;
   LowLatencyRank& operator=(const LowLatencyRank&) = delete;
 
-  protocol::OpResult dispatch_send(const DispatchSendParams& params, void* stream);
-  protocol::OpResult dispatch_recv(const DispatchRecvParams& params, void* stream);
-  protocol::OpResult combine_send(const CombineSendParams& params, void* stream);
-  protocol::OpResult combine_recv(const CombineRecvParams& params, void* stream);
+  protocol::OpResult dispatch_send(const DispatchSendParams& send, void* stream);
+  protocol::OpResult dispatch_recv(const DispatchRecvParams& recv, void* stream);
+  protocol::OpResult combine_send(const CombineSendParams& send, void* stream);
+  protocol::OpResult combine_recv(const CombineRecvParams& recv, void* stream);
+  // Both halves in one kernel. No other operation of the phase may be between its halves.
+  protocol::OpResult dispatch(const DispatchSendParams& send, const DispatchRecvParams& recv,
+                              void* stream);
+  protocol::OpResult combine(const CombineSendParams& send, const CombineRecvParams& recv,
+                             void* stream);
   // What a kernel has reported so far; does not wait for the device.
   protocol::OpResult report() const;
+  // Waits for the device.
+  Statistics statistics() const;
 
  private:
-  uint32_t num_blocks(uint64_t num_rows) const;
+  // The view and the launch of a kernel on `num_rows` rows of `row_bytes`.
+  struct Plan;
+  Plan plan(uint64_t num_rows, uint64_t row_bytes, void* stream) const;
+  uint64_t num_messages() const;  // of the latest dispatch, at most
 
   RankView view_;
   uint32_t num_sms_;
-  uint32_t num_threads_;
+  bool has_room_for_two_;    // two blocks of any kernel fit an SM
+  uint32_t num_tokens_ = 0;  // of the latest dispatch
   std::byte** bases_ = nullptr;
 };
 

@@ -1,146 +1,307 @@
 // Combine on a GPU; the meaning is in csrc/cpu/low_latency_combine.cpp. Every product and every sum
 // is rounded on its own, in the same order as there: the bits are the same.
 //
-// send: a warp looks up a message's rows, then the block sums those of all its warps' messages, one
-//       after the other, into the sources' outcomes.
-// recv: every block waits for all signals, then adds up the partial rows of its tokens.
-
-#include <cuda_bf16.h>
+// One kernel, three forms: it sends, it receives, or it does both. A warp makes some parts of a
+// partial row, or of a token's row. Where it does both, a warp makes this rank's partial row of its
+// own token when it adds up the token, and nobody waits for it.
 
 #include "cuda/launch.cuh"
-#include "cuda/rank.cuh"
+#include "cuda/sum.cuh"
 
 namespace ep::cuda {
 namespace {
 
 using protocol::HandleEntry;
 using protocol::HandleMessage;
+using protocol::Transfer;
 
-constexpr uint32_t kMaxTopK = protocol::kMaxTopK;
-constexpr uint32_t kWarp = 32;
-// Messages whose entries a block has looked up and not yet summed: one a warp.
-constexpr uint32_t kMaxWarps = 16;
+// What the kernel knows of the messages that this rank received. In shared memory.
+//
+//   sources  [R]      messages of each, {is_tagged 1, count 15}
+//   prefix   [R + 1]  messages of the sources before
+struct Received {
+  uint32_t *sources, *prefix;
+  uint32_t num_ranks;
 
-__device__ float to_float(float value) { return value; }
-__device__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ void store(float* out, float value) { *out = value; }
-__device__ void store(__nv_bfloat16* out, float value) { *out = __float2bfloat16_rn(value); }
+  __device__ Received(uint32_t* shared, uint32_t num_ranks)
+      : sources(shared), prefix(shared + num_ranks), num_ranks(num_ranks) {}
+  static uint64_t num_bytes(uint32_t num_ranks) { return (2 * uint64_t{num_ranks} + 1) * 4; }
 
-// out[i] = weight(0) * row(0)[i] + weight(1) * row(1)[i] + ..., a block of threads a row. T float
-// or bfloat16; Vector as wide as the alignment of a row allows.
-template <typename T, typename Vector, typename Row, typename Weight>
-__device__ void weighted_sum(std::byte* out, uint32_t num_rows, uint32_t num_vectors, Row row,
-                             Weight weight) {
-  constexpr uint32_t kWidth = sizeof(Vector) / sizeof(T);
-  for (uint32_t i = threadIdx.x; i < num_vectors; i += blockDim.x) {
-    float acc[kWidth] = {};
-#pragma unroll 4
-    for (uint32_t r = 0; r < num_rows; ++r) {
-      const Vector vector = reinterpret_cast<const Vector*>(row(r))[i];
-      const T* values = reinterpret_cast<const T*>(&vector);
-      for (uint32_t c = 0; c < kWidth; ++c) {
-        const float product = __fmul_rn(weight(r), to_float(values[c]));
-        acc[c] = r == 0 ? product : __fadd_rn(acc[c], product);
-      }
-    }
-    Vector result;
-    for (uint32_t c = 0; c < kWidth; ++c) store(reinterpret_cast<T*>(&result) + c, acc[c]);
-    reinterpret_cast<Vector*>(out)[i] = result;
+  // Whole block; a barrier between the two and one behind them.
+  __device__ void read(const uint32_t* num_messages) {
+    for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) sources[r] = num_messages[r];
   }
-}
-
-// What one warp has looked up about one message.
-struct AnswerPlan {
-  std::byte* out;
-  uint32_t num_entries;
-  HandleEntry entries[kMaxTopK];
+  __device__ void count_up() {
+    prefix_sum(num_ranks, prefix, [&](uint32_t r) { return count(r); });
+  }
+  __device__ uint32_t count(uint32_t r) const {
+    return sources[r] & static_cast<uint32_t>(protocol::kMaxCount);
+  }
+  __device__ bool is_tagged(uint32_t r) const { return (sources[r] & protocol::kTaggedBit) != 0; }
 };
 
-template <typename T, typename Vector>
-__global__ void combine_send_kernel(const __grid_constant__ RankView rank,
-                                    const __grid_constant__ CombineSendParams params) {
-  extern __shared__ uint32_t prefix[];  // [R + 1]
-  __shared__ AnswerPlan plans[kMaxWarps];
-  const LowLatencyLayout& layout = rank.layout;
-  const uint32_t num_ranks = layout.config().num_ranks;
-  const Op op(rank, Phase::kCombine, Half::kSend);
-  if (!op.start_send()) return;
-  prefix_sum(params.handle.num_messages, num_ranks, prefix);
+template <typename T>
+class Combiner {
+ public:
+  // `skip_rank`: whose partial rows are not sent, because this kernel receives them itself.
+  __device__ Combiner(const RankView& rank, const Op& op, const CombineSendParams& send,
+                      const Received& received, uint32_t skip_rank, SumPlan* plan)
+      : rank_(rank),
+        layout_(rank.layout),
+        op_(op),
+        send_(send),
+        received_(received),
+        skip_rank_(skip_rank),
+        plan_(plan),
+        num_vectors_(static_cast<uint32_t>(layout_.row_bytes() / sizeof(uint4))),
+        num_parts_(protocol::parts_for(layout_.row_bytes())) {}
 
-  const uint32_t num_warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
-  const uint32_t num_vectors = layout.row_bytes() / sizeof(Vector), total = prefix[num_ranks];
-  for (uint32_t first = blockIdx.x; first < total; first += gridDim.x * num_warps) {
-    const uint32_t own = first + warp * gridDim.x;
-    if (own < total) {
-      const HandleMessage message = params.handle.messages[own];
-      plans[warp].out = op.peer(source_of(prefix, num_ranks, own)) +
-                        layout.outcome(op.bank(), message.outcome_slot);
-      plans[warp].num_entries = message.num_entries;
-      for (uint32_t j = threadIdx.x % kWarp; j < message.num_entries; j += kWarp) {
-        plans[warp].entries[j] = params.handle.entries[message.first_entry + j];
+  // A partial row for every message. Whole block.
+  __device__ void send() const {
+    const uint32_t num_ranks = received_.num_ranks;
+    bool all_tagged = true;
+#pragma unroll 1
+    for (uint32_t r = 0; r < num_ranks; ++r) {
+      all_tagged &= r == skip_rank_ || received_.is_tagged(r);
+    }
+    // Tagged rows do not wait for a signal, and rows in place are earlier kernels' and there
+    // already.
+    const bool is_in_place = send_.combine_input >= 0;
+    if (blockIdx.x == 0) publish(true, is_in_place);
+    const uint32_t begin = skip_rank_ == kNoRank ? 0 : received_.prefix[skip_rank_];
+    const uint32_t num_skipped = skip_rank_ == kNoRank ? 0 : received_.count(skip_rank_);
+    Items items(received_.prefix[num_ranks] - num_skipped, num_parts_);
+    for (; items.more(); items.next()) {
+      const uint32_t m = items.row() < begin ? items.row() : items.row() + num_skipped;
+      const uint32_t src_rank = source_of(received_.prefix, num_ranks, m);
+      if (is_in_place && !received_.is_tagged(src_rank)) continue;
+      make_partial(m, src_rank, m - received_.prefix[src_rank], nullptr, items);
+    }
+    if (!all_tagged && !is_in_place && op_.is_last_block()) publish(false, true);
+  }
+
+  // Adds up the partial rows of every token of this rank. False, on all lanes of a warp: it gave
+  // up.
+  __device__ bool receive(const CombineRecvParams& recv) const {
+    const bool is_tagged = recv.num_tokens <= layout_.config().num_max_tagged_tokens;
+    for (Items items(recv.num_tokens, num_parts_); items.more(); items.next()) {
+      const uint32_t token = items.row(), lane = threadIdx.x % kWarp;
+      const uint32_t first_column = token * layout_.num_outcome_columns();
+      std::byte* out = recv.out + token * layout_.row_bytes();
+      // Together, whether they are used or not.
+      const uint32_t num_columns = recv.num_partials[token];
+      uint32_t answer = 0;
+      if (lane < layout_.num_outcome_columns()) answer = recv.answers[first_column + lane];
+      const bool is_in_place = recv.combine_input >= 0 && !is_tagged;
+      if (!is_in_place && !make_own(recv, first_column, num_columns, answer, out, items)) continue;
+      if (is_tagged) {
+        if (!add_tagged(recv.answers + first_column, first_column, num_columns, out, items))
+          return false;
+        continue;
+      }
+      __syncwarp();  // the last plan has been used
+      for (uint32_t c = lane; c < num_columns; c += kWarp) {
+        if (c != lane) answer = recv.answers[first_column + c];
+        const uint32_t src_rank = answer >> 16, slot = answer & 0xffff;
+        const uint32_t self = rank_.self_rank;
+        if (is_in_place) {
+          plan_->rows[c] =
+              op_.peer(src_rank) +
+              layout_.combine_input(static_cast<uint32_t>(recv.combine_input), self, slot);
+        } else if (layout_.config().transfer == Transfer::kPull) {
+          plan_->rows[c] = op_.peer(src_rank) + layout_.outbox(op_.bank(), self, slot);
+        } else {
+          plan_->rows[c] = op_.self() + layout_.outcome(op_.bank(), first_column + c);
+        }
+        plan_->weights[c] = 1.0f;
+      }
+      __syncwarp();
+      sum_parts<T>(*plan_, num_columns, num_vectors_, items.first_part(), items.end_part(),
+                   {out, false, 0});
+    }
+    return true;
+  }
+
+ private:
+  // Signals to the sources whose rows are tagged, and to those whose rows are not.
+  __device__ void publish(bool to_tagged, bool to_others) const {
+#pragma unroll 1
+    for (uint32_t r = threadIdx.x; r < received_.num_ranks; r += blockDim.x) {
+      const bool is_tagged = received_.is_tagged(r);
+      if (r == skip_rank_ || !(is_tagged ? to_tagged : to_others)) continue;
+      if (!is_tagged) ptx::fence_acq_rel_sys();
+      op_.publish_signal(r, received_.count(r));
+    }
+  }
+
+  // The partial row of message `m` to where its source looks for it, or to `out`. One warp.
+  __device__ void make_partial(uint32_t m, uint32_t src_rank, uint32_t slot, std::byte* out,
+                               const Items& items) const {
+    const uint32_t lane = threadIdx.x % kWarp, top_k = layout_.config().top_k;
+    const HandleMessage message = send_.handle.messages[m];
+    __syncwarp();  // the last plan has been used
+    for (uint32_t j = lane; j < top_k; j += kWarp) {
+      // Beside the message, not after it: entries of message m begin at m * K.
+      const HandleEntry entry = send_.handle.entries[uint64_t{m} * top_k + j];
+      plan_->rows[j] = const_cast<std::byte*>(send_.expert_out) + entry.row * layout_.row_bytes();
+      plan_->weights[j] = entry.weight;
+    }
+    __syncwarp();
+    Sink sink = {out, false, op_.tag()};
+    if (out == nullptr) {
+      sink.is_tagged = received_.is_tagged(src_rank);
+      if (sink.is_tagged) {
+        sink.row = op_.peer(src_rank) + layout_.tagged_outcome(op_.bank(), message.outcome_slot);
+      } else if (layout_.config().transfer == Transfer::kPull) {
+        sink.row = op_.self() + layout_.outbox(op_.bank(), src_rank, slot);
+      } else {
+        sink.row = op_.peer(src_rank) + layout_.outcome(op_.bank(), message.outcome_slot);
       }
     }
-    __syncthreads();
-    for (uint32_t w = 0; w < num_warps && first + w * gridDim.x < total; ++w) {
-      const AnswerPlan& plan = plans[w];
-      weighted_sum<T, Vector>(
-          plan.out, plan.num_entries, num_vectors,
-          [&](uint32_t r) { return params.expert_out + plan.entries[r].row * layout.row_bytes(); },
-          [&](uint32_t r) { return plan.entries[r].weight; });
+    sum_parts<T>(*plan_, message.num_entries, num_vectors_, items.first_part(), items.end_part(),
+                 sink);
+  }
+
+  // Where this kernel makes the token's own partial row: that, beside the peers' rows, or as the
+  // result if there are no others. False: nothing is left to add. One warp; `answer`: of the lane's
+  // column.
+  __device__ bool make_own(const CombineRecvParams& recv, uint32_t first_column,
+                           uint32_t num_columns, uint32_t answer, std::byte* out,
+                           const Items& items) const {
+    if (skip_rank_ == kNoRank) return true;
+    const uint32_t lane = threadIdx.x % kWarp;
+    uint32_t own = 0;  // slot + 1
+    for (uint32_t c = lane; c < num_columns; c += kWarp) {
+      if (c != lane) answer = recv.answers[first_column + c];
+      if (answer >> 16 == skip_rank_) own = (answer & 0xffff) + 1;
     }
-    __syncthreads();  // the plans are used again
+    own = __reduce_max_sync(kAllLanes, own);
+    if (own == 0) return true;
+    const bool is_only = num_columns == 1;
+    // Each lane reads back what it has written itself.
+    make_partial(received_.prefix[skip_rank_] + own - 1, skip_rank_, own - 1,
+                 is_only ? out : nullptr, items);
+    return !is_only;
   }
-  if (op.is_last_block()) {
-    op.publish_signals([&](uint32_t r) { return prefix[r + 1] - prefix[r]; });
-  }
-}
 
-template <typename T, typename Vector>
-__global__ void combine_recv_kernel(const __grid_constant__ RankView rank,
-                                    const __grid_constant__ CombineRecvParams params) {
-  extern __shared__ uint32_t counts[];  // [R]
-  const LowLatencyLayout& layout = rank.layout;
-  const Op op(rank, Phase::kCombine, Half::kRecv);
-  if (!op.start_recv(counts)) return;
-
-  const uint32_t num_vectors = layout.row_bytes() / sizeof(Vector);
-  for (uint32_t token = blockIdx.x; token < params.num_tokens; token += gridDim.x) {
-    const uint64_t slot = uint64_t{token} * layout.num_outcome_columns();
-    weighted_sum<T, Vector>(
-        params.out + token * layout.row_bytes(), params.num_partials[token], num_vectors,
-        [&](uint32_t column) { return op.self() + layout.outcome(op.bank(), slot + column); },
-        [](uint32_t) { return 1.0f; });
-  }
-  if (op.is_last_block()) op.publish_credits();
-}
-
-// Calls `launch` with a value of the payload's type and one of the vector type.
-template <typename Function>
-void with_types(const LowLatencyLayout& layout, Function&& launch) {
-  with_vector(layout.row_bytes(), [&](auto vector) {
-    if (layout.config().dtype == protocol::DType::kBFloat16) {
-      launch(__nv_bfloat16{}, vector);
-    } else if constexpr (sizeof(vector) >= sizeof(float)) {
-      launch(float{}, vector);
+  __device__ bool add_tagged(const uint32_t* answers, uint32_t first_column, uint32_t num_columns,
+                             std::byte* out, const Items& items) const {
+    constexpr uint32_t kBatch = 4;  // columns on their way at the same time
+    const uint64_t row_bytes = protocol::tagged_row_bytes(layout_.row_bytes());
+    std::byte* rows = op_.self() + layout_.tagged_outcome(op_.bank(), first_column);
+#pragma unroll 1
+    for (uint32_t part = items.first_part(); part < items.end_part(); ++part) {
+      Sum<T> sums[2];
+#pragma unroll 1
+      for (uint32_t first = 0; first < num_columns; first += kBatch) {
+        TaggedPart batch[kBatch];
+        while (true) {
+          bool is_here = true;
+#pragma unroll
+          for (uint32_t i = 0; i < kBatch; ++i) {
+            const uint32_t num_vectors = first + i < num_columns ? num_vectors_ : 0;
+            batch[i].begin(rows + (first + i) * row_bytes, num_vectors, part, op_.tag());
+          }
+#pragma unroll
+          for (uint32_t i = 0; i < kBatch; ++i) is_here &= batch[i].is_here(op_.tag());
+          if (__all_sync(kAllLanes, is_here)) break;
+          bool ok = true;
+#pragma unroll 1
+          for (uint32_t c = first; c < min(first + kBatch, num_columns) && ok; ++c) {
+            ok = wait_for_part(rank_, op_.receiving(), answers[c] >> 16, rows + c * row_bytes,
+                               num_vectors_, part);
+          }
+          if (!__all_sync(kAllLanes, ok)) return false;
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < kBatch; ++i) {
+          if (first + i < num_columns) {
+            const Part p = batch[i].part();
+            sums[0].add(p.vectors[0], 1.0f, first + i == 0);
+            sums[1].add(p.vectors[1], 1.0f, first + i == 0);
+          }
+        }
+      }
+      store_vectors({{sums[0].rounded(), sums[1].rounded()}, 0}, out, num_vectors_, part);
     }
+    return true;
+  }
+
+  const RankView& rank_;
+  const LowLatencyLayout& layout_;
+  const Op& op_;
+  const CombineSendParams& send_;
+  const Received& received_;
+  uint32_t skip_rank_;
+  SumPlan* plan_;
+  uint32_t num_vectors_, num_parts_;
+};
+
+template <typename T, bool kSends, bool kReceives>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+    combine_kernel(const __grid_constant__ RankView rank,
+                   const __grid_constant__ CombineSendParams send,
+                   const __grid_constant__ CombineRecvParams recv) {
+  extern __shared__ uint32_t shared[];
+  __shared__ SumPlan plans[kWarps];
+  const uint32_t num_ranks = rank.layout.config().num_ranks;
+  const auto& config = rank.layout.config();
+  // Tagged partial rows to oneself go the way of all others: other warps make them, at the same
+  // time.
+  const bool sends_to_self = num_ranks > 1 && recv.num_tokens <= config.num_max_tagged_tokens;
+  const uint32_t skip_rank = kSends && kReceives && !sends_to_self ? rank.self_rank : kNoRank;
+  Received received(shared, num_ranks);
+  const Op op(rank, Phase::kCombine, kSends, kReceives, [&] {
+    if (kSends) received.read(send.handle.num_messages);
   });
+  const Combiner<T> combiner(rank, op, send, received, skip_rank, &plans[threadIdx.x / kWarp]);
+  if (kSends) {
+    received.count_up();
+    if (!op.start_send(true)) return;
+    combiner.send();
+  }
+  bool ok = true;
+  if (kReceives) {
+    ok = op.start_recv(skip_rank, nullptr, [] { return 0u; });
+    if (!__syncthreads_and(ok)) return;
+    ok = combiner.receive(recv);
+  }
+  op.complete(ok);
+}
+
+// Calls `launch` with a value of the rows' type.
+template <typename Function>
+void with_type(const LowLatencyLayout& layout, Function&& launch) {
+  if (layout.config().dtype == protocol::DType::kBFloat16) {
+    launch(__nv_bfloat16{});
+  } else {
+    launch(float{});
+  }
 }
 
 }  // namespace
 
-void launch_combine_send(const RankView& rank, const CombineSendParams& params,
+void launch_combine_send(const RankView& rank, const CombineSendParams& send,
                          const Launch& launch) {
-  const size_t shared_bytes = (rank.layout.config().num_ranks + 1) * sizeof(uint32_t);
-  with_types(rank.layout, [&](auto value, auto vector) {
-    launch.run(combine_send_kernel<decltype(value), decltype(vector)>, shared_bytes, rank, params);
+  with_type(rank.layout, [&](auto value) {
+    launch.run(combine_kernel<decltype(value), true, false>,
+               Received::num_bytes(rank.layout.config().num_ranks), rank, send,
+               CombineRecvParams{});
   });
 }
 
-void launch_combine_recv(const RankView& rank, const CombineRecvParams& params,
+void launch_combine_recv(const RankView& rank, const CombineRecvParams& recv,
                          const Launch& launch) {
-  const size_t shared_bytes = rank.layout.config().num_ranks * sizeof(uint32_t);
-  with_types(rank.layout, [&](auto value, auto vector) {
-    launch.run(combine_recv_kernel<decltype(value), decltype(vector)>, shared_bytes, rank, params);
+  with_type(rank.layout, [&](auto value) {
+    launch.run(combine_kernel<decltype(value), false, true>, 0, rank, CombineSendParams{}, recv);
+  });
+}
+
+void launch_combine(const RankView& rank, const CombineSendParams& send,
+                    const CombineRecvParams& recv, const Launch& launch) {
+  with_type(rank.layout, [&](auto value) {
+    launch.run(combine_kernel<decltype(value), true, true>,
+               Received::num_bytes(rank.layout.config().num_ranks), rank, send, recv);
   });
 }
 

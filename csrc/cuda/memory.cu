@@ -1,20 +1,9 @@
-#include <cuda_runtime.h>
-
 #include <cstring>
-#include <stdexcept>
 
+#include "cuda/check.h"
 #include "cuda/memory.h"
 
 namespace ep::cuda {
-namespace {
-
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-  }
-}
-
-}  // namespace
 
 DeviceMemory::DeviceMemory(size_t num_bytes) {
   check(cudaMalloc(&data_, num_bytes), "allocating symmetric memory");

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "cuda/protocol_selftest.h"
+#include "ptx/float8.cuh"
 
 namespace ep::cuda {
 namespace {
@@ -10,7 +11,7 @@ namespace {
 using protocol::Phase;
 
 constexpr uint32_t kNumCases = 4096;
-constexpr uint32_t kNumWords = 8;
+constexpr uint32_t kNumWords = 13;
 
 // The same function on both sides; case numbers walk through epochs, ranks, tokens and experts.
 EP_HOST_DEVICE void evaluate(const protocol::LowLatencyConfig& config, uint32_t case_idx,
@@ -25,10 +26,24 @@ EP_HOST_DEVICE void evaluate(const protocol::LowLatencyConfig& config, uint32_t 
   words[1] = layout.signal(bank, phase, rank);
   words[2] = layout.credit(phase, rank);
   words[3] = layout.counts(bank, rank);
-  words[4] = layout.message(bank, rank, token);
-  words[5] = layout.outcome(bank, token);
-  words[6] = layout.partition().owner(case_idx % config.num_experts);
-  words[7] = layout.num_bytes();
+  words[4] = layout.header(bank, rank, token);
+  words[5] = layout.inbox_row(bank, rank, token);
+  words[6] = layout.staged_scales(bank, token);
+  words[7] = layout.outbox(bank, rank, token);
+  words[8] = layout.tagged_message(bank, rank, token);
+  words[9] = layout.tagged_outcome(bank, token);
+  words[10] = layout.partition().owner(case_idx % config.num_experts);
+  words[11] = layout.num_bytes();
+  // Every 32-bit pattern once in a while: the hardware's conversion against the protocol's.
+  const float value = protocol::float_of(case_idx * 1048583u);
+#if defined(__CUDA_ARCH__)
+  words[12] = ptx::to_e4m3x2(value, value) & 0xff;
+#else
+  words[12] = protocol::to_e4m3(value);
+#endif
+  words[12] |= uint64_t{protocol::bits_of(
+                   protocol::scale_for(value, protocol::ScaleFormat::kPowerOfTwo).inverse)}
+               << 8;
 }
 
 __global__ void evaluate_kernel(const __grid_constant__ protocol::LowLatencyConfig config,

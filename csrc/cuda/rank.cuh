@@ -1,28 +1,22 @@
-// What the four kernels have in common: order, bounded waits, signals and credits, the last block.
+// What the kernels have in common: order, signals and credits, completion, cutting up the work.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/low_latency.h"
-#include "ptx/memory.cuh"
+#include "cuda/wait.cuh"
+#include "ptx/grid.cuh"
 
 namespace ep::cuda {
 
-using protocol::Half;
-using protocol::LowLatencyLayout;
-using protocol::Phase;
-using protocol::Status;
-
-// On the device, so that captured graphs replay.
-struct RankState {
-  uint64_t epochs[protocol::kNumPhases][protocol::kNumHalves];  // operations completed
-  uint32_t failed;  // 1: a kernel gave up; later ones end at once
-  uint32_t num_arrived[protocol::kNumPhases][protocol::kNumHalves];  // blocks of a running kernel
-};
-
-struct HostReport {
-  protocol::OpResult result;
-};
+constexpr uint32_t kWarp = 32;
+// Of every block. Two blocks fit an SM: either the next kernel's beside this one's, or two of a
+// kernel with much to do (LowLatencyRank::plan).
+constexpr uint32_t kThreads = 256;
+constexpr uint32_t kWarps = kThreads / kWarp;
+constexpr uint32_t kBlocksPerSM = 2;
+constexpr uint32_t kAllLanes = 0xffffffff;
+// No rank is left out.
+constexpr uint32_t kNoRank = 0xffffffff;
 
 template <typename T>
 __device__ T* at(std::byte* base, uint64_t offset) {
@@ -32,71 +26,121 @@ __device__ T* at(std::byte* base, uint64_t offset) {
 // A block's view of a running operation, the same in all its threads.
 class Op {
  public:
-  __device__ Op(const RankView& rank, Phase phase, Half half)
-      : rank_(rank), phase_(phase), half_(half) {
+  // Begins the kernel: nothing of earlier kernels may be touched before. Whole block. `meanwhile()`
+  // runs while the epochs are on their way; it must not wait.
+  template <typename Meanwhile>
+  __device__ Op(const RankView& rank, Phase phase, bool sends, bool receives, Meanwhile meanwhile)
+      : rank_(rank), phase_(phase), half_(sends ? Half::kSend : Half::kRecv), receives_(receives) {
+    ptx::wait_for_earlier_kernels();
+    // Ranks on one GPU wait for each other. Two kernels of each fit there together, and there are
+    // no more than two, because the next one starts only now.
+    if (rank.next_starts_early) ptx::let_next_kernel_start();
     // One thread asks for the block: these words are not cached near it, and one address of L2
     // answers thousands of warps one after the other (a quarter of a kernel's stalls, H100, ncu).
     __shared__ uint64_t num_sent, num_hooked;
     __shared__ bool has_failed;
     if (threadIdx.x == 0) {
-      num_sent = ptx::ld_relaxed_gpu(&rank.state->epochs[index(phase)][index(Half::kSend)]);
-      num_hooked = ptx::ld_relaxed_gpu(&rank.state->epochs[index(phase)][index(Half::kRecv)]);
+      num_sent = ptx::ld_relaxed_gpu(progress(Half::kSend)) >> kProgressShift;
+      num_hooked = ptx::ld_relaxed_gpu(progress(Half::kRecv)) >> kProgressShift;
       has_failed = ptx::ld_relaxed_gpu(&rank.state->failed) != 0;
     }
+    if (sends && threadIdx.x < num_ranks()) {
+      credit_ = ptx::ld_acquire_sys(credit_word(threadIdx.x));
+    }
+    meanwhile();
     __syncthreads();
     num_sent_ = num_sent;
     num_hooked_ = num_hooked;
     has_failed_ = has_failed;
-    epoch_ = (half == Half::kSend ? num_sent_ : num_hooked_) + 1;
-    bank_ = protocol::bank_of(epoch_, rank.layout.config().num_banks);
+    epoch_ = (sends ? num_sent_ : num_hooked_) + 1;
+    const uint32_t num_banks = rank.layout.config().num_banks;
+    bank_ = (num_banks & (num_banks - 1)) == 0 ? static_cast<uint32_t>(epoch_) & (num_banks - 1)
+                                               : protocol::bank_of(epoch_, num_banks);
   }
 
   __device__ uint64_t epoch() const { return epoch_; }
+  __device__ uint32_t tag() const { return static_cast<uint32_t>(epoch_); }
   __device__ uint32_t bank() const { return bank_; }
   __device__ std::byte* self() const { return rank_.self_base; }
   __device__ std::byte* peer(uint32_t rank) const {
     return rank < kNumNearRanks ? rank_.near_bases[rank] : rank_.bases[rank];
   }
+  __device__ OpId receiving() const { return {phase_, Half::kRecv, epoch_}; }
 
-  // Waits for: the credit of every peer for the operation that last used this bank. Whole block.
-  // False where the buffer is failed, the order is wrong or a peer does not come: end the kernel.
-  __device__ bool start_send() const {
+  // Waits for: the credit of every peer for the operation that last used this bank. (This rank's
+  // own hook of it has ended: that is the order.) Whole block. False where the buffer is failed,
+  // the order is wrong, a peer does not come, or a thread is not `ok`: end the kernel.
+  __device__ bool start_send(bool ok) const {
     const uint32_t num_banks = rank_.layout.config().num_banks;
-    bool ok = may_start(protocol::may_send(num_sent_, num_hooked_, num_banks));
+    const bool in_order = receives_ ? num_sent_ == num_hooked_
+                                    : protocol::may_send(num_sent_, num_hooked_, num_banks);
+    ok = may_start(in_order) && ok;
     const uint64_t expected = epoch_ > num_banks ? epoch_ - num_banks : 0;
+#pragma unroll 1
     for (uint32_t r = threadIdx.x; r < num_ranks() && ok; r += blockDim.x) {
-      const auto* word = at<uint64_t>(self(), rank_.layout.credit(phase_, r));
-      uint64_t seen;
-      ok = spin_until(word, r, expected, &seen, [&](uint64_t v) { return v >= expected; });
+      if (r == rank_.self_rank || (r == threadIdx.x && credit_ >= expected)) continue;
+      const OpId id = {phase_, Half::kSend, epoch_};
+      ok = wait_for_word(rank_, id, r, credit_word(r), expected, 0) >= expected;
     }
     return __syncthreads_and(ok);
   }
 
-  // Waits for: the signal of every source for this epoch; `counts[r]` is what it carries. Whole
-  // block. False as in `start_send`. A replayed graph runs no Python, so both check the order.
-  __device__ bool start_recv(uint32_t* counts) const {
-    bool ok = may_start(protocol::may_hook(num_sent_, num_hooked_));
+  // Waits for the signal of every source but `skip_rank` for this epoch; `sources[r]`, where
+  // wanted, is what it carries, {is_tagged 1, count 15}; `skipped()` is that of skip_rank. Whole
+  // block, a barrier behind it. False, on some threads, as in `start_send`. A replayed graph runs
+  // no Python, so both check the order.
+  template <typename Skipped>
+  __device__ bool start_recv(uint32_t skip_rank, uint32_t* sources, Skipped skipped) const {
+    bool ok = may_start(half_ == Half::kSend || protocol::may_hook(num_sent_, num_hooked_));
+    const uint64_t minimum = protocol::pack_signal(epoch_, 0);
+#pragma unroll 1
     for (uint32_t r = threadIdx.x; r < num_ranks() && ok; r += blockDim.x) {
-      const auto* word = at<uint64_t>(self(), rank_.layout.signal(bank_, phase_, r));
-      uint64_t seen;
-      ok = spin_until(word, r, epoch_, &seen,
-                      [&](uint64_t v) { return protocol::signal_epoch(v) >= epoch_; });
-      if (ok && protocol::signal_epoch(seen) != epoch_) {
-        ok = fail(Status::kNewerEpoch, r, epoch_, protocol::signal_epoch(seen), 0);
+      if (r == skip_rank) {
+        if (sources != nullptr) sources[r] = skipped();
+        continue;
       }
-      if (ok) counts[r] = static_cast<uint32_t>(protocol::signal_count(seen));
+      const auto* word = at<uint64_t>(self(), rank_.layout.signal(bank_, phase_, r));
+      uint64_t seen = ptx::ld_acquire_sys(word);
+      if (seen < minimum) {
+        seen = wait_for_word(rank_, receiving(), r, word, minimum, protocol::kEpochShift);
+      }
+      ok = seen >= minimum;
+      if (protocol::signal_epoch(seen) > epoch_) {
+        ok = fail(rank_, receiving(), Status::kNewerEpoch, r, epoch_, protocol::signal_epoch(seen),
+                  0);
+      }
+      if (ok && sources != nullptr) {
+        sources[r] = static_cast<uint32_t>(seen & (protocol::kTaggedBit | protocol::kMaxCount));
+      }
     }
-    return __syncthreads_and(ok);
+    return ok;
   }
 
-  // True in the block that arrives last, for the whole block: all others have done their work, and
-  // what they wrote is ordered before what this block writes after a fence. A block that gave up
-  // does not arrive, so nothing is published then.
+  // A word of counts, {epoch, count}, which has no signal behind it.
+  __device__ bool read_count(const uint64_t* word, uint32_t src_rank, uint32_t* count) const {
+    const uint64_t minimum = protocol::pack_signal(epoch_, 0);
+    uint64_t seen = ptx::ld_relaxed_sys(word);
+    if (seen < minimum) {
+      seen = wait_for_word(rank_, receiving(), src_rank, word, minimum, protocol::kEpochShift);
+    }
+    *count = static_cast<uint32_t>(protocol::signal_count(seen));
+    return seen >= minimum;
+  }
+
+  // `word`: what was seen at `address`. Waits until it is of this epoch.
+  __device__ bool have_tag(const uint4* address, uint32_t src_rank, uint4* word) const {
+    if (word->w != tag()) *word = wait_for_tag(rank_, receiving(), src_rank, address);
+    return word->w == tag();
+  }
+
+  // True in the block that arrives last, for the whole block: all others have written their rows,
+  // ordered before what this block writes after a fence. A block that gave up does not arrive, so
+  // nothing is published then.
   __device__ bool is_last_block() const {
     __shared__ bool is_last;
     __syncthreads();
     if (threadIdx.x == 0) {
-      uint32_t* num_arrived = &rank_.state->num_arrived[index(phase_)][index(half_)];
+      uint32_t* num_arrived = &rank_.state->num_arrived[static_cast<uint32_t>(phase_)];
       is_last = ptx::atom_add_acq_rel_gpu(num_arrived, 1) == gridDim.x - 1;
       if (is_last) *num_arrived = 0;
     }
@@ -104,139 +148,134 @@ class Op {
     return is_last;
   }
 
-  // Publishes: to every peer, `count(r)` messages or rows of this epoch. Last block only.
-  template <typename Count>
-  __device__ void publish_signals(Count count) const {
-    for (uint32_t r = threadIdx.x; r < num_ranks(); r += blockDim.x) {
-      const uint64_t signal = protocol::pack_signal(epoch_, count(r));
-      ptx::fence_acq_rel_sys();  // in every publishing thread: a release is a fence and its own
-                                 // store
-      ptx::st_relaxed_sys(
-          at<uint64_t>(peer(r), rank_.layout.signal(bank_, phase_, rank_.self_rank)), signal);
-    }
-    complete();
+  // To rank `r`: this epoch and {is_tagged, count}. Whoever publishes untagged rows fences first.
+  __device__ void publish_signal(uint32_t r, uint32_t source) const {
+    auto* word = at<uint64_t>(peer(r), rank_.layout.signal(bank_, phase_, rank_.self_rank));
+    ptx::st_relaxed_sys(word, protocol::pack_signal(epoch_, source));
   }
 
-  // Publishes: to every peer, that this rank has emptied the bank. Last block only.
-  __device__ void publish_credits() const {
-    for (uint32_t r = threadIdx.x; r < num_ranks(); r += blockDim.x) {
-      ptx::fence_acq_rel_sys();
-      ptx::st_relaxed_sys(at<uint64_t>(peer(r), rank_.layout.credit(phase_, rank_.self_rank)),
-                          epoch_);
+  // Ends the kernel for this block, whose threads all say whether they are done. The block that
+  // completes a hook gives every peer its credit: by then every block has used what it has read.
+  __device__ void complete(bool ok) const {
+    if (!rank_.next_starts_early) ptx::let_next_kernel_start();
+    if (!__syncthreads_and(ok) || threadIdx.x >= kWarp) return;
+    const uint32_t share = blockIdx.x == 0 ? rank_.first_share : rank_.share;
+    bool is_last = false;
+    if (threadIdx.x == 0) {
+      if (half_ == Half::kSend) ptx::red_add_relaxed_gpu(progress(Half::kSend), share);
+      if (receives_ && num_ranks() == 1) {
+        ptx::red_add_relaxed_gpu(progress(Half::kRecv), share);
+      } else if (receives_) {
+        const uint64_t before = ptx::atom_add_relaxed_gpu(progress(Half::kRecv), share);
+        is_last = (before + share) >> kProgressShift == epoch_;
+      }
     }
-    complete();
+    if (!__shfl_sync(kAllLanes, is_last, 0)) return;
+#pragma unroll 1
+    for (uint32_t r = threadIdx.x; r < num_ranks(); r += kWarp) {
+      if (r == rank_.self_rank) continue;
+      auto* word = at<uint64_t>(peer(r), rank_.layout.credit(phase_, rank_.self_rank));
+      ptx::st_relaxed_sys(word, epoch_);
+    }
   }
 
-  // The first failure of the buffer is kept. Always returns false.
-  __device__ bool fail(Status status, uint32_t peer_rank, uint64_t expected, uint64_t seen,
-                       uint64_t waited_ns) const {
-    if (atomicExch(&rank_.state->failed, 1) == 0) {
-      protocol::OpResult result;
-      result.status = status;
-      result.record = {static_cast<int32_t>(rank_.self_rank),
-                       static_cast<int32_t>(peer_rank),
-                       phase_,
-                       half_,
-                       epoch_,
-                       expected,
-                       seen,
-                       waited_ns};
-      write_report(result);
-    }
-    return false;
-  }
-  __device__ bool refuse_expert(uint32_t token, uint32_t k, int64_t expert) const {
-    if (atomicExch(&rank_.state->failed, 1) == 0) {
-      protocol::OpResult result;
-      result.status = Status::kBadExpert;
-      result.token = token;
-      result.k = k;
-      result.expert = expert;
-      write_report(result);
-    }
-    return false;
+  __device__ bool corrupt(uint32_t src_rank, uint64_t expected, uint64_t seen) const {
+    return fail(rank_, receiving(), Status::kCorrupt, src_rank, expected, seen, 0);
   }
 
  private:
-  template <typename E>
-  __device__ static uint32_t index(E value) {
-    return static_cast<uint32_t>(value);
-  }
   __device__ uint32_t num_ranks() const { return rank_.layout.config().num_ranks; }
+  __device__ uint64_t* progress(Half half) const {
+    return &rank_.state->progress[static_cast<uint32_t>(phase_)][static_cast<uint32_t>(half)];
+  }
+  __device__ const uint64_t* credit_word(uint32_t r) const {
+    return at<uint64_t>(self(), rank_.layout.credit(phase_, r));
+  }
   __device__ bool may_start(bool in_order) const {
     if (has_failed_) return false;
-    return in_order || fail(Status::kOutOfOrder, 0, num_sent_, num_hooked_, 0);
-  }
-
-  template <typename Arrived>
-  __device__ bool spin_until(const uint64_t* word, uint32_t peer_rank, uint64_t expected,
-                             uint64_t* seen, Arrived arrived) const {
-    *seen = ptx::ld_acquire_sys(word);
-    if (arrived(*seen)) return true;
-    const uint64_t begin_ns = ptx::globaltimer_ns();
-    while (true) {
-      // The timer is far slower than the word.
-      for (int poll = 0; poll < 64; ++poll) {
-        *seen = ptx::ld_acquire_sys(word);
-        if (arrived(*seen)) return true;
-      }
-      const uint64_t waited_ns = ptx::globaltimer_ns() - begin_ns;
-      if (waited_ns > rank_.timeout_ns) {
-        const uint64_t shown = half_ == Half::kSend ? *seen : protocol::signal_epoch(*seen);
-        return fail(Status::kTimeout, peer_rank, expected, shown, waited_ns);
-      }
-      if (ptx::ld_relaxed_gpu(&rank_.state->failed) != 0) return false;
-    }
-  }
-
-  __device__ void write_report(const protocol::OpResult& result) const {
-    // The host looks at the status alone until it is not kOk: it goes last.
-    protocol::OpResult* report = &rank_.report->result;
-    const Status status = result.status;
-    protocol::OpResult body = result;
-    body.status = Status::kOk;
-    *report = body;
-    __threadfence_system();
-    *reinterpret_cast<volatile uint32_t*>(&report->status) = static_cast<uint32_t>(status);
-  }
-
-  __device__ void complete() const {
-    if (threadIdx.x == 0) rank_.state->epochs[index(phase_)][index(half_)] = epoch_;
+    const OpId id = {phase_, half_, epoch_};
+    return in_order || fail(rank_, id, Status::kOutOfOrder, 0, num_sent_, num_hooked_, 0);
   }
 
   const RankView& rank_;
   Phase phase_;
-  Half half_;
+  Half half_;  // kSend also where the kernel sends and receives
+  bool receives_;
+  uint64_t credit_ = 0;             // of rank threadIdx.x, seen at the kernel's beginning
   uint64_t num_sent_, num_hooked_;  // when this kernel began
   bool has_failed_;
   uint64_t epoch_;
   uint32_t bank_;
 };
 
-// prefix[r] = counts[0] + .. + counts[r - 1], prefix[num_ranks] the sum. Whole block; `counts` may
-// be in shared or global memory, `prefix` has num_ranks + 1 entries of shared memory.
-__device__ inline void prefix_sum(const uint32_t* counts, uint32_t num_ranks, uint32_t* prefix) {
-  if (threadIdx.x < 32) {
-    uint32_t before = 0;
-    for (uint32_t first = 0; first < num_ranks; first += 32) {
-      const uint32_t r = first + threadIdx.x;
-      const uint32_t count = r < num_ranks ? counts[r] : 0;
-      uint32_t sum = count;
-      for (uint32_t step = 1; step < 32; step *= 2) {
-        const uint32_t other = __shfl_up_sync(0xffffffff, sum, step);
-        if (threadIdx.x >= step) sum += other;
-      }
-      if (r < num_ranks) prefix[r] = before + sum - count;
-      before += __shfl_sync(0xffffffff, sum, 31);
-    }
-    if (threadIdx.x == 0) prefix[num_ranks] = before;
+// How a kernel's work is cut: every row into 2^n runs of parts, a warp each, enough of them to keep
+// all warps of the grid busy and no more. (The last run of a row may be empty.)
+class Items {
+ public:
+  // `num_taken`: items of other work that the first warps do just before, so that this begins with
+  // the others.
+  __device__ Items(uint32_t num_rows, uint32_t num_parts, uint32_t num_taken = 0)
+      : num_parts_(num_parts) {
+    step_ = gridDim.x * kWarps;
+    const int wanted = ceil_log2(step_) - floor_log2(max(num_rows, 1));
+    shift_ = static_cast<uint32_t>(min(max(wanted, 0), ceil_log2(num_parts)));
+    parts_per_item_ = (num_parts + (1u << shift_) - 1) >> shift_;
+    end_ = num_rows << shift_;
+    // Neighbouring items on different SMs.
+    item_ = threadIdx.x / kWarp * gridDim.x + blockIdx.x;
+    if (num_taken < step_)
+      item_ = item_ < num_taken ? item_ + step_ - num_taken : item_ - num_taken;
+    skip_empty();
   }
-  __syncthreads();
+  __device__ uint32_t size() const { return end_; }
+  // The item of this warp, while there is one.
+  __device__ bool more() const { return item_ < end_; }
+  __device__ uint32_t row() const { return item_ >> shift_; }
+  __device__ uint32_t first_part() const {
+    return (item_ & ((1u << shift_) - 1)) * parts_per_item_;
+  }
+  __device__ uint32_t end_part() const { return min(first_part() + parts_per_item_, num_parts_); }
+  __device__ void next() {
+    item_ += step_;
+    skip_empty();
+  }
+
+ private:
+  __device__ static int floor_log2(uint32_t n) { return 31 - __clz(n); }
+  __device__ static int ceil_log2(uint32_t n) { return n <= 1 ? 0 : 32 - __clz(n - 1); }
+  __device__ void skip_empty() {
+#pragma unroll 1
+    while (item_ < end_ && first_part() >= num_parts_) item_ += step_;
+  }
+  uint32_t num_parts_, step_, shift_, parts_per_item_, end_, item_;
+};
+
+// prefix[r] = count(0) + .. + count(r - 1), prefix[num_ranks] the sum. Whole block, a barrier
+// behind it; `prefix` has num_ranks + 1 entries of shared memory.
+template <typename Count>
+__device__ void prefix_sum(uint32_t num_ranks, uint32_t* prefix, Count count) {
+  if (threadIdx.x >= kWarp) return;
+  uint32_t before = 0;
+#pragma unroll 1
+  for (uint32_t first = 0; first < num_ranks; first += kWarp) {
+    const uint32_t r = first + threadIdx.x;
+    const uint32_t own = r < num_ranks ? count(r) : 0;
+    uint32_t sum = own;
+#pragma unroll 1
+    for (uint32_t step = 1; step < kWarp && first + step < num_ranks; step *= 2) {
+      const uint32_t other = __shfl_up_sync(kAllLanes, sum, step);
+      if (threadIdx.x >= step) sum += other;
+    }
+    if (r < num_ranks) prefix[r] = before + sum - own;
+    before += __shfl_sync(kAllLanes, sum, min(num_ranks - first, kWarp) - 1);
+  }
+  if (threadIdx.x == 0) prefix[num_ranks] = before;
 }
 
 // The source of message `m`: the last r with prefix[r] <= m that has messages.
 __device__ inline uint32_t source_of(const uint32_t* prefix, uint32_t num_ranks, uint32_t m) {
   uint32_t low = 0, high = num_ranks;
+#pragma unroll 1
   while (high - low > 1) {
     const uint32_t middle = (low + high) / 2;
     if (prefix[middle] <= m) {

@@ -21,11 +21,24 @@ constexpr uint32_t kNumPhases = 2;
 enum class Half : uint32_t { kSend = 0, kRecv = 1 };
 constexpr uint32_t kNumHalves = 2;
 
-enum class DType : uint32_t { kFloat32 = 0, kBFloat16 = 1 };
+enum class DType : uint32_t { kFloat32 = 0, kBFloat16 = 1, kFloat8E4M3 = 2 };
 
 EP_HOST_DEVICE constexpr uint64_t element_bytes(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : 2;
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kBFloat16 ? 2 : 1;
 }
+
+// How a float8 row's scales are chosen and handed to the experts; on the wire they are float32.
+enum class ScaleFormat : uint32_t {
+  kFloat32 = 0,     // amax / 448
+  kPowerOfTwo = 1,  // the smallest power of two that is not below it
+  kUE8M0 = 2,       // that, as its exponent byte; four bytes a 32-bit word
+};
+
+// Who moves a row between ranks that can reach each other's memory.
+enum class Transfer : uint32_t {
+  kPush = 0,  // the sender writes to the receiver's memory: it flies between send and hook
+  kPull = 1,  // the sender stages it, the receiver's hook reads it there: fewer bytes written
+};
 
 EP_HOST_DEVICE constexpr uint64_t align_up(uint64_t bytes, uint64_t alignment) {
   return (bytes + alignment - 1) / alignment * alignment;
@@ -33,7 +46,9 @@ EP_HOST_DEVICE constexpr uint64_t align_up(uint64_t bytes, uint64_t alignment) {
 
 // One cache line of a GPU's L2 and two of a CPU's: slots never share a line with a neighbour.
 constexpr uint64_t kSlotAlign = 128;
-// Payloads start where the widest CPU vector store is aligned.
-constexpr uint64_t kPayloadAlign = 64;
+// Headers start where no two share half a line.
+constexpr uint64_t kHeaderAlign = 64;
+// Scales of a row start where 16-byte vectors are aligned.
+constexpr uint64_t kScalesAlign = 16;
 
 }  // namespace ep::protocol

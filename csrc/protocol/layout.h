@@ -1,21 +1,24 @@
 // Where everything lies in one rank's symmetric memory. Every rank has the same layout; peers
-// write, the owner reads (credits: peers write, the owner's sends read). Pictures and the table of
-// writers and readers are in README.md beside this file.
+// write, the owner reads (credits: peers write, the owner's sends read; staged and outbox: the
+// owner writes, peers read). Pictures and the table of writers and readers are in README.md beside
+// this.
 //
 // R ranks, E experts, L largest number of local experts, M tokens a rank, H hidden, K top_k,
-// B banks, C = min(K, R) outcome columns.
+// B banks, C outcome columns, G tagged tokens.
 #pragma once
 
 #include "protocol/base.h"
 #include "protocol/epochs.h"
+#include "protocol/float8.h"
 #include "protocol/message.h"
 #include "protocol/partition.h"
 #include "protocol/signals.h"
+#include "protocol/tagged.h"
 
 namespace ep::protocol {
 
 // Changes whenever a region, a word or a rule does: ranks of different builds must not meet.
-constexpr uint32_t kProtocolVersion = 2;
+constexpr uint32_t kProtocolVersion = 3;
 
 // What all ranks must agree on.
 struct LowLatencyConfig {
@@ -25,14 +28,19 @@ struct LowLatencyConfig {
   uint32_t hidden;
   uint32_t top_k;
   uint32_t num_banks;
-  DType dtype;
+  DType dtype;           // of combine's rows, kFloat32 or kBFloat16
+  DType dispatch_dtype;  // of dispatch's rows: the same, or kFloat8E4M3
+  ScaleFormat scale_format = ScaleFormat::kFloat32;
+  Transfer transfer = Transfer::kPush;
+  uint32_t num_max_tagged_tokens = 0;  // batches up to this size travel as tagged words
+  uint32_t num_combine_inputs = 0;     // pull: where callers may put combine's input, see below
 };
 
 // Limits that the widths of the wire words set.
 constexpr uint32_t kNumMaxRanks = 1024;
 constexpr uint32_t kNumMaxExperts = 1u << 16;  // local_expert is u16
 constexpr uint32_t kNumMaxTokensPerRank =
-    static_cast<uint32_t>(kMaxCount);  // signal count, 16 bits
+    static_cast<uint32_t>(kMaxCount);  // signal count, 15 bits
 constexpr uint32_t kMaxTopK = 64;
 constexpr uint32_t kMaxBanks = 64;
 
@@ -41,31 +49,53 @@ class LowLatencyLayout {
   EP_HOST_DEVICE constexpr explicit LowLatencyLayout(const LowLatencyConfig& config)
       : config_(config), partition_{config.num_experts, config.num_ranks} {
     const uint64_t num_banks = config.num_banks, num_ranks = config.num_ranks;
-    row_bytes_ = config.hidden * element_bytes(config.dtype);
-    outcome_row_bytes_ = align_up(row_bytes_, kSlotAlign);
-    message_bytes_ = align_up(header_bytes(config.top_k) + row_bytes_, kSlotAlign);
+    const uint64_t num_tokens = config.num_max_tokens_per_rank;
+    const bool is_pull = config.transfer == Transfer::kPull;
+    num_outcome_columns_ = config.top_k < config.num_ranks ? config.top_k : config.num_ranks;
+    num_scales_ = config.dispatch_dtype == DType::kFloat8E4M3 ? scales_for(config.hidden) : 0;
+    row_bytes_ = narrow(config.hidden * element_bytes(config.dtype));
+    row_stride_ = narrow(align_up(row_bytes_, kSlotAlign));
+    dispatch_row_bytes_ = narrow(config.hidden * element_bytes(config.dispatch_dtype));
+    dispatch_row_stride_ = narrow(align_up(dispatch_row_bytes_, kSlotAlign));
+    scales_stride_ = narrow(align_up(num_scales_ * 4, kScalesAlign));
+    header_bytes_ = narrow(protocol::header_bytes(config.top_k));
+    tagged_header_bytes_ = narrow(protocol::tagged_header_bytes(config.top_k));
+    tagged_row_bytes_ = narrow(protocol::tagged_row_bytes(row_bytes_));
+    tagged_message_bytes_ =
+        tagged_header_bytes_ + narrow(protocol::tagged_row_bytes(dispatch_row_bytes_));
 
     signals_offset_ = 0;
     credits_offset_ = end_of(signals_offset_, num_banks * kNumPhases * num_ranks * 8);
     sleepers_offset_ = end_of(credits_offset_, kNumPhases * num_ranks * 8);
     counts_offset_ = end_of(sleepers_offset_, 2 * kNumPhases * num_ranks * 4);
-    inbox_offset_ =
+    headers_offset_ =
         end_of(counts_offset_, num_banks * num_ranks * partition_.num_max_local_experts() * 8);
-    outcome_offset_ = end_of(
-        inbox_offset_, num_banks * num_ranks * config.num_max_tokens_per_rank * message_bytes_);
-    num_bytes_ = end_of(outcome_offset_, num_banks * num_outcome_slots() * outcome_row_bytes_);
+    inbox_offset_ = end_of(headers_offset_, num_banks * num_ranks * num_tokens * header_bytes_);
+    const uint64_t num_inbox_rows = is_pull ? num_tokens : num_ranks * num_tokens;
+    scales_offset_ = end_of(inbox_offset_, num_banks * num_inbox_rows * dispatch_row_stride_);
+    outcome_offset_ = end_of(scales_offset_, num_banks * num_inbox_rows * scales_stride_);
+    const uint64_t num_outcome_rows = is_pull ? num_ranks * num_tokens : num_outcome_slots();
+    tagged_inbox_offset_ = end_of(outcome_offset_, num_banks * num_outcome_rows * row_stride_);
+    const uint64_t num_tagged = config.num_max_tagged_tokens;
+    tagged_outcome_offset_ =
+        end_of(tagged_inbox_offset_, num_banks * num_ranks * num_tagged * tagged_message_bytes_);
+    combine_inputs_offset_ = end_of(
+        tagged_outcome_offset_, num_banks * num_tagged * num_outcome_columns_ * tagged_row_bytes_);
+    num_bytes_ = end_of(combine_inputs_offset_,
+                        config.num_combine_inputs * num_ranks * num_tokens * row_bytes_);
   }
 
   EP_HOST_DEVICE constexpr const LowLatencyConfig& config() const { return config_; }
   EP_HOST_DEVICE constexpr const ExpertPartition& partition() const { return partition_; }
+  // Of a row of combine, of a row of dispatch.
   EP_HOST_DEVICE constexpr uint64_t row_bytes() const { return row_bytes_; }
-  EP_HOST_DEVICE constexpr uint64_t message_bytes() const { return message_bytes_; }
+  EP_HOST_DEVICE constexpr uint64_t dispatch_row_bytes() const { return dispatch_row_bytes_; }
   EP_HOST_DEVICE constexpr uint64_t num_bytes() const { return num_bytes_; }
+  // Scales of a dispatched row: one for 128 channels where it is float8, else none.
+  EP_HOST_DEVICE constexpr uint32_t num_scales() const { return num_scales_; }
 
   // Columns of a token's outcome: at most one partial row per contributing rank.
-  EP_HOST_DEVICE constexpr uint32_t num_outcome_columns() const {
-    return config_.top_k < config_.num_ranks ? config_.top_k : config_.num_ranks;
-  }
+  EP_HOST_DEVICE constexpr uint32_t num_outcome_columns() const { return num_outcome_columns_; }
   EP_HOST_DEVICE constexpr uint64_t num_outcome_slots() const {
     return uint64_t{config_.num_max_tokens_per_rank} * num_outcome_columns();
   }
@@ -77,7 +107,7 @@ class LowLatencyLayout {
   // Offsets in bytes from the base of the rank that owns the memory.
   EP_HOST_DEVICE constexpr uint64_t signal(uint32_t bank, Phase phase, uint32_t src_rank) const {
     return signals_offset_ +
-           ((bank * kNumPhases + as_idx(phase)) * config_.num_ranks + src_rank) * 8;
+           uint64_t{(bank * kNumPhases + as_idx(phase)) * config_.num_ranks + src_rank} * 8;
   }
   EP_HOST_DEVICE constexpr uint64_t credit(Phase phase, uint32_t peer_rank) const {
     return credits_offset_ + (as_idx(phase) * config_.num_ranks + peer_rank) * 8;
@@ -94,16 +124,55 @@ class LowLatencyLayout {
     return counts_offset_ +
            (bank * config_.num_ranks + src_rank) * uint64_t{partition_.num_max_local_experts()} * 8;
   }
-  EP_HOST_DEVICE constexpr uint64_t message(uint32_t bank, uint32_t src_rank, uint32_t slot) const {
-    uint64_t num_before =
-        (uint64_t{bank} * config_.num_ranks + src_rank) * config_.num_max_tokens_per_rank + slot;
-    return inbox_offset_ + num_before * message_bytes_;
+  EP_HOST_DEVICE constexpr uint64_t header(uint32_t bank, uint32_t src_rank, uint32_t slot) const {
+    return headers_offset_ + wide(message_idx(bank, src_rank, slot), header_bytes_);
   }
-  EP_HOST_DEVICE constexpr uint64_t payload_in_message() const {
-    return header_bytes(config_.top_k);
+
+  // Push: a row and its scales in the receiver's memory, by slot.
+  EP_HOST_DEVICE constexpr uint64_t inbox_row(uint32_t bank, uint32_t src_rank,
+                                              uint32_t slot) const {
+    return inbox_offset_ + wide(message_idx(bank, src_rank, slot), dispatch_row_stride_);
   }
-  EP_HOST_DEVICE constexpr uint64_t outcome(uint32_t bank, uint64_t outcome_slot) const {
-    return outcome_offset_ + (bank * num_outcome_slots() + outcome_slot) * outcome_row_bytes_;
+  EP_HOST_DEVICE constexpr uint64_t inbox_scales(uint32_t bank, uint32_t src_rank,
+                                                 uint32_t slot) const {
+    return scales_offset_ + wide(message_idx(bank, src_rank, slot), scales_stride_);
+  }
+  // Pull: the same in the source's memory, by token.
+  EP_HOST_DEVICE constexpr uint64_t staged_row(uint32_t bank, uint32_t token) const {
+    return inbox_offset_ + wide(token_idx(bank, token), dispatch_row_stride_);
+  }
+  EP_HOST_DEVICE constexpr uint64_t staged_scales(uint32_t bank, uint32_t token) const {
+    return scales_offset_ + wide(token_idx(bank, token), scales_stride_);
+  }
+  // Push: a partial row in the token's rank's memory.
+  EP_HOST_DEVICE constexpr uint64_t outcome(uint32_t bank, uint32_t outcome_slot) const {
+    const uint32_t num_slots = config_.num_max_tokens_per_rank * num_outcome_columns_;
+    return outcome_offset_ + wide(bank * num_slots + outcome_slot, row_stride_);
+  }
+  // Pull: the same in the memory of the rank that made it, by message.
+  EP_HOST_DEVICE constexpr uint64_t outbox(uint32_t bank, uint32_t src_rank, uint32_t slot) const {
+    return outcome_offset_ + wide(message_idx(bank, src_rank, slot), row_stride_);
+  }
+
+  // A tagged message: its header's unit, then the parts of its row.
+  EP_HOST_DEVICE constexpr uint64_t tagged_message(uint32_t bank, uint32_t src_rank,
+                                                   uint32_t slot) const {
+    const uint32_t num_before =
+        (bank * config_.num_ranks + src_rank) * config_.num_max_tagged_tokens + slot;
+    return tagged_inbox_offset_ + wide(num_before, tagged_message_bytes_);
+  }
+  EP_HOST_DEVICE constexpr uint64_t tagged_row_in_message() const { return tagged_header_bytes_; }
+  EP_HOST_DEVICE constexpr uint64_t tagged_message_bytes() const { return tagged_message_bytes_; }
+  EP_HOST_DEVICE constexpr uint64_t tagged_outcome(uint32_t bank, uint32_t outcome_slot) const {
+    const uint32_t num_slots = config_.num_max_tagged_tokens * num_outcome_columns_;
+    return tagged_outcome_offset_ + wide(bank * num_slots + outcome_slot, tagged_row_bytes_);
+  }
+
+  // Rows [R, M, H] of a rank's own experts, which their sources read where they are: a rank-major
+  // combine then copies nothing. Not by bank: addresses must not change when graphs replay.
+  EP_HOST_DEVICE constexpr uint64_t combine_input(uint32_t idx, uint32_t src_rank,
+                                                  uint32_t slot) const {
+    return combine_inputs_offset_ + wide(message_idx(idx, src_rank, slot), row_bytes_);
   }
 
   // The first byte of each region, in order, for tests and for drawing.
@@ -111,8 +180,13 @@ class LowLatencyLayout {
   EP_HOST_DEVICE constexpr uint64_t credits_offset() const { return credits_offset_; }
   EP_HOST_DEVICE constexpr uint64_t sleepers_offset() const { return sleepers_offset_; }
   EP_HOST_DEVICE constexpr uint64_t counts_offset() const { return counts_offset_; }
+  EP_HOST_DEVICE constexpr uint64_t headers_offset() const { return headers_offset_; }
   EP_HOST_DEVICE constexpr uint64_t inbox_offset() const { return inbox_offset_; }
+  EP_HOST_DEVICE constexpr uint64_t scales_offset() const { return scales_offset_; }
   EP_HOST_DEVICE constexpr uint64_t outcome_offset() const { return outcome_offset_; }
+  EP_HOST_DEVICE constexpr uint64_t tagged_inbox_offset() const { return tagged_inbox_offset_; }
+  EP_HOST_DEVICE constexpr uint64_t tagged_outcome_offset() const { return tagged_outcome_offset_; }
+  EP_HOST_DEVICE constexpr uint64_t combine_inputs_offset() const { return combine_inputs_offset_; }
 
  private:
   EP_HOST_DEVICE static constexpr uint64_t end_of(uint64_t offset, uint64_t bytes) {
@@ -121,12 +195,32 @@ class LowLatencyLayout {
   EP_HOST_DEVICE static constexpr uint32_t as_idx(Phase phase) {
     return static_cast<uint32_t>(phase);
   }
+  // Indices fit 32 bits (64 banks x 1024 ranks x 32767 tokens), and so do strides: a GPU multiplies
+  // those in one instruction.
+  EP_HOST_DEVICE constexpr uint32_t message_idx(uint32_t bank, uint32_t src_rank,
+                                                uint32_t slot) const {
+    return (bank * config_.num_ranks + src_rank) * config_.num_max_tokens_per_rank + slot;
+  }
+  EP_HOST_DEVICE constexpr uint32_t token_idx(uint32_t bank, uint32_t token) const {
+    return bank * config_.num_max_tokens_per_rank + token;
+  }
+  EP_HOST_DEVICE static constexpr uint64_t wide(uint32_t idx, uint32_t stride) {
+    return uint64_t{idx} * stride;
+  }
+  EP_HOST_DEVICE static constexpr uint32_t narrow(uint64_t bytes) {
+    return static_cast<uint32_t>(bytes);
+  }
 
   LowLatencyConfig config_;
   ExpertPartition partition_;
-  uint64_t row_bytes_ = 0, outcome_row_bytes_ = 0, message_bytes_ = 0;
+  uint32_t num_outcome_columns_ = 0, num_scales_ = 0;
+  uint32_t header_bytes_ = 0, row_bytes_ = 0, row_stride_ = 0;
+  uint32_t dispatch_row_bytes_ = 0, dispatch_row_stride_ = 0, scales_stride_ = 0;
+  uint32_t tagged_header_bytes_ = 0, tagged_message_bytes_ = 0, tagged_row_bytes_ = 0;
   uint64_t signals_offset_ = 0, credits_offset_ = 0, sleepers_offset_ = 0, counts_offset_ = 0;
-  uint64_t inbox_offset_ = 0, outcome_offset_ = 0, num_bytes_ = 0;
+  uint64_t headers_offset_ = 0, inbox_offset_ = 0, scales_offset_ = 0, outcome_offset_ = 0;
+  uint64_t tagged_inbox_offset_ = 0, tagged_outcome_offset_ = 0, combine_inputs_offset_ = 0;
+  uint64_t num_bytes_ = 0;
 };
 
 }  // namespace ep::protocol

@@ -1,9 +1,8 @@
-// A message: one token for one rank, however many of its experts live there.
+// A message: one token for one rank, however many of its experts live there. Its header, its row
+// and the row's scales (float8 only) lie in regions of their own, under the same slot.
 //
-//   0                16                     header_bytes               message_bytes
-//   | MessageHeader  | ExpertEntry x top_k  | payload: hidden elements | pad |
-//
-//   header_bytes is a multiple of kPayloadAlign, message_bytes of kSlotAlign.
+//   0                16                     header_bytes
+//   | MessageHeader  | ExpertEntry x top_k  | pad |        | row: hidden elements |     | scales |
 //
 // Example, top_k = 3, R = 2, E = 4 (rank 1 owns experts 2 and 3): token 5 routed to experts
 // [3, 0, 2] reaches rank 1 as {src_token 5, outcome_slot 5 * 2 + 1, num_entries 2, epoch_tag} and
@@ -34,7 +33,7 @@ struct ExpertEntry {
 static_assert(sizeof(ExpertEntry) == 12);
 
 EP_HOST_DEVICE constexpr uint64_t header_bytes(uint32_t top_k) {
-  return align_up(sizeof(MessageHeader) + top_k * sizeof(ExpertEntry), kPayloadAlign);
+  return align_up(sizeof(MessageHeader) + top_k * sizeof(ExpertEntry), kHeaderAlign);
 }
 
 }  // namespace ep::protocol

@@ -58,4 +58,45 @@ struct HandleView {
   HandleEntry* entries;     // [R * M * K], by message, then k
 };
 
+// How received rows are arranged.
+enum class OutputLayout : uint32_t {
+  kExpertMajor = 0,  // [L, S, H]: a row for each (token, expert), packed
+  kRankMajor = 1,    // [R, M, H]: a row for each (token, source), with its experts beside it
+};
+
+// What the four kernels are given. Shapes: T tokens of this rank (T <= M), H hidden, K top_k, L
+// local experts, R ranks, M tokens a rank at most, S = R * M, N scales of a row.
+struct DispatchSendParams {
+  const std::byte* x;     // [T, H]
+  bool x_is_quantized;    // x is float8 already, with its scales
+  const float* x_scales;  // [T, N], where x_is_quantized
+  const void* topk_idx;   // [T, K] int32 or int64, -1 = not routed
+  bool topk_idx_is_int64;
+  const float* topk_weights;  // [T, K]
+  uint32_t num_tokens;
+  uint32_t* num_partials;  // out [T]: ranks that will answer for each token
+  uint32_t* answers;       // out [T, C], pull: where each of them answers, rank << 16 | slot
+};
+struct DispatchRecvParams {
+  OutputLayout output;
+  std::byte* recv_x;                    // out [L, S, H] or [R, M, H]
+  void* recv_scales;                    // out, float8: see scales.h
+  int32_t* num_recv_tokens_per_expert;  // out [L], expert-major
+  int32_t* recv_topk_idx;               // out [R, M, K] local experts, -1 = none; rank-major
+  float* recv_topk_weights;             // out [R, M, K], rank-major
+  HandleView handle;                    // out
+};
+struct CombineSendParams {
+  const std::byte* expert_out;  // [L, S, H] or [R, M, H], as dispatch's output
+  HandleView handle;
+  int32_t combine_input;  // number of the combine input that expert_out is, -1: it is none
+};
+struct CombineRecvParams {
+  std::byte* out;  // out [T, H]
+  uint32_t num_tokens;
+  const uint32_t* num_partials;  // [T], from dispatch_send
+  const uint32_t* answers;       // [T, C], from dispatch_send
+  int32_t combine_input;         // of the peers, as above
+};
+
 }  // namespace ep::protocol

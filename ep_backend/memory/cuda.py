@@ -7,6 +7,7 @@ that wait for each other on one GPU take turns in slices of milliseconds).
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +31,27 @@ class PeerPointers:
 
     def close(self) -> None:
         self._memories.clear()
+
+
+class _ArrayInterface:
+    """Memory that torch takes over as it is, see numba's CUDA array interface."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def tensor_at(
+    address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A tensor on memory of `device` that somebody else keeps."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = torch.as_tensor(_ArrayInterface(address, num_bytes), device=device)
+    return memory.view(dtype).view(shape)
 
 
 def allocate(group: Group, num_bytes: int, device: torch.device) -> PeerPointers:

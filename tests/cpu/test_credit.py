@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ep_backend import PeerTimeout, ProtocolError, _native
 from tests.support.memory import word_of
-from tests.support.programs import PROGRAMS, Interpreter, Step
+from tests.support.programs import STEPWISE_PROGRAMS, Interpreter, Step
 from tests.support.scenario import Scenario, mixed_scenario
 from tests.support.shapes import Shape
 
@@ -67,12 +67,12 @@ def make_world(program: str, num_ranks: int, num_banks: int, seed: int, num_ops:
     shape = Shape(
         num_ranks, num_max_tokens_per_rank=3, hidden=5, num_experts=5, num_banks=num_banks
     )
-    steps = list(PROGRAMS[program](num_ops, num_banks))
+    steps = list(STEPWISE_PROGRAMS[program](num_ops, num_banks))
     return World(mixed_scenario(shape, seed, num_variants=5), [steps] * num_ranks, num_banks)
 
 
 interleavings = given(
-    program=st.sampled_from(sorted(PROGRAMS)),
+    program=st.sampled_from(sorted(STEPWISE_PROGRAMS)),
     num_ranks=st.integers(2, 4),
     num_banks=st.integers(2, 3),
     seed=st.integers(0, 10_000),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -11,46 +12,17 @@ from hypothesis import strategies as st
 
 from ep_backend import Group, virtual_world
 from tests.support.programs import PROGRAMS, Interpreter
-from tests.support.routing import ROUTINGS
 from tests.support.scenario import (
     Scenario,
     check_combined,
     check_received,
     mixed_scenario,
     run_experts,
+    same_bits,
     variant_of,
 )
 from tests.support.shapes import Shape
-
-DTYPES = (torch.float32, torch.bfloat16)
-
-
-@st.composite
-def shapes(draw: st.DrawFn, max_ranks: int = 5) -> Shape:
-    return Shape(
-        num_ranks=draw(st.integers(1, max_ranks)),
-        num_max_tokens_per_rank=draw(st.integers(1, 9)),
-        hidden=draw(st.one_of(st.integers(1, 70), st.sampled_from([255, 256, 257, 600]))),
-        num_experts=draw(st.integers(1, 13)),
-        top_k=draw(st.integers(1, 32)),
-        dtype=draw(st.sampled_from(DTYPES)),
-        num_banks=draw(st.integers(2, 4)),
-    )
-
-
-@st.composite
-def scenarios(draw: st.DrawFn, max_ranks: int = 5) -> Scenario:
-    shape = draw(shapes(max_ranks))
-    scenario = Scenario(shape)
-    tokens = st.integers(0, shape.num_max_tokens_per_rank)
-    for _ in range(draw(st.integers(1, 3))):
-        scenario.add(
-            draw(st.sampled_from(ROUTINGS)),
-            draw(st.lists(tokens, min_size=shape.num_ranks, max_size=shape.num_ranks)),
-            seed=draw(st.integers(0, 1000)),
-            idx_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
-        )
-    return scenario
+from tests.support.strategies import DTYPES, scenarios, shapes
 
 
 def run_on_threads(scenario: Scenario, program: str, num_ops: int) -> None:
@@ -62,7 +34,9 @@ def run_on_threads(scenario: Scenario, program: str, num_ops: int) -> None:
 
 
 @settings(max_examples=300)
-@given(scenarios(), st.sampled_from(["plain_loop", "late_hooks", "two_micro_batches"]))
+@given(
+    scenarios(), st.sampled_from(["plain_loop", "late_hooks", "two_micro_batches", "fused_loop"])
+)
 def test_drawn_shapes_equal_the_reference(scenario: Scenario, program: str) -> None:
     run_on_threads(scenario, program, num_ops=8)
 
@@ -100,6 +74,7 @@ def test_rows_that_are_written_past_the_caches_equal_the_reference(
 @settings(max_examples=60)
 @given(shapes(max_ranks=4), st.data())
 @example(Shape(3, num_experts=2, top_k=6), None)
+@example(Shape(3, num_experts=2, top_k=6, output_layout="rank_major"), None)
 def test_any_table_of_experts_equals_the_reference(
     shape: Shape, data: st.DataObject | None
 ) -> None:
@@ -202,6 +177,61 @@ def test_worked_example_of_the_dispatch_kernel() -> None:
     assert sent[1][0].handle.num_partials.tolist() == [2]
 
 
+def test_worked_example_of_the_rank_major_layout() -> None:
+    """Numbers of the first comment of csrc/cpu/low_latency_dispatch.cpp, and a token that lists an
+    expert twice."""
+    shape = Shape(
+        2,
+        num_max_tokens_per_rank=2,
+        hidden=1,
+        num_experts=4,
+        top_k=2,
+        dtype=torch.float32,
+        output_layout="rank_major",
+    )
+    a, b, c, d, p, q = 1.0, 2.0, 4.0, 8.0, 0.5, 0.25
+    x = [torch.tensor([[a], [b]]), torch.tensor([[c], [d]])]
+    idx = [torch.tensor([[0, 2], [3, 2]]), torch.tensor([[2, 0], [1, 1]])]
+    weights = [torch.tensor([[1.0, 1.0], [p, q]]), torch.tensor([[1.0, 1.0], [p, q]])]
+    buffers = shape.virtual_buffers(timeout_secs=1.0)
+    sent = [buffers[r].dispatch(x[r], idx[r], weights[r]) for r in range(2)]
+    for _, hook in sent:
+        hook()
+    (on_rank_0, _), (on_rank_1, _) = sent
+    for result in (on_rank_0, on_rank_1):
+        assert result.recv_topk_idx is not None
+        assert result.recv_topk_weights is not None
+    assert on_rank_1.recv_x.shape == (2, 2, 1)
+    assert on_rank_1.num_recv_tokens_per_rank.tolist() == [2, 1]
+    assert on_rank_1.num_recv_tokens_per_expert.tolist() == [3, 1]
+    assert on_rank_1.recv_x[0].flatten().tolist() == [a, b]
+    assert on_rank_1.recv_x[1, 0].item() == c
+    assert on_rank_1.recv_topk_idx.tolist() == [[[0, -1], [1, 0]], [[0, -1], [-1, -1]]]
+    assert on_rank_1.recv_topk_weights[0].tolist() == [[1.0, 0.0], [p, q]]
+    # d lists expert 1 twice: one row, both entries.
+    assert on_rank_0.num_recv_tokens_per_expert.tolist() == [2, 1]
+    assert on_rank_0.recv_topk_idx.tolist() == [[[0, -1], [-1, -1]], [[0, -1], [1, 1]]]
+    assert on_rank_0.recv_topk_weights[1].tolist() == [[1.0, 0.0], [p, q]]
+
+    # Rows of combine are sums already: what comes home is theirs, by rank.
+    outs = []
+    for rank, (result, _) in enumerate(sent):
+        outs.append(buffers[rank].combine(result.recv_x * 10**rank, result.handle))
+    for _, hook in outs:
+        hook()
+    assert outs[0][0].flatten().tolist() == [a + 10 * a, 10 * b]
+    assert outs[1][0].flatten().tolist() == [c + 10 * c, d]
+
+
+def test_both_layouts_give_the_same_sums() -> None:
+    """Where the caller's experts add up in k order, as combine does."""
+    expert_major = mixed_scenario(Shape(3, hidden=33), seed=9)
+    rank_major = mixed_scenario(replace(expert_major.shape, output_layout="rank_major"), seed=9)
+    for one, other in zip(expert_major.variants, rank_major.variants, strict=True):
+        assert all(map(same_bits, one.combined, other.combined))
+    run_on_threads(rank_major, "plain_loop", num_ops=17)
+
+
 def test_counters_count_tokens_messages_and_partial_rows() -> None:
     shape = Shape(2, num_experts=4, top_k=2, hidden=3)
     idx = [torch.tensor([[0, 1], [0, 2]]), torch.tensor([[3, -1], [-1, -1], [0, 3]])]
@@ -236,7 +266,7 @@ def test_inputs_may_change_as_soon_as_a_send_returns() -> None:
     for rank, (result, hook) in enumerate(sent):
         hook()
         check_received(result, variant, shape, rank)
-        y = run_experts(result, buffers[rank].first_expert)
+        y = run_experts(result, shape, rank)
         back.append(buffers[rank].combine(y, result.handle))
         y.fill_(7)
     for rank, (out, hook) in enumerate(back):
@@ -251,7 +281,7 @@ def test_combine_writes_into_the_tensor_it_is_given() -> None:
     result, hook = buffer.dispatch(variant.x[0], variant.topk_idx[0], variant.topk_weights[0])
     hook()
     given_out = torch.full_like(variant.combined[0], 7)
-    out, hook = buffer.combine(run_experts(result, 0), result.handle, out=given_out)
+    out, hook = buffer.combine(run_experts(result, shape, 0), result.handle, out=given_out)
     hook()
     assert out is given_out
     check_combined(given_out, variant, 0)

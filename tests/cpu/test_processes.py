@@ -22,11 +22,16 @@ class Case:
     num_experts: int = 10
     top_k: int = 4
     num_max_tokens_per_rank: int = 12
+    scale_format: str | None = None
+    """Of float8 rows; None: rows travel as they are."""
+    output_layout: str = "expert_major"
 
     @property
     def id(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.routing}-{dtype}-H{self.hidden}-E{self.num_experts}-K{self.top_k}"
+        scales = "" if self.scale_format is None else f"-float8_{self.scale_format}"
+        shape = f"H{self.hidden}-E{self.num_experts}-K{self.top_k}-{self.output_layout}"
+        return f"{self.routing}-{dtype}{scales}-{shape}"
 
     def scenario(self, num_ranks: int) -> Scenario:
         shape = Shape(
@@ -36,6 +41,9 @@ class Case:
             num_experts=self.num_experts,
             top_k=self.top_k,
             dtype=self.dtype,
+            dispatch_dtype=None if self.scale_format is None else torch.float8_e4m3fn,
+            scale_format=self.scale_format or "float32",
+            output_layout=self.output_layout,
         )
         full = self.num_max_tokens_per_rank
         # The last rank has no token in the case of that name, and in the others now and then.
@@ -45,7 +53,7 @@ class Case:
             self.routing, sparse if self.routing == "empty_rank" else [full] * num_ranks, 1
         )
         scenario.add(self.routing, [(3 * r) % full for r in range(num_ranks)], 2, torch.int32)
-        return scenario.add(self.routing, sparse, 3)
+        return scenario.add(self.routing, sparse, 3, is_quantized=shape.is_float8)
 
 
 CASES = [
@@ -57,6 +65,10 @@ CASES = [
     Case("masked", torch.float32, hidden=1),
     Case("all_masked", torch.bfloat16),
     Case("repeated", torch.bfloat16, num_experts=2, top_k=32),
+    Case("uniform", torch.bfloat16, hidden=7168, num_max_tokens_per_rank=5, scale_format="ue8m0"),
+    Case("masked", torch.float32, hidden=200, scale_format="float32"),
+    Case("skewed", torch.bfloat16, output_layout="rank_major"),
+    Case("repeated", torch.float32, 130, 2, 32, 12, "power_of_two", "rank_major"),
 ]
 
 
@@ -77,7 +89,8 @@ def run_checked(
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_every_routing_equals_the_reference(ranks: RankProcesses, case: Case) -> None:
     num_ops = 7  # every bank is used again
-    num_steps = ranks.run(run_checked, case.scenario(ranks.num_ranks), "plain_loop", num_ops)
+    scenario = case.scenario(ranks.num_ranks)
+    num_steps = ranks.run(run_checked, scenario, "plain_loop", num_ops)
     assert num_steps == [4 * num_ops] * ranks.num_ranks
 
 

@@ -39,8 +39,13 @@ class Sent:
 
     @property
     def message(self) -> int:
-        """Offset of the first message from rank 1."""
-        return self.layout.message(BANK, 1, 0)
+        """Offset of the header of the first message from rank 1."""
+        return self.layout.header(BANK, 1, 0)
+
+    @property
+    def row(self) -> int:
+        """Offset of its row."""
+        return self.layout.inbox_row(BANK, 1, 0)
 
 
 @pytest.fixture
@@ -76,7 +81,7 @@ def test_worked_example_of_the_message_header() -> None:
     buffers[0].dispatch(x, idx, weights)
 
     layout = shape.layout()
-    message = layout.message(BANK, 0, 0)
+    message = layout.header(BANK, 0, 0)
     header = header_of(buffers[1], message)
     assert header.src_token == 5
     assert header.outcome_slot == 5 * 2 + 1
@@ -84,8 +89,8 @@ def test_worked_example_of_the_message_header() -> None:
     assert header.epoch_tag == EPOCH
     entries = [entry_of(buffers[1], message, i) for i in range(2)]
     assert [(e.local_expert, e.k, e.weight) for e in entries] == [(1, 0, 0.25), (0, 2, 0.75)]
-    payload = message + layout.payload_in_message
-    got = bytes(byte_of(buffers[1], payload + i).value for i in range(10))
+    row = layout.inbox_row(BANK, 0, 0)
+    got = bytes(byte_of(buffers[1], row + i).value for i in range(10))
     assert got == x[5].view(torch.uint8).numpy().tobytes()
 
     signal = word_of(buffers[1], layout.signal(BANK, DISPATCH, 0)).value
@@ -129,6 +134,11 @@ def damage_signal_counts_more_than_m(sent: Sent) -> None:
 
 def damage_signal_counts_one_too_few(sent: Sent) -> None:
     word_of(sent.buffers[0], sent.layout.signal(BANK, DISPATCH, 1)).value -= 1
+
+
+def damage_signal_promises_tagged_units(sent: Sent) -> None:
+    signal = word_of(sent.buffers[0], sent.layout.signal(BANK, DISPATCH, 1))
+    signal.value |= _native.TAGGED_BIT
 
 
 def damage_epoch_tag(sent: Sent) -> None:
@@ -179,7 +189,7 @@ def test_damaged_memory_is_a_protocol_error_that_names_the_peer(
 
 
 def test_the_checks_notice_one_wrong_bit_of_a_payload_and_name_the_row(sent: Sent) -> None:
-    byte_of(sent.buffers[0], sent.message + sent.layout.payload_in_message + 23).value ^= 1
+    byte_of(sent.buffers[0], sent.row + 23).value ^= 1
     result, hook = sent.dispatched[0]
     hook()
     token = header_of(sent.buffers[0], sent.message).src_token
@@ -188,10 +198,9 @@ def test_the_checks_notice_one_wrong_bit_of_a_payload_and_name_the_row(sent: Sen
 
 
 def test_the_checks_notice_a_message_taken_from_another_source(sent: Sent) -> None:
-    layout = sent.layout
-    other = layout.message(BANK, 2, 0)
-    for i in range(layout.payload_in_message, layout.payload_in_message + layout.row_bytes):
-        byte_of(sent.buffers[0], sent.message + i).value = byte_of(sent.buffers[0], other + i).value
+    other = sent.layout.inbox_row(BANK, 2, 0)
+    for i in range(sent.layout.dispatch_row_bytes):
+        byte_of(sent.buffers[0], sent.row + i).value = byte_of(sent.buffers[0], other + i).value
     result, hook = sent.dispatched[0]
     hook()
     with pytest.raises(AssertionError, match=r"expected \(src rank 1, .* got \(src rank 2, "):
@@ -204,7 +213,7 @@ def test_the_checks_notice_a_wrong_weight_and_a_wrong_partial_row(sent: Sent) ->
     back = []
     for rank, (result, hook) in enumerate(sent.dispatched):
         hook()
-        y = run_experts(result, sent.buffers[rank].first_expert)
+        y = run_experts(result, sent.shape, rank)
         back.append(sent.buffers[rank].combine(y, result.handle))
     outcome = sent.layout.outcome(BANK, 3 * sent.layout.num_outcome_columns)
     # An exponent bit: no rounding hides it.

@@ -4,28 +4,45 @@ GPU: a thread drives them all on one stream, so that no kernel waits for one beh
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ep_backend import Group, LowLatencyBuffer, PeerTimeout, virtual_world
-from tests.support.programs import PROGRAMS, Interpreter
-from tests.support.routing import ROUTINGS
+from ep_backend import DispatchResult, LowLatencyBuffer, PeerTimeout, reference
+from tests.support.programs import STEPWISE_PROGRAMS, Interpreter
 from tests.support.scenario import Scenario, mixed_scenario
 from tests.support.shapes import Shape
+from tests.support.strategies import scenarios
 
-DTYPES = (torch.float32, torch.bfloat16)
+T = TypeVar("T")
+
+CUDA_SHAPE = Shape(2, hidden=64, device="cuda")
+FLOAT8 = {"dispatch_dtype": torch.float8_e4m3fn, "scale_format": "ue8m0"}
+RANK_MAJOR = {"output_layout": "rank_major"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "pull": {"num_max_tagged_tokens": 0},
+    "push": {"transfer": "push", "num_max_tagged_tokens": 0},
+    "tagged": {"num_max_tagged_tokens": 6},
+    "tagged_or_push": {"transfer": "push", "num_max_tagged_tokens": 3},
+    "float8": FLOAT8,
+    "rank_major": RANK_MAJOR,
+    "float8_rank_major": FLOAT8 | RANK_MAJOR,
+    "in_place": RANK_MAJOR | {"num_combine_inputs": 5, "num_max_tagged_tokens": 3},
+}
+with_settings = pytest.mark.parametrize("settings_of", SETTINGS.values(), ids=SETTINGS.keys())
 
 
 def drive(scenario: Scenario, program: str, num_ops: int) -> None:
     """Runs a program on all ranks, step by step."""
     buffers = scenario.shape.virtual_buffers(timeout_secs=10.0)
     ranks = [Interpreter(buffer, scenario) for buffer in buffers]
-    for step in PROGRAMS[program](num_ops, scenario.shape.num_banks):
+    for step in STEPWISE_PROGRAMS[program](num_ops, scenario.shape.num_banks):
         for rank in ranks:
             rank.step(*step)
     torch.cuda.synchronize()
@@ -34,39 +51,63 @@ def drive(scenario: Scenario, program: str, num_ops: int) -> None:
         buffer.close()
 
 
-@st.composite
-def scenarios(draw: st.DrawFn) -> Scenario:
-    shape = Shape(
-        num_ranks=draw(st.integers(1, 9)),
-        num_max_tokens_per_rank=draw(st.sampled_from([1, 3, 9, 40])),
-        hidden=draw(st.one_of(st.integers(1, 70), st.sampled_from([256, 600, 2048, 7168]))),
-        num_experts=draw(st.integers(1, 40)),
-        top_k=draw(st.integers(1, 32)),
-        dtype=draw(st.sampled_from(DTYPES)),
-        num_banks=draw(st.integers(2, 4)),
-        device="cuda",
-    )
-    scenario = Scenario(shape)
-    tokens = st.integers(0, shape.num_max_tokens_per_rank)
-    for _ in range(draw(st.integers(1, 3))):
-        scenario.add(
-            draw(st.sampled_from(ROUTINGS)),
-            draw(st.lists(tokens, min_size=shape.num_ranks, max_size=shape.num_ranks)),
-            seed=draw(st.integers(0, 1000)),
-            idx_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
-        )
-    return scenario
-
-
-@settings(max_examples=100)
-@given(scenarios(), st.sampled_from(["plain_loop", "late_hooks", "two_micro_batches"]))
+@settings(max_examples=40)
+@given(
+    scenarios(max_ranks=9, device="cuda"),
+    st.sampled_from(["plain_loop", "late_hooks", "two_micro_batches"]),
+)
 def test_drawn_shapes_equal_the_reference(scenario: Scenario, program: str) -> None:
     drive(scenario, program, num_ops=6)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_banks_are_reused_over_many_operations(program: str) -> None:
-    drive(mixed_scenario(Shape(num_ranks=4, device="cuda")), program, num_ops=200)
+@with_settings
+@pytest.mark.parametrize("program", ["plain_loop", "two_micro_batches"])
+def test_settings_over_many_operations(program: str, settings_of: dict[str, Any]) -> None:
+    shape = replace(CUDA_SHAPE, num_ranks=3, **settings_of)
+    drive(mixed_scenario(shape, num_variants=7), program, num_ops=20)
+
+
+@pytest.mark.parametrize("program", STEPWISE_PROGRAMS)
+@pytest.mark.parametrize("num_banks", [2, 3])
+def test_banks_are_reused_over_many_operations(program: str, num_banks: int) -> None:
+    shape = replace(CUDA_SHAPE, num_ranks=4, num_banks=num_banks, num_max_tagged_tokens=3)
+    drive(mixed_scenario(shape), program, num_ops=40)
+
+
+@with_settings
+def test_both_halves_in_one_kernel_equal_the_reference(settings_of: dict[str, Any]) -> None:
+    """A fused kernel waits for its peers', so every rank has a stream. Nothing but launches happens
+    between those of the ranks: a copy or an allocation could wait for the kernels that spin."""
+    shape = replace(CUDA_SHAPE, num_ranks=3, **settings_of)
+    scenario = mixed_scenario(shape, num_variants=7)
+    buffers = shape.virtual_buffers(timeout_secs=10.0)
+    ranks = [Interpreter(buffer, scenario) for buffer in buffers]
+    streams = [torch.cuda.Stream() for _ in ranks]
+
+    def on_streams(launch: Callable[[int], T]) -> list[T]:
+        torch.cuda.synchronize()
+        results = []
+        for r, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results.append(launch(r))
+        torch.cuda.synchronize()
+        for buffer in buffers:
+            buffer.raise_if_failed()
+        return results
+
+    def exchange(op: int) -> None:
+        inputs = [rank.inputs(op) for rank in ranks]
+        received = on_streams(lambda r: buffers[r].dispatch_and_receive(*inputs[r]))
+        for rank, result in zip(ranks, received, strict=True):
+            rank.take_received(op, result)
+        combined = on_streams(
+            lambda r: buffers[r].combine_and_receive(ranks[r].expert_out[op], received[r].handle)
+        )
+        for rank, out in zip(ranks, combined, strict=True):
+            rank.check_combined(op, out)
+
+    for op in range(20):
+        exchange(op)
 
 
 def test_more_tokens_than_threads_of_a_block() -> None:
@@ -74,13 +115,27 @@ def test_more_tokens_than_threads_of_a_block() -> None:
     drive(Scenario(shape).add("skewed", [700, 650], seed=1), "plain_loop", num_ops=2)
 
 
+@with_settings
+@pytest.mark.parametrize("is_fused", [False, True], ids=["halves", "fused"])
 @pytest.mark.parametrize("num_ranks", [2, 8])
-def test_ranks_on_streams_of_their_own_wait_for_each_other(num_ranks: int) -> None:
+def test_ranks_on_streams_of_their_own_wait_for_each_other(
+    num_ranks: int, is_fused: bool, settings_of: dict[str, Any]
+) -> None:
     """Graphs of all ranks replay at the same time, without the host in between: kernels spin until
     their peers' have run."""
-    shape = Shape(num_ranks, num_max_tokens_per_rank=16, hidden=512, num_experts=24, device="cuda")
+    shape = Shape(
+        num_ranks,
+        num_max_tokens_per_rank=16,
+        hidden=512,
+        num_experts=24,
+        device="cuda",
+        **settings_of,
+    )
     buffers = shape.virtual_buffers(timeout_secs=20.0)
-    pairs = [Pair(buffer, num_tokens=1 + 15 * (rank % 2)) for rank, buffer in enumerate(buffers)]
+    pairs = [
+        Pair(buffer, num_tokens=1 + 15 * (rank % 2), is_fused=is_fused)
+        for rank, buffer in enumerate(buffers)
+    ]
     streams = [torch.cuda.Stream() for _ in buffers]
     torch.cuda.synchronize()
     for _ in range(200):
@@ -94,12 +149,14 @@ def test_ranks_on_streams_of_their_own_wait_for_each_other(num_ranks: int) -> No
         assert torch.equal(pair.out, pair.expected())
 
 
+@pytest.mark.parametrize("is_fused", [False, True], ids=["halves", "fused"])
 @pytest.mark.parametrize("num_tokens", [1, 16])
-def test_captured_graphs_replay_and_interleave(num_tokens: int) -> None:
-    """Epochs live on the device: graphs of two batch sizes replay in any order."""
-    shape = Shape(1, num_max_tokens_per_rank=32, hidden=256, num_experts=4, device="cuda")
+def test_captured_graphs_replay_and_interleave(num_tokens: int, is_fused: bool) -> None:
+    """Epochs live on the device: graphs of two batch sizes, of which one is tagged, replay in any
+    order."""
+    shape = Shape(1, 48, 256, num_experts=4, device="cuda", num_max_tagged_tokens=16)
     (buffer,) = shape.virtual_buffers()
-    graphs = [Pair(buffer, n) for n in (num_tokens, 32)]
+    graphs = [Pair(buffer, n, is_fused) for n in (num_tokens, 48)]
     for i in range(50):
         graph = graphs[(i * i) % 2]
         graph.x.copy_(torch.randn_like(graph.x))
@@ -112,27 +169,46 @@ def test_captured_graphs_replay_and_interleave(num_tokens: int) -> None:
 class Pair:
     """A captured dispatch, identity experts, combine."""
 
-    def __init__(self, buffer: LowLatencyBuffer, num_tokens: int) -> None:
+    def __init__(self, buffer: LowLatencyBuffer, num_tokens: int, is_fused: bool) -> None:
+        self._buffer = buffer
         self.x = torch.randn(num_tokens, buffer.hidden, device="cuda").to(buffer.dtype)
         self.topk_idx = torch.full((num_tokens, buffer.top_k), -1, device="cuda")
         spread = 5 * torch.arange(num_tokens, device="cuda") + 7 * buffer.group.self_rank
         self.topk_idx[:, 0] = spread % buffer.num_experts
         self.weights = torch.rand(num_tokens, buffer.top_k, device="cuda")
         self.graph = torch.cuda.CUDAGraph()
+        inputs = (self.x, self.topk_idx, self.weights)
         with torch.cuda.graph(self.graph):
-            result, hook = buffer.dispatch(self.x, self.topk_idx, self.weights)
-            hook()
-            self.out, hook = buffer.combine(result.recv_x, result.handle)
-            hook()
+            if is_fused:
+                result = buffer.dispatch_and_receive(*inputs)
+                self.out = buffer.combine_and_receive(self.experts(result), result.handle)
+            else:
+                result, hook = buffer.dispatch(*inputs)
+                hook()
+                self.out, hook = buffer.combine(self.experts(result), result.handle)
+                hook()
+
+    def experts(self, result: DispatchResult) -> torch.Tensor:
+        """Rows as they came, times the weight where combine does not know it."""
+        rows = result.recv_x
+        if result.recv_scales is not None:
+            scales = reference.unpack_ue8m0(result.recv_scales, self._buffer.num_scales)
+            rows = reference.dequantize(rows, scales).to(self._buffer.dtype)
+        if result.recv_topk_weights is not None:
+            rows = (result.recv_topk_weights[..., :1] * rows.float()).to(self._buffer.dtype)
+        return rows
 
     def expected(self) -> torch.Tensor:
-        return (self.weights[:, :1] * self.x.float()).to(self.x.dtype)
+        x = self.x
+        if self._buffer.num_scales > 0:
+            quantized = reference.quantize(x.cpu(), self._buffer.scale_format)
+            x = reference.dequantize(*quantized).to(x.dtype).cuda()
+        return (self.weights[:, :1] * x.float()).to(x.dtype)
 
 
 def test_a_silent_peer_is_named_and_the_context_stays_usable() -> None:
-    shape = Shape(2, device="cuda")
-    buffers = shape.virtual_buffers(timeout_secs=0.5)
-    scenario = mixed_scenario(shape)
+    buffers = CUDA_SHAPE.virtual_buffers(timeout_secs=0.5)
+    scenario = mixed_scenario(CUDA_SHAPE)
     ranks = [Interpreter(buffer, scenario) for buffer in buffers]
     ranks[0].send_dispatch(0)
     _, hook = ranks[0].dispatched[0]
@@ -167,9 +243,8 @@ def test_an_expert_that_does_not_exist_is_named() -> None:
 
 
 def test_hooks_of_another_thread() -> None:
-    shape = Shape(2, device="cuda")
-    scenario = mixed_scenario(shape)
-    ranks = [Interpreter(buffer, scenario) for buffer in shape.virtual_buffers()]
+    scenario = mixed_scenario(CUDA_SHAPE)
+    ranks = [Interpreter(buffer, scenario) for buffer in CUDA_SHAPE.virtual_buffers()]
     with ThreadPoolExecutor(1) as pool:
         for op in range(10):
             for what in ("d", "h", "c", "hc"):
@@ -180,31 +255,28 @@ def test_hooks_of_another_thread() -> None:
                         rank.step(what, op)
 
 
-def test_few_sms_are_enough() -> None:
-    shape = Shape(2, num_max_tokens_per_rank=64, hidden=512, device="cuda")
-    scenario = mixed_scenario(shape, num_variants=3)
+@with_settings
+@pytest.mark.parametrize("num_sms", [1, 4])
+def test_few_sms_are_enough(num_sms: int, settings_of: dict[str, Any]) -> None:
+    shape = replace(
+        CUDA_SHAPE, num_max_tokens_per_rank=64, hidden=512, num_sms=num_sms, **settings_of
+    )
+    drive(mixed_scenario(shape, num_variants=3), "plain_loop", num_ops=6)
 
-    def with_four_sms(group: Group) -> LowLatencyBuffer:
-        return LowLatencyBuffer(
-            group,
-            num_max_tokens_per_rank=shape.num_max_tokens_per_rank,
-            hidden=shape.hidden,
-            num_experts=shape.num_experts,
-            top_k=shape.top_k,
-            dtype=shape.dtype,
-            device="cuda",
-            num_sms=4,
-        )
 
-    ranks = [Interpreter(b, scenario) for b in virtual_world(2).run(with_four_sms)]
-    for step in PROGRAMS["plain_loop"](6, 2):
-        for rank in ranks:
-            rank.step(*step)
+def test_a_silent_peer_of_a_fused_kernel_is_named() -> None:
+    buffer, _ = CUDA_SHAPE.virtual_buffers(timeout_secs=0.5)
+    variant = mixed_scenario(CUDA_SHAPE).variants[0]
+    buffer.dispatch_and_receive(*(t.cuda() for t in variant.inputs(0)))
+    torch.cuda.synchronize()
+    with pytest.raises(PeerTimeout, match="the data of rank 1 did not come") as caught:
+        buffer.raise_if_failed()
+    assert caught.value.record["phase"] == "dispatch"
 
 
 def test_tensors_of_another_device_are_refused() -> None:
-    (buffer,) = replace(Shape(1), device="cuda").virtual_buffers()
-    x = torch.ones(1, 20, dtype=buffer.dtype)
+    (buffer,) = replace(CUDA_SHAPE, num_ranks=1).virtual_buffers()
+    x = torch.ones(1, 64, dtype=buffer.dtype)
     with pytest.raises(ValueError, match="x is on cpu, expected cuda:0"):
         buffer.dispatch(x, torch.zeros((1, 3), dtype=torch.int64), torch.ones(1, 3))
 

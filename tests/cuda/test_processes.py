@@ -24,8 +24,11 @@ def run_on_gpu(rank: Rank, scenario: Scenario, program: str, num_ops: int) -> in
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
-@pytest.mark.parametrize("program", ["plain_loop", "steady"])
-def test_processes_equal_the_reference(num_ranks: int, program: str) -> None:
-    scenario = mixed_scenario(Shape(num_ranks, hidden=512, device="cuda"), seed=3)
+@pytest.mark.parametrize("program", ["plain_loop", "steady", "fused_loop"])
+@pytest.mark.parametrize("transfer", ["push", "pull"])
+def test_processes_equal_the_reference(num_ranks: int, program: str, transfer: str) -> None:
+    # Batches of up to 3 of 6 tokens are tagged.
+    shape = Shape(num_ranks, hidden=512, device="cuda", transfer=transfer, num_max_tagged_tokens=3)
+    scenario = mixed_scenario(shape, seed=3)
     with RankProcesses(num_ranks) as ranks:
         ranks.run(run_on_gpu, scenario, program, 10, deadline_secs=60)

@@ -64,16 +64,19 @@ def stress(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize(
-    ("mode", "num_ranks", "num_banks", "num_ops", "hidden", "dtype"),
+    ("mode", "num_ranks", "num_banks", "num_ops", "hidden", "dtype", "output"),
     [
-        ("loop", 3, 2, 2000, 37, "bfloat16"),
-        ("steady", 3, 2, 3000, 37, "float32"),
-        ("split", 3, 2, 2000, 37, "bfloat16"),
-        ("split", 2, 4, 2000, 1, "float32"),
-        ("loop", 9, 3, 300, 37, "float32"),  # more ranks than experts
-        ("steady", 1, 2, 300, 37, "bfloat16"),
-        ("split", 3, 2, 12, 30_000, "float32"),  # rows that are written past the caches
-        ("loop", 3, 4, 12, 60_001, "bfloat16"),
+        ("loop", 3, 2, 2000, 37, "bfloat16", "expert_major"),
+        ("steady", 3, 2, 3000, 37, "float32", "expert_major"),
+        ("split", 3, 2, 2000, 37, "bfloat16", "rank_major"),
+        ("split", 2, 4, 2000, 1, "float32", "expert_major"),
+        ("loop", 9, 3, 300, 37, "float32", "expert_major"),  # more ranks than experts
+        ("steady", 1, 2, 300, 37, "bfloat16", "expert_major"),
+        ("loop", 3, 2, 1000, 200, "float8", "expert_major"),
+        ("split", 9, 3, 200, 129, "float8", "rank_major"),
+        # rows that are written past the caches
+        ("split", 3, 2, 12, 30_000, "float32", "expert_major"),
+        ("loop", 3, 4, 12, 60_001, "bfloat16", "rank_major"),
     ],
 )
 def test_thousands_of_operations_without_a_report(
@@ -84,14 +87,16 @@ def test_thousands_of_operations_without_a_report(
     num_ops: int,
     hidden: int,
     dtype: str,
+    output: str,
 ) -> None:
-    done = stress(mode, num_ranks, num_banks, num_ops, hidden, dtype)
+    done = stress(mode, num_ranks, num_banks, num_ops, hidden, dtype, output)
     assert (done.returncode, done.stdout) == (0, "stress: ok\n"), done.stderr
 
 
 @pytest.mark.parametrize("mode", ["loop", "steady", "split"])
-def test_the_program_notices_one_changed_byte(stress: Run, mode: str) -> None:
-    done = stress(mode, 3, 2, 50, 37, "float32", "damage")
+@pytest.mark.parametrize("output", ["expert_major", "rank_major"])
+def test_the_program_notices_one_changed_byte(stress: Run, mode: str, output: str) -> None:
+    done = stress(mode, 3, 2, 50, 37, "float32", output, "damage")
     assert done.returncode == 1
     assert "rank 0, operation 6: wrong row (src rank, token): 0, " in done.stderr
 
@@ -196,7 +201,7 @@ def test_the_program_finds_a_bug_seeded_into_the_kernels(bug: SeededBug, tmp_pat
     (csrc / bug.file).write_text(text.replace(bug.line, bug.becomes))
     sources = [STRESS, *sorted((csrc / "cpu").glob("*.cpp"))]
     compile_with("thread", sources, tmp_path / "stress", include=csrc)
-    done = run_program(tmp_path / "stress", bug.mode, 3, 2, 2000, 37, "float32")
+    done = run_program(tmp_path / "stress", bug.mode, 3, 2, 2000, 37, "float32", "expert_major")
     assert done.returncode != 0
     # A race, or the kernels' own detection of an overwritten bank (status 4 or 5), or a wrong row.
     assert "data race" in done.stderr or "stress: rank" in done.stderr

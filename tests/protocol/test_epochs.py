@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ep_backend import _native
 
-MAX_EPOCH, MAX_COUNT = (1 << 48) - 1, (1 << 16) - 1
+MAX_EPOCH, MAX_COUNT = (1 << 48) - 1, (1 << 15) - 1
 
 epochs = st.one_of(st.integers(0, 100), st.integers(MAX_EPOCH - 100, MAX_EPOCH))
 banks = st.integers(2, _native.MAX_BANKS)
@@ -21,6 +21,17 @@ banks = st.integers(2, _native.MAX_BANKS)
 def test_a_signal_carries_its_epoch_and_count(epoch: int, count: int) -> None:
     signal = _native.pack_signal(epoch, count)
     assert signal == epoch * 2**16 + count
+    assert _native.signal_epoch(signal) == epoch
+    assert _native.signal_count(signal) == count
+    assert not _native.signal_is_tagged(signal)
+
+
+@given(st.integers(0, MAX_EPOCH), st.integers(0, MAX_COUNT))
+def test_a_signal_that_promises_tagged_units_says_so_and_nothing_else(
+    epoch: int, count: int
+) -> None:
+    signal = _native.pack_signal(epoch, count) | _native.TAGGED_BIT
+    assert _native.signal_is_tagged(signal)
     assert _native.signal_epoch(signal) == epoch
     assert _native.signal_count(signal) == count
 

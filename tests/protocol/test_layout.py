@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise, product
+from dataclasses import replace
+from itertools import chain, pairwise, product
 
 import pytest
 import torch
@@ -14,58 +15,111 @@ from ep_backend import _native
 from tests.support.shapes import Shape
 
 PHASES = (_native.Phase.DISPATCH, _native.Phase.COMBINE)
-SLOT_ALIGN, PAYLOAD_ALIGN = 128, 64
+SLOT_ALIGN, HEADER_ALIGN, SCALES_ALIGN = 128, 64, 16
+WORD_BYTES, PART_BYTES = 16, 1024
+TAGGED_PART_BYTES = 3 * 32 * WORD_BYTES  # three words a lane
 
+num_tokens = st.shared(st.integers(1, 6), key="tokens")
+dispatch_dtypes = st.shared(st.sampled_from([None, torch.float8_e4m3fn]), key="dispatch dtype")
 shapes = st.builds(
     Shape,
     num_ranks=st.integers(1, 9),
-    num_max_tokens_per_rank=st.integers(1, 6),
+    num_max_tokens_per_rank=num_tokens,
     hidden=st.integers(1, 300),
     num_experts=st.integers(1, 20),
     top_k=st.integers(1, 32),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     num_banks=st.integers(2, 4),
+    device=st.just("cuda"),  # the only one with a choice of transfers
+    dispatch_dtype=dispatch_dtypes,
+    transfer=st.sampled_from(["push", "pull"]),
+    num_max_tagged_tokens=num_tokens.flatmap(lambda n: st.integers(0, n)),
 )
 
 Part = tuple[int, int, str]
 """First byte, end, name."""
 
 
+def align_up(num_bytes: int, alignment: int) -> int:
+    return -(-num_bytes // alignment) * alignment
+
+
+def header_bytes(shape: Shape) -> int:
+    return align_up(16 + 12 * shape.top_k, HEADER_ALIGN)
+
+
+def dispatch_row_bytes(shape: Shape) -> int:
+    return shape.hidden * (shape.dispatch_dtype or shape.dtype).itemsize
+
+
+def num_scales(shape: Shape) -> int:
+    return -(-shape.hidden // 128) if shape.is_float8 else 0
+
+
+def tagged_row_bytes(row_bytes: int) -> int:
+    return -(-row_bytes // PART_BYTES) * TAGGED_PART_BYTES
+
+
 def parts_by_region(shape: Shape) -> dict[str, list[Part]]:
-    """Every word, message and row of one rank's memory, by region, in the order of the regions."""
-    layout, ranks = shape.layout(), range(shape.num_ranks)
-    banks = range(shape.num_banks)
-    element_bytes = 4 if shape.dtype == torch.float32 else 2
-    row_bytes = shape.hidden * element_bytes
-
-    def words() -> Iterator[tuple[str, Part]]:
-        for bank, phase, rank in product(banks, PHASES, ranks):
-            at = layout.signal(bank, phase, rank)
-            yield "signals", (at, at + 8, f"signal {bank} {phase} {rank}")
-        for phase, rank in product(PHASES, ranks):
-            at = layout.credit(phase, rank)
-            yield "credits", (at, at + 8, f"credit {phase} {rank}")
-        for phase, rank in product(PHASES, ranks):
-            at = layout.signal_sleepers(phase, rank)
-            yield "sleepers", (at, at + 4, f"signal sleepers {phase} {rank}")
-            at = layout.credit_sleepers(phase, rank)
-            yield "sleepers", (at, at + 4, f"credit sleepers {phase} {rank}")
-        for bank, rank in product(banks, ranks):
-            at = layout.counts(bank, rank)
-            for local in range(layout.partition.num_max_local_experts()):
-                yield "counts", (at + 8 * local, at + 8 * local + 8, f"count {bank} {rank} {local}")
-        for bank, rank, slot in product(banks, ranks, range(shape.num_max_tokens_per_rank)):
-            at = layout.message(bank, rank, slot)
-            end = at + layout.payload_in_message + row_bytes
-            yield "inbox", (at, end, f"message {bank} {rank} {slot}")
-        for bank, slot in product(banks, range(layout.num_outcome_slots)):
-            at = layout.outcome(bank, slot)
-            yield "outcome", (at, at + row_bytes, f"outcome {bank} {slot}")
-
+    """Every word, header and row of one rank's memory, by region, in the order of the regions."""
     regions: dict[str, list[Part]] = {}
-    for region, part in words():
-        regions.setdefault(region, []).append(part)
+    for region, (begin, num_bytes, name) in chain(words_of(shape), messages_of(shape)):
+        if num_bytes > 0:
+            regions.setdefault(region, []).append((begin, begin + num_bytes, name))
     return regions
+
+
+def words_of(shape: Shape) -> Iterator[tuple[str, Part]]:
+    """Region, and (first byte, bytes, name)."""
+    layout, ranks, banks = shape.layout(), range(shape.num_ranks), range(shape.num_banks)
+    for bank, phase, rank in product(banks, PHASES, ranks):
+        yield "signals", (layout.signal(bank, phase, rank), 8, f"signal {bank} {phase} {rank}")
+    for phase, rank in product(PHASES, ranks):
+        yield "credits", (layout.credit(phase, rank), 8, f"credit {phase} {rank}")
+    for phase, rank in product(PHASES, ranks):
+        at = layout.signal_sleepers(phase, rank)
+        yield "sleepers", (at, 4, f"signal sleepers {phase} {rank}")
+        at = layout.credit_sleepers(phase, rank)
+        yield "sleepers", (at, 4, f"credit sleepers {phase} {rank}")
+    for bank, rank in product(banks, ranks):
+        at = layout.counts(bank, rank)
+        for local in range(layout.partition.num_max_local_experts()):
+            yield "counts", (at + 8 * local, 8, f"count {bank} {rank} {local}")
+
+
+def messages_of(shape: Shape) -> Iterator[tuple[str, Part]]:
+    """Headers, rows and scales, partial rows, and all of it as tagged words."""
+    layout, banks = shape.layout(), range(shape.num_banks)
+    ranks, tokens = range(shape.num_ranks), range(shape.num_max_tokens_per_rank)
+    row_bytes = shape.hidden * shape.dtype.itemsize
+    slots = list(product(banks, ranks, tokens))
+    is_pull = shape.config().transfer == _native.Transfer.PULL
+    places = list(product(banks, tokens)) if is_pull else slots
+    row_of, scales_of = (
+        (layout.staged_row, layout.staged_scales)
+        if is_pull
+        else (layout.inbox_row, layout.inbox_scales)
+    )
+    for place in slots:
+        yield "headers", (layout.header(*place), header_bytes(shape), f"header {place}")
+    for place in places:
+        yield "inbox", (row_of(*place), dispatch_row_bytes(shape), f"row {place}")
+    for place in places:
+        yield "scales", (scales_of(*place), 4 * num_scales(shape), f"scales {place}")
+    if is_pull:
+        for place in slots:
+            yield "outcome", (layout.outbox(*place), row_bytes, f"outbox {place}")
+    else:
+        for place in product(banks, range(layout.num_outcome_slots)):
+            yield "outcome", (layout.outcome(*place), row_bytes, f"outcome {place}")
+
+    tagged = range(shape.config().num_max_tagged_tokens)
+    for place in product(banks, ranks, tagged):
+        at = layout.tagged_message(*place)
+        yield "tagged_inbox", (at, layout.tagged_message_bytes, f"tagged message {place}")
+    for place in product(banks, range(len(tagged) * layout.num_outcome_columns)):
+        num_bytes = tagged_row_bytes(row_bytes)
+        yield "tagged_outcome", (layout.tagged_outcome(*place), num_bytes, f"tagged row {place}")
 
 
 @given(shapes)
@@ -84,7 +138,9 @@ def test_no_two_parts_overlap_and_the_size_is_the_end_of_the_last(shape: Shape) 
 @given(shapes)
 def test_regions_lie_in_the_documented_order_and_share_no_slot_line(shape: Shape) -> None:
     regions, layout = parts_by_region(shape), shape.layout()
-    names = ["signals", "credits", "sleepers", "counts", "inbox", "outcome"]
+    names = ["signals", "credits", "sleepers", "counts", "headers", "inbox"]
+    names += ["scales"] * shape.is_float8 + ["outcome"]
+    names += ["tagged_inbox", "tagged_outcome"] * (shape.num_max_tagged_tokens > 0)
     assert list(regions) == names
     offsets = [getattr(layout, f"{name}_offset") for name in names] + [layout.num_bytes]
     for name, begin, end in zip(names, offsets, offsets[1:], strict=False):
@@ -94,14 +150,20 @@ def test_regions_lie_in_the_documented_order_and_share_no_slot_line(shape: Shape
 
 
 @given(shapes)
-def test_words_messages_payloads_and_rows_are_aligned(shape: Shape) -> None:
+def test_words_headers_and_rows_are_aligned(shape: Shape) -> None:
     regions, layout = parts_by_region(shape), shape.layout()
-    alignment = {"sleepers": 4, "inbox": SLOT_ALIGN, "outcome": SLOT_ALIGN}
+    alignment = {
+        "sleepers": 4,
+        "headers": HEADER_ALIGN,
+        "inbox": SLOT_ALIGN,
+        "scales": SCALES_ALIGN,
+        "outcome": SLOT_ALIGN,
+        "tagged_inbox": SLOT_ALIGN,
+        "tagged_outcome": SLOT_ALIGN,
+    }
     for region, parts in regions.items():
         assert all(part[0] % alignment.get(region, 8) == 0 for part in parts)
-    assert layout.payload_in_message % PAYLOAD_ALIGN == 0
-    assert layout.payload_in_message >= 16 + 8 * shape.top_k
-    assert layout.message_bytes % SLOT_ALIGN == 0
+    assert layout.tagged_row_in_message % SLOT_ALIGN == 0
 
 
 @given(shapes)
@@ -111,23 +173,36 @@ def test_the_documented_sizes(shape: Shape) -> None:
     assert layout.num_outcome_columns == columns
     assert layout.num_outcome_slots == shape.num_max_tokens_per_rank * columns
     assert layout.expert_capacity == shape.num_ranks * shape.num_max_tokens_per_rank
-    assert layout.row_bytes == shape.hidden * (4 if shape.dtype == torch.float32 else 2)
+    assert layout.row_bytes == shape.hidden * shape.dtype.itemsize
+    assert layout.dispatch_row_bytes == dispatch_row_bytes(shape)
+    assert layout.num_scales == num_scales(shape)
+    # A tagged message: a word for its header and one for each entry, then the parts of its row.
+    assert layout.tagged_row_in_message == align_up((1 + shape.top_k) * WORD_BYTES, SLOT_ALIGN)
+    tagged_bytes = layout.tagged_row_in_message + tagged_row_bytes(dispatch_row_bytes(shape))
+    assert layout.tagged_message_bytes == tagged_bytes
+
+
+@given(st.integers(1, 1 << 22))
+@example(PART_BYTES)
+@example(PART_BYTES + 1)
+def test_a_tagged_row_is_whole_parts_that_hold_the_row_and_its_scales(row_bytes: int) -> None:
+    assert _native.tagged_row_bytes(row_bytes) == tagged_row_bytes(row_bytes)
+    assert TAGGED_PART_BYTES * 12 // 16 >= PART_BYTES + 8 * 4  # 12 bytes of a word are data
 
 
 def bytes_of_messages_and_rows(shape: Shape) -> int:
-    """(R * M messages + M * min(K, R) rows) * banks: the formula of the README."""
-    row_bytes = shape.hidden * 2
-    message_bytes = -(-(-(-(16 + 8 * shape.top_k) // 64) * 64 + row_bytes) // 128) * 128
-    outcome_bytes = -(-row_bytes // 128) * 128
+    """Push: (R * M (headers + rows) + M * min(K, R) partial rows) * banks, in bfloat16."""
+    row_bytes = align_up(shape.hidden * 2, SLOT_ALIGN)
     num_messages = shape.num_ranks * shape.num_max_tokens_per_rank
     num_rows = shape.num_max_tokens_per_rank * min(shape.top_k, shape.num_ranks)
-    return (num_messages * message_bytes + num_rows * outcome_bytes) * shape.num_banks
+    message_bytes = header_bytes(shape) + row_bytes
+    return (num_messages * message_bytes + num_rows * row_bytes) * shape.num_banks
 
 
 @pytest.mark.parametrize(
     ("shape", "at_most_mib"),
     [
-        # 56.3 MiB, half of it inbox. With a slot for each (expert, token) the inbox would be 32
+        # 56.4 MiB, half of it inbox. With a slot for each (expert, token) the inbox would be 32
         # times as large.
         (Shape(8, 128, 7168, 256, 8), 64),
         (Shape(8, 128, 2048, 64, 8), 17),
@@ -143,6 +218,21 @@ def test_a_buffer_holds_a_message_per_rank_not_per_expert(shape: Shape, at_most_
     assert num_bytes < at_most_mib * 2**20
 
 
+def test_pulled_rows_are_staged_once_not_once_a_rank() -> None:
+    push = Shape(8, 128, 7168, 256, 8, device="cuda", transfer="push", num_max_tagged_tokens=0)
+    pull = replace(push, transfer="pull")
+    row_bytes = 2 * 7168
+    # Dispatch stages a row a token instead of one a message; combine's outbox has one a message.
+    assert pull.layout().num_bytes == push.layout().num_bytes - 2 * 7 * 128 * row_bytes
+
+
+def test_float8_halves_the_inbox_and_adds_its_scales() -> None:
+    bfloat16 = Shape(8, 128, 7168, 256, 8)
+    float8 = replace(bfloat16, dispatch_dtype=torch.float8_e4m3fn)
+    saved = bfloat16.layout().num_bytes - float8.layout().num_bytes
+    assert saved == 2 * 8 * 128 * (7168 - 56 * 4)
+
+
 def test_memory_does_not_grow_with_the_number_of_experts() -> None:
     few, many = (Shape(8, 128, 7168, e, 8).layout().num_bytes for e in (8, 256))
     assert many - few < 8 * 2 * 8 * 32  # only their counts: u64 x banks x ranks x experts a rank
@@ -151,8 +241,13 @@ def test_memory_does_not_grow_with_the_number_of_experts() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "shape",
-    [Shape(1), Shape(8, 128, 7168, 256, 8), Shape(9, 5, 33, 7, 32, torch.float32, 3)],
-    ids=["R1", "R8", "R9"],
+    [
+        Shape(1, device="cuda"),
+        Shape(8, 128, 7168, 256, 8, device="cuda"),
+        Shape(8, 128, 7168, 256, 8, device="cuda", transfer="push", num_max_tagged_tokens=0),
+        Shape(9, 5, 33, 7, 32, torch.float32, 3, "cuda", torch.float8_e4m3fn, "ue8m0"),
+    ],
+    ids=["R1", "R8", "R8-push", "R9-float8"],
 )
 def test_a_gpu_computes_the_same_layout_as_the_host(shape: Shape) -> None:
     if not _native.has_cuda:

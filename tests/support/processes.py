@@ -9,9 +9,9 @@ of one rank never hides those of the others; every wait of the test has a deadli
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
-import pickle
 import signal
 import tempfile
 import time
@@ -31,6 +31,18 @@ from ep_backend import Group
 # A server that has imported torch forks the ranks: a start costs milliseconds instead of seconds.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.support.processes"])
+
+
+def to_bytes(value: Any) -> bytes:
+    """Not `pickle` alone: it cannot do float8 tensors. Nor `Connection.send`: torch would pass
+    tensors through files in /dev/shm."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def from_bytes(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=False)
 
 
 @dataclass
@@ -65,11 +77,11 @@ class Rank:
 
     def tell(self, value: Any) -> None:
         """To the test, while the function runs."""
-        self._pipe.send_bytes(pickle.dumps(value))
+        self._pipe.send_bytes(to_bytes(value))
 
     def ask(self) -> Any:
         """Waits for the test's `RankProcesses.tell`."""
-        return pickle.loads(self._pipe.recv_bytes())
+        return from_bytes(self._pipe.recv_bytes())
 
 
 started_pids = {os.getpid()}
@@ -127,13 +139,12 @@ class RankProcesses:
             self.tell(rank, (function, args))
 
     def tell(self, rank: int, value: Any) -> None:
-        # Not Connection.send: torch would pass tensors through files in /dev/shm.
-        self._pipes[rank].send_bytes(pickle.dumps(value))
+        self._pipes[rank].send_bytes(to_bytes(value))
 
     def next_from(self, rank: int, deadline_secs: float = 60.0) -> Any:
         """What the rank told; or, when its function has ended, its Answer."""
         assert self._pipes[rank].poll(deadline_secs), f"rank {rank}: silent for {deadline_secs} s"
-        return pickle.loads(self._pipes[rank].recv_bytes())
+        return from_bytes(self._pipes[rank].recv_bytes())
 
     def answers(self, ranks: Any = None, deadline_secs: float = 60.0) -> list[Answer]:
         end = time.monotonic() + deadline_secs
@@ -171,7 +182,7 @@ def _serve(
     context = Rank(Group.from_process_group(timeout_secs=rendezvous_secs), pipe)
     while True:
         try:
-            function, args = pickle.loads(pipe.recv_bytes())
+            function, args = from_bytes(pipe.recv_bytes())
         except EOFError:  # the test has ended
             return
         begin = time.monotonic()
@@ -180,4 +191,4 @@ def _serve(
         except BaseException as e:
             answer = Answer.of_error(e)
         answer.secs = time.monotonic() - begin
-        pipe.send_bytes(pickle.dumps(answer))
+        pipe.send_bytes(to_bytes(answer))

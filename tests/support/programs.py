@@ -1,6 +1,7 @@
 """Orders in which a rank may issue its sends and hooks, and the interpreter that runs them.
 
-A step is (what, operation): `d` dispatch send, `h` its hook, `c` combine send, `hc` its hook.
+A step is (what, operation): `d` dispatch send, `h` its hook, `c` combine send, `hc` its hook; `x`
+dispatch and receive in one call, `xc` the same for combine.
 Operations are numbered from 0; operation i works on variant i of the scenario.
 """
 
@@ -67,10 +68,18 @@ def late_hooks(num_ops: int, num_banks: int) -> Iterator[Step]:
             yield from ((what, i) for i in range(first, first + num_banks))
 
 
-PROGRAMS: dict[str, Callable[[int, int], Iterator[Step]]] = {
+def fused_loop(num_ops: int, num_banks: int) -> Iterator[Step]:
+    for i in range(num_ops):
+        yield from (("x", i), ("xc", i))
+
+
+Program = Callable[[int, int], Iterator[Step]]
+STEPWISE_PROGRAMS: dict[str, Program] = {
     f.__name__: f
     for f in (plain_loop, dispatch_only, steady, three_combines, two_micro_batches, late_hooks)
 }
+"""Those that one thread can run for all ranks by turns: no step waits for a later one of a peer."""
+PROGRAMS = STEPWISE_PROGRAMS | {fused_loop.__name__: fused_loop}
 
 
 @dataclass
@@ -97,7 +106,7 @@ class Interpreter:
 
     buffer: LowLatencyBuffer
     scenario: Scenario
-    dispatched: dict[int, tuple[DispatchResult, RecvHook]] = field(default_factory=dict)
+    dispatched: dict[int, tuple[DispatchResult, RecvHook | None]] = field(default_factory=dict)
     expert_out: dict[int, torch.Tensor] = field(default_factory=dict)
     combined: dict[int, tuple[torch.Tensor, RecvHook]] = field(default_factory=dict)
 
@@ -127,24 +136,24 @@ class Interpreter:
             "h": self.hook_dispatch,
             "c": self.send_combine,
             "hc": self.hook_combine,
+            "x": self.exchange_dispatch,
+            "xc": self.exchange_combine,
         }[what]
         run(op)
 
     def send_dispatch(self, op: int) -> None:
-        v, rank = self.scenario.variant(op), self.buffer.group.self_rank
-        inputs = (v.x[rank], v.topk_idx[rank], v.topk_weights[rank])
-        self.dispatched[op] = self.buffer.dispatch(*(t.to(self.buffer.device) for t in inputs))
+        self.dispatched[op] = self.buffer.dispatch(*self.inputs(op))
 
     def hook_dispatch(self, op: int) -> None:
         result, hook = self.dispatched[op]
+        assert hook is not None
         hook()
-        # At once: the bank of recv_x is overwritten num_banks dispatches later.
-        self.expert_out[op] = run_experts(result, self.buffer.first_expert)
-        rank = self.buffer.group.self_rank
-        try:
-            check_received(result, self.scenario.variant(op), self.scenario.shape, rank)
-        except AssertionError as e:
-            raise AssertionError(f"operation {op}: {e}") from None
+        self.take_received(op, result)
+
+    def exchange_dispatch(self, op: int) -> None:
+        result = self.buffer.dispatch_and_receive(*self.inputs(op))
+        self.dispatched[op] = result, None
+        self.take_received(op, result)
 
     def send_combine(self, op: int) -> None:
         result, _ = self.dispatched[op]
@@ -155,6 +164,36 @@ class Interpreter:
         out, hook = self.combined[op]
         hook()
         del self.combined[op]
+        self.check_combined(op, out)
+
+    def exchange_combine(self, op: int) -> None:
+        result, _ = self.dispatched[op]
+        out = self.buffer.combine_and_receive(self.expert_out[op], result.handle)
+        del self.dispatched[op], self.expert_out[op]
+        self.check_combined(op, out)
+
+    def inputs(self, op: int) -> list[torch.Tensor]:
+        inputs = self.scenario.variant(op).inputs(self.buffer.group.self_rank)
+        return [t.to(self.buffer.device) for t in inputs]
+
+    def take_received(self, op: int, result: DispatchResult) -> None:
+        shape, rank = self.scenario.shape, self.buffer.group.self_rank
+        # At once: the bank of recv_x is overwritten num_banks dispatches later.
+        self.expert_out[op] = self.in_place(op, run_experts(result, shape, rank))
+        try:
+            check_received(result, self.scenario.variant(op), shape, rank)
+        except AssertionError as e:
+            raise AssertionError(f"operation {op}: {e}") from None
+
+    def in_place(self, op: int, expert_out: torch.Tensor) -> torch.Tensor:
+        """Moved to where peers read it, if the buffer has such places: one for each operation that
+        may not have been combined yet."""
+        num_places = self.buffer.num_combine_inputs
+        if num_places == 0:
+            return expert_out
+        return self.buffer.combine_input(op % num_places).copy_(expert_out)
+
+    def check_combined(self, op: int, out: torch.Tensor) -> None:
         try:
             check_combined(out, self.scenario.variant(op), self.buffer.group.self_rank)
         except AssertionError as e:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from ep_backend import Group, LowLatencyBuffer, _native, virtual_world
-from ep_backend.settings import DTYPES
+from ep_backend.settings import BufferSettings
 
 
 @dataclass(frozen=True)
 class Shape:
+    """Arguments of a `LowLatencyBuffer`, and how many ranks have one."""
+
     num_ranks: int
     num_max_tokens_per_rank: int = 6
     hidden: int = 20
@@ -20,17 +22,41 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
     num_banks: int = 2
     device: str = "cpu"
+    dispatch_dtype: torch.dtype | None = None
+    scale_format: str = "float32"
+    output_layout: str = "expert_major"
+    transfer: str = "pull"
+    num_max_tagged_tokens: int | None = None
+    num_combine_inputs: int = 0
+    num_sms: int | None = None
 
-    def config(self) -> _native.LowLatencyConfig:
-        return _native.LowLatencyConfig(
-            num_ranks=self.num_ranks,
-            num_experts=self.num_experts,
+    @property
+    def is_float8(self) -> bool:
+        return self.dispatch_dtype == torch.float8_e4m3fn
+
+    @property
+    def is_rank_major(self) -> bool:
+        return self.output_layout == "rank_major"
+
+    def settings(self) -> BufferSettings:
+        return BufferSettings(
             num_max_tokens_per_rank=self.num_max_tokens_per_rank,
             hidden=self.hidden,
+            num_experts=self.num_experts,
             top_k=self.top_k,
+            dtype=self.dtype,
+            dispatch_dtype=self.dispatch_dtype or self.dtype,
+            scale_format=self.scale_format,
+            output_layout=self.output_layout,
+            transfer=self.transfer,
+            num_max_tagged_tokens=self.num_max_tagged_tokens,
+            num_combine_inputs=self.num_combine_inputs,
             num_banks=self.num_banks,
-            dtype=DTYPES[self.dtype],
+            device=self.device,
         )
+
+    def config(self) -> _native.LowLatencyConfig:
+        return self.settings().config(self.num_ranks)
 
     def layout(self) -> _native.LowLatencyLayout:
         return _native.LowLatencyLayout(self.config())
@@ -45,10 +71,17 @@ class Shape:
             num_experts=self.num_experts,
             top_k=self.top_k,
             dtype=self.dtype,
+            dispatch_dtype=self.dispatch_dtype,
+            scale_format=self.scale_format,
+            output_layout=self.output_layout,
+            transfer=self.transfer,
+            num_max_tagged_tokens=self.num_max_tagged_tokens,
+            num_combine_inputs=self.num_combine_inputs,
             num_banks=self.num_banks,
             timeout_secs=timeout_secs,
             device=self.device,
             spin_us=spin_us,
+            num_sms=self.num_sms,
         )
 
     def virtual_buffers(self, timeout_secs: float = 30.0) -> list[LowLatencyBuffer]:

@@ -1,0 +1,203 @@
+// Dispatch's first half: every token once to each rank that owns some of its experts.
+//
+// Every block finds out by itself which tokens go where, so that slots and positions need no word
+// from other blocks. A warp plans a token, writes its headers and moves some parts of its row.
+// Tagged words need nothing more; else the last block to finish signals.
+#pragma once
+
+#include "cuda/part.cuh"
+#include "cuda/routing.cuh"
+
+namespace ep::cuda {
+
+using protocol::DispatchSendParams;
+using protocol::ExpertEntry;
+using protocol::MessageHeader;
+using protocol::Transfer;
+
+// Where a token's row goes. In shared memory, one for each warp.
+struct SendPlan {
+  std::byte* rows[kMaxTopK];
+  float* scales[kMaxTopK];
+  uint32_t num_rows;
+};
+
+template <typename Rows>
+class DispatchSender {
+ public:
+  // `skip_rank`: whose messages are not sent, because this kernel receives them from x itself.
+  __device__ DispatchSender(const RankView& rank, const Op& op, const Routing& routing,
+                            const TokenSets& sets, const Rows& rows,
+                            const DispatchSendParams& params, uint32_t skip_rank)
+      : rank_(rank),
+        layout_(rank.layout),
+        op_(op),
+        routing_(routing),
+        sets_(sets),
+        rows_(rows),
+        params_(params),
+        skip_rank_(skip_rank),
+        is_tagged_(routing.num_tokens <= layout_.config().num_max_tagged_tokens) {}
+
+  __device__ bool is_tagged() const { return is_tagged_; }
+  // What its signal tells rank `r`.
+  __device__ uint32_t source_word(uint32_t r) const {
+    return sets_.tokens_of_rank(r) | (is_tagged_ ? protocol::kTaggedBit : 0);
+  }
+
+  // Whether messages to oneself go the way of all others even in a kernel that receives them, too.
+  // Tagged ones do: another warp takes them from there sooner than this one could.
+  __device__ static bool sends_to_self(const RankView& rank, uint32_t num_tokens) {
+    const auto& config = rank.layout.config();
+    return config.num_ranks > 1 && num_tokens <= config.num_max_tagged_tokens;
+  }
+  // True where this rank has no peers and receives from x: there is nobody to send to.
+  __device__ bool is_alone() const { return routing_.num_ranks == 1 && skip_rank_ == 0; }
+
+  // How the rows of all tokens are shared out.
+  __device__ static Items items(const RankView& rank, uint32_t num_tokens) {
+    return Items(num_tokens, protocol::parts_for(rank.layout.dispatch_row_bytes()));
+  }
+
+  // Whole block. `items`: see above; `fetched`: the first part of the first of them.
+  __device__ void run(Items items, typename Rows::Fetched fetched, SendPlan* plan) const {
+    publish_counts();
+    const uint32_t num_ranks = routing_.num_ranks;
+    if (is_tagged_ && blockIdx.x == gridDim.x - 1) {  // it has the fewest rows to send
+      for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
+        op_.publish_signal(r, source_word(r));
+      }
+    }
+    while (items.more()) {
+      const uint32_t token = items.row(), end_part = items.end_part();
+      uint32_t part = items.first_part();
+      plan_row(token, part == 0, plan);
+      items.next();
+#pragma unroll 1
+      for (; part < end_part; ++part) {
+        const Part p = rows_.finish(fetched);
+        // The next part is on its way while this one leaves, and while its token is planned.
+        if (part + 1 < end_part) {
+          fetched = rows_.fetch(token, part + 1);
+        } else if (items.more()) {
+          fetched = rows_.fetch(items.row(), items.first_part());
+        }
+        send_part(p, part, *plan);
+      }
+    }
+    if (is_tagged_ || !op_.is_last_block()) return;
+    for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
+      // In every publishing thread: a release is a fence and its own store.
+      ptx::fence_acq_rel_sys();
+      op_.publish_signal(r, source_word(r));
+    }
+  }
+
+  // What combine wants to know of a token: who answers where, and how many do.
+  __device__ void note_answer(uint32_t token, const Route& route) const {
+    if (route.entry_idx != 0) return;
+    params_.answers[token * layout_.num_outcome_columns() + route.column] =
+        route.dst_rank << 16 | route.slot;
+  }
+  __device__ void note_partials(uint32_t token, uint32_t num_messages) const {
+    params_.num_partials[token] = num_messages;
+  }
+
+ private:
+  // Rows for every expert to the peers' counts, a part of them by each block. Their readers look at
+  // the epoch in them, so they may fly ahead.
+  __device__ void publish_counts() const {
+#pragma unroll 1
+    for (uint32_t expert = blockIdx.x * blockDim.x + threadIdx.x; expert < routing_.num_experts;
+         expert += gridDim.x * blockDim.x) {
+      const uint32_t owner = routing_.owners.owner(expert);
+      if (owner == skip_rank_) continue;
+      auto* counts = at<uint64_t>(op_.peer(owner), layout_.counts(op_.bank(), rank_.self_rank));
+      ptx::st_relaxed_sys(counts + (expert - routing_.owners.first_expert(owner)),
+                          protocol::pack_signal(op_.epoch(), sets_.tokens_of_expert(expert)));
+    }
+  }
+
+  // Headers of the token to the peers, places of its row to the plan. One warp.
+  __device__ void plan_row(uint32_t token, bool writes, SendPlan* plan) const {
+    const uint32_t num_messages = sets_.ranks_of(token), self = rank_.self_rank;
+    const bool is_pull = !is_tagged_ && layout_.config().transfer == Transfer::kPull;
+    for_each_route(routing_, sets_, token, [&](const Route& route) {
+      if (writes) note_answer(token, route);
+      if (route.dst_rank == skip_rank_) return;
+      if (writes) write_header(token, route);
+      if (route.entry_idx != 0 || is_pull) return;
+      // Column by column, without the one that is skipped.
+      const bool is_behind = skip_rank_ < route.dst_rank && sets_.goes_to_rank(skip_rank_, token);
+      const uint32_t i = route.column - (is_behind ? 1 : 0);
+      std::byte* peer = op_.peer(route.dst_rank);
+      if (is_tagged_) {
+        plan->rows[i] = peer + layout_.tagged_message(op_.bank(), self, route.slot) +
+                        layout_.tagged_row_in_message();
+      } else {
+        plan->rows[i] = peer + layout_.inbox_row(op_.bank(), self, route.slot);
+        plan->scales[i] = at<float>(peer, layout_.inbox_scales(op_.bank(), self, route.slot));
+      }
+    });
+    if (threadIdx.x % kWarp == 0) {
+      if (writes) note_partials(token, num_messages);
+      const bool is_skipped = skip_rank_ != kNoRank && sets_.goes_to_rank(skip_rank_, token);
+      plan->num_rows = num_messages - (is_skipped ? 1 : 0);
+      if (is_pull && plan->num_rows > 0) {
+        plan->num_rows = 1;
+        plan->rows[0] = op_.self() + layout_.staged_row(op_.bank(), token);
+        plan->scales[0] = at<float>(op_.self(), layout_.staged_scales(op_.bank(), token));
+      }
+    }
+    __syncwarp();
+  }
+
+  __device__ void write_header(uint32_t token, const Route& route) const {
+    const uint32_t local_expert = route.expert - routing_.owners.first_expert(route.dst_rank);
+    const uint32_t outcome_slot = token * layout_.num_outcome_columns() + route.column;
+    std::byte* peer = op_.peer(route.dst_rank);
+    if (is_tagged_) {
+      auto* words =
+          at<uint4>(peer, layout_.tagged_message(op_.bank(), rank_.self_rank, route.slot));
+      ptx::st_relaxed_sys_b128(
+          words + 1 + route.entry_idx,
+          {local_expert | route.k << 16, route.position, __float_as_uint(route.weight), op_.tag()});
+      if (route.entry_idx == 0) {
+        ptx::st_relaxed_sys_b128(words, {token, outcome_slot, route.num_entries, op_.tag()});
+      }
+    } else {
+      std::byte* header = peer + layout_.header(op_.bank(), rank_.self_rank, route.slot);
+      reinterpret_cast<ExpertEntry*>(header + sizeof(MessageHeader))[route.entry_idx] = {
+          static_cast<uint16_t>(local_expert), static_cast<uint16_t>(route.k), route.position,
+          route.weight};
+      if (route.entry_idx == 0) {
+        *reinterpret_cast<MessageHeader*>(header) = {token, outcome_slot, route.num_entries,
+                                                     op_.tag()};
+      }
+    }
+  }
+
+  __device__ void send_part(const Part& p, uint32_t part, const SendPlan& plan) const {
+    const RowShape& shape = rows_.shape;
+#pragma unroll 1
+    for (uint32_t i = 0; i < plan.num_rows; ++i) {
+      if (is_tagged_) {
+        store_tagged(p, plan.rows[i], shape.num_vectors, part, op_.tag());
+      } else {
+        store_part(p, {plan.rows[i], plan.scales[i]}, shape, part);
+      }
+    }
+  }
+
+  const RankView& rank_;
+  const LowLatencyLayout& layout_;
+  const Op& op_;
+  const Routing& routing_;
+  const TokenSets& sets_;
+  const Rows& rows_;
+  const DispatchSendParams& params_;
+  uint32_t skip_rank_;
+  bool is_tagged_;
+};
+
+}  // namespace ep::cuda

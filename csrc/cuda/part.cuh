@@ -1,0 +1,246 @@
+// A part of a row in the registers of a warp: kPartBytes, and the scales of those where the row is
+// float8. Lane i has the 16-byte vectors i and i + 32 of the part; protocol/tagged.h draws it.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "cuda/rank.cuh"
+#include "protocol/float8.h"
+#include "protocol/tagged.h"
+#include "ptx/float8.cuh"
+
+namespace ep::cuda {
+
+constexpr uint32_t kPartVectors = protocol::kPartBytes / sizeof(uint4);
+
+struct Part {
+  uint4 vectors[2];
+  uint32_t scale;  // bits of a float32, in lanes 8g (of vectors[0]) and 8g + 1 (of vectors[1])
+};
+
+// Which vectors and which scale of a part this lane has.
+struct Lane {
+  uint32_t lane = threadIdx.x % kWarp;
+
+  // In vectors of the row.
+  __device__ uint32_t vector(uint32_t part, uint32_t i) const {
+    return part * kPartVectors + i * kWarp + lane;
+  }
+  __device__ bool has_scale() const { return lane % 8 < 2; }
+  // In scales of the row; for lanes that have one.
+  __device__ uint32_t scale(uint32_t part) const {
+    return part * protocol::kScalesPerPart + (lane % 8) * 4 + lane / 8;
+  }
+};
+
+// A row as it lies in memory: payload and, where num_scales > 0, its scales.
+struct RowView {
+  std::byte* payload;
+  float* scales;
+};
+
+struct RowShape {
+  uint32_t num_vectors;
+  uint32_t num_scales;
+};
+
+template <typename Load>
+__device__ Part load_part(const RowView& row, const RowShape& shape, uint32_t part, Load load) {
+  const Lane lane;
+  Part out = {};
+#pragma unroll
+  for (uint32_t i = 0; i < 2; ++i) {
+    const uint32_t vector = lane.vector(part, i);
+    if (vector < shape.num_vectors) {
+      out.vectors[i] = load(reinterpret_cast<const uint4*>(row.payload) + vector);
+    }
+  }
+  if (shape.num_scales > 0 && lane.has_scale() && lane.scale(part) < shape.num_scales) {
+    out.scale =
+        ptx::ld_relaxed_sys(reinterpret_cast<const uint32_t*>(row.scales) + lane.scale(part));
+  }
+  return out;
+}
+
+__device__ inline void store_vectors(const Part& p, std::byte* payload, uint32_t num_vectors,
+                                     uint32_t part) {
+  const Lane lane;
+#pragma unroll
+  for (uint32_t i = 0; i < 2; ++i) {
+    const uint32_t vector = lane.vector(part, i);
+    if (vector < num_vectors) reinterpret_cast<uint4*>(payload)[vector] = p.vectors[i];
+  }
+}
+
+__device__ inline void store_part(const Part& p, const RowView& row, const RowShape& shape,
+                                  uint32_t part) {
+  const Lane lane;
+  store_vectors(p, row.payload, shape.num_vectors, part);
+  if (shape.num_scales > 0 && lane.has_scale() && lane.scale(part) < shape.num_scales) {
+    reinterpret_cast<uint32_t*>(row.scales)[lane.scale(part)] = p.scale;
+  }
+}
+
+// --- tagged ----------------------------------------------------------------------------------
+
+// Where this lane's three words of a part lie in a tagged row.
+__device__ inline uint4* tagged_words(std::byte* row, uint32_t part) {
+  return reinterpret_cast<uint4*>(row + part * protocol::kTaggedPartBytes) + threadIdx.x % kWarp;
+}
+
+// Lanes whose vectors[0] is behind the row's end have nothing to say.
+__device__ inline bool has_words(uint32_t num_vectors, uint32_t part) {
+  return Lane().vector(part, 0) < num_vectors;
+}
+
+__device__ inline void store_tagged(const Part& p, std::byte* row, uint32_t num_vectors,
+                                    uint32_t part, uint32_t tag) {
+  if (!has_words(num_vectors, part)) return;
+  uint4* words = tagged_words(row, part);
+  const uint4 &a = p.vectors[0], &b = p.vectors[1];
+  ptx::st_relaxed_sys_b128(words, {a.x, a.y, a.z, tag});
+  ptx::st_relaxed_sys_b128(words + kWarp, {a.w, b.x, b.y, tag});
+  ptx::st_relaxed_sys_b128(words + 2 * kWarp, {b.z, b.w, p.scale, tag});
+}
+
+// A part of a tagged row on its way: begin() asks for the words, is_here() says whether all have
+// come. If not, wait() for them and begin again: nothing needs to be kept over a wait.
+class TaggedPart {
+ public:
+  // Lanes with nothing to read say that all is here.
+  __device__ void begin(std::byte* row, uint32_t num_vectors, uint32_t part, uint32_t tag) {
+    const uint4* address = tagged_words(row, part);
+    const bool is_mine = has_words(num_vectors, part);
+#pragma unroll
+    for (uint32_t i = 0; i < 3; ++i) {
+      words_[i] = is_mine ? ptx::ld_relaxed_sys_b128(address + i * kWarp) : uint4{0, 0, 0, tag};
+    }
+  }
+  __device__ bool is_here(uint32_t tag) const {
+    return words_[0].w == tag && words_[1].w == tag && words_[2].w == tag;
+  }
+  __device__ Part part() const {
+    return {{{words_[0].x, words_[0].y, words_[0].z, words_[1].x},
+             {words_[1].y, words_[1].z, words_[2].x, words_[2].y}},
+            words_[2].z};
+  }
+
+ private:
+  uint4 words_[3];
+};
+
+// Waits for this lane's words of a part. False: the wait was given up.
+__device__ inline bool wait_for_part(const RankView& rank, OpId id, uint32_t src_rank,
+                                     std::byte* row, uint32_t num_vectors, uint32_t part) {
+  const uint4* address = tagged_words(row, part);
+  bool ok = true;
+  for (uint32_t i = 0; i < 3 && ok && has_words(num_vectors, part); ++i) {
+    const uint4 word = wait_for_tag(rank, id, src_rank, address + i * kWarp);
+    ok = word.w == static_cast<uint32_t>(id.epoch);
+  }
+  return ok;
+}
+
+// --- a token's row, on its way out -----------------------------------------------------------
+//
+// fetch() asks for a part, finish() makes of it what travels: several may be on their way at once.
+
+// Rows that travel as they are: float32, bfloat16, or float8 that the caller has quantised.
+struct CopyRow {
+  RowView rows;  // [T, H] and [T, N]
+  uint64_t row_bytes;
+  RowShape shape;
+
+  using Fetched = Part;
+  __device__ Fetched fetch(uint32_t token, uint32_t part) const {
+    const RowView row = {rows.payload + token * row_bytes, rows.scales + token * shape.num_scales};
+    return load_part(row, shape, part, [](const uint4* v) { return ptx::ld_once(v); });
+  }
+  __device__ Part finish(const Fetched& fetched) const { return fetched; }
+};
+
+__device__ inline void widen(const uint4& vector, float (&out)[8]) {
+  const uint32_t pairs[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) {
+    out[2 * i] = __uint_as_float(pairs[i] << 16);
+    out[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000);
+  }
+}
+__device__ inline void widen(const uint4& vector, float (&out)[4]) {
+  out[0] = __uint_as_float(vector.x), out[1] = __uint_as_float(vector.y);
+  out[2] = __uint_as_float(vector.z), out[3] = __uint_as_float(vector.w);
+}
+
+// Rows of T that become float8 on the way: 128 channels share a scale, eight lanes hold them.
+template <typename T>
+struct QuantizeRow {
+  const std::byte* x;  // [T, H]
+  uint32_t hidden;
+  RowShape shape;
+  protocol::ScaleFormat format;
+
+  static constexpr uint32_t kWidth = sizeof(uint4) / sizeof(T);  // elements of an input vector
+  static constexpr uint32_t kInputs = 16 / kWidth;               // input vectors an output vector
+
+  struct Fetched {
+    uint4 inputs[2][kInputs];
+  };
+  __device__ Fetched fetch(uint32_t token, uint32_t part) const {
+    const Lane lane;
+    const auto* row = reinterpret_cast<const uint4*>(x + uint64_t{token} * hidden * sizeof(T));
+    Fetched out = {};
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+      const uint32_t vector = lane.vector(part, i);
+      if (vector >= shape.num_vectors) continue;
+#pragma unroll
+      for (uint32_t j = 0; j < kInputs; ++j) {
+        out.inputs[i][j] = ptx::ld_once(row + vector * kInputs + j);
+      }
+    }
+    return out;
+  }
+  __device__ Part finish(const Fetched& fetched) const {
+    Part out;
+    uint32_t scales[2];
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) out.vectors[i] = quantize(fetched.inputs[i], &scales[i]);
+    out.scale = threadIdx.x % 8 == 1 ? scales[1] : scales[0];
+    return out;
+  }
+
+ private:
+  __device__ uint4 quantize(const uint4 (&inputs)[kInputs], uint32_t* scale_bits) const {
+    float amax = 0.0f;
+#pragma unroll
+    for (uint32_t j = 0; j < kInputs; ++j) {
+      float values[kWidth];
+      widen(inputs[j], values);
+#pragma unroll
+      for (uint32_t c = 0; c < kWidth; ++c) amax = fmaxf(amax, fabsf(values[c]));
+    }
+#pragma unroll
+    for (uint32_t step = 1; step < 8; step *= 2) {
+      amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, step));
+    }
+    const protocol::Scale scale = protocol::scale_for(amax, format);
+    *scale_bits = __float_as_uint(scale.scale);
+    uint32_t words[4] = {};
+#pragma unroll
+    for (uint32_t j = 0; j < kInputs; ++j) {
+      float values[kWidth];
+      widen(inputs[j], values);
+#pragma unroll
+      for (uint32_t c = 0; c < kWidth; c += 2) {
+        const uint32_t element = j * kWidth + c;
+        words[element / 4] |= ptx::to_e4m3x2(__fmul_rn(values[c], scale.inverse),
+                                             __fmul_rn(values[c + 1], scale.inverse))
+                              << (element % 4 * 8);
+      }
+    }
+    return {words[0], words[1], words[2], words[3]};
+  }
+};
+
+}  // namespace ep::cuda

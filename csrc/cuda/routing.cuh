@@ -1,0 +1,201 @@
+// Who gets which token, and where: found out by every block for itself.
+#pragma once
+
+#include "cuda/rank.cuh"
+#include "protocol/message.h"
+
+namespace ep::cuda {
+
+using protocol::kMaxTopK;
+
+struct Routing {
+  const void* topk_idx;
+  bool is_int64;
+  const float* topk_weights;
+  uint32_t num_tokens;
+  uint32_t num_ranks, num_experts;
+  uint32_t top_k;
+  Owners owners;
+
+  __device__ Routing(const RankView& rank, const protocol::DispatchSendParams& params)
+      : topk_idx(params.topk_idx),
+        is_int64(params.topk_idx_is_int64),
+        topk_weights(params.topk_weights),
+        num_tokens(params.num_tokens),
+        num_ranks(rank.layout.config().num_ranks),
+        num_experts(rank.layout.config().num_experts),
+        top_k(rank.layout.config().top_k),
+        owners(rank.owners) {}
+
+  // -1 where the token has no k-th expert.
+  __device__ int64_t expert(uint32_t token, uint32_t k) const {
+    return expert_of_route(token * top_k + k);
+  }
+  __device__ int64_t expert_of_route(uint32_t i) const {
+    return is_int64 ? static_cast<const int64_t*>(topk_idx)[i]
+                    : static_cast<const int32_t*>(topk_idx)[i];
+  }
+  __device__ float weight(uint32_t token, uint32_t k) const {
+    return topk_weights[token * top_k + k];
+  }
+};
+
+// In shared memory: who gets which token, as bits.
+//
+//   tokens  [E][num_words], then [R][num_words]  of an expert, of a rank: bit t for token t
+//   ranks   [T][num_rank_words]                  of a token: bit r for rank r
+//
+// Example, E = 4, R = 2, tokens 0 -> experts (0, 2), 1 -> (3, 2): the experts' bits are 0b01 0b00
+// 0b11 0b10, the ranks' 0b01 0b11, the tokens' 0b11 0b10. Token 1 is message 1 to rank 1 and row 1
+// of expert 2: one bit below it.
+class TokenSets {
+ public:
+  __device__ TokenSets(uint32_t* shared, const Routing& routing)
+      : num_words_(words(routing.num_tokens)),
+        num_rank_words_(words(routing.num_ranks)),
+        num_experts_(routing.num_experts),
+        num_ranks_(routing.num_ranks),
+        num_tokens_(routing.num_tokens),
+        tokens_(shared),
+        ranks_(shared + (num_experts_ + num_ranks_) * num_words_) {}
+
+  __host__ __device__ static uint64_t num_bytes(const protocol::LowLatencyConfig& config,
+                                                uint32_t num_tokens) {
+    const uint64_t num_rows = uint64_t{config.num_experts} + config.num_ranks;
+    return (num_rows * words(num_tokens) + uint64_t{num_tokens} * words(config.num_ranks)) * 4;
+  }
+
+  // Whole block; touches shared memory only, so it may run before the kernel's turn.
+  __device__ void clear() {
+    const uint32_t num_all =
+        (num_experts_ + num_ranks_) * num_words_ + num_tokens_ * num_rank_words_;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < num_all; i += blockDim.x) tokens_[i] = 0;
+  }
+  // Whole block, after clear() and a barrier. False, on some threads, where some expert does not
+  // exist. A barrier must follow. `first`: the expert of the first route that this thread looks at.
+  __device__ bool fill(const RankView& rank, const Routing& routing, int64_t first) {
+    bool ok = true;
+    const uint32_t shift = route_shift(routing.top_k);
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < routing.num_tokens << shift; i += blockDim.x) {
+      const uint32_t token = i >> shift, k = i & ((1u << shift) - 1);
+      if (k >= routing.top_k) continue;
+      const int64_t expert = i == threadIdx.x ? first : routing.expert(token, k);
+      if (expert == -1) continue;
+      if (expert < -1 || expert >= num_experts_) {
+        ok = refuse_expert(rank, token, k, expert);
+        continue;
+      }
+      const auto e = static_cast<uint32_t>(expert);
+      const uint32_t owner = routing.owners.owner(e), bit = 1u << (token % 32);
+      atomicOr(tokens_ + e * num_words_ + token / 32, bit);
+      atomicOr(tokens_ + (num_experts_ + owner) * num_words_ + token / 32, bit);
+      atomicOr(ranks_ + token * num_rank_words_ + owner / 32, 1u << (owner % 32));
+    }
+    return ok;
+  }
+  // The expert that fill() wants to know beforehand, or -1; and its weight comes nearer.
+  __device__ static int64_t first_expert(const Routing& routing) {
+    const uint32_t shift = route_shift(routing.top_k);
+    const uint32_t token = threadIdx.x >> shift, k = threadIdx.x & ((1u << shift) - 1);
+    if (token >= routing.num_tokens || k >= routing.top_k) return -1;
+    ptx::prefetch_l1(routing.topk_weights + token * routing.top_k + k);
+    return routing.expert(token, k);
+  }
+
+  __device__ uint32_t tokens_of_expert(uint32_t expert) const {
+    return count(tokens_ + expert * num_words_, num_words_ * 32);
+  }
+  __device__ uint32_t tokens_of_rank(uint32_t rank) const {
+    return count(tokens_ + (num_experts_ + rank) * num_words_, num_words_ * 32);
+  }
+  // Tokens below `token` that go to the expert, or to the rank.
+  __device__ uint32_t before_expert(uint32_t expert, uint32_t token) const {
+    return count(tokens_ + expert * num_words_, token);
+  }
+  __device__ uint32_t before_rank(uint32_t rank, uint32_t token) const {
+    return count(tokens_ + (num_experts_ + rank) * num_words_, token);
+  }
+  // Ranks that get the token, all and those below `rank`.
+  __device__ uint32_t ranks_of(uint32_t token) const {
+    return count(ranks_ + token * num_rank_words_, num_rank_words_ * 32);
+  }
+  __device__ uint32_t ranks_below(uint32_t rank, uint32_t token) const {
+    return count(ranks_ + token * num_rank_words_, rank);
+  }
+  __device__ bool goes_to_rank(uint32_t rank, uint32_t token) const {
+    return (ranks_[token * num_rank_words_ + rank / 32] >> (rank % 32) & 1) != 0;
+  }
+
+ private:
+  __host__ __device__ static constexpr uint32_t words(uint32_t num_bits) {
+    return (num_bits + 31) / 32;
+  }
+  // Routes are numbered as if top_k were a power of two: no division.
+  __device__ static uint32_t route_shift(uint32_t top_k) {
+    return top_k <= 1 ? 0 : 32 - __clz(top_k - 1);
+  }
+  // Bits set below bit `end`.
+  __device__ static uint32_t count(const uint32_t* words, uint32_t end) {
+    const uint32_t num_whole = end / 32;
+    uint32_t num_set = 0;
+#pragma unroll 1  // inlined in many places: unrolled, the kernels were 160 KB of instructions
+    for (uint32_t w = 0; w < num_whole; ++w) num_set += __popc(words[w]);
+    if (end % 32 != 0) num_set += __popc(words[num_whole] & ((1u << (end % 32)) - 1));
+    return num_set;
+  }
+
+  uint32_t num_words_, num_rank_words_, num_experts_, num_ranks_, num_tokens_;
+  uint32_t *tokens_, *ranks_;
+};
+
+// One route of a token: its k-th expert, seen by the lane that has it.
+struct Route {
+  uint32_t k, expert, dst_rank;
+  uint32_t position;  // rows that this rank sends to the expert before
+  float weight;
+  uint32_t slot;         // of the token's message to dst_rank
+  uint32_t column;       // of its answer: ranks of the token below dst_rank
+  uint32_t entry_idx;    // routes of the token to dst_rank before this one
+  uint32_t num_entries;  // and in all
+};
+
+// One warp, a lane a route. Calls `each(route)` on the lanes that have one.
+template <typename Each>
+__device__ void for_each_route(const Routing& routing, const TokenSets& sets, uint32_t token,
+                               Each each) {
+  const uint32_t lane = threadIdx.x % kWarp, top_k = routing.top_k;
+  __syncwarp();  // what the last token's routes have left may be written over
+#pragma unroll 1
+  for (uint32_t first_k = 0; first_k < top_k; first_k += kWarp) {
+    Route route;
+    route.k = first_k + lane;
+    const int64_t expert = route.k < top_k ? routing.expert(token, route.k) : -1;
+    route.weight = route.k < top_k ? routing.weight(token, route.k) : 0.0f;
+    route.expert = static_cast<uint32_t>(expert);
+    route.dst_rank = expert < 0 ? kNoRank : routing.owners.owner(route.expert);
+    const uint32_t alike = __match_any_sync(kAllLanes, route.dst_rank);
+    if (expert < 0) continue;
+    route.entry_idx = __popc(alike & ((1u << lane) - 1));
+    route.num_entries = __popc(alike);
+    if (top_k > kWarp) {
+      route.entry_idx = route.num_entries = 0;
+#pragma unroll 1
+      for (uint32_t j = 0; j < top_k; ++j) {
+        const int64_t other = routing.expert(token, j);
+        const bool is_alike =
+            other >= 0 && routing.owners.owner(static_cast<uint32_t>(other)) == route.dst_rank;
+        route.entry_idx += is_alike && j < route.k;
+        route.num_entries += is_alike;
+      }
+    }
+    route.column = sets.ranks_below(route.dst_rank, token);
+    route.slot = sets.before_rank(route.dst_rank, token);
+    route.position = sets.before_expert(route.expert, token);
+    each(route);
+  }
+  __syncwarp();
+}
+
+}  // namespace ep::cuda

@@ -1,0 +1,31 @@
+// How the scales of received float8 rows are laid out: as masked grouped GEMMs take them.
+//
+//   expert-major   [L, N, S]: the scales of one channel group lie side by side, row by row
+//                  (what TMA loads; torch sees it as [L, S, N] with strides (N*S, 1, S))
+//   rank-major     [R, M, N]
+//
+// N = num_scales words of float32; for UE8M0 four exponent bytes a 32-bit word, N = ceil(/ 4), the
+// lowest byte the first group, bytes behind the last group 0.
+#pragma once
+
+#include "protocol/layout.h"
+#include "protocol/op.h"
+
+namespace ep::protocol {
+
+// Words of recv_scales that a row has.
+EP_HOST_DEVICE constexpr uint32_t scale_words(const LowLatencyLayout& layout) {
+  return layout.config().scale_format == ScaleFormat::kUE8M0 ? (layout.num_scales() + 3) / 4
+                                                             : layout.num_scales();
+}
+
+// Index of word `word` of row `row`; rows counted over all experts, or over all sources.
+EP_HOST_DEVICE constexpr uint64_t scale_word_idx(const LowLatencyLayout& layout,
+                                                 OutputLayout output, uint64_t row, uint32_t word) {
+  const uint64_t num_words = scale_words(layout);
+  if (output == OutputLayout::kRankMajor) return row * num_words + word;
+  const uint64_t capacity = layout.expert_capacity();
+  return (row / capacity * num_words + word) * capacity + row % capacity;
+}
+
+}  // namespace ep::protocol

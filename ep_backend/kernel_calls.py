@@ -1,0 +1,75 @@
+"""Calls of one buffer's kernels: traced, and refused once the buffer has failed or is closed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ep_backend import _native
+from ep_backend.errors import EPBackendError, PeerTimeout, ProtocolError
+from ep_backend.kernel_errors import exception_for
+from ep_backend.kernels import RankKernels
+from ep_backend.observe.trace import TraceWriter
+
+
+class KernelCalls:
+    """
+    Args:
+        num_experts: E, for messages.
+        device: on CUDA, a call may raise what an earlier one found wrong.
+        trace: where spans go; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        kernels: RankKernels,
+        num_experts: int,
+        device: torch.device,
+        trace: TraceWriter | None,
+    ) -> None:
+        self._kernels = kernels
+        self._num_experts = num_experts
+        self._is_async = device.type == "cuda"
+        self._trace = trace
+        self._failure: Exception | None = None
+        self._is_closed = False
+
+    def run(self, kind: str, num_tokens: int, *args: Any) -> None:
+        """Calls the kernel named `kind`; raises what it reports.
+
+        Args:
+            num_tokens: for the trace.
+        """
+        if self._is_closed:
+            raise EPBackendError(f"{kind} was called on a closed buffer.")
+        if self._failure is not None:
+            raise self._failure
+        kernel = getattr(self._kernels, kind)
+        if self._trace is None:
+            result = kernel(*args)
+        else:
+            with self._trace.span(kind, num_tokens) as span:
+                result = kernel(*args)
+                span.wait_ns = result.wait_ns
+        self._raise_unless_ok(result)
+
+    def raise_if_failed(self) -> None:
+        """Raises what kernels have reported so far."""
+        if self._failure is not None:
+            raise self._failure
+        self._raise_unless_ok(self._kernels.report())
+
+    def close(self) -> bool:
+        """Refuses every later call; False if that was so already."""
+        was_open = not self._is_closed
+        self._is_closed = True
+        return was_open
+
+    def _raise_unless_ok(self, result: _native.OpResult) -> None:
+        if result.ok:
+            return
+        error = exception_for(result, self._num_experts, is_async=self._is_async)
+        if isinstance(error, (PeerTimeout, ProtocolError)) or self._is_async:
+            self._failure = error  # every later call raises it again
+        raise error

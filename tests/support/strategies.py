@@ -1,0 +1,70 @@
+"""Shapes and scenarios that nobody listed, drawn by hypothesis. The same for every device, but for
+what its kernels refuse."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+
+from ep_backend.settings import CUDA_ROW_ALIGNMENT
+from tests.support.routing import ROUTINGS
+from tests.support.scenario import Scenario
+from tests.support.shapes import Shape
+
+DTYPES = (torch.float32, torch.bfloat16)
+SCALE_FORMATS = ("float32", "power_of_two", "ue8m0")
+OUTPUT_LAYOUTS = ("expert_major", "rank_major")
+
+
+@st.composite
+def shapes(draw: st.DrawFn, max_ranks: int = 5, device: str = "cpu") -> Shape:
+    dtype = draw(st.sampled_from(DTYPES))
+    is_float8 = draw(st.booleans())
+    cpu = dict(
+        num_max_tokens_per_rank=st.integers(1, 9),
+        hidden=st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 255, 256, 257, 600])),
+        num_experts=st.integers(1, 13),
+    )
+    num_elements = CUDA_ROW_ALIGNMENT // (1 if is_float8 else dtype.itemsize)
+    cuda = dict(
+        num_max_tokens_per_rank=st.sampled_from([1, 3, 9, 40]),
+        hidden=st.one_of(
+            st.integers(1, 20).map(lambda n: n * num_elements),
+            st.sampled_from([256, 608, 2048, 7168]),
+        ),
+        num_experts=st.integers(1, 40),
+        transfer=st.sampled_from(["push", "pull"]),
+        num_sms=st.sampled_from([None, None, 4, 16]),
+    )
+    settings = {name: draw(value) for name, value in (cpu if device == "cpu" else cuda).items()}
+    if device == "cuda":
+        # Batches on both sides of the limit, all of them, none.
+        some = st.sampled_from([None, 0, (settings["num_max_tokens_per_rank"] + 1) // 2])
+        settings["num_max_tagged_tokens"] = draw(some)
+    return Shape(
+        num_ranks=draw(st.integers(1, max_ranks)),
+        top_k=draw(st.integers(1, 32)),
+        dtype=dtype,
+        dispatch_dtype=torch.float8_e4m3fn if is_float8 else None,
+        scale_format=draw(st.sampled_from(SCALE_FORMATS)) if is_float8 else "float32",
+        output_layout=draw(st.sampled_from(OUTPUT_LAYOUTS)),
+        num_banks=draw(st.integers(2, 4)),
+        device=device,
+        **settings,
+    )
+
+
+@st.composite
+def scenarios(draw: st.DrawFn, max_ranks: int = 5, device: str = "cpu") -> Scenario:
+    shape = draw(shapes(max_ranks, device))
+    scenario = Scenario(shape)
+    tokens = st.integers(0, shape.num_max_tokens_per_rank)
+    for _ in range(draw(st.integers(1, 3))):
+        scenario.add(
+            draw(st.sampled_from(ROUTINGS)),
+            draw(st.lists(tokens, min_size=shape.num_ranks, max_size=shape.num_ranks)),
+            seed=draw(st.integers(0, 1000)),
+            idx_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
+            is_quantized=shape.is_float8 and draw(st.booleans()),
+        )
+    return scenario

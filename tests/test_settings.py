@@ -1,0 +1,62 @@
+"""What a buffer's settings become, and what CUDA refuses: no GPU is needed to say so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from ep_backend import _native
+from tests.support.shapes import Shape
+
+CUDA = Shape(2, num_max_tokens_per_rank=128, hidden=2048, device="cuda")
+
+
+def test_the_cpu_pushes_and_tags_nothing_whatever_it_is_told() -> None:
+    for transfer in ("push", "pull"):
+        config = Shape(2, transfer=transfer, num_max_tagged_tokens=3).config()
+        assert config.transfer == _native.Transfer.PUSH
+        assert config.num_max_tagged_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_tagged"),
+    [
+        ({}, 32),
+        ({"num_max_tokens_per_rank": 5}, 5),
+        ({"hidden": 16384}, 32),  # rows of 32 KiB
+        ({"hidden": 16384 + 8}, 0),
+        ({"hidden": 16384 + 16, "dispatch_dtype": torch.float8_e4m3fn}, 0),
+        ({"num_max_tagged_tokens": 0}, 0),
+        ({"num_max_tagged_tokens": 128}, 128),
+    ],
+)
+def test_small_batches_of_rows_that_are_not_large_are_tagged(
+    settings: dict[str, Any], num_tagged: int
+) -> None:
+    assert replace(CUDA, **settings).config().num_max_tagged_tokens == num_tagged
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"hidden": 20},
+            "hidden is 20, so rows of torch.bfloat16 have 40 bytes; on CUDA that must",
+        ),
+        ({"hidden": 20}, "a multiple of 16. Pass a multiple of 8, with zeros behind the row"),
+        ({"hidden": 18, "dtype": torch.float32}, "Pass a multiple of 4"),
+        ({"hidden": 24, "dispatch_dtype": torch.float8_e4m3fn}, "e4m3fn have 24 bytes.*of 16"),
+        ({"num_experts": 4097}, "num_experts is 4097, expected an integer in 1..4096"),
+    ],
+)
+def test_cuda_refuses_rows_of_no_whole_vectors_and_too_many_experts(
+    settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native, "has_cuda", True)
+    monkeypatch.setattr(_native, "CUDA_MAX_EXPERTS", 4096, raising=False)
+    CUDA.settings().check(num_ranks=2)
+    with pytest.raises(ValueError, match=message):
+        replace(CUDA, **settings).settings().check(num_ranks=2)
