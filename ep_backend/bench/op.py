@@ -235,7 +235,10 @@ def op(
         Path | None, typer.Option("--json", help="Write all results there.")
     ] = None,
 ) -> None:
-    """Time of dispatch + combine, beside gloo and memcpy in the same processes."""
+    """Time of dispatch + combine, beside gloo and memcpy in the same processes.
+
+    With `--device cuda`: between virtual ranks on a GPU; `--device cuda --help` lists its options.
+    """
     console = rich.console.Console()
     try:
         if dtype not in DTYPES:

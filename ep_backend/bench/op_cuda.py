@@ -1,0 +1,171 @@
+"""`ep-backend bench op --device cuda`: dispatch + combine between virtual ranks on one GPU.
+
+One CUDA graph holds a chain of pairs (dispatch, combine of an expert output made before) of every
+rank, each rank on a branch of its own. Events before and behind a replay give its time; a pair's is
+the median over replays, divided by the chain. Every case is checked before and after. Data stay in
+the L2 cache as far as they fit; `--cold` also times single pairs behind 256 MiB of writes.
+
+Virtual ranks share one GPU's SMs and memory and have no link between them: these numbers tell what
+launches, waits and copies cost, and nothing about NVLink or a network.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from ep_backend import EPBackendError, _native
+from ep_backend.bench.op_cuda_case import measure
+from ep_backend.bench.op_cuda_floors import (
+    copy_gbs,
+    gemm_beside_dispatch,
+    one_element_kernel_us,
+)
+from ep_backend.bench.op_cuda_report import (
+    CaseRow,
+    Floors,
+    GemmRow,
+    machine,
+    peers,
+    print_table,
+    table_rows,
+)
+from ep_backend.bench.op_cuda_settings import (
+    PROGRAM,
+    CudaBenchSettings,
+    parse_arguments,
+)
+
+T = TypeVar("T")
+
+CAPTION = (
+    "All ranks at once. pair us: median of a chain's replays / its length; dispatch: the same of "
+    "dispatches alone; combine: their difference. MB: what a pair must read and write; roofline: "
+    "time of a copy of that / pair."
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit status, 1 where a case failed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    settings, output = parse_arguments(arguments)
+    if not _native.has_cuda or not torch.cuda.is_available():
+        print("bench op --device cuda: needs a GPU and a build with CUDA", file=sys.stderr)
+        return 1
+    begin = datetime.now(timezone.utc)
+    floors = measure_floors(settings) if settings.with_floors else None
+    rows = measure_rows(settings)
+    gemms = measure_gemms(settings) if settings.with_gemm else []
+    gpu = machine()
+    print_results(settings, gpu, rows, floors, gemms)
+    if output is not None:
+        document = {
+            "bench": "op",
+            "device": "cuda",
+            "date": begin.isoformat(timespec="seconds"),
+            "command": shlex.join([*PROGRAM.split(), *arguments]),
+            "machine": gpu,
+            "settings": asdict(settings),
+            "floors": asdict(floors) if floors is not None else None,
+            "gemm_beside_dispatch": [gemm.to_json() for gemm in gemms],
+            "peers": peers(),
+            "cases": [row.to_json(floors.copy_gbs if floors else None) for row in rows],
+        }
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(document, indent=2) + "\n")
+    return int(any(row.error for row in rows) or any(gemm.error for gemm in gemms))
+
+
+def measure_floors(settings: CudaBenchSettings) -> Floors:
+    kernel_us = {
+        n: one_element_kernel_us(n, settings.chain, settings.num_repeats).median_us
+        for n in settings.num_ranks
+    }
+    floors = Floors(kernel_us, copy_gbs())
+    give_memory_back()
+    return floors
+
+
+def measure_rows(settings: CudaBenchSettings) -> list[CaseRow]:
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    rows = []
+    cases = list(settings.cases())
+    for case in cases:
+        times, error = _attempt(partial(measure, settings, case))
+        # What the buffer takes where it is not told.
+        num_sms = case.num_sms or max(1, gpu.multi_processor_count // case.num_ranks)
+        rows.append(CaseRow(replace(case, num_sms=num_sms), times, error))
+        outcome = error if times is None else f"{times.pair.median_us:.1f} us"
+        print(f"{len(rows)} of {len(cases)}: {rows[-1].case}: {outcome}", file=sys.stderr)
+    return rows
+
+
+def measure_gemms(settings: CudaBenchSettings) -> list[GemmRow]:
+    """For every number of ranks, with most tokens and the first of everything else."""
+    rows = []
+    for num_ranks in settings.num_ranks:
+        case = next(settings.cases())
+        case = replace(case, num_ranks=num_ranks, num_tokens=max(settings.num_tokens), form="hook")
+        rows.append(GemmRow(case, *_attempt(partial(gemm_beside_dispatch, settings, case))))
+    return rows
+
+
+def _attempt(run: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The result, or what went wrong: a case that fails is reported as that, the others go on."""
+    try:
+        return run(), None
+    except (EPBackendError, RuntimeError, ValueError) as e:
+        return None, _reason(e)
+    finally:
+        give_memory_back()
+
+
+def _reason(error: BaseException) -> str:
+    """One line. Leaving a broken capture raises once more: what came first is the reason."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def give_memory_back() -> None:
+    """So that the next buffers, which PyTorch does not allocate, find room."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def print_results(
+    settings: CudaBenchSettings,
+    gpu: dict[str, Any],
+    rows: list[CaseRow],
+    floors: Floors | None,
+    gemms: list[GemmRow],
+) -> None:
+    shared, heads, cells = table_rows(rows, floors.copy_gbs if floors else None)
+    title = (
+        f"dispatch + combine, virtual ranks on one {gpu['gpu']} | hidden {settings.hidden}, "
+        f"{settings.num_experts} experts, top-{settings.top_k} | driver {gpu['driver']}, CUDA "
+        f"{gpu['cuda']}, torch {gpu['torch']}, ep_backend {gpu['ep_backend']}\n{shared}"
+    )
+    print_table(title, heads, cells, CAPTION)
+    for row in rows:
+        if row.error is not None:
+            print(f"failed: {row.case}: {row.error}")
+    if floors is not None:
+        print(floors)
+    for gemm in gemms:
+        print(gemm)
+    for peer, state in peers().items():
+        print(f"{peer}: {state}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

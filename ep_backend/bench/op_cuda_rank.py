@@ -1,0 +1,154 @@
+"""One virtual rank of the CUDA benchmark: its tensors, its operations, and whether they are right.
+
+T tokens of this rank, H hidden, K top_k, R ranks, M num_max_tokens_per_rank, L local experts,
+S = R * M rows an expert has room for.
+
+The experts only scale: expert e multiplies by `1 + e % 4`, so that a row of the wrong expert shows.
+Their output is made once, from the rows of the first dispatch; inputs never change, so it stays
+right. All terms of a sum have the sign of x: nothing cancels, and errors are relative.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ep_backend import DispatchHandle, DispatchResult, LowLatencyBuffer, RecvHook
+from ep_backend.bench.routing import Inputs
+
+# Roundings to bfloat16, 2^-8 each: expert's row, partial row, sum; and what they compound.
+BF16_TOLERANCE = 4 * 2.0**-8
+# Half a step of e4m3; below its smallest normal number, 2^-10 times the scale, amax / 448.
+FP8_TOLERANCE = BF16_TOLERANCE + 2.0**-4
+FP8_SUBNORMAL = 2.0**-10 / 448
+_CHANNELS_PER_SCALE = 128
+
+
+class CheckFailed(RuntimeError):
+    """A result is wrong; no time of its case is reported."""
+
+
+class RankOps:
+    """The operations of one rank in one case, on tensors that stay where they are."""
+
+    def __init__(self, buffer: LowLatencyBuffer, inputs: Inputs, form: str) -> None:
+        self.buffer = buffer
+        self._is_fused = form == "fused"
+        self._x = inputs.x.to(buffer.device)
+        self._topk_idx = inputs.topk_idx.to(buffer.device)
+        self._topk_weights = inputs.topk_weights.to(buffer.device)
+        self._out = torch.empty_like(self._x)
+        self._expert_out = torch.empty(0)
+
+    def dispatch(self) -> DispatchResult:
+        """A whole dispatch, in the case's form."""
+        if self._is_fused:
+            return self.buffer.dispatch_and_receive(self._x, self._topk_idx, self._topk_weights)
+        result, recv_hook = self.send_dispatch()
+        recv_hook()
+        return result
+
+    def pair(self) -> DispatchResult:
+        """A whole dispatch and its combine."""
+        result = self.dispatch()
+        if self._is_fused:
+            self.buffer.combine_and_receive(self._expert_out, result.handle, self._out)
+        else:
+            self.send_combine(result.handle)()
+        return result
+
+    def send_dispatch(self) -> tuple[DispatchResult, RecvHook]:
+        return self.buffer.dispatch(self._x, self._topk_idx, self._topk_weights)
+
+    def send_combine(self, handle: DispatchHandle) -> RecvHook:
+        _, recv_hook = self.buffer.combine(self._expert_out, handle, self._out)
+        return recv_hook
+
+    def make_expert_out(self, result: DispatchResult) -> None:
+        """From the rows of a received dispatch. What combine must not read is NaN."""
+        if self.buffer.num_combine_inputs > 0:
+            self._expert_out = self.buffer.combine_input(0).fill_(torch.nan)
+        else:
+            self._expert_out = torch.full(
+                result.recv_x.shape, torch.nan, dtype=torch.bfloat16, device=self.buffer.device
+            )
+        used, rows = self._scaled_rows(result)
+        self._expert_out[used] = rows
+
+    def poison(self, result: DispatchResult) -> None:
+        """Overwrites with NaN what a pair with this result will write."""
+        self._out.fill_(torch.nan)
+        result.recv_x.view(torch.uint8).fill_(0xFF)
+        if result.recv_scales is not None:
+            result.recv_scales.fill_(torch.nan)
+
+    def check(self, what: str, result: DispatchResult) -> float:
+        """Of a finished pair; returns its error, relative to the result (of all elements).
+
+        Raises:
+            CheckFailed: the experts' rows are not those of the first dispatch, or sums are wrong.
+        """
+        rank = self.buffer.group.self_rank
+        used, rows = self._scaled_rows(result)
+        if not torch.equal(self._expert_out[used], rows):
+            raise CheckFailed(f"{what}: rows that rank {rank} received differ from its first ones")
+        factors = (self._topk_weights * _expert_factor(self._topk_idx)).sum(1, keepdim=True)
+        expected = self._x.float() * factors
+        tolerance = expected.abs() * BF16_TOLERANCE
+        if self.buffer.dispatch_dtype == torch.float8_e4m3fn:
+            row_amax = expected.abs().amax(1, keepdim=True)  # not below that of any channel group
+            tolerance = expected.abs() * FP8_TOLERANCE + row_amax * FP8_SUBNORMAL
+        error = self._out.float() - expected
+        is_right = error.abs() <= tolerance  # NaN is not
+        if not bool(is_right.all()):
+            num_wrong = int((~is_right).sum())
+            raise CheckFailed(f"{what}: {num_wrong} elements of rank {rank}'s combine are wrong")
+        return float(error.norm() / expected.norm())
+
+    def _scaled_rows(self, result: DispatchResult) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """What the experts make of the rows received.
+
+        Returns:
+            The index of the N rows in use (into the first two dimensions of `recv_x`), and
+            `[N, H]` bfloat16: scaled, rank-major also weighted and summed over the local experts.
+        """
+        is_expert_major = result.recv_topk_idx is None
+        counts = (
+            result.num_recv_tokens_per_expert
+            if is_expert_major
+            else result.num_recv_tokens_per_rank
+        )
+        slots = torch.arange(result.recv_x.shape[1], device=self.buffer.device)
+        used = torch.nonzero(slots < counts[:, None], as_tuple=True)
+        # As bytes: not every version of PyTorch indexes float8.
+        raw = result.recv_x.view(torch.uint8)[used]
+        values = raw.view(self.buffer.dispatch_dtype).float()
+        if result.recv_scales is not None:
+            scales = result.recv_scales[used].repeat_interleave(_CHANNELS_PER_SCALE, dim=1)
+            values *= scales[:, : self.buffer.hidden]
+        if result.recv_topk_idx is None or result.recv_topk_weights is None:
+            factors = _expert_factor(self.buffer.first_expert + used[0])
+        else:
+            local_idx = result.recv_topk_idx[used]
+            weights = torch.where(local_idx >= 0, result.recv_topk_weights[used], 0)
+            factors = (weights * _expert_factor(self.buffer.first_expert + local_idx)).sum(1)
+        return used, (values * factors[:, None]).to(torch.bfloat16)
+
+
+def _expert_factor(expert: torch.Tensor) -> torch.Tensor:
+    return 1.0 + expert % 4
+
+
+def run_lockstep(ranks: list[RankOps], *, is_first: bool) -> list[DispatchResult]:
+    """One pair of every rank on the current stream: all sends, then all hooks, so that no kernel
+    waits for one behind it. The first makes the experts' output."""
+    dispatched = [rank.send_dispatch() for rank in ranks]
+    for _, recv_hook in dispatched:
+        recv_hook()
+    results = [result for result, _ in dispatched]
+    if is_first:
+        for rank, result in zip(ranks, results, strict=True):
+            rank.make_expert_out(result)
+    hooks = [rank.send_combine(r.handle) for rank, r in zip(ranks, results, strict=True)]
+    for recv_hook in hooks:
+        recv_hook()
+    return results

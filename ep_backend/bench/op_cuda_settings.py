@@ -1,0 +1,199 @@
+"""What `ep-backend bench op --device cuda` was asked for: the cases, and the command line.
+
+Options that take a comma-separated list are swept: every combination is a case. Parsed with
+argparse, so that the benchmark also runs where only PyTorch is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROGRAM = "ep-backend bench op --device cuda"
+
+DISPATCH_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+OUTPUT_LAYOUTS = ("expert_major", "rank_major")
+FORMS = ("fused", "hook")
+TRANSFERS = ("pull", "push")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    num_ranks: int
+    num_tokens: int
+    """T of every rank."""
+    dispatch_dtype: str
+    """Of `DISPATCH_DTYPES`."""
+    output_layout: str
+    form: str
+    """"fused": send and receive in one call; "hook": a send, then its hook."""
+    transfer: str
+    num_sms: int | None
+    """Blocks of a kernel; None: the GPU's SMs, shared by the ranks."""
+    num_max_tagged_tokens: int | None
+    """None: the buffer's default; 0: never tagged."""
+
+
+@dataclass(frozen=True)
+class CudaBenchSettings:
+    """Sizes that all cases share, what is swept, and how it is timed."""
+
+    num_ranks: tuple[int, ...] = (1, 8)
+    num_tokens: tuple[int, ...] = (1, 16, 128)
+    dispatch_dtypes: tuple[str, ...] = ("bf16", "fp8")
+    output_layouts: tuple[str, ...] = OUTPUT_LAYOUTS
+    forms: tuple[str, ...] = FORMS
+    transfers: tuple[str, ...] = ("pull",)
+    num_sms: tuple[int | None, ...] = (None,)
+    num_max_tagged_tokens: tuple[int | None, ...] = (None,)
+    hidden: int = 7168
+    num_experts: int = 256
+    top_k: int = 8
+    num_max_tokens_per_rank: int = 128
+    chain: int = 20
+    """Pairs of a graph."""
+    num_repeats: int = 60
+    """Replays timed."""
+    seed: int = 0
+    is_cold: bool = False
+    """Also time pairs whose data are not in the L2 cache."""
+    with_floors: bool = True
+    with_gemm: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_ranks", "num_tokens"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected positive numbers")
+        for name in ("hidden", "num_experts", "top_k", "chain", "num_repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name, allowed in (
+            ("dispatch_dtypes", tuple(DISPATCH_DTYPES)),
+            ("output_layouts", OUTPUT_LAYOUTS),
+            ("forms", FORMS),
+            ("transfers", TRANSFERS),
+        ):
+            for value in getattr(self, name):
+                if value not in allowed:
+                    raise ValueError(f"{name} has {value!r}, expected {' or '.join(allowed)}")
+        if self.num_max_tokens_per_rank < max(self.num_tokens):
+            raise ValueError(
+                f"num_max_tokens_per_rank is {self.num_max_tokens_per_rank}, expected at least the "
+                f"largest number of tokens, {max(self.num_tokens)}"
+            )
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k is {self.top_k}, expected at most {self.num_experts} experts")
+        if self.num_experts < max(self.num_ranks):
+            raise ValueError(
+                f"num_experts is {self.num_experts}, expected at least the largest number of "
+                f"ranks, {max(self.num_ranks)}"
+            )
+
+    def cases(self) -> Iterator[Case]:
+        for values in itertools.product(
+            self.num_ranks,
+            self.num_tokens,
+            self.dispatch_dtypes,
+            self.output_layouts,
+            self.forms,
+            self.transfers,
+            self.num_sms,
+            self.num_max_tagged_tokens,
+        ):
+            yield Case(*values)
+
+
+QUICK = CudaBenchSettings(
+    num_tokens=(1, 128),
+    dispatch_dtypes=("fp8",),
+    output_layouts=("expert_major",),
+    forms=("fused",),
+    num_repeats=20,
+)
+
+
+def parse_arguments(arguments: list[str]) -> tuple[CudaBenchSettings, Path | None]:
+    """The settings, and where the JSON goes. Wrong arguments end the program, as argparse does."""
+    parser = _parser()
+    given = vars(parser.parse_args(arguments))
+    base = QUICK if given.pop("quick") else CudaBenchSettings()
+    output: Path | None = given.pop("output")
+    try:
+        return replace(base, **{k: v for k, v in given.items() if v is not None}), output
+    except ValueError as e:
+        parser.error(str(e))
+
+
+def _parser() -> argparse.ArgumentParser:
+    default = CudaBenchSettings()
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Time of dispatch + combine between virtual ranks on one GPU, beside the "
+        "GPU's own floors. A list is swept.",
+    )
+
+    def add(flag: str, name: str, parse: Any, text: str) -> None:
+        shown = getattr(default, name)
+        if isinstance(shown, tuple):
+            shown = ",".join("default" if value is None else str(value) for value in shown)
+        parser.add_argument(
+            flag, dest=name, type=parse, metavar=flag[2:].upper(), help=f"{text} [default: {shown}]"
+        )
+
+    add("--ranks", "num_ranks", _numbers, "List: virtual ranks, all on this GPU.")
+    add("--tokens", "num_tokens", _numbers, "List: tokens of every rank.")
+    add("--dispatch-dtype", "dispatch_dtypes", _words, "List of bf16, fp8: rows of dispatch.")
+    add("--layout", "output_layouts", _words, "List of expert_major, rank_major.")
+    add("--form", "forms", _words, "List of fused, hook: one call, or a send and its hook.")
+    add("--transfer", "transfers", _words, "List of pull, push.")
+    add("--num-sms", "num_sms", _numbers_or_default, "List: blocks of a kernel.")
+    add("--tagged", "num_max_tagged_tokens", _tagged, "List of default, off, a number of tokens.")
+    add("--hidden", "hidden", int, "Elements of a row.")
+    add("--experts", "num_experts", int, "Experts of all ranks together.")
+    add("--top-k", "top_k", int, "Experts of a token.")
+    add(
+        "--num-max-tokens",
+        "num_max_tokens_per_rank",
+        int,
+        "Capacity of the buffers. Memory grows with ranks times this: 16 for 32 ranks and more.",
+    )
+    add("--chain", "chain", int, "Pairs in a graph.")
+    add("--repeats", "num_repeats", int, "Replays timed.")
+    add("--seed", "seed", int, "Of the inputs.")
+    parser.add_argument(
+        "--cold", dest="is_cold", action="store_const", const=True, help="Also with a cold L2."
+    )
+    for flag, name, what in (
+        ("--no-floors", "with_floors", "the floors of the GPU"),
+        ("--no-gemm", "with_gemm", "the GEMM between send and hook"),
+    ):
+        parser.add_argument(
+            flag, dest=name, action="store_const", const=False, help=f"Leave out {what}."
+        )
+    parser.add_argument("--quick", action="store_true", help="A few cases; seconds.")
+    parser.add_argument("--output", "--json", type=Path, help="Write all results there, as JSON.")
+    return parser
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
+
+
+def _numbers_or_default(text: str) -> tuple[int | None, ...]:
+    return tuple(None if word == "default" else int(word) for word in text.split(","))
+
+
+def _tagged(text: str) -> tuple[int | None, ...]:
+    return _numbers_or_default(text.replace("off", "0"))
