@@ -17,7 +17,13 @@ from ep_backend.errors import (
     SettingsMismatch,
 )
 from ep_backend.group import Group, VirtualWorld, virtual_world
-from ep_backend.handles import DispatchHandle, DispatchResult, OpCounters, RecvHook
+from ep_backend.handles import (
+    DispatchHandle,
+    DispatchResult,
+    KernelStatistics,
+    OpCounters,
+    RecvHook,
+)
 from ep_backend.low_latency import LowLatencyBuffer
 
 __version__ = "0.1.0"
@@ -27,6 +33,7 @@ __all__ = [
     "DispatchResult",
     "EPBackendError",
     "Group",
+    "KernelStatistics",
     "LowLatencyBuffer",
     "OpCounters",
     "OrderError",

@@ -32,6 +32,17 @@ class OpCounters:
     """Part of `total_ns` spent waiting for peers."""
 
 
+@dataclass(frozen=True)
+class KernelStatistics:
+    """What a rank's kernels on a GPU have counted since its buffer's creation."""
+
+    wait_ns: dict[str, list[int]]
+    """Of "dispatch_send", "dispatch_recv", "combine_send", "combine_recv": nanoseconds that signals
+    and credits of each rank were waited for. Waits for tagged words are not among them."""
+    num_expert_rows: list[int]
+    """Rows that each local expert has received."""
+
+
 class DispatchHandle:
     """Where every received row came from; what `combine` needs. Filled by the dispatch hook.
 

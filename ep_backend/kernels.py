@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import product
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from ep_backend import _native
 from ep_backend.errors import EPBackendError
-from ep_backend.handles import OpCounters
+from ep_backend.handles import KernelStatistics, OpCounters
 
 if TYPE_CHECKING:
     from ep_backend.group import Group
 
 Phase, Half = _native.Phase, _native.Half
 Kernel = Callable[..., _native.OpResult]
+# By phase, then half, as the native modules count them.
+KERNEL_NAMES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
 
 
 class RankKernels(Protocol):
@@ -43,6 +46,8 @@ class RankKernels(Protocol):
         """The same for combine."""
 
     def counters(self) -> dict[str, OpCounters]: ...
+
+    def statistics(self) -> KernelStatistics: ...
 
     def report(self) -> _native.OpResult:
         """What has failed since, where kernels run asynchronously; else OK."""
@@ -84,13 +89,14 @@ class CpuKernels:
         self.combine_recv = rank.combine_recv
 
     def counters(self) -> dict[str, OpCounters]:
+        phases_and_halves = product((Phase.DISPATCH, Phase.COMBINE), (Half.SEND, Half.RECV))
         return {
-            f"{phase.name.lower()}_{half.name.lower()}": OpCounters(
-                **self._rank.counters(phase, half)
-            )
-            for phase in (Phase.DISPATCH, Phase.COMBINE)
-            for half in (Half.SEND, Half.RECV)
+            name: OpCounters(**self._rank.counters(phase, half))
+            for name, (phase, half) in zip(KERNEL_NAMES, phases_and_halves, strict=True)
         }
+
+    def statistics(self) -> KernelStatistics:
+        raise EPBackendError("the CPU's kernels keep no statistics by rank. Call counters().")
 
     def report(self) -> _native.OpResult:
         return _native.OpResult()
@@ -149,7 +155,18 @@ class CudaKernels:
         return self._rank.combine(*args, self._stream())
 
     def counters(self) -> dict[str, OpCounters]:
-        raise EPBackendError("kernels on a GPU do not keep counters yet.")
+        raise EPBackendError("kernels on a GPU keep no such counters. Call statistics().")
+
+    def statistics(self) -> KernelStatistics:
+        counted = self._rank.statistics()
+        num_ranks = len(counted.wait_ns) // len(KERNEL_NAMES)
+        return KernelStatistics(
+            wait_ns={
+                name: counted.wait_ns[i * num_ranks : (i + 1) * num_ranks]
+                for i, name in enumerate(KERNEL_NAMES)
+            },
+            num_expert_rows=counted.num_expert_rows,
+        )
 
     def report(self) -> _native.OpResult:
         return self._rank.report()

@@ -21,7 +21,13 @@ from ep_backend import _native, faults
 from ep_backend.checks import AtMost, check_alignment, check_tensor, check_x_scales
 from ep_backend.errors import OrderError
 from ep_backend.group import Group
-from ep_backend.handles import DispatchHandle, DispatchResult, OpCounters, RecvHook
+from ep_backend.handles import (
+    DispatchHandle,
+    DispatchResult,
+    KernelStatistics,
+    OpCounters,
+    RecvHook,
+)
 from ep_backend.kernel_calls import KernelCalls
 from ep_backend.kernels import make_kernels
 from ep_backend.memory import cuda
@@ -340,6 +346,10 @@ class LowLatencyBuffer:
     def counters(self) -> dict[str, OpCounters]:
         """Counters of "dispatch_send", "dispatch_recv", "combine_send" and "combine_recv"."""
         return self._kernels.counters()
+
+    def statistics(self) -> KernelStatistics:
+        """CUDA: who was waited for, and how much each expert got. Waits for the device."""
+        return self._kernels.statistics()
 
     def raise_if_failed(self) -> None:
         """Raises what kernels have reported so far. On CUDA, synchronise first to be sure."""

@@ -99,7 +99,7 @@ def make_manager(cpu_group: Any, backend: str) -> Any:
 
         def get_handle(self, kwargs: dict[str, Any]) -> LowLatencyBuffer:
             """The buffer for these shapes, shared by all layers that have them. Collective."""
-            key = tuple(sorted(kwargs.items()))
+            key = tuple(sorted(kwargs.items(), key=lambda item: item[0]))
             if key not in self.buffers:
                 timeout = float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_SECS))
                 buffer = LowLatencyBuffer(self.group, timeout_secs=timeout, **kwargs)

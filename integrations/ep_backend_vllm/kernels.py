@@ -27,17 +27,18 @@ def install() -> None:
     def maybe_make_prepare_finalize(moe: Any, *args: Any, **kwargs: Any) -> Any:
         parallel = moe.moe_parallel_config
         if parallel.use_all2all_kernels and parallel.all2all_backend == LOW_LATENCY:
-            return _make_low_latency(moe)
+            quant_config = args[0] if args else kwargs.get("quant_config")
+            return _make_low_latency(moe, quant_config)
         return original(moe, *args, **kwargs)
 
     rebind_everywhere(original, maybe_make_prepare_finalize)
 
 
-def _make_low_latency(moe: Any) -> Any:
+def _make_low_latency(moe: Any, quant_config: Any) -> Any:
     import torch
     from vllm.distributed import get_ep_group
 
-    from ep_backend_vllm.low_latency import LowLatencyPrepareAndFinalize
+    from ep_backend_vllm.low_latency import LowLatencyPrepareAndFinalize, dispatch_dtype_for
 
     communicator = get_ep_group().device_communicator
     buffer = communicator.all2all_manager.get_handle(
@@ -47,6 +48,7 @@ def _make_low_latency(moe: Any) -> Any:
             "num_experts": moe.num_experts,
             "top_k": moe.experts_per_token,
             "dtype": moe.in_dtype,
+            "dispatch_dtype": dispatch_dtype_for(quant_config, moe.in_dtype),
             "device": torch.device(moe.device).type,
         }
     )

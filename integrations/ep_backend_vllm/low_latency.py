@@ -22,6 +22,18 @@ from ep_backend.observe.trace import TraceWriter
 Prepared = tuple[Any, ...]
 
 
+def dispatch_dtype_for(quant_config: Any, dtype: torch.dtype) -> torch.dtype:
+    """How rows travel: quantised where the experts want float8 with a scale for every 128 channels,
+    which is half the bytes of bfloat16, else as they are."""
+    wants_blocks = (
+        quant_config is not None
+        and quant_config.quant_dtype == torch.float8_e4m3fn
+        and quant_config.block_shape is not None
+        and quant_config.block_shape[1] == 128
+    )
+    return torch.float8_e4m3fn if wants_blocks else dtype
+
+
 class LowLatencyPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
     """One per layer; layers of one shape share the buffer.
 
@@ -67,14 +79,10 @@ class LowLatencyPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         defer_input_quant: bool = False,
     ) -> tuple[Callable[[], None], Callable[[], Prepared]]:
         """Sends `a1` `[T, H]` to its experts. The receiver gives
-        `(x [L, S, H], None, counts, None, None)`; None ids and weights mean vLLM keeps its own."""
+        `(x [L, S, H], scales [L, S, H / 128] or None, counts, None, None)`; None ids and weights
+        mean vLLM keeps its own."""
         begin_ns = time.monotonic_ns()
-        if quant_config.quant_dtype is not None and not defer_input_quant:
-            raise NotImplementedError(
-                f"ep_backend_low_latency dispatches unquantised activations; this layer wants "
-                f"{quant_config.quant_dtype}. Choose experts that quantise their input themselves, "
-                "or another --all2all-backend."
-            )
+        self._check_quantisation(quant_config, defer_input_quant)
         if apply_router_weight_on_input:
             if topk_ids.shape[1] != 1:
                 raise NotImplementedError(
@@ -93,7 +101,7 @@ class LowLatencyPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
                 expert_num_tokens_cpu=counts if counts.device.type == "cpu" else None,
             )
             self._record("prepare", a1.shape[0], begin_ns)
-            return result.recv_x, None, meta, None, None
+            return result.recv_x, result.recv_scales, meta, None, None
 
         return hook, receiver
 
@@ -127,6 +135,22 @@ class LowLatencyPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         hook, receiver = self.finalize_async(*args, **kwargs)
         hook()
         receiver()
+
+    def _check_quantisation(self, quant_config: Any, defer_input_quant: bool) -> None:
+        """The buffer was made for what the layer's experts take; experts may differ in the end."""
+        is_quantised = self.buffer.num_scales > 0
+        if defer_input_quant:
+            is_right, wanted = not is_quantised, "unquantised activations"
+        else:
+            wanted = quant_config.quant_dtype
+            is_right = is_quantised or wanted is None
+        if not is_right:
+            raise NotImplementedError(
+                f"ep_backend_low_latency dispatches {self.buffer.dispatch_dtype} here; this layer "
+                f"wants {wanted}. It dispatches float8 with a scale for every 128 channels, and "
+                "unquantised activations: choose experts that take either, or another "
+                "--all2all-backend."
+            )
 
     def _record(self, kind: str, num_tokens: int, begin_ns: int) -> None:
         if self._trace is not None:

@@ -226,6 +226,21 @@ def test_a_silent_peer_is_named_and_the_context_stays_usable() -> None:
     assert torch.ones(3, device="cuda").sum().item() == 3.0
 
 
+def test_rows_of_experts_are_counted_and_waits_have_a_name() -> None:
+    scenario = mixed_scenario(CUDA_SHAPE, num_variants=3)
+    buffers = CUDA_SHAPE.virtual_buffers()
+    ranks = [Interpreter(buffer, scenario) for buffer in buffers]
+    for step in STEPWISE_PROGRAMS["plain_loop"](3, CUDA_SHAPE.num_banks):
+        for rank in ranks:
+            rank.step(*step)
+    counted = [rows for buffer in buffers for rows in buffer.statistics().num_expert_rows]
+    received = [[len(e.origins) for e in variant.received] for variant in scenario.variants]
+    assert counted == [sum(rows) for rows in zip(*received, strict=True)]
+    waits = buffers[0].statistics().wait_ns
+    assert set(waits) == {"dispatch_send", "dispatch_recv", "combine_send", "combine_recv"}
+    assert all(len(of_ranks) == 2 for of_ranks in waits.values())
+
+
 def test_an_expert_that_does_not_exist_is_named() -> None:
     (buffer,) = Shape(1, hidden=8, num_experts=4, top_k=2, device="cuda").virtual_buffers()
     idx = torch.tensor([[0, 1], [3, 4]], device="cuda")

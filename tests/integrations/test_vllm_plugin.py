@@ -15,7 +15,7 @@ from ep_backend_vllm import communicator, config, cpu, kernels, tracing
 from ep_backend_vllm.backends import BACKENDS, LOW_LATENCY
 from ep_backend_vllm.patching import UnsupportedVLLM
 
-from ep_backend import Group, LowLatencyBuffer, virtual_world
+from ep_backend import Group, LowLatencyBuffer, reference, virtual_world
 
 NUM_RANKS, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, MAX_TOKENS = 2, 6, 2, 64, 32, 16
 
@@ -155,6 +155,45 @@ def test_shared_experts_run_between_the_combine_and_its_hook() -> None:
 
     virtual_world(1).run(rank_main)
     assert seen == [(1, 0)], "the send had happened, the hook had not"
+
+
+def test_experts_that_want_float8_blocks_get_rows_and_scales() -> None:
+    from ep_backend_vllm.low_latency import LowLatencyPrepareAndFinalize, dispatch_dtype_for
+    from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
+
+    one = torch.ones(1)
+    blocks = fp8_w8a8_moe_quant_config(one, one, block_shape=[128, 128])
+    per_token = fp8_w8a8_moe_quant_config(one, one, per_act_token_quant=True)
+    assert dispatch_dtype_for(per_token, torch.bfloat16) == torch.bfloat16
+    dispatch_dtype = dispatch_dtype_for(blocks, torch.bfloat16)
+    assert dispatch_dtype == torch.float8_e4m3fn
+    x, ids, weights = _batch(torch.Generator().manual_seed(0), num_tokens=3)
+    x = x.to(torch.bfloat16)
+
+    def rank_main(group: Group) -> None:
+        buffer = LowLatencyBuffer(
+            group,
+            num_max_tokens_per_rank=MAX_TOKENS,
+            hidden=HIDDEN,
+            num_experts=NUM_EXPERTS,
+            top_k=TOP_K,
+            dtype=torch.bfloat16,
+            dispatch_dtype=dispatch_dtype,
+        )
+        adapter = LowLatencyPrepareAndFinalize(buffer)
+        arguments = (x, weights, ids, NUM_EXPERTS, None, False)
+        rows, scales, meta, _, _ = adapter.prepare(*arguments, blocks)
+        expected, expected_scales = reference.quantize(x, "float32")
+        for expert, num_rows in enumerate(meta.expert_num_tokens.tolist()):
+            tokens = (ids == expert).any(dim=1).nonzero()[:, 0]
+            assert num_rows == len(tokens)
+            got = rows[expert, :num_rows].view(torch.uint8)
+            assert torch.equal(got, expected.view(torch.uint8)[tokens])
+            assert torch.equal(scales[expert, :num_rows], expected_scales[tokens])
+        with pytest.raises(NotImplementedError, match="this layer wants unquantised activations"):
+            adapter.prepare(*arguments, blocks, defer_input_quant=True)
+
+    virtual_world(1).run(rank_main)
 
 
 def _batch(
