@@ -1,0 +1,115 @@
+"""What the link and NCCL do beside the multi-GPU benchmark's operations."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ep_backend.bench.multi_gpu_world import RankedSpread, World, time_chain
+from ep_backend.bench.op_cuda_settings import CudaBenchSettings
+
+COPY_BYTES = 256 << 20
+NUM_COPIES = 20
+NCCL_CHAIN = 20
+NCCL_TIMEOUT = timedelta(seconds=60)
+_BF16_BYTES = 2
+_CHANNELS_PER_SCALE = 128
+
+
+def dispatch_row_bytes(dispatch_dtype: str, hidden: int) -> int:
+    """Of a row on the wire, with its float32 scales."""
+    if dispatch_dtype == "bf16":
+        return hidden * _BF16_BYTES
+    return hidden + 4 * -(-hidden // _CHANNELS_PER_SCALE)
+
+
+def copy_gbs() -> float:
+    """GB/s of `Tensor.copy_` of 256 MiB from GPU 0 to GPU 1, one way, by this process alone."""
+    src = torch.ones(COPY_BYTES, dtype=torch.uint8, device="cuda:0")
+    dst = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda:1")
+    dst.copy_(src)
+    for device in (0, 1):
+        torch.cuda.synchronize(device)
+    times_ms = []
+    with torch.cuda.device(0):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(NUM_COPIES):
+            begin.record()
+            dst.copy_(src, non_blocking=True)
+            end.record()
+            torch.cuda.synchronize(0)
+            times_ms.append(begin.elapsed_time(end))
+    torch.cuda.synchronize(1)
+    return COPY_BYTES / statistics.median(times_ms) / 1e6
+
+
+def time_nccl(
+    world: World, settings: CudaBenchSettings, report: Callable[[dict[str, Any]], None]
+) -> None:
+    """A pair of NCCL all-to-alls for every number of tokens T and dispatch dtype: T dispatched rows
+    to each rank, itself included, and T bfloat16 rows back. It routes, copies to experts and adds
+    up nothing. Collective.
+
+    Args:
+        report: takes each result, as it goes into JSON.
+    """
+    nccl = world.step(lambda: dist.new_group(backend="nccl", timeout=NCCL_TIMEOUT))
+    for dtype in settings.dispatch_dtypes:
+        for num_tokens in settings.num_tokens:
+            row_bytes = dispatch_row_bytes(dtype, settings.hidden)
+            times = _time_pair(world, nccl, settings, num_tokens, row_bytes)
+            report(
+                {
+                    "num_tokens": num_tokens,
+                    "dispatch_dtype": dtype,
+                    "pair": asdict(times.spread),
+                    "pair_rank_difference_us": times.rank_difference_us,
+                }
+            )
+
+
+def _time_pair(
+    world: World, nccl: Any, settings: CudaBenchSettings, num_tokens: int, row_bytes: int
+) -> RankedSpread:
+    num_rows = world.group.num_ranks * num_tokens
+
+    def tensors(num_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        size = (num_rows, num_bytes)
+        src = torch.full(size, world.group.self_rank, dtype=torch.uint8, device="cuda")
+        return torch.empty_like(src), src
+
+    exchanges = [tensors(row_bytes), tensors(settings.hidden * _BF16_BYTES)]
+
+    def pair() -> None:
+        for dst, src in exchanges:
+            dist.all_to_all_single(dst, src, group=nccl)
+
+    def chain(num_ops: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # NCCL's watchdog thread may query events meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(num_ops):
+                pair()
+        return graph
+
+    def warm_up() -> None:
+        """NCCL sets itself up at its first call, which a graph must not record."""
+        pair()
+        torch.cuda.synchronize()
+
+    world.step(warm_up)
+    return time_chain(
+        world,
+        world.step(partial(chain, 1)),
+        world.step(partial(chain, NCCL_CHAIN)),
+        num_ops=NCCL_CHAIN,
+        num_repeats=settings.num_repeats,
+        raise_if_failed=lambda: None,
+    )

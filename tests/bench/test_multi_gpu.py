@@ -1,0 +1,199 @@
+"""`python -m ep_backend.bench.multi_gpu`: what it asks for, agrees on and writes. Timing itself
+needs GPUs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ep_backend import _native
+from ep_backend.bench import multi_gpu
+from ep_backend.bench.multi_gpu_peers import dispatch_row_bytes
+from ep_backend.bench.multi_gpu_report import (
+    SETTING_HEADS,
+    TIME_HEADS,
+    has_failed,
+    note_crash,
+    print_results,
+    table_cells,
+)
+from ep_backend.bench.multi_gpu_settings import parse_arguments
+from ep_backend.bench.multi_gpu_world import RankedSpread, StepFailed, World
+from ep_backend.bench.op_cuda_graph import Spread
+from tests.support.processes import Rank, RankProcesses
+
+NUM_GPUS = torch.cuda.device_count() if _native.has_cuda else 0
+
+
+def test_off_is_left_out_where_default_is_off_already() -> None:
+    options = parse_arguments([], num_visible=2)
+    assert options.num_gpus == 2
+    cases = options.cases()
+    assert {case.num_ranks for case in cases} == {2}
+    tagged = {(case.num_tokens, case.num_max_tagged_tokens) for case in cases}
+    assert tagged == {(1, None), (1, 0), (16, None), (16, 0), (64, None), (128, None)}
+    assert len(cases) == 2 * len(tagged)
+    cases = parse_arguments(["--tagged", "off", "--tokens", "128"], 2).cases()
+    assert {case.num_max_tagged_tokens for case in cases} == {0}
+
+
+def test_lists_are_swept_and_the_rest_is_default() -> None:
+    line = "--tokens 4,32 --dispatch-dtype bf16,fp8 --form hook --transfer pull,push --tagged 8"
+    options = parse_arguments([*line.split(), "--no-nccl", "--limit", "50", "--json", "x.json"], 8)
+    assert len(options.cases()) == 2 * 2 * 2 * 2
+    assert options.settings.chain == 100
+    assert (options.with_nccl, options.with_copy) == (False, True)
+    assert (options.num_gpus, options.limit_secs, options.output) == (8, 50.0, Path("x.json"))
+    assert shlex.split(options.command)[3:5] == ["--tokens", "4,32"]
+    assert parse_arguments([], 16).num_gpus == 8
+    assert parse_arguments(["--gpus", "1"], 1).num_gpus == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "num_visible", "expected"),
+    [
+        ([], 0, "needs two GPUs"),
+        ([], 1, "needs two GPUs"),
+        (["--gpus", "3"], 2, "--gpus is 3; 2 visible"),
+        (["--gpus", "0"], 2, "--gpus is 0"),
+        (["--layout", "row_major"], 2, "expert_major or rank_major"),
+        (["--tokens", "256"], 2, "at least the largest number of tokens, 256"),
+    ],
+)
+def test_wrong_arguments_end_the_program(
+    arguments: list[str], num_visible: int, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(arguments, num_visible)
+    assert end.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.skipif(NUM_GPUS >= 2, reason="there are GPUs")
+def test_without_gpus_it_says_so() -> None:
+    with pytest.raises(SystemExit) as end:
+        multi_gpu.main([])
+    assert end.value.code == 2
+
+
+def test_a_replay_lasts_as_long_as_on_its_slowest_rank() -> None:
+    times = RankedSpread.of([[10.0, 22.0, 30.0], [12.0, 20.0, 30.0]], num_ops=2)
+    assert times.spread == Spread(11.0, 6.0, 15.0)
+    assert times.rank_difference_us == 1.0
+
+
+def test_row_bytes_include_scales() -> None:
+    assert dispatch_row_bytes("bf16", 7168) == 14336
+    assert dispatch_row_bytes("fp8", 7168) == 7392
+    assert dispatch_row_bytes("fp8", 130) == 130 + 8
+
+
+def fail_between_meetings(rank: Rank, num_before_failure: int) -> str:
+    """Rank 1 fails where the others only meet; then a step succeeds."""
+    world = World(rank.group)
+
+    def work() -> None:
+        for i in range(4):
+            world.meet()
+            if rank.group.self_rank == 1 and i == num_before_failure:
+                raise ValueError("no")
+
+    with pytest.raises(StepFailed) as failed:
+        world.step(work)
+    assert world.gather(world.step(lambda: rank.group.self_rank)) == [0, 1, 2]
+    return str(failed.value)
+
+
+def test_all_ranks_give_up_a_step_together() -> None:
+    with RankProcesses(3) as ranks:
+        for i in range(4):
+            assert ranks.run(fail_between_meetings, i) == ["rank 1: ValueError: no"] * 3
+
+
+def spread(us: float) -> dict[str, float]:
+    return {"median_us": us, "p10_us": us - 1, "p90_us": us + 1}
+
+
+def document() -> dict[str, Any]:
+    case = {
+        "num_tokens": 16,
+        "dispatch_dtype": "fp8",
+        "output_layout": "rank_major",
+        "form": "fused",
+        "transfer": "pull",
+        "num_sms": None,
+        "num_max_tagged_tokens": None,
+    }
+    times = {
+        "pair": spread(10.0),
+        "dispatch": spread(4.0),
+        "combine_us": 6.0,
+        "pair_rank_difference_us": 0.25,
+    }
+    off = case | {"num_max_tagged_tokens": 0, "num_sms": 64}
+    nccl = {"num_tokens": 16, "dispatch_dtype": "fp8", "pair": spread(17.7)}
+    versions = dict.fromkeys(("driver", "cuda", "torch", "ep_backend"), "1")
+    return {
+        "machine": {"gpu": "H100"} | versions,
+        "cards": ["H100", "H100"],
+        "settings": {"hidden": 7168, "num_experts": 256, "top_k": 8},
+        "running": None,
+        "cases": [case | times, off | {"error": "rank 1: PeerTimeout: x"}],
+        "nccl": {"pairs": [nccl]},
+        "copy": {"num_bytes": 256 << 20, "gbs": 390.0},
+    }
+
+
+def test_the_table_has_times_beside_nccl_or_says_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = table_cells(document())
+    assert len(first) == len(second) == len(SETTING_HEADS) + len(TIME_HEADS)
+    assert first[:7] == ["16", "fp8", "rank", "fused", "pull", "all", "default"]
+    assert first[7:] == ["10.00", "9.00", "11.00", "4.00", "6.00", "17.70", "0.25"]
+    assert second[5:9] == ["64", "off", "failed", ""]
+    print_results(document())
+    printed = capsys.readouterr().out
+    assert "2 x H100" in printed
+    assert "failed: 16 fp8 rank fused pull 64 off: rank 1: PeerTimeout: x" in printed
+    assert "copy of 256 MiB, GPU 0 to 1: 390 GB/s" in printed
+
+
+@pytest.mark.parametrize(
+    ("running", "is_failure"), [("nccl", False), ("copy", False), (None, False), ("Case()", True)]
+)
+def test_only_a_crash_in_a_case_is_a_failure(running: str | None, is_failure: bool) -> None:
+    written = document() | {"running": running}
+    del written["cases"][1]
+    assert not has_failed(written)
+    note_crash(written, "process 1 died")
+    assert has_failed(written) == is_failure
+    assert "process 1 died" in json.dumps(written)
+    print_results(written)
+
+
+def test_a_crash_at_the_start_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    written = multi_gpu.read_document(tmp_path / "none.json")
+    note_crash(written, "process 0 died")
+    print_results(written)
+    assert has_failed(written)
+    assert "error: in start: process 0 died" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NUM_GPUS < 2, reason="fewer than two GPUs: nothing was timed")
+def test_cases_are_timed_between_gpus(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    sizes = "--hidden 512 --experts 64 --chain 4 --repeats 5 --tokens 1,64 --form fused,hook"
+    assert multi_gpu.main([*sizes.split(), "--transfer", "pull,push", "--output", str(path)]) == 0
+    written = json.loads(path.read_text())
+    assert written["running"] is None
+    assert len(written["cases"]) == 2 * 2 * 3 * 2
+    for case in written["cases"]:
+        assert 0 < case["dispatch"]["median_us"] < case["pair"]["median_us"]
+        assert 0 < case["relative_error"] < 0.04
+    assert written["copy"]["gbs"] > 1
+    assert [row["num_tokens"] for row in written["nccl"]["pairs"]] == [1, 64]
