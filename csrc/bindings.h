@@ -58,9 +58,11 @@ inline protocol::CombineSendParams make_combine_send(uintptr_t expert_out, uintp
 
 inline protocol::CombineRecvParams make_combine_recv(uintptr_t out, uint32_t num_tokens,
                                                      uintptr_t num_partials, uintptr_t answers,
+                                                     uintptr_t topk_weights,
                                                      int32_t combine_input) {
-  return {pointer<std::byte>(out), num_tokens, pointer<uint32_t>(num_partials),
-          pointer<uint32_t>(answers), combine_input};
+  return {pointer<std::byte>(out),         num_tokens,
+          pointer<uint32_t>(num_partials), pointer<uint32_t>(answers),
+          pointer<float>(topk_weights),    combine_input};
 }
 
 }  // namespace ep

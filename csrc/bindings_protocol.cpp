@@ -22,6 +22,9 @@ void bind_enums(py::module_& m) {
       .value("POWER_OF_TWO", ScaleFormat::kPowerOfTwo)
       .value("UE8M0", ScaleFormat::kUE8M0);
   py::enum_<Transfer>(m, "Transfer").value("PUSH", Transfer::kPush).value("PULL", Transfer::kPull);
+  py::enum_<Reduction>(m, "Reduction")
+      .value("RANK", Reduction::kRank)
+      .value("SOURCE", Reduction::kSource);
   py::enum_<OutputLayout>(m, "OutputLayout")
       .value("EXPERT_MAJOR", OutputLayout::kExpertMajor)
       .value("RANK_MAJOR", OutputLayout::kRankMajor);
@@ -32,7 +35,8 @@ void bind_config(py::module_& m) {
       .def(py::init([](uint32_t num_ranks, uint32_t num_experts, uint32_t num_max_tokens_per_rank,
                        uint32_t hidden, uint32_t top_k, uint32_t num_banks, DType dtype,
                        DType dispatch_dtype, ScaleFormat scale_format, Transfer transfer,
-                       uint32_t num_max_tagged_tokens, uint32_t num_combine_inputs) {
+                       uint32_t num_max_tagged_tokens, uint32_t num_combine_inputs,
+                       Reduction reduction) {
              return LowLatencyConfig{num_ranks,
                                      num_experts,
                                      num_max_tokens_per_rank,
@@ -43,6 +47,7 @@ void bind_config(py::module_& m) {
                                      dispatch_dtype,
                                      scale_format,
                                      transfer,
+                                     reduction,
                                      num_max_tagged_tokens,
                                      num_combine_inputs};
            }),
@@ -50,7 +55,7 @@ void bind_config(py::module_& m) {
            py::arg("num_max_tokens_per_rank"), py::arg("hidden"), py::arg("top_k"),
            py::arg("num_banks"), py::arg("dtype"), py::arg("dispatch_dtype"),
            py::arg("scale_format"), py::arg("transfer"), py::arg("num_max_tagged_tokens"),
-           py::arg("num_combine_inputs") = 0)
+           py::arg("num_combine_inputs") = 0, py::arg("reduction") = Reduction::kRank)
       .def_readonly("num_ranks", &LowLatencyConfig::num_ranks)
       .def_readonly("num_experts", &LowLatencyConfig::num_experts)
       .def_readonly("num_max_tokens_per_rank", &LowLatencyConfig::num_max_tokens_per_rank)
@@ -62,7 +67,8 @@ void bind_config(py::module_& m) {
       .def_readonly("scale_format", &LowLatencyConfig::scale_format)
       .def_readonly("transfer", &LowLatencyConfig::transfer)
       .def_readonly("num_max_tagged_tokens", &LowLatencyConfig::num_max_tagged_tokens)
-      .def_readonly("num_combine_inputs", &LowLatencyConfig::num_combine_inputs);
+      .def_readonly("num_combine_inputs", &LowLatencyConfig::num_combine_inputs)
+      .def_readonly("reduction", &LowLatencyConfig::reduction);
   m.attr("PROTOCOL_VERSION") = kProtocolVersion;
   m.attr("MAX_RANKS") = kNumMaxRanks;
   m.attr("MAX_EXPERTS") = kNumMaxExperts;

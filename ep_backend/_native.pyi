@@ -33,6 +33,10 @@ class Transfer(enum.Enum):
     PUSH = 0
     PULL = 1
 
+class Reduction(enum.Enum):
+    RANK = 0
+    SOURCE = 1
+
 class OutputLayout(enum.Enum):
     EXPERT_MAJOR = 0
     RANK_MAJOR = 1
@@ -59,6 +63,7 @@ class LowLatencyConfig:
     transfer: Transfer
     num_max_tagged_tokens: int
     num_combine_inputs: int
+    reduction: Reduction
     def __init__(
         self,
         *,
@@ -74,6 +79,7 @@ class LowLatencyConfig:
         transfer: Transfer,
         num_max_tagged_tokens: int,
         num_combine_inputs: int = 0,
+        reduction: Reduction = ...,
     ) -> None: ...
 
 class ExpertPartition:
@@ -197,7 +203,13 @@ class LowLatencyRank:
         combine_input: int,
     ) -> OpResult: ...
     def combine_recv(
-        self, out: int, num_tokens: int, num_partials: int, answers: int, combine_input: int
+        self,
+        out: int,
+        num_tokens: int,
+        num_partials: int,
+        answers: int,
+        topk_weights: int,
+        combine_input: int,
     ) -> OpResult: ...
     def epoch(self, phase: Phase, half: Half) -> int: ...
     def counters(self, phase: Phase, half: Half) -> dict[str, int]: ...

@@ -77,6 +77,27 @@ def check_alignment(name: str, tensor: torch.Tensor, alignment: int) -> None:
         )
 
 
+def check_topk_weights(
+    topk_weights: torch.Tensor | None,
+    shape: tuple[int, int],
+    device: torch.device,
+    operation: str,
+    reduction: str,
+) -> None:
+    """Raises `ValueError` unless there are weights.
+
+    Args:
+        shape: (T, K).
+        operation: which needs them with this reduction.
+    """
+    if topk_weights is None:
+        raise ValueError(
+            f"topk_weights was not given to {operation}, which needs them with reduction "
+            f"{reduction!r}. Pass float32 weights of shape {list(shape)}."
+        )
+    check_tensor("topk_weights", topk_weights, shape, (torch.float32,), device)
+
+
 def check_x_scales(
     x: torch.Tensor, x_scales: torch.Tensor | None, num_scales: int, device: torch.device
 ) -> None:

@@ -11,6 +11,8 @@ import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from ep_backend.handles import DispatchHandle
 
 FAULT_VARIABLE = "EP_BACKEND_FAULT"
@@ -38,9 +40,10 @@ def active_fault() -> Fault | None:
     return fault
 
 
-def drop_remote_contributions(handle: DispatchHandle) -> DispatchHandle:
-    """A copy of `handle` in which the rows of other ranks' tokens have weight 0."""
-    faulty = handle.clone()
+def drop_remote_contributions(expert_out: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+    """A copy of `expert_out` in which the rows of other ranks' tokens are 0."""
+    faulty = expert_out.clone()
+    rows = faulty.view(-1, faulty.shape[-1])
     first = 0
     for src_rank, num_messages in enumerate(handle.num_messages.tolist()):
         messages = handle.messages[first : first + num_messages]
@@ -49,5 +52,5 @@ def drop_remote_contributions(handle: DispatchHandle) -> DispatchHandle:
             continue
         begin = int(messages[0, 2])
         end = int(messages[-1, 2] + messages[-1, 3])
-        faulty.entries[begin:end, 1] = 0  # the bits of 0.0
+        rows[handle.entries[begin:end, 0]] = 0
     return faulty

@@ -1,12 +1,11 @@
 """What operations return: results, the handle that ties a combine to its dispatch, receive hooks.
 
 R ranks, M num_max_tokens_per_rank, L local experts, S = R * M, H hidden, K top_k,
-C = min(K, R), N scales a row: one for 128 channels.
+C outcome columns: min(K, R), or K with reduction "source"; N scales a row: one for 128 channels.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,7 +25,7 @@ class OpCounters:
 
     num_ops: int
     num_rows: int
-    """Tokens read by a dispatch send, messages by its hook, partial rows by a combine."""
+    """Tokens read by a dispatch send, messages by its hook and by a combine."""
     total_ns: int
     wait_ns: int
     """Part of `total_ns` spent waiting for peers."""
@@ -64,7 +63,7 @@ class DispatchHandle:
         # One allocation: this runs in every layer of every step.
         self._sizes = (
             num_tokens,
-            num_tokens * min(buffer.top_k, num_ranks),
+            num_tokens * buffer.num_outcome_columns,
             num_ranks,
             4 * num_slots,
             2 * num_slots * buffer.top_k,
@@ -74,7 +73,8 @@ class DispatchHandle:
 
     @property
     def num_partials(self) -> torch.Tensor:
-        """`[T]` int32: how many ranks answer for each of this rank's tokens."""
+        """`[T]` int32: how many rows come home for each of this rank's tokens: one from each rank
+        that answers; with reduction "source", one for each expert listed."""
         return self.storage[: self.num_tokens]
 
     @property
@@ -90,20 +90,14 @@ class DispatchHandle:
 
     @property
     def entries(self) -> torch.Tensor:
-        """`[R * M * K, 2]` int32: row of `expert_out` as `[rows, H]`, bits of a float32 weight."""
+        """`[R * M * K, 2]` int32: row of `expert_out` as `[rows, H]`, bits of a float32 weight;
+        with reduction "source", instead of the weight the k that the row is of."""
         return self.storage.split(self._sizes)[4].view(-1, 2)
 
     def pointers(self) -> tuple[int, int, int, int, int]:
         """Addresses of `num_partials`, the kernels' `answers` `[T, C]`, `num_messages`, `messages`
         and `entries`."""
         return self._pointers
-
-    def clone(self) -> DispatchHandle:
-        """The same in memory of its own."""
-        clone = copy.copy(self)
-        clone.storage = self.storage.clone()
-        clone._pointers = clone._addresses()
-        return clone
 
     def _addresses(self) -> tuple[int, int, int, int, int]:
         num_partials = self.storage.data_ptr()

@@ -18,7 +18,13 @@ from __future__ import annotations
 import torch
 
 from ep_backend import _native, faults
-from ep_backend.checks import AtMost, check_alignment, check_tensor, check_x_scales
+from ep_backend.checks import (
+    AtMost,
+    check_alignment,
+    check_tensor,
+    check_topk_weights,
+    check_x_scales,
+)
 from ep_backend.errors import OrderError
 from ep_backend.group import Group
 from ep_backend.handles import (
@@ -63,7 +69,7 @@ class LowLatencyBuffer:
             the first E mod R ranks own one more.
         top_k: K, experts a token is routed to.
         dtype: of `x` and of combine's rows, `torch.float32` or `torch.bfloat16`. Sums are in
-            float32 either way; a rank's partial sum travels as `dtype`.
+            float32 either way; a rank's partial sum, or an expert's row, travels as `dtype`.
         dispatch_dtype: of dispatch's rows as they travel and as the experts get them: `dtype`, the
             default, or `torch.float8_e4m3fn`, with a scale for every 128 channels.
         scale_format: of those scales: "float32" (amax / 448), "power_of_two" (the next one), or
@@ -71,11 +77,16 @@ class LowLatencyBuffer:
         output_layout: of what is received, and of what combine takes. "expert_major": a row for
             each (token, expert), packed by expert. "rank_major": a row for each (token, source),
             its experts beside it; the caller weights and sums the experts of a row itself.
+        reduction: where the rows that a token's experts made are weighted and added. "rank": on
+            each rank that owns some of them, by the weights that dispatch was given; one partial
+            sum a (token, rank) goes home. "source": at home, by the weights that combine is given;
+            every row goes home as it is: more to send, but the sum is rounded only once, and
+            dispatch need not wait for the weights. Expert-major only.
         transfer: CUDA: "pull", the receiver fetches rows, or "push", the sender writes them into
-            its peers' memory. The CPU always pushes.
+            its peers' memory. The CPU always pushes; so does a combine with reduction "source".
         num_max_tagged_tokens: CUDA: batches of up to so many tokens travel with an epoch in every
-            16 bytes, so that a receiver need not wait for a signal. Default: at most 32, and 0
-            where a row has more than 32 KiB.
+            16 bytes, so that a receiver need not wait for a signal. Default: 256 / ranks,
+            and 0 where a row has more than 32 KiB.
         num_combine_inputs: CUDA, rank-major, pull: tensors that `combine_input` offers.
         num_banks: operations in flight, at least 2.
         timeout_secs: how long one wait for peers may last.
@@ -105,6 +116,7 @@ class LowLatencyBuffer:
         dispatch_dtype: torch.dtype | None = None,
         scale_format: str = "float32",
         output_layout: str = "expert_major",
+        reduction: str = "rank",
         transfer: str = "pull",
         num_max_tagged_tokens: int | None = None,
         num_combine_inputs: int = 0,
@@ -123,6 +135,7 @@ class LowLatencyBuffer:
             dispatch_dtype=dtype if dispatch_dtype is None else dispatch_dtype,
             scale_format=scale_format,
             output_layout=output_layout,
+            reduction=reduction,
             transfer=transfer,
             num_max_tagged_tokens=num_max_tagged_tokens,
             num_combine_inputs=num_combine_inputs,
@@ -148,6 +161,7 @@ class LowLatencyBuffer:
         self.dispatch_dtype = settings.dispatch_dtype
         self.scale_format = scale_format
         self.output_layout = output_layout
+        self.reduction = reduction
         self.num_banks = num_banks
         self.num_combine_inputs = num_combine_inputs
         config = settings.config(group.num_ranks)
@@ -156,6 +170,8 @@ class LowLatencyBuffer:
         self.first_expert: int = layout.partition.first_expert(group.self_rank)
         self.expert_capacity: int = layout.expert_capacity
         """S, rows that an expert can receive."""
+        self.num_outcome_columns: int = layout.num_outcome_columns
+        """C, rows that may come home for a token."""
         self.num_scales: int = layout.num_scales
         """N, scales of a dispatched row; 0 where it is not float8."""
         self.num_symmetric_bytes: int = layout.num_bytes
@@ -189,7 +205,7 @@ class LowLatencyBuffer:
         self,
         x: torch.Tensor,
         topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
         x_scales: torch.Tensor | None = None,
     ) -> tuple[DispatchResult, RecvHook]:
         """Sends every token once to each rank that owns one of its experts.
@@ -200,7 +216,8 @@ class LowLatencyBuffer:
             topk_idx: `[T, K]` int32 or int64, global expert, -1 = not routed. An expert listed
                 twice for a token receives it once, and both weights count.
             topk_weights: `[T, K]` float32, applied by combine; in the rank-major layout by the
-                caller, on the receiving rank.
+                caller, on the receiving rank. With reduction "source" combine is given them: here
+                they are ignored and may be left out.
             x_scales: `[T, N]` float32, of float8 `x`: a value is `x * scale`. With "power_of_two"
                 and "ue8m0" they must be powers of two; that is not checked.
 
@@ -234,7 +251,7 @@ class LowLatencyBuffer:
         self,
         x: torch.Tensor,
         topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
         x_scales: torch.Tensor | None = None,
     ) -> DispatchResult:
         """`dispatch` and its hook in one call; on CUDA also in one kernel. For where nothing could
@@ -266,9 +283,14 @@ class LowLatencyBuffer:
         return self._dispatches.exchange(run)
 
     def combine(
-        self, expert_out: torch.Tensor, handle: DispatchHandle, out: torch.Tensor | None = None
+        self,
+        expert_out: torch.Tensor,
+        handle: DispatchHandle,
+        out: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RecvHook]:
-        """Sends the weighted sum of a token's expert rows home, one row a (token, rank).
+        """Sends the weighted sum of a token's expert rows home, one row a (token, rank); or, with
+        reduction "source", every row, of which the hook makes the weighted sum.
 
         Args:
             expert_out: of the buffer's dtype, in the layout of `recv_x`. Expert-major
@@ -277,6 +299,9 @@ class LowLatencyBuffer:
                 may change when this returns.
             handle: of a dispatch whose hook has been called.
             out: `[T, H]`, where the result goes; default: a new tensor.
+            topk_weights: with reduction "source", and only then: `[T, K]` float32, of this rank's
+                tokens. The hook reads them: they must not change before. Those of entries that
+                are not routed are not read.
 
         Returns:
             `[T, H]`, valid once the hook has returned, and the hook. A token with no expert is 0.
@@ -287,7 +312,7 @@ class LowLatencyBuffer:
                 waiting for their hooks.
             PeerTimeout: a peer did not free the bank in time.
         """
-        out, handle = self._prepare_combine(expert_out, handle, out)
+        expert_out, out = self._prepare_combine(expert_out, handle, out, topk_weights)
         num_tokens = handle.num_tokens
         num_partials, answers, *received = handle.pointers()
         combine_input = self._combine_input_idx(expert_out)
@@ -299,8 +324,9 @@ class LowLatencyBuffer:
 
         def add_up() -> None:
             # Of the tensors themselves: this keeps their memory until then.
-            arguments = (out.data_ptr(), handle.num_tokens, num_partials, answers, combine_input)
-            self._calls.run("combine_recv", num_tokens, *arguments)
+            weights = 0 if topk_weights is None else topk_weights.data_ptr()
+            arguments = (out.data_ptr(), handle.num_tokens, num_partials, answers, weights)
+            self._calls.run("combine_recv", num_tokens, *arguments, combine_input)
 
         def receive() -> None:
             self._combines.hook(epoch, add_up)
@@ -308,7 +334,11 @@ class LowLatencyBuffer:
         return out, RecvHook(f"combine {epoch}", receive)
 
     def combine_and_receive(
-        self, expert_out: torch.Tensor, handle: DispatchHandle, out: torch.Tensor | None = None
+        self,
+        expert_out: torch.Tensor,
+        handle: DispatchHandle,
+        out: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`combine` and its hook in one call, as `dispatch_and_receive`. Returns `[T, H]`, filled.
 
@@ -317,14 +347,16 @@ class LowLatencyBuffer:
         """
         if self._kernels.combine is None:
             self._combines.require_idle()
-            out, recv_hook = self.combine(expert_out, handle, out)
+            out, recv_hook = self.combine(expert_out, handle, out, topk_weights)
             recv_hook()
             return out
-        out, handle = self._prepare_combine(expert_out, handle, out)
+        expert_out, out = self._prepare_combine(expert_out, handle, out, topk_weights)
         num_partials, answers, *received = handle.pointers()
         combine_input = self._combine_input_idx(expert_out)
         arguments = (expert_out.data_ptr(), *received, combine_input)
-        arguments += (out.data_ptr(), handle.num_tokens, num_partials, answers, combine_input)
+        weights = 0 if topk_weights is None else topk_weights.data_ptr()
+        arguments += (out.data_ptr(), handle.num_tokens, num_partials, answers, weights)
+        arguments += (combine_input,)
         self._combines.exchange(lambda _: self._calls.run("combine", handle.num_tokens, *arguments))
         return out
 
@@ -371,7 +403,7 @@ class LowLatencyBuffer:
         self,
         x: torch.Tensor,
         topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
+        topk_weights: torch.Tensor | None,
         x_scales: torch.Tensor | None,
     ) -> tuple[DispatchHandle, tuple[int, ...]]:
         """Checks the tensors; makes the handle and the arguments of the native dispatch_send."""
@@ -386,7 +418,10 @@ class LowLatencyBuffer:
         num_tokens = x.shape[0]
         shape = (num_tokens, self.top_k)
         check_tensor("topk_idx", topk_idx, shape, INDEX_DTYPES, self.device)
-        check_tensor("topk_weights", topk_weights, shape, (torch.float32,), self.device)
+        if self.reduction == "source":
+            topk_weights = None  # combine is given them
+        else:
+            check_topk_weights(topk_weights, shape, self.device, "dispatch", self.reduction)
         check_alignment("x", x, self._row_alignment)
         if x_scales is not None or x.dtype != self.dtype:
             check_x_scales(x, x_scales, self.num_scales, self.device)
@@ -398,16 +433,20 @@ class LowLatencyBuffer:
             0 if x_scales is None else x_scales.data_ptr(),
             topk_idx.data_ptr(),
             topk_idx.dtype == torch.int64,
-            topk_weights.data_ptr(),
+            0 if topk_weights is None else topk_weights.data_ptr(),
             num_tokens,
             num_partials,
             answers,
         )
 
     def _prepare_combine(
-        self, expert_out: torch.Tensor, handle: DispatchHandle, out: torch.Tensor | None
-    ) -> tuple[torch.Tensor, DispatchHandle]:
-        """Checks the arguments; gives the tensor for the result, and the handle to go by."""
+        self,
+        expert_out: torch.Tensor,
+        handle: DispatchHandle,
+        out: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Checks the arguments; gives the rows to send, and the tensor for the result."""
         if handle.buffer is not self:
             raise ValueError("handle is of another buffer. Combine on the buffer that dispatched.")
         if not handle.is_received:
@@ -423,6 +462,14 @@ class LowLatencyBuffer:
         else:
             check_tensor("out", out, shape, (self.dtype,), self.device)
             check_alignment("out", out, self._row_alignment)
+        if self.reduction == "source":
+            shape = (handle.num_tokens, self.top_k)
+            check_topk_weights(topk_weights, shape, self.device, "combine", self.reduction)
+        elif topk_weights is not None:
+            raise ValueError(
+                "topk_weights was given to combine, but with reduction 'rank' they were given at "
+                "dispatch. Leave it out, or create the buffer with reduction='source'."
+            )
         if self._fault is faults.Fault.DROP_REMOTE_CONTRIBUTIONS:
-            handle = faults.drop_remote_contributions(handle)
-        return out, handle
+            expert_out = faults.drop_remote_contributions(expert_out, handle)
+        return expert_out, out

@@ -2,7 +2,8 @@
 
 Every kernel must equal these functions bit for bit: rows are ordered by source rank, then token;
 each product and each sum is rounded to float32; a rank adds its experts in k order and its partial
-sum is rounded to the payload's dtype; a token adds its ranks in rank order. Where rows travel as
+sum is rounded to the payload's dtype; a token adds its ranks in rank order, or, where all rows come
+home, those in k order. Where rows travel as
 float8, `quantize` says what becomes of them; `dispatch` then takes its result as `x`.
 
 R ranks, T_r tokens of rank r, H hidden, K top_k, N = ceil(H / 128) scales a float8 row.
@@ -217,6 +218,35 @@ def combine(
                     partials.append(_ordered_sum(terms).to(dtype))
             if partials:
                 out[token] = _ordered_sum([p.float() for p in partials]).to(dtype)
+        outs.append(out)
+    return outs
+
+
+def combine_source(
+    expert_out: list[torch.Tensor],
+    received: list[ExpertRows],
+    topk_idx: list[torch.Tensor],
+    topk_weights: list[torch.Tensor],
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """What every rank gets back with reduction "source": all rows go home, where a token adds them
+    in k order, each times its weight, whichever ranks they come from.
+
+    Args, Returns: as `combine`.
+    """
+    hidden = expert_out[0].shape[1]
+    row_of = [{origin: i for i, origin in enumerate(e.origins)} for e in received]
+    outs = []
+    for src_rank, (idx, weights) in enumerate(zip(topk_idx, topk_weights, strict=True)):
+        out = torch.zeros((idx.shape[0], hidden), dtype=dtype)
+        for token in range(idx.shape[0]):
+            terms = [
+                weights[token, k] * expert_out[e][row_of[e][src_rank, token]].float()
+                for k, e in enumerate(idx[token].tolist())
+                if e >= 0
+            ]
+            if terms:
+                out[token] = _ordered_sum(terms).to(dtype)
         outs.append(out)
     return outs
 

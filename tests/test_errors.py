@@ -42,7 +42,7 @@ class BadDispatch:
 
     id: str
     argument: str
-    replace: Callable[[torch.Tensor], torch.Tensor]
+    replace: Callable[[torch.Tensor], torch.Tensor | None]
     message: str
 
 
@@ -75,6 +75,7 @@ BAD_DISPATCHES = [
     BadDispatch("idx_strides", "topk_idx", lambda i: i.t().contiguous().t(), "topk_idx.*strides"),
     BadDispatch("idx_device", "topk_idx", lambda i: i.to("meta"), "topk_idx is on meta"),
     BadDispatch("weights_dtype", "topk_weights", lambda w: w.double(), "dtype torch.float64"),
+    BadDispatch("weights_missing", "topk_weights", lambda _: None, "was not given to dispatch, wh"),
     BadDispatch("weights_shape", "topk_weights", lambda w: w[:2], r"shape \[2, 3\]"),
     BadDispatch(
         "expert_5_of_5",
@@ -176,6 +177,42 @@ def test_a_bad_combine_names_the_argument_and_sends_nothing(
             rank.step(what, 0)
 
 
+WEIGHTS = torch.ones(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "topk_weights", "message"),
+    [
+        (
+            "rank",
+            WEIGHTS,
+            "given to combine, but with reduction 'rank' they were given at dispatch",
+        ),
+        ("source", None, "not given to combine, which needs them with reduction 'source'. Pass fl"),
+        ("source", WEIGHTS.double(), "topk_weights has dtype torch.float64, expected torch.float3"),
+        ("source", WEIGHTS[:3], r"topk_weights has shape \[3, 3\], expected \[4, 3\]"),
+        ("source", torch.ones(3, 4).t(), "topk_weights of shape .* has strides"),
+        ("source", WEIGHTS.to("meta"), "topk_weights is on meta"),
+    ],
+    ids=["rank", "missing", "dtype", "shape", "strides", "device"],
+)
+def test_weights_are_given_once_where_they_are_applied(
+    reduction: str, topk_weights: torch.Tensor | None, message: str
+) -> None:
+    scenario = Scenario(replace(SHAPE, reduction=reduction)).add("uniform", [4, 4], seed=1)
+    ranks = [Interpreter(b, scenario) for b in scenario.shape.virtual_buffers(timeout_secs=2.0)]
+    for what in ("d", "h"):
+        for rank in ranks:
+            rank.step(what, 0)
+    arguments = ranks[0].expert_out[0], ranks[0].dispatched[0][0].handle
+    for call in (ranks[0].buffer.combine, ranks[0].buffer.combine_and_receive):
+        with pytest.raises(ValueError, match=message):
+            call(*arguments, topk_weights=topk_weights)
+    for what in ("c", "hc"):
+        for rank in ranks:
+            rank.step(what, 0)
+
+
 # --- settings --------------------------------------------------------------------------------
 
 GOOD_SETTINGS: dict[str, Any] = dict(
@@ -210,6 +247,7 @@ def create_on_threads(settings_of_rank: list[dict[str, Any]]) -> list[Answer]:
         ("num_banks", 3, 2),
         ("dispatch_dtype", torch.float8_e4m3fn, torch.bfloat16),
         ("output_layout", "rank_major", "expert_major"),
+        ("reduction", "source", "rank"),
         ("transfer", "push", "pull"),
         ("num_max_tagged_tokens", 3, None),
     ],
@@ -243,6 +281,7 @@ BAD_SETTINGS: list[tuple[str, Any, str]] = [
     ("scale_format", "float8", "scale_format is 'float8', expected 'float32' or 'power_of_two' or"),
     ("scale_format", "ue8m0", "rows of torch.bfloat16 have no scales. Leave it out, or pass disp"),
     ("output_layout", "token", "output_layout is 'token', expected 'expert_major' or 'rank_major'"),
+    ("reduction", "home", "reduction is 'home', expected 'rank' or 'source'"),
     ("transfer", None, "transfer is None, expected 'push' or 'pull'"),
     ("num_max_tagged_tokens", -1, "num_max_tagged_tokens is -1, expected an integer in 0..4"),
     ("num_max_tagged_tokens", 5, "No batch is larger than num_max_tokens_per_rank"),

@@ -11,8 +11,8 @@ from tests.support.scenario import Scenario
 from tests.support.shapes import Shape
 
 
-def run(num_ranks: int) -> None:
-    shape = Shape(num_ranks)
+def run(num_ranks: int, **settings: str) -> None:
+    shape = Shape(num_ranks, **settings)  # type: ignore[arg-type]
     scenario = Scenario(shape).add("uniform", [6] * num_ranks, seed=1)
 
     def rank_main(group: Group) -> None:
@@ -22,15 +22,20 @@ def run(num_ranks: int) -> None:
     virtual_world(num_ranks).run(rank_main)
 
 
-def test_dropped_remote_contributions_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "settings", [{}, {"reduction": "source"}, {"output_layout": "rank_major"}], ids=str
+)
+def test_dropped_remote_contributions_are_noticed(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(FAULT_VARIABLE, "drop-remote-contributions")
     with (
         pytest.warns(UserWarning, match="results are wrong on purpose"),
         pytest.raises(AssertionError, match=r"rank [012], token \d+ of experts"),
     ):
-        run(3)
+        run(3, **settings)
     with pytest.warns(UserWarning, match="wrong on purpose"):
-        run(1)  # no remote rank, nothing to drop
+        run(1, **settings)  # no remote rank, nothing to drop
 
 
 def test_without_the_variable_results_are_right(monkeypatch: pytest.MonkeyPatch) -> None:

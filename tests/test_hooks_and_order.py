@@ -359,7 +359,7 @@ def test_the_kernels_refuse_by_themselves_what_python_would_have_refused() -> No
 
     out_of_order = _native.Status.OUT_OF_ORDER
     assert rank.dispatch_recv(*received).status == out_of_order
-    assert rank.combine_recv(0, 0, 0, 0, -1).status == out_of_order
+    assert rank.combine_recv(0, 0, 0, 0, 0, -1).status == out_of_order
     for _ in range(shape.num_banks):
         assert send_nothing().status == _native.Status.OK
     refused = send_nothing()

@@ -5,6 +5,8 @@ The kernels are compared with the reference, so nothing here may use them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -47,10 +49,12 @@ def test_combine_after_experts_equals_the_dense_formula(
     received = reference.dispatch(x, idx, num_experts)
     outputs = [r.rows @ matrices[e] for e, r in enumerate(received)]
     combined = reference.combine(outputs, received, idx, weights, torch.float32)
+    at_home = reference.combine_source(outputs, received, idx, weights, torch.float32)
     for rank in range(num_ranks):
         dense = dense_outputs(x[rank], idx[rank], weights[rank], matrices)
         # float32 sums of at most K * H products of order 1.
-        torch.testing.assert_close(combined[rank].double(), dense, rtol=1e-4, atol=1e-4)
+        for out in (combined[rank], at_home[rank]):
+            torch.testing.assert_close(out.double(), dense, rtol=1e-4, atol=1e-4)
 
 
 def test_dispatch_orders_rows_by_source_then_token_and_lists_a_repeated_expert_once() -> None:
@@ -67,8 +71,9 @@ def test_both_weights_of_a_repeated_expert_count() -> None:
     x, idx = [torch.tensor([[3.0]])], [torch.tensor([[0, 0, -1]])]
     received = reference.dispatch(x, idx, num_experts=1)
     weights = [torch.tensor([[0.5, 0.25, 100.0]])]
-    (out,) = reference.combine([received[0].rows], received, idx, weights, torch.float32)
-    assert out.tolist() == [[3.0 * 0.5 + 3.0 * 0.25]]
+    for combine in (reference.combine, reference.combine_source):
+        (out,) = combine([received[0].rows], received, idx, weights, torch.float32)
+        assert out.tolist() == [[3.0 * 0.5 + 3.0 * 0.25]]
 
 
 def test_worked_example_of_the_dispatch_kernel() -> None:
@@ -92,7 +97,7 @@ def test_a_ranks_partial_sum_is_rounded_before_it_travels() -> None:
     idx, weights = torch.tensor([[0, 1, 2]]), torch.ones(1, 3)
     values = [256.0, 1.0, 1.0]
 
-    def combined_on(num_ranks: int) -> float:
+    def combined_on(num_ranks: int, combine: Callable = reference.combine) -> float:
         x = [torch.zeros(1, 1, dtype=torch.bfloat16)] * 1 + [
             torch.zeros(0, 1, dtype=torch.bfloat16)
         ] * (num_ranks - 1)
@@ -100,11 +105,30 @@ def test_a_ranks_partial_sum_is_rounded_before_it_travels() -> None:
         w = [weights] + [weights[:0]] * (num_ranks - 1)
         received = reference.dispatch(x, idxs, num_experts=3)
         outputs = [torch.tensor([[v]], dtype=torch.bfloat16) for v in values]
-        return reference.combine(outputs, received, idxs, w, torch.bfloat16)[0].item()
+        return combine(outputs, received, idxs, w, torch.bfloat16)[0].item()
 
     assert combined_on(1) == 258.0
     # Two ranks: {0, 1} and {2}. 256 + 1 rounds to 256, and 256 + 1 again.
     assert combined_on(2) == 256.0
+    # Reduced at home, nothing is rounded in between.
+    assert combined_on(2, reference.combine_source) == 258.0
+
+
+def test_a_token_reduced_at_home_adds_its_rows_in_k_order_whatever_ranks_they_come_from() -> None:
+    """In float32 2^24 + 1 is 2^24: the order shows."""
+    big, x = 2.0**24, [torch.zeros(1, 1), torch.zeros(0, 1)]
+    idx = [torch.tensor([[2, 0, 3, -1]]), torch.zeros((0, 4), dtype=torch.int64)]
+    weights = [torch.tensor([[1.0, 1.0, 1.0, torch.nan]]), torch.zeros(0, 4)]
+    received = reference.dispatch(x, idx, num_experts=4)
+    outputs = [
+        torch.full((len(r.rows), 1), v) for r, v in zip(received, [1, 0, big, 1], strict=True)
+    ]
+    arguments = (outputs, received, idx, weights, torch.float32)
+    assert reference.combine_source(*arguments)[0].item() == big  # (big + 1) + 1
+    assert reference.combine(*arguments)[0].item() == big  # 1 + (big + 1)
+    outputs[0], outputs[2] = outputs[2], outputs[0]
+    assert reference.combine_source(*arguments)[0].item() == big  # (1 + big) + 1
+    assert reference.combine(*arguments)[0].item() == big + 2  # big + (1 + 1)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3, 8])
@@ -114,8 +138,9 @@ def test_a_token_without_experts_comes_back_as_zeros(num_ranks: int) -> None:
     received = reference.dispatch(x, idx, num_experts=4)
     outputs = [r.rows for r in received]
     weights = [torch.ones(2, 2) for _ in range(num_ranks)]
-    for out in reference.combine(outputs, received, idx, weights, torch.float32):
-        assert torch.equal(out, torch.zeros(2, 3))
+    for combine in (reference.combine, reference.combine_source):
+        for out in combine(outputs, received, idx, weights, torch.float32):
+            assert torch.equal(out, torch.zeros(2, 3))
 
 
 def test_a_float8_row_by_hand() -> None:

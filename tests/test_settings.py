@@ -22,11 +22,36 @@ def test_the_cpu_pushes_and_tags_nothing_whatever_it_is_told() -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"output_layout": "rank_major"},
+            "output_layout is 'rank_major', in which the caller weights and sums .* no rows of",
+        ),
+        (
+            {"num_combine_inputs": 1},
+            "num_combine_inputs is 1, but reduction 'source' always pushes",
+        ),
+    ],
+)
+def test_only_rows_of_single_experts_can_be_reduced_at_home(
+    settings: dict[str, Any], message: str
+) -> None:
+    for transfer in ("push", "pull"):
+        shape = replace(CUDA, reduction="source", transfer=transfer)
+        shape.settings().check(num_ranks=2)
+        assert shape.config().reduction == _native.Reduction.SOURCE
+        with pytest.raises(ValueError, match=message):
+            replace(shape, **settings).settings().check(num_ranks=2)
+
+
+@pytest.mark.parametrize(
     ("settings", "num_tagged"),
     [
-        ({}, 32),
+        ({}, 128),  # 256 / ranks
+        ({"num_ranks": 8}, 32),
         ({"num_max_tokens_per_rank": 5}, 5),
-        ({"hidden": 16384}, 32),  # rows of 32 KiB
+        ({"hidden": 16384}, 128),  # rows of 32 KiB
         ({"hidden": 16384 + 8}, 0),
         ({"hidden": 16384 + 16, "dispatch_dtype": torch.float8_e4m3fn}, 0),
         ({"num_max_tagged_tokens": 0}, 0),

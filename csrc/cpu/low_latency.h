@@ -21,7 +21,7 @@ namespace ep::cpu {
 // Always on: two clock reads an operation.
 struct OpCounters {
   uint64_t num_ops = 0;
-  uint64_t num_rows = 0;  // rows of x, messages, partial rows: what the operation read
+  uint64_t num_rows = 0;  // rows of x, messages: what the operation read
   uint64_t total_ns = 0;
   uint64_t wait_ns = 0;  // part of total_ns spent waiting for peers
 };
@@ -63,6 +63,10 @@ class LowLatencyRank {
  private:
   class Op;
 
+  bool is_reduced_at_source() const {
+    return layout_.config().reduction == protocol::Reduction::kSource;
+  }
+
   template <typename E>
   static uint32_t index(E value) {
     return static_cast<uint32_t>(value);
@@ -81,6 +85,7 @@ class LowLatencyRank {
   void copy_rows(Op& op, uint32_t src_rank, uint32_t first_message, uint64_t num_rows,
                  const DispatchRecvParams& params) const;
   void send_partials(Op& op, uint32_t src_rank, const CombineSendParams& params);
+  void send_rows(Op& op, uint32_t src_rank, const CombineSendParams& params);
 
   uint32_t self_rank_;
   protocol::LowLatencyLayout layout_;

@@ -7,6 +7,9 @@
 // token's rank adds the partial rows (rank order). Example, token b of low_latency_dispatch.cpp
 // with weights (p, q) for experts (3, 2): rank 1 sends p * expert_3(b) + q * expert_2(b), the only
 // partial row of b, and b's outcome is that row.
+//
+// Reduction::kSource: an expert rank sends the rows as they are, and the token's rank weights and
+// adds them (k order). In the example rank 1 sends expert_3(b) and expert_2(b), for k 0 and 1.
 
 #include "cpu/low_latency_op.h"
 #include "cpu/rows.h"
@@ -27,7 +30,12 @@ OpResult LowLatencyRank::combine_send(const CombineSendParams& params) {
   }
   // This rank's own rows last: nobody else waits for them.
   for (uint32_t i = 1; i <= num_ranks; ++i) {
-    send_partials(op, (self_rank_ + i) % num_ranks, params);
+    const uint32_t src_rank = (self_rank_ + i) % num_ranks;
+    if (is_reduced_at_source()) {
+      send_rows(op, src_rank, params);
+    } else {
+      send_partials(op, src_rank, params);
+    }
   }
   return op.complete(num_rows);
 }
@@ -53,6 +61,27 @@ void LowLatencyRank::send_partials(Op& op, uint32_t src_rank, const CombineSendP
   op.publish_signal(src_rank, num_messages);
 }
 
+// Every row of the messages that came from `src_rank`, each to the outcome of its k, then the
+// signal. A token that lists an expert twice gets that row for both k.
+void LowLatencyRank::send_rows(Op& op, uint32_t src_rank, const CombineSendParams& params) {
+  const uint64_t row_bytes = layout_.row_bytes();
+  const HandleMessage* messages = params.handle.messages + first_message_of_[src_rank];
+  const uint32_t num_messages = params.handle.num_messages[src_rank];
+  uint64_t num_rows = 0;
+  for (uint32_t i = 0; i < num_messages; ++i) num_rows += messages[i].num_entries;
+  const Store store =
+      src_rank == self_rank_ ? Store::kCached : store_for_peer(num_rows * row_bytes);
+  for (uint32_t i = 0; i < num_messages; ++i) {
+    const HandleEntry* entries = params.handle.entries + messages[i].first_entry;
+    for (uint32_t j = 0; j < messages[i].num_entries; ++j) {
+      const uint32_t outcome_slot = messages[i].outcome_slot + protocol::bits_of(entries[j].weight);
+      copy_row(bases_[src_rank] + layout_.outcome(op.bank(), outcome_slot),
+               params.expert_out + entries[j].row * row_bytes, row_bytes, store);
+    }
+  }
+  op.publish_signal(src_rank, num_messages);
+}
+
 OpResult LowLatencyRank::combine_recv(const CombineRecvParams& params) {
   Op op(*this, Phase::kCombine, Half::kRecv);
   if (!op.ok()) return op.result();
@@ -65,15 +94,19 @@ OpResult LowLatencyRank::combine_recv(const CombineRecvParams& params) {
   }
 
   const std::byte* rows[protocol::kMaxTopK];
+  float weights[protocol::kMaxTopK];
   const std::byte* self = bases_[self_rank_];
   for (uint32_t token = 0; token < params.num_tokens; ++token) {
     const uint32_t num_partials = params.num_partials[token];
-    for (uint32_t column = 0; column < num_partials; ++column) {
-      const uint64_t slot = uint64_t{token} * layout_.num_outcome_columns() + column;
-      rows[column] = self + layout_.outcome(op.bank(), slot);
+    const uint64_t first_slot = uint64_t{token} * layout_.num_outcome_columns();
+    for (uint32_t i = 0; i < num_partials; ++i) {
+      const uint32_t column = is_reduced_at_source() ? params.answers[first_slot + i] & 0xffff : i;
+      rows[i] = self + layout_.outcome(op.bank(), first_slot + column);
+      if (is_reduced_at_source()) weights[i] = params.topk_weights[first_slot + column];
     }
-    weighted_sum(layout_.config().dtype, params.out + token * layout_.row_bytes(), rows, nullptr,
-                 num_partials, layout_.config().hidden, Store::kCached);
+    weighted_sum(layout_.config().dtype, params.out + token * layout_.row_bytes(), rows,
+                 is_reduced_at_source() ? weights : nullptr, num_partials, layout_.config().hidden,
+                 Store::kCached);
   }
   op.publish_credits();
   return op.complete(num_rows);

@@ -57,6 +57,21 @@ void list_experts(const DispatchRecvParams& params, uint64_t row, uint32_t top_k
   }
 }
 
+// Reduction::kSource: the rows of a token that will come home. Returns how many.
+uint32_t list_answers(const protocol::LowLatencyLayout& layout, const DispatchSendParams& params,
+                      uint32_t token) {
+  const uint32_t top_k = layout.config().top_k;
+  const uint64_t first = uint64_t{token} * top_k;
+  uint32_t num_answers = 0;
+  for (uint32_t k = 0; k < top_k; ++k) {
+    const int64_t expert = expert_at(params, first + k);
+    if (expert < 0) continue;
+    const uint32_t rank = layout.partition().owner(static_cast<uint32_t>(expert));
+    params.answers[first + num_answers++] = rank << 16 | k;
+  }
+  return num_answers;
+}
+
 }  // namespace
 
 OpResult LowLatencyRank::dispatch_send(const DispatchSendParams& params) {
@@ -108,6 +123,7 @@ void LowLatencyRank::write_messages(Op& op, const DispatchSendParams& params) {
     params.num_partials[token] = 0;
     if (routes.begin() == routes.end()) continue;
     const Row row = row_of(params, token);
+    uint32_t num_messages = 0;
     for (auto first = routes.begin(); first != routes.end();) {
       const uint32_t dst_rank = first->rank;
       const uint32_t slot = num_messages_to_[dst_rank]++;
@@ -122,7 +138,9 @@ void LowLatencyRank::write_messages(Op& op, const DispatchSendParams& params) {
         const ExpertEntry* twin = find_twin(entries, &entry);
         entry.position = twin != nullptr ? twin->position : num_rows_for_expert_[route->expert]++;
       }
-      const uint32_t column = params.num_partials[token]++;
+      // Where all rows come home, each to the column of its own k, messages name the first.
+      const uint32_t column = is_reduced_at_source() ? 0 : num_messages;
+      ++num_messages;
       *reinterpret_cast<MessageHeader*>(header) = {
           token, token * layout_.num_outcome_columns() + column,
           static_cast<uint32_t>(route - first), static_cast<uint32_t>(op.epoch())};
@@ -132,6 +150,8 @@ void LowLatencyRank::write_messages(Op& op, const DispatchSendParams& params) {
                   at<float>(dst, layout_.inbox_scales(op.bank(), self_rank_, slot)));
       first = route;
     }
+    params.num_partials[token] =
+        is_reduced_at_source() ? list_answers(layout_, params, token) : num_messages;
   }
 }
 
@@ -205,7 +225,10 @@ bool LowLatencyRank::unpack_message(Op& op, uint32_t src_rank, uint32_t slot,
   for (uint32_t i = 0; i < header.num_entries; ++i) {
     uint64_t row = 0;
     if (!place_entry(op, src_rank, entries, i, &row)) return false;
-    if (!is_rank_major) out[i] = {static_cast<uint32_t>(row), entries[i].weight};
+    if (is_rank_major) continue;
+    const float weight =
+        is_reduced_at_source() ? protocol::float_of(entries[i].k) : entries[i].weight;
+    out[i] = {static_cast<uint32_t>(row), weight};
   }
   if (is_rank_major) {
     const auto& config = layout_.config();
@@ -229,7 +252,8 @@ bool LowLatencyRank::check_header(Op& op, uint32_t src_rank, const MessageHeader
   if (header.num_entries < 1 || header.num_entries > layout_.config().top_k) {
     return op.fail(Status::kCorrupt, src_rank, layout_.config().top_k, header.num_entries);
   }
-  if (header.outcome_slot >= layout_.num_outcome_slots()) {
+  const uint64_t num_columns = is_reduced_at_source() ? layout_.config().top_k : 1;
+  if (header.outcome_slot + num_columns > layout_.num_outcome_slots()) {
     return op.fail(Status::kCorrupt, src_rank, layout_.num_outcome_slots(), header.outcome_slot);
   }
   return true;
@@ -242,6 +266,8 @@ bool LowLatencyRank::place_entry(Op& op, uint32_t src_rank, const ExpertEntry* e
   if (local_expert >= next_row_.size()) {
     return op.fail(Status::kCorrupt, src_rank, next_row_.size(), local_expert);
   }
+  const uint32_t top_k = layout_.config().top_k;
+  if (entries[i].k >= top_k) return op.fail(Status::kCorrupt, src_rank, top_k, entries[i].k);
   const ExpertEntry* twin = find_twin(entries, entries + i);
   const uint32_t row_of_source = next_row_[local_expert] - first_row_[local_expert];
   const uint32_t position = twin != nullptr ? twin->position : row_of_source;

@@ -14,6 +14,11 @@ inline int64_t expert_at(const protocol::DispatchSendParams& params, uint64_t i)
                                   : static_cast<const int32_t*>(params.topk_idx)[i];
 }
 
+// The weight of a route; none where only its home knows them (Reduction::kSource).
+inline float weight_at(const protocol::DispatchSendParams& params, uint64_t i) {
+  return params.topk_weights == nullptr ? 0.0f : params.topk_weights[i];
+}
+
 // The experts of one token, grouped by the rank that owns them: ranks ascending, k ascending
 // within.
 class TokenRoutes {
@@ -39,7 +44,7 @@ class TokenRoutes {
         routes_[place] = routes_[place - 1];
       }
       routes_[place] = {
-          rank, expert, {local_expert, static_cast<uint16_t>(k), 0, params.topk_weights[i]}};
+          rank, expert, {local_expert, static_cast<uint16_t>(k), 0, weight_at(params, i)}};
     }
   }
 

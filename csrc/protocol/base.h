@@ -34,6 +34,11 @@ enum class ScaleFormat : uint32_t {
   kUE8M0 = 2,       // that, as its exponent byte; four bytes a 32-bit word
 };
 
+// Where the rows that a token's experts made are weighted and added. kRank: on each rank that owns
+// some of them, and one partial row goes home. kSource: at home, where every row goes as it is; the
+// weights are wanted at combine only.
+enum class Reduction : uint32_t { kRank = 0, kSource = 1 };
+
 // Who moves a row between ranks that can reach each other's memory.
 enum class Transfer : uint32_t {
   kPush = 0,  // the sender writes to the receiver's memory: it flies between send and hook

@@ -18,7 +18,7 @@
 namespace ep::protocol {
 
 // Changes whenever a region, a word or a rule does: ranks of different builds must not meet.
-constexpr uint32_t kProtocolVersion = 3;
+constexpr uint32_t kProtocolVersion = 4;
 
 // What all ranks must agree on.
 struct LowLatencyConfig {
@@ -31,7 +31,8 @@ struct LowLatencyConfig {
   DType dtype;           // of combine's rows, kFloat32 or kBFloat16
   DType dispatch_dtype;  // of dispatch's rows: the same, or kFloat8E4M3
   ScaleFormat scale_format = ScaleFormat::kFloat32;
-  Transfer transfer = Transfer::kPush;
+  Transfer transfer = Transfer::kPush;  // of dispatch's rows, and of combine's partial rows
+  Reduction reduction = Reduction::kRank;
   uint32_t num_max_tagged_tokens = 0;  // batches up to this size travel as tagged words
   uint32_t num_combine_inputs = 0;     // pull: where callers may put combine's input, see below
 };
@@ -51,7 +52,9 @@ class LowLatencyLayout {
     const uint64_t num_banks = config.num_banks, num_ranks = config.num_ranks;
     const uint64_t num_tokens = config.num_max_tokens_per_rank;
     const bool is_pull = config.transfer == Transfer::kPull;
-    num_outcome_columns_ = config.top_k < config.num_ranks ? config.top_k : config.num_ranks;
+    const bool is_partial = config.reduction == Reduction::kRank;
+    num_outcome_columns_ =
+        is_partial && config.num_ranks < config.top_k ? config.num_ranks : config.top_k;
     num_scales_ = config.dispatch_dtype == DType::kFloat8E4M3 ? scales_for(config.hidden) : 0;
     row_bytes_ = narrow(config.hidden * element_bytes(config.dtype));
     row_stride_ = narrow(align_up(row_bytes_, kSlotAlign));
@@ -74,7 +77,8 @@ class LowLatencyLayout {
     const uint64_t num_inbox_rows = is_pull ? num_tokens : num_ranks * num_tokens;
     scales_offset_ = end_of(inbox_offset_, num_banks * num_inbox_rows * dispatch_row_stride_);
     outcome_offset_ = end_of(scales_offset_, num_banks * num_inbox_rows * scales_stride_);
-    const uint64_t num_outcome_rows = is_pull ? num_ranks * num_tokens : num_outcome_slots();
+    const uint64_t num_outcome_rows =
+        is_pull && is_partial ? num_ranks * num_tokens : num_outcome_slots();
     tagged_inbox_offset_ = end_of(outcome_offset_, num_banks * num_outcome_rows * row_stride_);
     const uint64_t num_tagged = config.num_max_tagged_tokens;
     tagged_outcome_offset_ =
@@ -94,7 +98,7 @@ class LowLatencyLayout {
   // Scales of a dispatched row: one for 128 channels where it is float8, else none.
   EP_HOST_DEVICE constexpr uint32_t num_scales() const { return num_scales_; }
 
-  // Columns of a token's outcome: at most one partial row per contributing rank.
+  // Columns of a token's outcome: at most one partial row per contributing rank, or all K rows.
   EP_HOST_DEVICE constexpr uint32_t num_outcome_columns() const { return num_outcome_columns_; }
   EP_HOST_DEVICE constexpr uint64_t num_outcome_slots() const {
     return uint64_t{config_.num_max_tokens_per_rank} * num_outcome_columns();

@@ -15,10 +15,12 @@
 namespace ep::protocol {
 
 struct MessageHeader {
-  uint32_t src_token;     // row of x on the source
-  uint32_t outcome_slot;  // where combine puts this rank's partial row, in rows of `outcome`
-  uint32_t num_entries;   // experts of this token on the receiving rank, 1..top_k
-  uint32_t epoch_tag;     // low 32 bits of the epoch: a message from another epoch is an error
+  uint32_t src_token;  // row of x on the source
+  // Where combine puts this rank's partial row, in rows of `outcome`; Reduction::kSource: the row
+  // of k 0, behind which those of the other k lie.
+  uint32_t outcome_slot;
+  uint32_t num_entries;  // experts of this token on the receiving rank, 1..top_k
+  uint32_t epoch_tag;    // low 32 bits of the epoch: a message from another epoch is an error
 };
 static_assert(sizeof(MessageHeader) == 16);
 

@@ -49,7 +49,7 @@ struct HandleMessage {
 static_assert(sizeof(HandleMessage) == 16);
 struct HandleEntry {
   uint32_t row;  // in recv_x seen as [L * S, H]
-  float weight;
+  float weight;  // Reduction::kSource: the bits of k
 };
 static_assert(sizeof(HandleEntry) == 8);
 struct HandleView {
@@ -74,8 +74,11 @@ struct DispatchSendParams {
   bool topk_idx_is_int64;
   const float* topk_weights;  // [T, K]
   uint32_t num_tokens;
-  uint32_t* num_partials;  // out [T]: ranks that will answer for each token
-  uint32_t* answers;       // out [T, C], pull: where each of them answers, rank << 16 | slot
+  // out [T], and [T, C]: rows that will come home for each token, and which they are. Partial rows:
+  // in the order of their ranks, rank << 16 | the message's slot (only GPUs read them). All rows
+  // (Reduction::kSource): by ascending k, rank << 16 | k.
+  uint32_t* num_partials;
+  uint32_t* answers;
 };
 struct DispatchRecvParams {
   OutputLayout output;
@@ -96,6 +99,7 @@ struct CombineRecvParams {
   uint32_t num_tokens;
   const uint32_t* num_partials;  // [T], from dispatch_send
   const uint32_t* answers;       // [T, C], from dispatch_send
+  const float* topk_weights;     // [T, K], Reduction::kSource
   int32_t combine_input;         // of the peers, as above
 };
 

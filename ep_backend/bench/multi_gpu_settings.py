@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_backend.bench.op_cuda_settings import Case, CudaBenchSettings
-from ep_backend.settings import DEFAULT_TAGGED_TOKENS
+from ep_backend.settings import default_tagged_tokens
 
 PROGRAM = "python -m ep_backend.bench.multi_gpu"
 MAX_GPUS = 8
@@ -53,7 +53,7 @@ class Options:
             if not (
                 is_default_listed
                 and case.num_max_tagged_tokens == 0
-                and case.num_tokens > DEFAULT_TAGGED_TOKENS
+                and case.num_tokens > default_tagged_tokens(case.num_ranks)
             )
         ]
 

@@ -31,10 +31,10 @@ NUM_GPUS = torch.cuda.device_count() if _native.has_cuda else 0
 
 
 def test_off_is_left_out_where_default_is_off_already() -> None:
-    options = parse_arguments([], num_visible=2)
-    assert options.num_gpus == 2
+    options = parse_arguments([], num_visible=8)
+    assert options.num_gpus == 8
     cases = options.cases()
-    assert {case.num_ranks for case in cases} == {2}
+    assert {case.num_ranks for case in cases} == {8}
     tagged = {(case.num_tokens, case.num_max_tagged_tokens) for case in cases}
     assert tagged == {(1, None), (1, 0), (16, None), (16, 0), (64, None), (128, None)}
     assert len(cases) == 2 * len(tagged)

@@ -22,7 +22,7 @@ from tests.support.scenario import (
     variant_of,
 )
 from tests.support.shapes import Shape
-from tests.support.strategies import DTYPES, scenarios, shapes
+from tests.support.strategies import DTYPES, REDUCTIONS, scenarios, shapes
 
 
 def run_on_threads(scenario: Scenario, program: str, num_ops: int) -> None:
@@ -47,13 +47,14 @@ def test_up_to_nine_ranks_equal_the_reference(scenario: Scenario) -> None:
     run_on_threads(scenario, "plain_loop", num_ops=4)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("hidden", "num_tokens"),
     [(8192, 8), (8192, 9), (12_345, 9), (60_000, 9), (60_001, 9), (3, 9)],
 )
 def test_rows_that_are_written_past_the_caches_equal_the_reference(
-    dtype: torch.dtype, hidden: int, num_tokens: int
+    dtype: torch.dtype, hidden: int, num_tokens: int, reduction: str
 ) -> None:
     """The kernels switch to streaming stores at some number of bytes, and need aligned rows."""
     shape = Shape(
@@ -64,6 +65,7 @@ def test_rows_that_are_written_past_the_caches_equal_the_reference(
         top_k=4,
         dtype=dtype,
         num_banks=4,
+        reduction=reduction,
     )
     scenario = Scenario(shape)
     for seed, routing in enumerate(["uniform", "one_hot_expert", "repeated"]):
@@ -75,6 +77,7 @@ def test_rows_that_are_written_past_the_caches_equal_the_reference(
 @given(shapes(max_ranks=4), st.data())
 @example(Shape(3, num_experts=2, top_k=6), None)
 @example(Shape(3, num_experts=2, top_k=6, output_layout="rank_major"), None)
+@example(Shape(3, num_experts=2, top_k=6, reduction="source"), None)
 def test_any_table_of_experts_equals_the_reference(
     shape: Shape, data: st.DataObject | None
 ) -> None:
@@ -230,6 +233,44 @@ def test_both_layouts_give_the_same_sums() -> None:
     for one, other in zip(expert_major.variants, rank_major.variants, strict=True):
         assert all(map(same_bits, one.combined, other.combined))
     run_on_threads(rank_major, "plain_loop", num_ops=17)
+
+
+def test_rows_that_go_home_as_they_are_round_once_and_take_their_weights_there() -> None:
+    """The worked example again. Weights given at dispatch count for nothing, and each combine of a
+    handle has its own."""
+    shape = Shape(2, 2, 1, num_experts=4, top_k=2, dtype=torch.float32, reduction="source")
+    a, b, c = 1.0, 2.0, 4.0
+    x = [torch.tensor([[a], [b]]), torch.tensor([[c]])]
+    idx = [torch.tensor([[0, 2], [3, 3]]), torch.tensor([[2, -1]])]
+    buffers = shape.virtual_buffers(timeout_secs=1.0)
+    ignored = [None, torch.full((1, 2), torch.nan)]
+    sent = [buffers[r].dispatch(x[r], idx[r], ignored[r]) for r in range(2)]
+    for _, hook in sent:
+        hook()
+    assert [result.handle.num_partials.tolist() for result, _ in sent] == [[2, 2], [1]]
+    for p, q in ((0.5, 0.25), (3.0, -1.0)):
+        weights = [torch.tensor([[1.0, 2.0], [p, q]]), torch.tensor([[p, torch.nan]])]
+        outs = []
+        for rank, (result, _) in enumerate(sent):
+            number = torch.arange(buffers[rank].first_expert, 4)[:2].float()[:, None, None]
+            rows = result.recv_x + number
+            outs.append(buffers[rank].combine(rows, result.handle, topk_weights=weights[rank]))
+        for _, hook in outs:
+            hook()
+        assert outs[0][0].flatten().tolist() == [a + 2 * (a + 2), p * (b + 3) + q * (b + 3)]
+        assert outs[1][0].flatten().tolist() == [p * (c + 2)]
+
+
+def test_the_hook_keeps_the_weights_that_it_will_read() -> None:
+    """Nobody else holds them: other tensors would get their memory."""
+    shape = Shape(1, 64, 1, num_experts=1, top_k=1, dtype=torch.float32, reduction="source")
+    (buffer,) = shape.virtual_buffers()
+    result = buffer.dispatch_and_receive(torch.ones(64, 1), torch.zeros((64, 1), dtype=torch.int32))
+    out, hook = buffer.combine(result.recv_x, result.handle, topk_weights=torch.full((64, 1), 3.0))
+    others = [torch.full((64, 1), 7.0) for _ in range(100)]
+    hook()
+    assert len(others) == 100
+    assert torch.equal(out, torch.full((64, 1), 3.0))
 
 
 def test_counters_count_tokens_messages_and_partial_rows() -> None:

@@ -25,12 +25,14 @@ class Case:
     scale_format: str | None = None
     """Of float8 rows; None: rows travel as they are."""
     output_layout: str = "expert_major"
+    reduction: str = "rank"
 
     @property
     def id(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         scales = "" if self.scale_format is None else f"-float8_{self.scale_format}"
-        shape = f"H{self.hidden}-E{self.num_experts}-K{self.top_k}-{self.output_layout}"
+        arranged = f"{self.output_layout}-{self.reduction}"
+        shape = f"H{self.hidden}-E{self.num_experts}-K{self.top_k}-{arranged}"
         return f"{self.routing}-{dtype}{scales}-{shape}"
 
     def scenario(self, num_ranks: int) -> Scenario:
@@ -44,6 +46,7 @@ class Case:
             dispatch_dtype=None if self.scale_format is None else torch.float8_e4m3fn,
             scale_format=self.scale_format or "float32",
             output_layout=self.output_layout,
+            reduction=self.reduction,
         )
         full = self.num_max_tokens_per_rank
         # The last rank has no token in the case of that name, and in the others now and then.
@@ -69,6 +72,8 @@ CASES = [
     Case("masked", torch.float32, hidden=200, scale_format="float32"),
     Case("skewed", torch.bfloat16, output_layout="rank_major"),
     Case("repeated", torch.float32, 130, 2, 32, 12, "power_of_two", "rank_major"),
+    Case("masked", torch.bfloat16, reduction="source"),
+    Case("repeated", torch.float32, num_experts=2, top_k=32, reduction="source"),
 ]
 
 

@@ -5,7 +5,7 @@ was damaged. The second half also proves that the checks of the other tests can 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -48,9 +48,21 @@ class Sent:
         return self.layout.inbox_row(BANK, 1, 0)
 
 
+SHAPE = Shape(3, num_max_tokens_per_rank=4, hidden=12, num_experts=7, top_k=3)
+
+
 @pytest.fixture
 def sent() -> Sent:
-    shape = Shape(3, num_max_tokens_per_rank=4, hidden=12, num_experts=7, top_k=3)
+    return send(SHAPE)
+
+
+@pytest.fixture
+def sent_for_source() -> Sent:
+    """Where combine sends every row home."""
+    return send(replace(SHAPE, reduction="source"))
+
+
+def send(shape: Shape) -> Sent:
     scenario = Scenario(shape).add("uniform", [4, 4, 4], seed=2)
     variant = scenario.variants[0]
     for idx in variant.topk_idx:
@@ -99,6 +111,54 @@ def test_worked_example_of_the_message_header() -> None:
     assert counts == [_native.pack_signal(EPOCH, 1)] * 2
     # Rank 0 owns expert 0 alone of these: one message to itself, in column 0.
     assert header_of(buffers[0], message).outcome_slot == 5 * 2
+
+
+def test_a_message_whose_rows_go_home_one_by_one_names_the_first_place_of_its_token() -> None:
+    """The same token, and one that lists an expert twice, whose rows then are the same."""
+    shape = Shape(2, 6, 5, num_experts=4, top_k=3, dtype=torch.float32, reduction="source")
+    buffers = shape.virtual_buffers(timeout_secs=1.0)
+    idx = torch.full((6, 3), -1)
+    idx[4:] = torch.tensor([[1, -1, 1], [3, 0, 2]])
+    x = torch.arange(30).view(6, 5).float()
+    sent = [buffers[0].dispatch(x, idx), buffers[1].dispatch(x[:0], idx[:0])]
+
+    layout = shape.layout()
+    messages = [layout.header(BANK, 0, slot) for slot in range(2)]
+    for rank, tokens in ((0, [4, 5]), (1, [5])):
+        headers = [header_of(buffers[rank], m) for m, _ in zip(messages, tokens, strict=False)]
+        assert [h.outcome_slot for h in headers] == [3 * token for token in tokens]
+    entries = [entry_of(buffers[1], messages[0], i) for i in range(2)]
+    assert [(e.local_expert, e.k, e.weight) for e in entries] == [(1, 0, 0.0), (0, 2, 0.0)]
+    assert sent[0][0].handle.num_partials.tolist() == [0, 0, 0, 0, 2, 3]
+
+    for _, hook in sent:
+        hook()
+    received = [result for result, _ in sent]
+    of_messages = [received[r].handle.entries[:n].tolist() for r, n in ((0, 3), (1, 2))]
+    # Row, k. Each of an expert's 12 rows belongs to one token of one source.
+    assert of_messages == [[[12, 0], [12, 2], [0, 1]], [[12, 0], [0, 2]]]
+
+    weights = torch.tensor([[0.0, 0.0, 0.0]] * 4 + [[2.0, torch.nan, 3.0], [4.0, 5.0, 6.0]])
+    factor = torch.tensor([1.0, 10.0])[:, None, None]  # of a rank's first and second expert
+    (out, hook), (_, other_hook) = (
+        buffers[r].combine(received[r].recv_x * factor, received[r].handle, topk_weights=w)
+        for r, w in enumerate([weights, weights[:0]])
+    )
+
+    def outcome(token: int, k: int) -> list[float]:
+        place = layout.outcome(BANK, 3 * token + k)
+        row = bytes(byte_of(buffers[0], place + i).value for i in range(20))
+        return torch.frombuffer(bytearray(row), dtype=torch.float32).tolist()
+
+    assert outcome(4, 0) == outcome(4, 2) == (10 * x[4]).tolist()
+    assert outcome(4, 1) == [0.0] * 5  # nobody writes what is not routed
+    for k, factor_of_k in enumerate([10, 1, 1]):
+        assert outcome(5, k) == (factor_of_k * x[5]).tolist()
+    hook()
+    other_hook()
+    assert torch.equal(out[4], (2 + 3) * 10 * x[4])
+    assert torch.equal(out[5], 4 * 10 * x[5] + 5 * x[5] + 6 * x[5])
+    assert not out[:4].any()
 
 
 def test_a_hook_credits_every_peer_with_its_epoch(sent: Sent) -> None:
@@ -161,6 +221,10 @@ def damage_local_expert_that_does_not_exist(sent: Sent) -> None:
     entry_of(sent.buffers[0], sent.message, 0).local_expert = 3  # rank 0 owns 3 experts
 
 
+def damage_k_out_of_range(sent: Sent) -> None:
+    entry_of(sent.buffers[0], sent.message, 0).k = sent.shape.top_k
+
+
 def damage_counts_disagree(sent: Sent) -> None:
     word_of(sent.buffers[0], sent.layout.counts(BANK, 1) + 8 * 2).value += 1
 
@@ -172,11 +236,50 @@ def damage_counts_of_another_epoch(sent: Sent) -> None:
 DAMAGE = [f for name, f in sorted(globals().items()) if name.startswith("damage_")]
 
 
-@pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__.removeprefix("damage_"))
+def damage_last_column_out_of_range(sent: Sent) -> None:
+    slot = sent.layout.num_outcome_slots - sent.shape.top_k
+    header_of(sent.buffers[0], sent.message).outcome_slot = slot + 1
+
+
+def damage_outcome_slot_that_wraps_around(sent: Sent) -> None:
+    header_of(sent.buffers[0], sent.message).outcome_slot = (1 << 32) - 1
+
+
+DAMAGE_FOR_SOURCE = [
+    *DAMAGE,
+    damage_last_column_out_of_range,
+    damage_outcome_slot_that_wraps_around,
+]
+
+
+def name_of(damage: Callable[[Sent], None]) -> str:
+    return damage.__name__.removeprefix("damage_")
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=name_of)
 def test_damaged_memory_is_a_protocol_error_that_names_the_peer(
     sent: Sent, damage: Callable[[Sent], None]
 ) -> None:
     damage(sent)
+    check_that_the_damage_is_noticed(sent)
+
+
+@pytest.mark.parametrize("damage", DAMAGE_FOR_SOURCE, ids=name_of)
+def test_damaged_memory_is_noticed_where_every_row_goes_home(
+    sent_for_source: Sent, damage: Callable[[Sent], None]
+) -> None:
+    damage(sent_for_source)
+    check_that_the_damage_is_noticed(sent_for_source)
+
+
+def test_the_last_place_of_an_outcome_may_be_used(sent_for_source: Sent) -> None:
+    """The control of the damaged columns above."""
+    last = sent_for_source.layout.num_outcome_slots - sent_for_source.shape.top_k
+    header_of(sent_for_source.buffers[0], sent_for_source.message).outcome_slot = last
+    sent_for_source.dispatched[0][1]()
+
+
+def check_that_the_damage_is_noticed(sent: Sent) -> None:
     with pytest.raises(ProtocolError, match=r"dispatch recv 1 on rank 0: .* by rank 1 ") as first:
         sent.dispatched[0][1]()
     # Nothing was credited, and the buffer stays failed in both phases.

@@ -25,6 +25,7 @@ T = TypeVar("T")
 CUDA_SHAPE = Shape(2, hidden=64, device="cuda")
 FLOAT8 = {"dispatch_dtype": torch.float8_e4m3fn, "scale_format": "ue8m0"}
 RANK_MAJOR = {"output_layout": "rank_major"}
+SOURCE = {"reduction": "source"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "pull": {"num_max_tagged_tokens": 0},
     "push": {"transfer": "push", "num_max_tagged_tokens": 0},
@@ -33,6 +34,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "float8": FLOAT8,
     "rank_major": RANK_MAJOR,
     "float8_rank_major": FLOAT8 | RANK_MAJOR,
+    "source": SOURCE | {"transfer": "push", "num_max_tagged_tokens": 0},
+    "source_pull": SOURCE | {"num_max_tagged_tokens": 0},
+    "source_tagged": SOURCE | {"num_max_tagged_tokens": 3},
     "in_place": RANK_MAJOR | {"num_combine_inputs": 5, "num_max_tagged_tokens": 3},
 }
 with_settings = pytest.mark.parametrize("settings_of", SETTINGS.values(), ids=SETTINGS.keys())
@@ -100,8 +104,11 @@ def test_both_halves_in_one_kernel_equal_the_reference(settings_of: dict[str, An
         received = on_streams(lambda r: buffers[r].dispatch_and_receive(*inputs[r]))
         for rank, result in zip(ranks, received, strict=True):
             rank.take_received(op, result)
+        weights = [rank.combine_weights(op) for rank in ranks]
         combined = on_streams(
-            lambda r: buffers[r].combine_and_receive(ranks[r].expert_out[op], received[r].handle)
+            lambda r: buffers[r].combine_and_receive(
+                ranks[r].expert_out[op], received[r].handle, topk_weights=weights[r]
+            )
         )
         for rank, out in zip(ranks, combined, strict=True):
             rank.check_combined(op, out)
@@ -177,15 +184,21 @@ class Pair:
         self.topk_idx[:, 0] = spread % buffer.num_experts
         self.weights = torch.rand(num_tokens, buffer.top_k, device="cuda")
         self.graph = torch.cuda.CUDAGraph()
-        inputs = (self.x, self.topk_idx, self.weights)
+        is_source = buffer.reduction == "source"
+        inputs = (self.x, self.topk_idx, None if is_source else self.weights)
+        weights = self.weights if is_source else None
         with torch.cuda.graph(self.graph):
             if is_fused:
                 result = buffer.dispatch_and_receive(*inputs)
-                self.out = buffer.combine_and_receive(self.experts(result), result.handle)
+                self.out = buffer.combine_and_receive(
+                    self.experts(result), result.handle, topk_weights=weights
+                )
             else:
                 result, hook = buffer.dispatch(*inputs)
                 hook()
-                self.out, hook = buffer.combine(self.experts(result), result.handle)
+                self.out, hook = buffer.combine(
+                    self.experts(result), result.handle, topk_weights=weights
+                )
                 hook()
 
     def experts(self, result: DispatchResult) -> torch.Tensor:

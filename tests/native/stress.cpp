@@ -8,7 +8,7 @@
 //        steady  BANKS dispatches outstanding all the time, one thread a rank
 //        split   sends in one thread of the rank, hooks in another
 //   DTYPE        float32, bfloat16, or float8: float32 that is dispatched as float8
-//   OUTPUT       expert_major or rank_major
+//   OUTPUT       expert_major, rank_major, or source: expert-major, whose rows are added at home
 //   damage       one payload byte of one message is changed: the check must end the program
 //
 // T tokens, H hidden, K top-k, E experts, R ranks, M tokens a rank at most, B banks.
@@ -77,6 +77,7 @@ int main(int argc, char** argv) {
   if (argc < 8) return 2;
   const std::string dtype = argv[6];
   const DType combine_dtype = dtype == "bfloat16" ? DType::kBFloat16 : DType::kFloat32;
+  const std::string output = argv[7];
   const Options options{
       argv[1],
       static_cast<uint32_t>(std::atoi(argv[2])),
@@ -85,17 +86,19 @@ int main(int argc, char** argv) {
       static_cast<uint32_t>(std::atoi(argv[5])),
       combine_dtype,
       dtype == "float8" ? DType::kFloat8E4M3 : combine_dtype,
-      std::string(argv[7]) == "rank_major" ? OutputLayout::kRankMajor : OutputLayout::kExpertMajor,
+      output == "rank_major" ? OutputLayout::kRankMajor : OutputLayout::kExpertMajor,
+      output == "source" ? protocol::Reduction::kSource : protocol::Reduction::kRank,
       argc > 8};
-  const LowLatencyConfig config{options.num_ranks,
-                                kNumExperts,
-                                kMaxTokens,
-                                options.hidden,
-                                kTopK,
-                                options.num_banks,
-                                options.dtype,
-                                options.dispatch_dtype,
-                                protocol::ScaleFormat::kPowerOfTwo};
+  LowLatencyConfig config{options.num_ranks,
+                          kNumExperts,
+                          kMaxTokens,
+                          options.hidden,
+                          kTopK,
+                          options.num_banks,
+                          options.dtype,
+                          options.dispatch_dtype,
+                          protocol::ScaleFormat::kPowerOfTwo};
+  config.reduction = options.reduction;
   // Exactly as many bytes as the layout says: AddressSanitizer sees the first byte behind them.
   const uint64_t num_bytes = protocol::LowLatencyLayout(config).num_bytes();
   std::vector<std::byte*> bases;

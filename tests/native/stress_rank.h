@@ -29,6 +29,7 @@ struct Options {
   uint32_t hidden;
   DType dtype, dispatch_dtype;
   OutputLayout output;
+  protocol::Reduction reduction;
   bool damage;
 };
 
@@ -98,6 +99,7 @@ inline float load(const std::byte* row, uint32_t column, DType dtype) {
 // What one operation of one rank keeps between its send and its hooks.
 struct Operation {
   std::vector<uint32_t> num_partials;
+  std::vector<uint32_t> answers;
   std::vector<uint32_t> num_messages;
   std::vector<cpu::HandleMessage> messages;
   std::vector<cpu::HandleEntry> entries;
@@ -138,9 +140,10 @@ class Rank {
     }
     auto operation = std::make_unique<Operation>();
     operation->num_partials.resize(tokens);
+    operation->answers.resize(tokens * kernels_.layout().num_outcome_columns());
     check(kernels_.dispatch_send({x.data(), false, nullptr, topk_idx.data(), true,
-                                  topk_weights.data(), tokens, operation->num_partials.data(),
-                                  nullptr}),
+                                  is_source() ? nullptr : topk_weights.data(), tokens,
+                                  operation->num_partials.data(), operation->answers.data()}),
           "dispatch send", op);
     return operation;
   }
@@ -203,8 +206,9 @@ class Rank {
     const uint32_t tokens = num_tokens(op, self_);
     const uint64_t row_bytes = kernels_.layout().row_bytes();
     operation.out.resize(tokens * row_bytes);
-    check(kernels_.combine_recv(
-              {operation.out.data(), tokens, operation.num_partials.data(), nullptr}),
+    const std::vector<float> topk_weights(is_source() ? tokens * kTopK : 0, 1.0f);
+    check(kernels_.combine_recv({operation.out.data(), tokens, operation.num_partials.data(),
+                                 operation.answers.data(), topk_weights.data()}),
           "combine recv", op);
     for (uint32_t token = 0; token < tokens; ++token) {
       for (uint32_t column = 0; column < options_.hidden; ++column) {
@@ -231,6 +235,7 @@ class Rank {
     }
   }
 
+  bool is_source() const { return options_.reduction == protocol::Reduction::kSource; }
   bool is_rank_major() const { return options_.output == OutputLayout::kRankMajor; }
 
   uint64_t row_of(size_t local, int32_t i) const {

@@ -33,6 +33,7 @@ shapes = st.builds(
     device=st.just("cuda"),  # the only one with a choice of transfers
     dispatch_dtype=dispatch_dtypes,
     transfer=st.sampled_from(["push", "pull"]),
+    reduction=st.sampled_from(["rank", "source"]),
     num_max_tagged_tokens=num_tokens.flatmap(lambda n: st.integers(0, n)),
 )
 
@@ -106,7 +107,7 @@ def messages_of(shape: Shape) -> Iterator[tuple[str, Part]]:
         yield "inbox", (row_of(*place), dispatch_row_bytes(shape), f"row {place}")
     for place in places:
         yield "scales", (scales_of(*place), 4 * num_scales(shape), f"scales {place}")
-    if is_pull:
+    if is_pull and shape.reduction == "rank":
         for place in slots:
             yield "outcome", (layout.outbox(*place), row_bytes, f"outbox {place}")
     else:
@@ -169,7 +170,9 @@ def test_words_headers_and_rows_are_aligned(shape: Shape) -> None:
 @given(shapes)
 def test_the_documented_sizes(shape: Shape) -> None:
     layout = shape.layout()
-    columns = min(shape.top_k, shape.num_ranks)
+    columns = shape.top_k
+    if shape.reduction == "rank":
+        columns = min(columns, shape.num_ranks)
     assert layout.num_outcome_columns == columns
     assert layout.num_outcome_slots == shape.num_max_tokens_per_rank * columns
     assert layout.expert_capacity == shape.num_ranks * shape.num_max_tokens_per_rank
@@ -226,6 +229,16 @@ def test_pulled_rows_are_staged_once_not_once_a_rank() -> None:
     assert pull.layout().num_bytes == push.layout().num_bytes - 2 * 7 * 128 * row_bytes
 
 
+@pytest.mark.parametrize("transfer", ["push", "pull"])
+def test_rows_that_are_reduced_at_home_are_pushed_there_one_for_each_expert(transfer: str) -> None:
+    rank = Shape(4, 128, 7168, 256, 8, device="cuda", transfer=transfer, num_max_tagged_tokens=0)
+    source = replace(rank, reduction="source")
+    assert source.layout().num_outcome_columns == 8
+    # Either way the outcome of "rank" has four places a token: min(K, R) columns or R sources.
+    more_rows = 2 * 128 * (8 - 4)
+    assert source.layout().num_bytes == rank.layout().num_bytes + more_rows * 2 * 7168
+
+
 def test_float8_halves_the_inbox_and_adds_its_scales() -> None:
     bfloat16 = Shape(8, 128, 7168, 256, 8)
     float8 = replace(bfloat16, dispatch_dtype=torch.float8_e4m3fn)
@@ -246,8 +259,9 @@ def test_memory_does_not_grow_with_the_number_of_experts() -> None:
         Shape(8, 128, 7168, 256, 8, device="cuda"),
         Shape(8, 128, 7168, 256, 8, device="cuda", transfer="push", num_max_tagged_tokens=0),
         Shape(9, 5, 33, 7, 32, torch.float32, 3, "cuda", torch.float8_e4m3fn, "ue8m0"),
+        Shape(4, 128, 7168, 256, 8, device="cuda", reduction="source"),
     ],
-    ids=["R1", "R8", "R8-push", "R9-float8"],
+    ids=["R1", "R8", "R8-push", "R9-float8", "R4-source"],
 )
 def test_a_gpu_computes_the_same_layout_as_the_host(shape: Shape) -> None:
     if not _native.has_cuda:

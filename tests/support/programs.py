@@ -157,7 +157,10 @@ class Interpreter:
 
     def send_combine(self, op: int) -> None:
         result, _ = self.dispatched[op]
-        self.combined[op] = self.buffer.combine(self.expert_out[op], result.handle)
+        weights = self.combine_weights(op)
+        self.combined[op] = self.buffer.combine(
+            self.expert_out[op], result.handle, topk_weights=weights
+        )
         del self.dispatched[op], self.expert_out[op]  # only now: a step that raised may be repeated
 
     def hook_combine(self, op: int) -> None:
@@ -168,13 +171,26 @@ class Interpreter:
 
     def exchange_combine(self, op: int) -> None:
         result, _ = self.dispatched[op]
-        out = self.buffer.combine_and_receive(self.expert_out[op], result.handle)
+        weights = self.combine_weights(op)
+        out = self.buffer.combine_and_receive(
+            self.expert_out[op], result.handle, topk_weights=weights
+        )
         del self.dispatched[op], self.expert_out[op]
         self.check_combined(op, out)
 
-    def inputs(self, op: int) -> list[torch.Tensor]:
+    def inputs(self, op: int) -> list[torch.Tensor | None]:
+        """Arguments of `dispatch`. Where combine is given the weights, dispatch is given none."""
         inputs = self.scenario.variant(op).inputs(self.buffer.group.self_rank)
-        return [t.to(self.buffer.device) for t in inputs]
+        x, topk_idx, weights, *x_scales = (t.to(self.buffer.device) for t in inputs)
+        is_needed = self.buffer.reduction == "rank"
+        return [x, topk_idx, weights if is_needed else None, *x_scales]
+
+    def combine_weights(self, op: int) -> torch.Tensor | None:
+        """Argument of `combine`."""
+        if self.buffer.reduction == "rank":
+            return None
+        weights = self.scenario.variant(op).topk_weights[self.buffer.group.self_rank]
+        return weights.to(self.buffer.device)
 
     def take_received(self, op: int, result: DispatchResult) -> None:
         shape, rank = self.scenario.shape, self.buffer.group.self_rank

@@ -144,7 +144,8 @@ def variant_of(
         outputs = [
             expert(e, values_of(r.rows, r.scales, shape.dtype)) for e, r in enumerate(received)
         ]
-        combined = reference.combine(outputs, received, topk_idx, topk_weights, shape.dtype)
+        combine = reference.combine_source if shape.is_reduced_at_source else reference.combine
+        combined = combine(outputs, received, topk_idx, topk_weights, shape.dtype)
     sent, sent_scales = (rows, scales) if is_quantized else (x, None)
     return Variant(sent, sent_scales, topk_idx, topk_weights, received, by_source, combined)
 

@@ -25,6 +25,7 @@ class Shape:
     dispatch_dtype: torch.dtype | None = None
     scale_format: str = "float32"
     output_layout: str = "expert_major"
+    reduction: str = "rank"
     transfer: str = "pull"
     num_max_tagged_tokens: int | None = None
     num_combine_inputs: int = 0
@@ -33,6 +34,10 @@ class Shape:
     @property
     def is_float8(self) -> bool:
         return self.dispatch_dtype == torch.float8_e4m3fn
+
+    @property
+    def is_reduced_at_source(self) -> bool:
+        return self.reduction == "source"
 
     @property
     def is_rank_major(self) -> bool:
@@ -48,6 +53,7 @@ class Shape:
             dispatch_dtype=self.dispatch_dtype or self.dtype,
             scale_format=self.scale_format,
             output_layout=self.output_layout,
+            reduction=self.reduction,
             transfer=self.transfer,
             num_max_tagged_tokens=self.num_max_tagged_tokens,
             num_combine_inputs=self.num_combine_inputs,
@@ -74,6 +80,7 @@ class Shape:
             dispatch_dtype=self.dispatch_dtype,
             scale_format=self.scale_format,
             output_layout=self.output_layout,
+            reduction=self.reduction,
             transfer=self.transfer,
             num_max_tagged_tokens=self.num_max_tagged_tokens,
             num_combine_inputs=self.num_combine_inputs,

@@ -14,6 +14,7 @@ from tests.support.shapes import Shape
 DTYPES = (torch.float32, torch.bfloat16)
 SCALE_FORMATS = ("float32", "power_of_two", "ue8m0")
 OUTPUT_LAYOUTS = ("expert_major", "rank_major")
+REDUCTIONS = ("rank", "source")
 
 
 @st.composite
@@ -41,13 +42,17 @@ def shapes(draw: st.DrawFn, max_ranks: int = 5, device: str = "cpu") -> Shape:
         # Batches on both sides of the limit, all of them, none.
         some = st.sampled_from([None, 0, (settings["num_max_tokens_per_rank"] + 1) // 2])
         settings["num_max_tagged_tokens"] = draw(some)
+    output_layout = draw(st.sampled_from(OUTPUT_LAYOUTS))
+    # Rank-major, the caller reduces.
+    reductions = REDUCTIONS if output_layout == "expert_major" else ("rank",)
     return Shape(
         num_ranks=draw(st.integers(1, max_ranks)),
         top_k=draw(st.integers(1, 32)),
         dtype=dtype,
         dispatch_dtype=torch.float8_e4m3fn if is_float8 else None,
         scale_format=draw(st.sampled_from(SCALE_FORMATS)) if is_float8 else "float32",
-        output_layout=draw(st.sampled_from(OUTPUT_LAYOUTS)),
+        output_layout=output_layout,
+        reduction=draw(st.sampled_from(reductions)),
         num_banks=draw(st.integers(2, 4)),
         device=device,
         **settings,
