@@ -109,10 +109,10 @@ class BufferSettings:
                 "single experts to send home. Pass output_layout='expert_major', or leave "
                 "reduction out."
             )
-        if self.reduction == "source" and self.num_combine_inputs != 0:
+        if self.reduction == "source" and self.device == "cuda":
             raise ValueError(
-                f"num_combine_inputs is {self.num_combine_inputs}, but reduction 'source' always "
-                "pushes combine's rows and reads none in place. Leave one of the two out."
+                "reduction is 'source', which only the CPU's kernels know so far. On CUDA pass "
+                "reduction='rank', and topk_weights to dispatch."
             )
 
     def _check_combine_inputs(self) -> None:

@@ -25,7 +25,6 @@ T = TypeVar("T")
 CUDA_SHAPE = Shape(2, hidden=64, device="cuda")
 FLOAT8 = {"dispatch_dtype": torch.float8_e4m3fn, "scale_format": "ue8m0"}
 RANK_MAJOR = {"output_layout": "rank_major"}
-SOURCE = {"reduction": "source"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "pull": {"num_max_tagged_tokens": 0},
     "push": {"transfer": "push", "num_max_tagged_tokens": 0},
@@ -34,9 +33,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "float8": FLOAT8,
     "rank_major": RANK_MAJOR,
     "float8_rank_major": FLOAT8 | RANK_MAJOR,
-    "source": SOURCE | {"transfer": "push", "num_max_tagged_tokens": 0},
-    "source_pull": SOURCE | {"num_max_tagged_tokens": 0},
-    "source_tagged": SOURCE | {"num_max_tagged_tokens": 3},
     "in_place": RANK_MAJOR | {"num_combine_inputs": 5, "num_max_tagged_tokens": 3},
 }
 with_settings = pytest.mark.parametrize("settings_of", SETTINGS.values(), ids=SETTINGS.keys())
@@ -184,21 +180,15 @@ class Pair:
         self.topk_idx[:, 0] = spread % buffer.num_experts
         self.weights = torch.rand(num_tokens, buffer.top_k, device="cuda")
         self.graph = torch.cuda.CUDAGraph()
-        is_source = buffer.reduction == "source"
-        inputs = (self.x, self.topk_idx, None if is_source else self.weights)
-        weights = self.weights if is_source else None
+        inputs = (self.x, self.topk_idx, self.weights)
         with torch.cuda.graph(self.graph):
             if is_fused:
                 result = buffer.dispatch_and_receive(*inputs)
-                self.out = buffer.combine_and_receive(
-                    self.experts(result), result.handle, topk_weights=weights
-                )
+                self.out = buffer.combine_and_receive(self.experts(result), result.handle)
             else:
                 result, hook = buffer.dispatch(*inputs)
                 hook()
-                self.out, hook = buffer.combine(
-                    self.experts(result), result.handle, topk_weights=weights
-                )
+                self.out, hook = buffer.combine(self.experts(result), result.handle)
                 hook()
 
     def experts(self, result: DispatchResult) -> torch.Tensor:
