@@ -48,10 +48,38 @@ def test_every_variable_is_read_somewhere() -> None:
     assert all(variable in sources for variable in variables)
 
 
+def results(name: str) -> dict:
+    return json.loads((ROOT / "ep_backend" / "bench" / "results" / name).read_text())
+
+
+def test_gpu_numbers_are_those_of_the_results() -> None:
+    measured = results("multi-gpu-2-h100.json")
+    nccl_us = {p["num_tokens"]: p["pair"]["median_us"] for p in measured["nccl"]["pairs"]}
+    assert len(measured["cases"]) == 6
+    for case in measured["cases"]:
+        num_tokens, pair_us = case["num_tokens"], case["pair"]["median_us"]
+        row = (
+            f"| {num_tokens} | {case['output_layout'].replace('_', '-')} | {pair_us:.1f} "
+            f"| {case['dispatch']['median_us']:.1f} | {nccl_us[num_tokens]:.1f} "
+            f"| {nccl_us[num_tokens] / pair_us:.1f}x |"
+        )
+        assert row in README
+    rows = {
+        f"| {case['num_tokens']} | {case['output_layout'].replace('_', '-')} "
+        f"| {32 if tagged is None else tagged or 'none'} | {case['num_sms'] or 'all'} "
+        f"| {case['pair']['median_us']:.1f} |"
+        for case in results("multi-gpu-2-h100-tagged.json")["cases"]
+        for tagged in (case["num_max_tagged_tokens"],)
+    }
+    shown = re.findall(r"^\| \d+ \| (?:expert|rank)-major \| (?:\d+|none) \| .* \|$", README, re.M)
+    shown = [row for row in shown if row.count("|") == 6]
+    assert len(shown) == 6
+    assert set(shown) <= rows
+
+
 def test_numbers_are_those_of_the_results() -> None:
     for num_ranks in (2, 4, 8):
-        path = ROOT / "ep_backend" / "bench" / "results" / f"op-cpu-{num_ranks}-ranks.json"
-        for case in json.loads(path.read_text())["cases"]:
+        for case in results(f"op-cpu-{num_ranks}-ranks.json")["cases"]:
             gloo_us = min(case[way]["p50_us"] for way in ("gloo_all_to_all", "gloo_all_gather"))
             row = (
                 f"| {num_ranks} | {case['num_tokens']} | {case['ours']['p50_us']:.0f} "
