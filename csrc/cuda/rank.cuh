@@ -109,6 +109,12 @@ class Op {
         ok = fail(rank_, receiving(), Status::kNewerEpoch, r, epoch_, protocol::signal_epoch(seen),
                   0);
       }
+      const auto& config = rank_.layout.config();
+      const uint32_t most = protocol::signal_is_tagged(seen) ? config.num_max_tagged_tokens
+                                                             : config.num_max_tokens_per_rank;
+      if (ok && protocol::signal_count(seen) > most) {
+        ok = corrupt(r, most, protocol::signal_count(seen));
+      }
       if (ok && sources != nullptr) {
         sources[r] = static_cast<uint32_t>(seen & (protocol::kTaggedBit | protocol::kMaxCount));
       }
