@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from ep_backend.low_latency import LowLatencyBuffer
 
 
+def address_of(tensor: torch.Tensor | None) -> int:
+    """For a kernel; 0 is none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 @dataclass(frozen=True)
 class OpCounters:
     """What one kind of operation has done on a buffer since its creation."""

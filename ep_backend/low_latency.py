@@ -33,6 +33,7 @@ from ep_backend.handles import (
     KernelStatistics,
     OpCounters,
     RecvHook,
+    address_of,
 )
 from ep_backend.kernel_calls import KernelCalls
 from ep_backend.kernels import make_kernels
@@ -314,19 +315,14 @@ class LowLatencyBuffer:
         """
         expert_out, out = self._prepare_combine(expert_out, handle, out, topk_weights)
         num_tokens = handle.num_tokens
-        num_partials, answers, *received = handle.pointers()
         combine_input = self._combine_input_idx(expert_out)
-        epoch = self._combines.send(
-            lambda: self._calls.run(
-                "combine_send", num_tokens, expert_out.data_ptr(), *received, combine_input
-            )
-        )
+        arguments = _combine_send_arguments(expert_out, handle, combine_input)
+        epoch = self._combines.send(lambda: self._calls.run("combine_send", num_tokens, *arguments))
 
         def add_up() -> None:
             # Of the tensors themselves: this keeps their memory until then.
-            weights = 0 if topk_weights is None else topk_weights.data_ptr()
-            arguments = (out.data_ptr(), handle.num_tokens, num_partials, answers, weights)
-            self._calls.run("combine_recv", num_tokens, *arguments, combine_input)
+            arguments = _combine_recv_arguments(out, handle, topk_weights, combine_input)
+            self._calls.run("combine_recv", num_tokens, *arguments)
 
         def receive() -> None:
             self._combines.hook(epoch, add_up)
@@ -351,12 +347,9 @@ class LowLatencyBuffer:
             recv_hook()
             return out
         expert_out, out = self._prepare_combine(expert_out, handle, out, topk_weights)
-        num_partials, answers, *received = handle.pointers()
         combine_input = self._combine_input_idx(expert_out)
-        arguments = (expert_out.data_ptr(), *received, combine_input)
-        weights = 0 if topk_weights is None else topk_weights.data_ptr()
-        arguments += (out.data_ptr(), handle.num_tokens, num_partials, answers, weights)
-        arguments += (combine_input,)
+        arguments = _combine_send_arguments(expert_out, handle, combine_input)
+        arguments += _combine_recv_arguments(out, handle, topk_weights, combine_input)
         self._combines.exchange(lambda _: self._calls.run("combine", handle.num_tokens, *arguments))
         return out
 
@@ -430,10 +423,10 @@ class LowLatencyBuffer:
         return handle, (
             x.data_ptr(),
             x_scales is not None,
-            0 if x_scales is None else x_scales.data_ptr(),
+            address_of(x_scales),
             topk_idx.data_ptr(),
             topk_idx.dtype == torch.int64,
-            0 if topk_weights is None else topk_weights.data_ptr(),
+            address_of(topk_weights),
             num_tokens,
             num_partials,
             answers,
@@ -473,3 +466,23 @@ class LowLatencyBuffer:
         if self._fault is faults.Fault.DROP_REMOTE_CONTRIBUTIONS:
             expert_out = faults.drop_remote_contributions(expert_out, handle)
         return expert_out, out
+
+
+def _combine_send_arguments(
+    expert_out: torch.Tensor, handle: DispatchHandle, combine_input: int
+) -> tuple[int, ...]:
+    """Of the native combine_send."""
+    _, _, *received = handle.pointers()
+    return (expert_out.data_ptr(), *received, combine_input)
+
+
+def _combine_recv_arguments(
+    out: torch.Tensor,
+    handle: DispatchHandle,
+    topk_weights: torch.Tensor | None,
+    combine_input: int,
+) -> tuple[int, ...]:
+    """Of the native combine_recv."""
+    num_partials, answers, *_ = handle.pointers()
+    weights = address_of(topk_weights)
+    return (out.data_ptr(), handle.num_tokens, num_partials, answers, weights, combine_input)

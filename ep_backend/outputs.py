@@ -13,7 +13,7 @@ import torch
 
 from ep_backend import _native
 from ep_backend.group import Group
-from ep_backend.handles import DispatchHandle, DispatchResult
+from ep_backend.handles import DispatchHandle, DispatchResult, address_of
 from ep_backend.settings import OUTPUT_LAYOUTS, BufferSettings
 
 
@@ -79,7 +79,7 @@ class RecvBank:
             self.recv_topk_idx = torch.empty(size, dtype=torch.int32, device=device)
             self.recv_topk_weights = torch.empty(size, dtype=torch.float32, device=device)
         tensors = (self.recv_x, self.recv_scales, self.recv_topk_idx, self.recv_topk_weights)
-        self._addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        self._addresses = [address_of(t) for t in tensors]
 
     def result(self, handle: DispatchHandle) -> DispatchResult:
         """Of a dispatch that will fill this bank."""

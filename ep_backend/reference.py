@@ -11,6 +11,7 @@ R ranks, T_r tokens of rank r, H hidden, K top_k, N = ceil(H / 128) scales a flo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -200,26 +201,18 @@ def combine(
         Of each rank, `[T_r, H]` of `dtype`.
     """
     num_experts, num_ranks = len(expert_out), len(topk_idx)
-    hidden = expert_out[0].shape[1]
-    row_of = [{origin: i for i, origin in enumerate(e.origins)} for e in received]
-    outs = []
-    for src_rank, (idx, weights) in enumerate(zip(topk_idx, topk_weights, strict=True)):
-        out = torch.zeros((idx.shape[0], hidden), dtype=dtype)
-        for token in range(idx.shape[0]):
-            partials = []
-            for rank in range(num_ranks):
-                owned = experts_of_rank(num_experts, num_ranks, rank)
-                terms = [
-                    weights[token, k] * expert_out[e][row_of[e][src_rank, token]].float()
-                    for k, e in enumerate(idx[token].tolist())
-                    if e in owned
-                ]
-                if terms:
-                    partials.append(_ordered_sum(terms).to(dtype))
-            if partials:
-                out[token] = _ordered_sum([p.float() for p in partials]).to(dtype)
-        outs.append(out)
-    return outs
+    owned = [experts_of_rank(num_experts, num_ranks, rank) for rank in range(num_ranks)]
+
+    def add_up(terms: dict[int, torch.Tensor], experts: list[int]) -> torch.Tensor:
+        """The partial sum of each rank, then their sum."""
+        partials = []
+        for of_rank in owned:
+            of_rank_terms = [term for k, term in terms.items() if experts[k] in of_rank]
+            if of_rank_terms:
+                partials.append(_ordered_sum(of_rank_terms).to(dtype))
+        return _ordered_sum([p.float() for p in partials])
+
+    return _combine_tokens(expert_out, received, topk_idx, topk_weights, dtype, add_up)
 
 
 def combine_source(
@@ -234,19 +227,38 @@ def combine_source(
 
     Args, Returns: as `combine`.
     """
-    hidden = expert_out[0].shape[1]
+    return _combine_tokens(
+        expert_out,
+        received,
+        topk_idx,
+        topk_weights,
+        dtype,
+        lambda terms, _: _ordered_sum(list(terms.values())),
+    )
+
+
+def _combine_tokens(
+    expert_out: list[torch.Tensor],
+    received: list[ExpertRows],
+    topk_idx: list[torch.Tensor],
+    topk_weights: list[torch.Tensor],
+    dtype: torch.dtype,
+    add_up: Callable[[dict[int, torch.Tensor], list[int]], torch.Tensor],
+) -> list[torch.Tensor]:
+    """As `combine`, with `add_up(terms, experts)`: of a token, its weighted rows by k, in order of
+    k, and its experts, to their sum in float32."""
     row_of = [{origin: i for i, origin in enumerate(e.origins)} for e in received]
     outs = []
     for src_rank, (idx, weights) in enumerate(zip(topk_idx, topk_weights, strict=True)):
-        out = torch.zeros((idx.shape[0], hidden), dtype=dtype)
-        for token in range(idx.shape[0]):
-            terms = [
-                weights[token, k] * expert_out[e][row_of[e][src_rank, token]].float()
-                for k, e in enumerate(idx[token].tolist())
+        out = torch.zeros((idx.shape[0], expert_out[0].shape[1]), dtype=dtype)
+        for token, experts in enumerate(idx.tolist()):
+            terms = {
+                k: weights[token, k] * expert_out[e][row_of[e][src_rank, token]].float()
+                for k, e in enumerate(experts)
                 if e >= 0
-            ]
+            }
             if terms:
-                out[token] = _ordered_sum(terms).to(dtype)
+                out[token] = add_up(terms, experts).to(dtype)
         outs.append(out)
     return outs
 

@@ -12,10 +12,10 @@ import torch
 
 from ep_backend import DispatchResult, LowLatencyBuffer
 from ep_backend.bench.multi_gpu_world import RankedSpread, World, time_chain
-from ep_backend.bench.op_cuda_case import inputs_of, reads_in_place
+from ep_backend.bench.op_cuda_case import inputs_of_rank, make_buffer
 from ep_backend.bench.op_cuda_graph import capture
 from ep_backend.bench.op_cuda_rank import RankOps
-from ep_backend.bench.op_cuda_settings import DISPATCH_DTYPES, Case, CudaBenchSettings
+from ep_backend.bench.op_cuda_settings import Case, CudaBenchSettings
 
 # A hang ends the case, not the run: far above any time measured.
 TIMEOUT_SECS = 10.0
@@ -53,7 +53,7 @@ def measure(world: World, settings: CudaBenchSettings, case: Case) -> MultiGpuTi
     Raises:
         StepFailed: on every rank, where any rank's result is wrong or its kernels have failed.
     """
-    buffer = world.step(partial(_open_buffer, world, settings, case))
+    buffer = world.step(partial(make_buffer, settings, case, world.group, TIMEOUT_SECS))
     try:
         return _measure(world, settings, case, buffer)
     finally:
@@ -66,7 +66,7 @@ def measure(world: World, settings: CudaBenchSettings, case: Case) -> MultiGpuTi
 def _measure(
     world: World, settings: CudaBenchSettings, case: Case, buffer: LowLatencyBuffer
 ) -> MultiGpuTimes:
-    inputs = inputs_of(settings, case.num_ranks, case.num_tokens)[world.group.self_rank]
+    inputs = inputs_of_rank(settings, world.group.self_rank, case.num_tokens)
     rank = world.step(lambda: RankOps(buffer, inputs, case.form))
 
     def first_dispatch() -> None:
@@ -111,25 +111,6 @@ def _measure(
         dispatch=dispatch,
         relative_error=max(world.gather(relative_error)),
         num_symmetric_bytes=buffer.num_symmetric_bytes,
-    )
-
-
-def _open_buffer(world: World, settings: CudaBenchSettings, case: Case) -> LowLatencyBuffer:
-    return LowLatencyBuffer(
-        world.group,
-        num_max_tokens_per_rank=settings.num_max_tokens_per_rank,
-        hidden=settings.hidden,
-        num_experts=settings.num_experts,
-        top_k=settings.top_k,
-        dtype=torch.bfloat16,
-        dispatch_dtype=DISPATCH_DTYPES[case.dispatch_dtype],
-        output_layout=case.output_layout,
-        transfer=case.transfer,
-        num_max_tagged_tokens=case.num_max_tagged_tokens,
-        num_combine_inputs=int(reads_in_place(case)),
-        timeout_secs=TIMEOUT_SECS,
-        device="cuda",
-        num_sms=case.num_sms,
     )
 
 

@@ -13,21 +13,13 @@ import torch
 import torch.distributed as dist
 
 from ep_backend.bench.multi_gpu_world import RankedSpread, World, time_chain
-from ep_backend.bench.op_cuda_settings import CudaBenchSettings
+from ep_backend.bench.op_cuda_bytes import BF16_BYTES, dispatch_row_bytes
+from ep_backend.bench.op_cuda_settings import DISPATCH_DTYPES, CudaBenchSettings
 
 COPY_BYTES = 256 << 20
 NUM_COPIES = 20
 NCCL_CHAIN = 20
 NCCL_TIMEOUT = timedelta(seconds=60)
-_BF16_BYTES = 2
-_CHANNELS_PER_SCALE = 128
-
-
-def dispatch_row_bytes(dispatch_dtype: str, hidden: int) -> int:
-    """Of a row on the wire, with its float32 scales."""
-    if dispatch_dtype == "bf16":
-        return hidden * _BF16_BYTES
-    return hidden + 4 * -(-hidden // _CHANNELS_PER_SCALE)
 
 
 def copy_gbs() -> float:
@@ -63,7 +55,7 @@ def time_nccl(
     nccl = world.step(lambda: dist.new_group(backend="nccl", timeout=NCCL_TIMEOUT))
     for dtype in settings.dispatch_dtypes:
         for num_tokens in settings.num_tokens:
-            row_bytes = dispatch_row_bytes(dtype, settings.hidden)
+            row_bytes = dispatch_row_bytes(DISPATCH_DTYPES[dtype], settings.hidden)
             times = _time_pair(world, nccl, settings, num_tokens, row_bytes)
             report(
                 {
@@ -85,7 +77,7 @@ def _time_pair(
         src = torch.full(size, world.group.self_rank, dtype=torch.uint8, device="cuda")
         return torch.empty_like(src), src
 
-    exchanges = [tensors(row_bytes), tensors(settings.hidden * _BF16_BYTES)]
+    exchanges = [tensors(row_bytes), tensors(settings.hidden * BF16_BYTES)]
 
     def pair() -> None:
         for dst, src in exchanges:

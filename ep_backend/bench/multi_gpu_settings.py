@@ -6,9 +6,8 @@ import argparse
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from ep_backend.bench.op_cuda_settings import Case, CudaBenchSettings
+from ep_backend.bench.op_cuda_settings import Case, CudaBenchSettings, add_case_options
 from ep_backend.settings import default_tagged_tokens
 
 PROGRAM = "python -m ep_backend.bench.multi_gpu"
@@ -89,34 +88,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Time of dispatch + combine between GPUs of one host, a process each.",
     )
 
-    def add(flag: str, name: str, parse: Any, text: str) -> None:
-        shown = getattr(DEFAULTS, name)
-        if isinstance(shown, tuple):
-            shown = ",".join("default" if value is None else str(value) for value in shown)
-        parser.add_argument(
-            flag, dest=name, type=parse, metavar=flag[2:].upper(), help=f"{text} [default: {shown}]"
-        )
-
     parser.add_argument(
         "--gpus",
         dest="num_gpus",
         type=int,
         help="The first so many; 1 as a trial. [default: all, <= 8]",
     )
-    add("--tokens", "num_tokens", _numbers, "List: tokens of every rank.")
-    add("--layout", "output_layouts", _words, "List of expert_major, rank_major.")
-    add("--dispatch-dtype", "dispatch_dtypes", _words, "List of bf16, fp8: rows of dispatch.")
-    add("--tagged", "num_max_tagged_tokens", _tagged, "List of default, off, a number of tokens.")
-    add("--form", "forms", _words, "List of fused, hook: one call, or a send and its hook.")
-    add("--transfer", "transfers", _words, "List of pull, push.")
-    add("--num-sms", "num_sms", _numbers_or_default, "List: blocks of a kernel.")
-    add("--hidden", "hidden", int, "Elements of a row.")
-    add("--experts", "num_experts", int, "Experts of all ranks together.")
-    add("--top-k", "top_k", int, "Experts of a token.")
-    add("--num-max-tokens", "num_max_tokens_per_rank", int, "Capacity of the buffers.")
-    add("--chain", "chain", int, "Pairs in a graph.")
-    add("--repeats", "num_repeats", int, "Replays timed.")
-    add("--seed", "seed", int, "Of the inputs.")
+    add_case_options(parser, DEFAULTS, with_ranks=False)
     for flag, name, what in (
         ("--no-nccl", "with_nccl", "NCCL's all-to-all of the same bytes"),
         ("--no-copy", "with_copy", "the copy from GPU 0 to GPU 1"),
@@ -127,21 +105,4 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--limit", dest="limit_secs", type=float, help="Seconds for the whole run. [default: 180]"
     )
-    parser.add_argument("--output", "--json", type=Path, help="Write all results there, as JSON.")
     return parser
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
-
-
-def _numbers_or_default(text: str) -> tuple[int | None, ...]:
-    return tuple(None if word == "default" else int(word) for word in text.split(","))
-
-
-def _tagged(text: str) -> tuple[int | None, ...]:
-    return _numbers_or_default(text.replace("off", "0"))

@@ -12,13 +12,12 @@ from typing import TypeVar
 import torch
 
 from ep_backend import Group, RendezvousError
-from ep_backend.bench.op_cuda_graph import Spread
+from ep_backend.bench.op_cuda_graph import Spread, close_gate
+from ep_backend.bench.op_cuda_report import reason
 
 T = TypeVar("T")
 
 NUM_WARMUP_REPLAYS = 5
-# More than an SM ever runs at: the gate below closes for at least as long as was asked.
-_MAX_CYCLES_PER_SEC = 2.0e9
 
 
 class StepFailed(RuntimeError):
@@ -61,13 +60,6 @@ class World:
             raise
         self.meet()
         return value
-
-
-def reason(error: BaseException) -> str:
-    """One line. Leaving a broken capture raises once more: what came first is the reason."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -126,14 +118,11 @@ def _replay_us(
         launch_secs.append(time.perf_counter() - begin_secs)
         torch.cuda.synchronize()
         raise_if_failed()
-    # A graph of many nodes takes the host longer to launch than the GPU to run. Behind a closed
-    # gate all is queued before the first event happens.
-    gate_cycles = int((2 * statistics.median(launch_secs) + 20e-6) * _MAX_CYCLES_PER_SEC)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times_us = []
     for _ in range(num_repeats):
         world.meet()
-        torch.cuda._sleep(gate_cycles)
+        close_gate(statistics.median(launch_secs))
         lead_in.replay()
         begin.record()
         chain.replay()

@@ -37,6 +37,7 @@ from ep_backend.bench.op_cuda_report import (
     machine,
     peers,
     print_table,
+    reason,
     table_rows,
 )
 from ep_backend.bench.op_cuda_settings import (
@@ -124,16 +125,9 @@ def _attempt(run: Callable[[], T]) -> tuple[T | None, str | None]:
     try:
         return run(), None
     except (EPBackendError, RuntimeError, ValueError) as e:
-        return None, _reason(e)
+        return None, reason(e)
     finally:
         give_memory_back()
-
-
-def _reason(error: BaseException) -> str:
-    """One line. Leaving a broken capture raises once more: what came first is the reason."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def give_memory_back() -> None:

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ep_backend.reference import experts_of_rank
+from ep_backend.reference import CHANNELS_PER_SCALE, experts_of_rank
 
-_CHANNELS_PER_SCALE = 128
-_BF16_BYTES = 2
+BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,14 @@ class PairBytes:
         return self.dispatch_bytes + self.combine_bytes
 
 
+def dispatch_row_bytes(dispatch_dtype: torch.dtype, hidden: int) -> int:
+    """Of a row, with its float32 scales."""
+    row_bytes = hidden * dispatch_dtype.itemsize
+    if dispatch_dtype == torch.float8_e4m3fn:
+        row_bytes += 4 * -(-hidden // CHANNELS_PER_SCALE)
+    return row_bytes
+
+
 def count_bytes(
     topk_idx: list[torch.Tensor],
     *,
@@ -52,15 +59,13 @@ def count_bytes(
         own = experts_of_rank(num_experts, num_ranks, rank)
         num_messages += int(((all_idx >= own.start) & (all_idx < own.stop)).any(1).sum())
     num_rows = num_messages if output_layout == "rank_major" else int((all_idx >= 0).sum())
-    combine_row_bytes = hidden * _BF16_BYTES
-    dispatch_row_bytes = hidden * dispatch_dtype.itemsize
-    if dispatch_dtype == torch.float8_e4m3fn:
-        dispatch_row_bytes += 4 * -(-hidden // _CHANNELS_PER_SCALE)
-    token_bytes = len(all_idx) * hidden * _BF16_BYTES
+    combine_row_bytes = hidden * BF16_BYTES
+    row_bytes = dispatch_row_bytes(dispatch_dtype, hidden)
+    token_bytes = len(all_idx) * hidden * BF16_BYTES
     return PairBytes(
         num_messages=num_messages,
         num_rows=num_rows,
-        dispatch_bytes=token_bytes + num_rows * dispatch_row_bytes,
+        dispatch_bytes=token_bytes + num_rows * row_bytes,
         combine_bytes=num_rows * combine_row_bytes + token_bytes,
-        staging_bytes=2 * num_messages * (dispatch_row_bytes + combine_row_bytes),
+        staging_bytes=2 * num_messages * (row_bytes + combine_row_bytes),
     )

@@ -52,23 +52,47 @@ class CaseTimes:
 
 def inputs_of(settings: CudaBenchSettings, num_ranks: int, num_tokens: int) -> list[Inputs]:
     """What every rank dispatches."""
-    return [
-        make_inputs(
-            settings.seed,
-            rank,
-            num_tokens=num_tokens,
-            hidden=settings.hidden,
-            num_experts=settings.num_experts,
-            top_k=settings.top_k,
-            dtype=torch.bfloat16,
-        )
-        for rank in range(num_ranks)
-    ]
+    return [inputs_of_rank(settings, rank, num_tokens) for rank in range(num_ranks)]
 
 
-def reads_in_place(case: Case) -> bool:
-    """Whether peers read the experts' output where it is, as engines with this layout let them."""
-    return case.output_layout == "rank_major" and case.transfer == "pull"
+def inputs_of_rank(settings: CudaBenchSettings, rank: int, num_tokens: int) -> Inputs:
+    return make_inputs(
+        settings.seed,
+        rank,
+        num_tokens=num_tokens,
+        hidden=settings.hidden,
+        num_experts=settings.num_experts,
+        top_k=settings.top_k,
+        dtype=torch.bfloat16,
+    )
+
+
+def make_buffer(
+    settings: CudaBenchSettings,
+    case: Case,
+    group: Group,
+    timeout_secs: float = TIMEOUT_SECS,
+    device: str = "cuda",
+) -> LowLatencyBuffer:
+    """One rank's buffer for a case. Where the layout and the transfer let them, peers read the
+    experts' output where it is, as engines have them do."""
+    is_in_place = case.output_layout == "rank_major" and case.transfer == "pull"
+    return LowLatencyBuffer(
+        group,
+        num_max_tokens_per_rank=settings.num_max_tokens_per_rank,
+        hidden=settings.hidden,
+        num_experts=settings.num_experts,
+        top_k=settings.top_k,
+        dtype=torch.bfloat16,
+        dispatch_dtype=DISPATCH_DTYPES[case.dispatch_dtype],
+        output_layout=case.output_layout,
+        transfer=case.transfer,
+        num_max_tagged_tokens=case.num_max_tagged_tokens,
+        num_combine_inputs=int(is_in_place and device == "cuda"),
+        timeout_secs=timeout_secs,
+        device=device,
+        num_sms=case.num_sms,
+    )
 
 
 @contextmanager
@@ -76,26 +100,8 @@ def open_buffers(
     settings: CudaBenchSettings, case: Case, device: str = "cuda"
 ) -> Iterator[list[LowLatencyBuffer]]:
     """A buffer a virtual rank; closed at the end."""
-
-    def make(group: Group) -> LowLatencyBuffer:
-        return LowLatencyBuffer(
-            group,
-            num_max_tokens_per_rank=settings.num_max_tokens_per_rank,
-            hidden=settings.hidden,
-            num_experts=settings.num_experts,
-            top_k=settings.top_k,
-            dtype=torch.bfloat16,
-            dispatch_dtype=DISPATCH_DTYPES[case.dispatch_dtype],
-            output_layout=case.output_layout,
-            transfer=case.transfer,
-            num_max_tagged_tokens=case.num_max_tagged_tokens,
-            num_combine_inputs=int(reads_in_place(case) and device == "cuda"),
-            timeout_secs=TIMEOUT_SECS,
-            device=device,
-            num_sms=case.num_sms,
-        )
-
-    buffers = virtual_world(case.num_ranks).run(make)
+    world = virtual_world(case.num_ranks)
+    buffers = world.run(lambda group: make_buffer(settings, case, group, device=device))
     try:
         yield buffers
     finally:

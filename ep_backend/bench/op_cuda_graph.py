@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 NUM_WARMUP_REPLAYS = 10
-# More than an SM ever runs at: the gate below closes for at least as long as was asked.
+# More than an SM ever runs at: a gate closes for at least as long as was asked.
 _MAX_CYCLES_PER_SEC = 2.0e9
 # PyTorch hands streams out of pools of this many, in turns.
 _NUM_POOL_STREAMS = 32
@@ -64,15 +64,12 @@ def time_replays(
         prepare: queued before each replay, outside its events.
     """
     launch_secs = _warm_up(graph)
-    # A graph of many nodes takes the host longer to launch than the GPU to run. Behind a closed
-    # gate both events and the graph are queued before the first event happens.
-    gate_cycles = int((2 * launch_secs + 20e-6) * _MAX_CYCLES_PER_SEC)
     events = [
         (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
         for _ in range(num_repeats)
     ]
     for begin, end in events:
-        torch.cuda._sleep(gate_cycles)
+        close_gate(launch_secs)
         if prepare is not None:
             prepare()
         begin.record()
@@ -80,6 +77,13 @@ def time_replays(
         end.record()
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) * 1e3 for begin, end in events]
+
+
+def close_gate(launch_secs: float) -> None:
+    """Holds the current stream up while the host queues what takes it `launch_secs` to launch. A
+    graph of many nodes takes the host longer to launch than the GPU to run: behind a closed gate
+    all is queued, events included, before the first of it happens."""
+    torch.cuda._sleep(int((2 * launch_secs + 20e-6) * _MAX_CYCLES_PER_SEC))
 
 
 def _warm_up(graph: torch.cuda.CUDAGraph) -> float:

@@ -14,13 +14,13 @@ import torch
 
 from ep_backend import DispatchHandle, DispatchResult, LowLatencyBuffer, RecvHook
 from ep_backend.bench.routing import Inputs
+from ep_backend.reference import CHANNELS_PER_SCALE
 
 # Roundings to bfloat16, 2^-8 each: expert's row, partial row, sum; and what they compound.
 BF16_TOLERANCE = 4 * 2.0**-8
 # Half a step of e4m3; below its smallest normal number, 2^-10 times the scale, amax / 448.
 FP8_TOLERANCE = BF16_TOLERANCE + 2.0**-4
 FP8_SUBNORMAL = 2.0**-10 / 448
-_CHANNELS_PER_SCALE = 128
 
 
 class CheckFailed(RuntimeError):
@@ -123,7 +123,7 @@ class RankOps:
         raw = result.recv_x.view(torch.uint8)[used]
         values = raw.view(self.buffer.dispatch_dtype).float()
         if result.recv_scales is not None:
-            scales = result.recv_scales[used].repeat_interleave(_CHANNELS_PER_SCALE, dim=1)
+            scales = result.recv_scales[used].repeat_interleave(CHANNELS_PER_SCALE, dim=1)
             values *= scales[:, : self.buffer.hidden]
         if result.recv_topk_idx is None or result.recv_topk_weights is None:
             factors = _expert_factor(self.buffer.first_expert + used[0])

@@ -179,6 +179,13 @@ def print_table(title: str, heads: list[str], cells: list[list[str]], caption: s
     rich.console.Console(width=width).print(table)
 
 
+def reason(error: BaseException) -> str:
+    """One line. Leaving a broken capture raises once more: what came first is the reason."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def machine() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {

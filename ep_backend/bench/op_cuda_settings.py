@@ -140,6 +140,32 @@ def _parser() -> argparse.ArgumentParser:
         "GPU's own floors. A list is swept.",
     )
 
+    add_case_options(parser, default, with_ranks=True)
+    parser.add_argument(
+        "--cold", dest="is_cold", action="store_const", const=True, help="Also with a cold L2."
+    )
+    for flag, name, what in (
+        ("--no-floors", "with_floors", "the floors of the GPU"),
+        ("--no-gemm", "with_gemm", "the GEMM between send and hook"),
+    ):
+        parser.add_argument(
+            flag, dest=name, action="store_const", const=False, help=f"Leave out {what}."
+        )
+    parser.add_argument("--quick", action="store_true", help="A few cases; seconds.")
+    return parser
+
+
+def add_case_options(
+    parser: argparse.ArgumentParser, default: CudaBenchSettings, *, with_ranks: bool
+) -> None:
+    """Options of the sizes and of what is swept, each under its name in the settings and None where
+    it was not given; and where the JSON goes.
+
+    Args:
+        default: what help shows.
+        with_ranks: the number of virtual ranks is swept too.
+    """
+
     def add(flag: str, name: str, parse: Any, text: str) -> None:
         shown = getattr(default, name)
         if isinstance(shown, tuple):
@@ -148,7 +174,8 @@ def _parser() -> argparse.ArgumentParser:
             flag, dest=name, type=parse, metavar=flag[2:].upper(), help=f"{text} [default: {shown}]"
         )
 
-    add("--ranks", "num_ranks", _numbers, "List: virtual ranks, all on this GPU.")
+    if with_ranks:
+        add("--ranks", "num_ranks", _numbers, "List: virtual ranks, all on this GPU.")
     add("--tokens", "num_tokens", _numbers, "List: tokens of every rank.")
     add("--dispatch-dtype", "dispatch_dtypes", _words, "List of bf16, fp8: rows of dispatch.")
     add("--layout", "output_layouts", _words, "List of expert_major, rank_major.")
@@ -168,19 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--chain", "chain", int, "Pairs in a graph.")
     add("--repeats", "num_repeats", int, "Replays timed.")
     add("--seed", "seed", int, "Of the inputs.")
-    parser.add_argument(
-        "--cold", dest="is_cold", action="store_const", const=True, help="Also with a cold L2."
-    )
-    for flag, name, what in (
-        ("--no-floors", "with_floors", "the floors of the GPU"),
-        ("--no-gemm", "with_gemm", "the GEMM between send and hook"),
-    ):
-        parser.add_argument(
-            flag, dest=name, action="store_const", const=False, help=f"Leave out {what}."
-        )
-    parser.add_argument("--quick", action="store_true", help="A few cases; seconds.")
     parser.add_argument("--output", "--json", type=Path, help="Write all results there, as JSON.")
-    return parser
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -13,7 +13,6 @@ import torch
 
 from ep_backend import _native
 from ep_backend.bench import multi_gpu
-from ep_backend.bench.multi_gpu_peers import dispatch_row_bytes
 from ep_backend.bench.multi_gpu_report import (
     SETTING_HEADS,
     TIME_HEADS,
@@ -85,12 +84,6 @@ def test_a_replay_lasts_as_long_as_on_its_slowest_rank() -> None:
     times = RankedSpread.of([[10.0, 22.0, 30.0], [12.0, 20.0, 30.0]], num_ops=2)
     assert times.spread == Spread(11.0, 6.0, 15.0)
     assert times.rank_difference_us == 1.0
-
-
-def test_row_bytes_include_scales() -> None:
-    assert dispatch_row_bytes("bf16", 7168) == 14336
-    assert dispatch_row_bytes("fp8", 7168) == 7392
-    assert dispatch_row_bytes("fp8", 130) == 130 + 8
 
 
 def fail_between_meetings(rank: Rank, num_before_failure: int) -> str:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from ep_backend import _native, faults
 from ep_backend.bench import op_cuda
-from ep_backend.bench.op_cuda_bytes import PairBytes, count_bytes
+from ep_backend.bench.op_cuda_bytes import PairBytes, count_bytes, dispatch_row_bytes
 from ep_backend.bench.op_cuda_case import CaseTimes, check_lockstep, inputs_of, open_buffers
 from ep_backend.bench.op_cuda_floors import GemmTimes
 from ep_backend.bench.op_cuda_graph import Spread
@@ -44,6 +44,12 @@ CASE = Case(
     num_sms=None,
     num_max_tagged_tokens=None,
 )
+
+
+def test_row_bytes_include_scales() -> None:
+    assert dispatch_row_bytes(torch.bfloat16, 7168) == 14336
+    assert dispatch_row_bytes(torch.float8_e4m3fn, 7168) == 7392
+    assert dispatch_row_bytes(torch.float8_e4m3fn, 130) == 130 + 8
 
 
 def test_lists_are_swept_and_the_rest_is_default() -> None:

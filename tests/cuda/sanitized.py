@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tests.cuda.streams import exchange_in_one_kernel_each
 from tests.support.programs import Interpreter, plain_loop
 from tests.support.scenario import mixed_scenario
 from tests.support.shapes import Shape
@@ -37,33 +38,9 @@ def main() -> None:
         for step in plain_loop(3, SHAPE.num_banks):
             for rank in ranks:
                 rank.step(*step)
-        num_exchanges += 3
-        num_exchanges += exchange_in_one_kernel_each(ranks)
+        exchange_in_one_kernel_each(ranks, op=0)
+        num_exchanges += 4
     print(f"{num_exchanges} exchanges checked")
-
-
-def exchange_in_one_kernel_each(ranks: list[Interpreter]) -> int:
-    """As above, with kernels of all ranks on the GPU at the same time."""
-    streams = [torch.cuda.Stream() for _ in ranks]
-    inputs = [rank.inputs(0) for rank in ranks]
-    torch.cuda.synchronize()
-    results = []
-    for rank, stream, arguments in zip(ranks, streams, inputs, strict=True):
-        with torch.cuda.stream(stream):
-            results.append(rank.buffer.dispatch_and_receive(*arguments))
-    torch.cuda.synchronize()
-    for rank, result in zip(ranks, results, strict=True):
-        rank.take_received(0, result)
-    torch.cuda.synchronize()
-    outs = []
-    for rank, stream, result in zip(ranks, streams, results, strict=True):
-        with torch.cuda.stream(stream):
-            outs.append(rank.buffer.combine_and_receive(rank.expert_out[0], result.handle))
-    torch.cuda.synchronize()
-    for rank, out in zip(ranks, outs, strict=True):
-        rank.check_combined(0, out)
-        rank.buffer.raise_if_failed()
-    return 1
 
 
 if __name__ == "__main__":

@@ -7,15 +7,17 @@ but the kernels themselves keeps the ranks together.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from ep_backend import DispatchResult, LowLatencyBuffer, RecvHook, reference
+from ep_backend.bench.op_cuda_graph import capture
 from tests.support.scenario import Scenario, mixed_scenario
 from tests.support.shapes import Shape
 
@@ -147,23 +149,6 @@ def test_operations_of_ranks_that_drift_apart(form: dict[str, Any]) -> None:
     assert [rank.num_wrong.item() for rank in ranks] == [0] * len(ranks)
 
 
-def capture_all(branches: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """One graph in which the branches run side by side."""
-    streams = [torch.cuda.Stream() for _ in branches]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        main = torch.cuda.current_stream()
-        fork = main.record_event()
-        for stream in streams:
-            stream.wait_event(fork)
-        for branch, stream in zip(branches, streams, strict=True):
-            with torch.cuda.stream(stream):
-                branch()
-        for stream in streams:
-            main.wait_event(stream.record_event())
-    return graph
-
-
 @pytest.mark.parametrize("num_ranks", [1, 3])
 @with_forms
 def test_many_replays_of_one_graph(form: dict[str, Any], num_ranks: int) -> None:
@@ -181,7 +166,7 @@ def test_many_replays_of_one_graph(form: dict[str, Any], num_ranks: int) -> None
             num_wrong[rank] += (outs[rank] != expected[rank].combined).sum()
 
     torch.cuda.synchronize()
-    graph = capture_all([lambda rank=rank: chain(rank) for rank in range(num_ranks)])
+    graph = capture([partial(chain, rank) for rank in range(num_ranks)])
     # One rank alone runs fastest and has most of the million; a form of three has a tenth of that.
     num_pairs = NUM_REPLAYED_PAIRS // (4 if num_ranks == 1 else 40)
     for replay in range(num_pairs // PAIRS_PER_GRAPH):

@@ -4,10 +4,9 @@ GPU: a thread drives them all on one stream, so that no kernel waits for one beh
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ep_backend import DispatchResult, LowLatencyBuffer, PeerTimeout, reference
+from tests.cuda.streams import exchange_in_one_kernel_each
 from tests.support.programs import STEPWISE_PROGRAMS, Interpreter
 from tests.support.scenario import Scenario, mixed_scenario
 from tests.support.shapes import Shape
 from tests.support.strategies import scenarios
-
-T = TypeVar("T")
 
 CUDA_SHAPE = Shape(2, hidden=64, device="cuda")
 FLOAT8 = {"dispatch_dtype": torch.float8_e4m3fn, "scale_format": "ue8m0"}
@@ -76,41 +74,11 @@ def test_banks_are_reused_over_many_operations(program: str, num_banks: int) -> 
 
 @with_settings
 def test_both_halves_in_one_kernel_equal_the_reference(settings_of: dict[str, Any]) -> None:
-    """A fused kernel waits for its peers', so every rank has a stream. Nothing but launches happens
-    between those of the ranks: a copy or an allocation could wait for the kernels that spin."""
     shape = replace(CUDA_SHAPE, num_ranks=3, **settings_of)
     scenario = mixed_scenario(shape, num_variants=7)
-    buffers = shape.virtual_buffers(timeout_secs=10.0)
-    ranks = [Interpreter(buffer, scenario) for buffer in buffers]
-    streams = [torch.cuda.Stream() for _ in ranks]
-
-    def on_streams(launch: Callable[[int], T]) -> list[T]:
-        torch.cuda.synchronize()
-        results = []
-        for r, stream in enumerate(streams):
-            with torch.cuda.stream(stream):
-                results.append(launch(r))
-        torch.cuda.synchronize()
-        for buffer in buffers:
-            buffer.raise_if_failed()
-        return results
-
-    def exchange(op: int) -> None:
-        inputs = [rank.inputs(op) for rank in ranks]
-        received = on_streams(lambda r: buffers[r].dispatch_and_receive(*inputs[r]))
-        for rank, result in zip(ranks, received, strict=True):
-            rank.take_received(op, result)
-        weights = [rank.combine_weights(op) for rank in ranks]
-        combined = on_streams(
-            lambda r: buffers[r].combine_and_receive(
-                ranks[r].expert_out[op], received[r].handle, topk_weights=weights[r]
-            )
-        )
-        for rank, out in zip(ranks, combined, strict=True):
-            rank.check_combined(op, out)
-
+    ranks = [Interpreter(b, scenario) for b in shape.virtual_buffers(timeout_secs=10.0)]
     for op in range(20):
-        exchange(op)
+        exchange_in_one_kernel_each(ranks, op)
 
 
 def test_more_tokens_than_threads_of_a_block() -> None:

@@ -171,15 +171,7 @@ def test_experts_that_want_float8_blocks_get_rows_and_scales() -> None:
     x = x.to(torch.bfloat16)
 
     def rank_main(group: Group) -> None:
-        buffer = LowLatencyBuffer(
-            group,
-            num_max_tokens_per_rank=MAX_TOKENS,
-            hidden=HIDDEN,
-            num_experts=NUM_EXPERTS,
-            top_k=TOP_K,
-            dtype=torch.bfloat16,
-            dispatch_dtype=dispatch_dtype,
-        )
+        buffer = _buffer(group, torch.bfloat16, dispatch_dtype)
         adapter = LowLatencyPrepareAndFinalize(buffer)
         arguments = (x, weights, ids, NUM_EXPERTS, None, False)
         rows, scales, meta, _, _ = adapter.prepare(*arguments, blocks)
@@ -194,6 +186,20 @@ def test_experts_that_want_float8_blocks_get_rows_and_scales() -> None:
             adapter.prepare(*arguments, blocks, defer_input_quant=True)
 
     virtual_world(1).run(rank_main)
+
+
+def _buffer(
+    group: Group, dtype: torch.dtype, dispatch_dtype: torch.dtype | None = None
+) -> LowLatencyBuffer:
+    return LowLatencyBuffer(
+        group,
+        num_max_tokens_per_rank=MAX_TOKENS,
+        hidden=HIDDEN,
+        num_experts=NUM_EXPERTS,
+        top_k=TOP_K,
+        dtype=dtype,
+        dispatch_dtype=dispatch_dtype,
+    )
 
 
 def _batch(
@@ -231,14 +237,7 @@ def _run_layer(
     from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
     from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 
-    buffer = LowLatencyBuffer(
-        group,
-        num_max_tokens_per_rank=MAX_TOKENS,
-        hidden=HIDDEN,
-        num_experts=NUM_EXPERTS,
-        top_k=TOP_K,
-        dtype=torch.float32,
-    )
+    buffer = _buffer(group, torch.float32)
     owned = slice(buffer.first_expert, buffer.first_expert + buffer.num_local_experts)
     experts = BatchedCPUExperts(
         moe_config=_moe_config(group, buffer),
