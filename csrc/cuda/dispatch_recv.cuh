@@ -21,28 +21,20 @@ struct MessagePlan {
 
 // In shared memory: what the sources send to this rank.
 //
-//   sources  [R]         messages of each, {is_tagged 1, count 15}
-//   prefix   [R + 1]     messages of the sources before
+//   sources              messages of each
 //   rows     [R + 1][L]  rows of a local expert from the sources before; expert-major only
 struct Arrivals {
-  uint32_t *sources, *prefix, *rows;
-  uint32_t num_ranks, num_local_experts;
+  Sources sources;
+  uint32_t* rows;
+  uint32_t num_local_experts;
 
   __device__ Arrivals(uint32_t* shared, uint32_t num_ranks, uint32_t num_local_experts)
-      : sources(shared),
-        prefix(shared + num_ranks),
-        rows(shared + 2 * num_ranks + 1),
-        num_ranks(num_ranks),
+      : sources(shared, num_ranks),
+        rows(shared + Sources::num_words(num_ranks)),
         num_local_experts(num_local_experts) {}
   __host__ __device__ static uint64_t num_bytes(uint32_t num_ranks, uint32_t num_local_experts) {
-    return (2 * num_ranks + 1 + (uint64_t{num_ranks} + 1) * num_local_experts) * 4;
+    return (Sources::num_words(num_ranks) + (uint64_t{num_ranks} + 1) * num_local_experts) * 4;
   }
-
-  __device__ uint32_t num_messages(uint32_t r) const {
-    return sources[r] & static_cast<uint32_t>(protocol::kMaxCount);
-  }
-  __device__ bool is_tagged(uint32_t r) const { return (sources[r] & protocol::kTaggedBit) != 0; }
-  __device__ uint32_t total() const { return prefix[num_ranks]; }
 };
 
 class DispatchReceiver {
@@ -63,7 +55,7 @@ class DispatchReceiver {
   // then). False on some threads.
   template <typename OwnCount>
   __device__ bool read_counts(uint32_t own_rank, OwnCount own_count) const {
-    const uint32_t num_local = arrivals_.num_local_experts, num_ranks = arrivals_.num_ranks;
+    const uint32_t num_local = arrivals_.num_local_experts, num_ranks = arrivals_.sources.num_ranks;
     const uint32_t stride = layout_.partition().num_max_local_experts();
     const auto* counts = at<uint64_t>(op_.self(), layout_.counts(op_.bank(), 0));
     auto count_of = [&](uint32_t r, uint32_t e, uint32_t* count) {
@@ -113,16 +105,14 @@ class DispatchReceiver {
   // All messages but those of `skip_rank`. `num_taken`: see Items. False, on all lanes of a warp:
   // it gave up.
   __device__ bool run(uint32_t skip_rank, uint32_t num_taken) const {
-    // The sources behind skip_rank move up to where its messages are.
-    const uint32_t begin = skip_rank == kNoRank ? 0 : arrivals_.prefix[skip_rank];
-    const uint32_t num_skipped = skip_rank == kNoRank ? 0 : arrivals_.num_messages(skip_rank);
-    const uint32_t num_messages = arrivals_.total() - num_skipped;
-    for (Items items(num_messages, num_parts(), num_taken); items.more(); items.next()) {
-      const uint32_t m = items.row() < begin ? items.row() : items.row() + num_skipped;
-      const uint32_t src_rank = source_of(arrivals_.prefix, arrivals_.num_ranks, m);
-      const uint32_t slot = m - arrivals_.prefix[src_rank];
-      const bool ok = arrivals_.is_tagged(src_rank) ? receive_tagged(m, src_rank, slot, items)
-                                                    : receive_untagged(m, src_rank, slot, items);
+    const Sources& sources = arrivals_.sources;
+    const OtherMessages messages(sources, skip_rank);
+    for (Items items(messages.size, num_parts(), num_taken); items.more(); items.next()) {
+      const uint32_t m = messages[items.row()];
+      const uint32_t src_rank = source_of(sources.prefix, sources.num_ranks, m);
+      const uint32_t slot = m - sources.prefix[src_rank];
+      const bool ok = sources.is_tagged(src_rank) ? receive_tagged(m, src_rank, slot, items)
+                                                  : receive_untagged(m, src_rank, slot, items);
       if (!ok) return false;
     }
     return true;
@@ -140,7 +130,8 @@ class DispatchReceiver {
       const bool writes = first_part == 0, goes_here = sets.goes_to_rank(self, token);
       if (!goes_here && !sender.is_alone()) continue;
       auto fetched = rows.fetch(token, first_part);
-      const uint32_t slot = sets.before_rank(self, token), m = arrivals_.prefix[self] + slot;
+      const uint32_t slot = sets.before_rank(self, token),
+                     m = arrivals_.sources.prefix[self] + slot;
       uint32_t num_entries = 0;
       for_each_route(routing, sets, token, [&](const Route& route) {
         if (writes && sender.is_alone()) sender.note_answer(token, route);
@@ -183,13 +174,13 @@ class DispatchReceiver {
     const uint32_t num_local = arrivals_.num_local_experts;
 #pragma unroll 1
     for (uint32_t e = threadIdx.x; e < num_local; e += blockDim.x) {
-      const uint32_t num_rows = arrivals_.rows[arrivals_.num_ranks * num_local + e];
+      const uint32_t num_rows = arrivals_.rows[arrivals_.sources.num_ranks * num_local + e];
       params_.num_recv_tokens_per_expert[e] = static_cast<int32_t>(num_rows);
       ptx::red_add_relaxed_gpu(rank_.num_expert_rows + e, num_rows);
     }
 #pragma unroll 1
-    for (uint32_t r = threadIdx.x; r < arrivals_.num_ranks; r += blockDim.x) {
-      params_.handle.num_messages[r] = arrivals_.sources[r];
+    for (uint32_t r = threadIdx.x; r < arrivals_.sources.num_ranks; r += blockDim.x) {
+      params_.handle.num_messages[r] = arrivals_.sources.words[r];
     }
     return true;
   }
@@ -408,10 +399,10 @@ class DispatchReceiver {
   __device__ void clear_unused_slots(uint32_t thread, uint32_t step) const {
     const uint32_t num_slots = layout_.config().num_max_tokens_per_rank;
     const uint32_t top_k = layout_.config().top_k;
-    const uint32_t shift = top_k <= 1 ? 0 : 32 - __clz(top_k - 1);
+    const uint32_t shift = ceil_log2(top_k);
 #pragma unroll 1
-    for (uint32_t r = 0; r < arrivals_.num_ranks; ++r) {
-      const uint32_t begin = arrivals_.num_messages(r);
+    for (uint32_t r = 0; r < arrivals_.sources.num_ranks; ++r) {
+      const uint32_t begin = arrivals_.sources.count(r);
       int32_t* unused = params_.recv_topk_idx + rank_major_row(r, begin) * top_k;
 #pragma unroll 1
       for (uint32_t i = thread; i < (num_slots - begin) << shift; i += step) {

@@ -39,7 +39,6 @@ class DispatchSender {
         skip_rank_(skip_rank),
         is_tagged_(routing.num_tokens <= layout_.config().num_max_tagged_tokens) {}
 
-  __device__ bool is_tagged() const { return is_tagged_; }
   // What its signal tells rank `r`.
   __device__ uint32_t source_word(uint32_t r) const {
     return sets_.tokens_of_rank(r) | (is_tagged_ ? protocol::kTaggedBit : 0);

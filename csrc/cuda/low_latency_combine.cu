@@ -15,37 +15,12 @@ using protocol::HandleEntry;
 using protocol::HandleMessage;
 using protocol::Transfer;
 
-// What the kernel knows of the messages that this rank received. In shared memory.
-//
-//   sources  [R]      messages of each, {is_tagged 1, count 15}
-//   prefix   [R + 1]  messages of the sources before
-struct Received {
-  uint32_t *sources, *prefix;
-  uint32_t num_ranks;
-
-  __device__ Received(uint32_t* shared, uint32_t num_ranks)
-      : sources(shared), prefix(shared + num_ranks), num_ranks(num_ranks) {}
-  static uint64_t num_bytes(uint32_t num_ranks) { return (2 * uint64_t{num_ranks} + 1) * 4; }
-
-  // Whole block; a barrier between the two and one behind them.
-  __device__ void read(const uint32_t* num_messages) {
-    for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) sources[r] = num_messages[r];
-  }
-  __device__ void count_up() {
-    prefix_sum(num_ranks, prefix, [&](uint32_t r) { return count(r); });
-  }
-  __device__ uint32_t count(uint32_t r) const {
-    return sources[r] & static_cast<uint32_t>(protocol::kMaxCount);
-  }
-  __device__ bool is_tagged(uint32_t r) const { return (sources[r] & protocol::kTaggedBit) != 0; }
-};
-
 template <typename T>
 class Combiner {
  public:
   // `skip_rank`: whose partial rows are not sent, because this kernel receives them itself.
   __device__ Combiner(const RankView& rank, const Op& op, const CombineSendParams& send,
-                      const Received& received, uint32_t skip_rank, SumPlan* plan)
+                      const Sources& received, uint32_t skip_rank, SumPlan* plan)
       : rank_(rank),
         layout_(rank.layout),
         op_(op),
@@ -68,11 +43,9 @@ class Combiner {
     // already.
     const bool is_in_place = send_.combine_input >= 0;
     if (blockIdx.x == 0) publish(true, is_in_place);
-    const uint32_t begin = skip_rank_ == kNoRank ? 0 : received_.prefix[skip_rank_];
-    const uint32_t num_skipped = skip_rank_ == kNoRank ? 0 : received_.count(skip_rank_);
-    Items items(received_.prefix[num_ranks] - num_skipped, num_parts_);
-    for (; items.more(); items.next()) {
-      const uint32_t m = items.row() < begin ? items.row() : items.row() + num_skipped;
+    const OtherMessages messages(received_, skip_rank_);
+    for (Items items(messages.size, num_parts_); items.more(); items.next()) {
+      const uint32_t m = messages[items.row()];
       const uint32_t src_rank = source_of(received_.prefix, num_ranks, m);
       if (is_in_place && !received_.is_tagged(src_rank)) continue;
       make_partial(m, src_rank, m - received_.prefix[src_rank], nullptr, items);
@@ -231,7 +204,7 @@ class Combiner {
   const LowLatencyLayout& layout_;
   const Op& op_;
   const CombineSendParams& send_;
-  const Received& received_;
+  const Sources& received_;
   uint32_t skip_rank_;
   SumPlan* plan_;
   uint32_t num_vectors_, num_parts_;
@@ -250,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   // time.
   const bool sends_to_self = num_ranks > 1 && recv.num_tokens <= config.num_max_tagged_tokens;
   const uint32_t skip_rank = kSends && kReceives && !sends_to_self ? rank.self_rank : kNoRank;
-  Received received(shared, num_ranks);
+  const Sources received(shared, num_ranks);
   const Op op(rank, Phase::kCombine, kSends, kReceives, [&] {
     if (kSends) received.read(send.handle.num_messages);
   });
@@ -269,6 +242,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   op.complete(ok);
 }
 
+uint64_t shared_bytes(const LowLatencyLayout& layout) {
+  return uint64_t{Sources::num_words(layout.config().num_ranks)} * sizeof(uint32_t);
+}
+
 // Calls `launch` with a value of the rows' type.
 template <typename Function>
 void with_type(const LowLatencyLayout& layout, Function&& launch) {
@@ -284,8 +261,7 @@ void with_type(const LowLatencyLayout& layout, Function&& launch) {
 void launch_combine_send(const RankView& rank, const CombineSendParams& send,
                          const Launch& launch) {
   with_type(rank.layout, [&](auto value) {
-    launch.run(combine_kernel<decltype(value), true, false>,
-               Received::num_bytes(rank.layout.config().num_ranks), rank, send,
+    launch.run(combine_kernel<decltype(value), true, false>, shared_bytes(rank.layout), rank, send,
                CombineRecvParams{});
   });
 }
@@ -300,8 +276,8 @@ void launch_combine_recv(const RankView& rank, const CombineRecvParams& recv,
 void launch_combine(const RankView& rank, const CombineSendParams& send,
                     const CombineRecvParams& recv, const Launch& launch) {
   with_type(rank.layout, [&](auto value) {
-    launch.run(combine_kernel<decltype(value), true, true>,
-               Received::num_bytes(rank.layout.config().num_ranks), rank, send, recv);
+    launch.run(combine_kernel<decltype(value), true, true>, shared_bytes(rank.layout), rank, send,
+               recv);
   });
 }
 

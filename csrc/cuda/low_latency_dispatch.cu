@@ -51,13 +51,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     auto own_count = [&](uint32_t e) {
       return sets.tokens_of_expert(rank.owners.first_expert(rank.self_rank) + e);
     };
-    ok = op.start_recv(skip_rank, arrivals.sources, [&] { return sender.source_word(skip_rank); });
+    ok = op.start_recv(skip_rank, arrivals.sources.words,
+                       [&] { return sender.source_word(skip_rank); });
     if (recv.output == OutputLayout::kExpertMajor) {
       ok = ok && receiver.read_counts(skip_rank, own_count);
     }
     if (!__syncthreads_and(ok)) return;
-    prefix_sum(config.num_ranks, arrivals.prefix,
-               [&](uint32_t r) { return arrivals.num_messages(r); });
+    arrivals.sources.count_up();
     __syncthreads();
     uint32_t num_taken = items.size();
     if (skip_rank != kNoRank) {

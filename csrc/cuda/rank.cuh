@@ -18,6 +18,9 @@ constexpr uint32_t kAllLanes = 0xffffffff;
 // No rank is left out.
 constexpr uint32_t kNoRank = 0xffffffff;
 
+// The least s with n <= 2^s; 0 for n = 0.
+__device__ inline uint32_t ceil_log2(uint32_t n) { return n <= 1 ? 0 : 32 - __clz(n - 1); }
+
 template <typename T>
 __device__ T* at(std::byte* base, uint64_t offset) {
   return reinterpret_cast<T*>(base + offset);
@@ -223,8 +226,8 @@ class Items {
   __device__ Items(uint32_t num_rows, uint32_t num_parts, uint32_t num_taken = 0)
       : num_parts_(num_parts) {
     step_ = gridDim.x * kWarps;
-    const int wanted = ceil_log2(step_) - floor_log2(max(num_rows, 1));
-    shift_ = static_cast<uint32_t>(min(max(wanted, 0), ceil_log2(num_parts)));
+    const int wanted = static_cast<int>(ceil_log2(step_)) - floor_log2(max(num_rows, 1));
+    shift_ = static_cast<uint32_t>(min(max(wanted, 0), static_cast<int>(ceil_log2(num_parts))));
     parts_per_item_ = (num_parts + (1u << shift_) - 1) >> shift_;
     end_ = num_rows << shift_;
     // Neighbouring items on different SMs.
@@ -248,7 +251,6 @@ class Items {
 
  private:
   __device__ static int floor_log2(uint32_t n) { return 31 - __clz(n); }
-  __device__ static int ceil_log2(uint32_t n) { return n <= 1 ? 0 : 32 - __clz(n - 1); }
   __device__ void skip_empty() {
 #pragma unroll 1
     while (item_ < end_ && first_part() >= num_parts_) item_ += step_;
@@ -277,6 +279,45 @@ __device__ void prefix_sum(uint32_t num_ranks, uint32_t* prefix, Count count) {
   }
   if (threadIdx.x == 0) prefix[num_ranks] = before;
 }
+
+// In shared memory: how many messages this rank has from each source, and so whose message is
+// which.
+//
+//   words   [R]      of each, {is_tagged 1, count 15}
+//   prefix  [R + 1]  messages of the sources before
+struct Sources {
+  uint32_t *words, *prefix;
+  uint32_t num_ranks;
+
+  __device__ Sources(uint32_t* shared, uint32_t num_ranks)
+      : words(shared), prefix(shared + num_ranks), num_ranks(num_ranks) {}
+  __host__ __device__ static uint32_t num_words(uint32_t num_ranks) { return 2 * num_ranks + 1; }
+
+  // The words of a handle. Whole block, a barrier behind it.
+  __device__ void read(const uint32_t* num_messages) const {
+    for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) words[r] = num_messages[r];
+  }
+  // From the words. Whole block, a barrier behind it.
+  __device__ void count_up() const {
+    prefix_sum(num_ranks, prefix, [&](uint32_t r) { return count(r); });
+  }
+  __device__ uint32_t count(uint32_t r) const {
+    return words[r] & static_cast<uint32_t>(protocol::kMaxCount);
+  }
+  __device__ bool is_tagged(uint32_t r) const { return (words[r] & protocol::kTaggedBit) != 0; }
+};
+
+// The messages of all sources but one, or of all: those of the sources behind it move up.
+struct OtherMessages {
+  uint32_t begin, num_skipped, size;
+
+  __device__ OtherMessages(const Sources& sources, uint32_t skip_rank)
+      : begin(skip_rank == kNoRank ? 0 : sources.prefix[skip_rank]),
+        num_skipped(skip_rank == kNoRank ? 0 : sources.count(skip_rank)),
+        size(sources.prefix[sources.num_ranks] - num_skipped) {}
+  // The number that the i-th of them has among all.
+  __device__ uint32_t operator[](uint32_t i) const { return i < begin ? i : i + num_skipped; }
+};
 
 // The source of message `m`: the last r with prefix[r] <= m that has messages.
 __device__ inline uint32_t source_of(const uint32_t* prefix, uint32_t num_ranks, uint32_t m) {

@@ -29,9 +29,7 @@ struct Routing {
 
   // -1 where the token has no k-th expert.
   __device__ int64_t expert(uint32_t token, uint32_t k) const {
-    return expert_of_route(token * top_k + k);
-  }
-  __device__ int64_t expert_of_route(uint32_t i) const {
+    const uint32_t i = token * top_k + k;
     return is_int64 ? static_cast<const int64_t*>(topk_idx)[i]
                     : static_cast<const int32_t*>(topk_idx)[i];
   }
@@ -76,7 +74,7 @@ class TokenSets {
   // exist. A barrier must follow. `first`: the expert of the first route that this thread looks at.
   __device__ bool fill(const RankView& rank, const Routing& routing, int64_t first) {
     bool ok = true;
-    const uint32_t shift = route_shift(routing.top_k);
+    const uint32_t shift = ceil_log2(routing.top_k);  // no division
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < routing.num_tokens << shift; i += blockDim.x) {
       const uint32_t token = i >> shift, k = i & ((1u << shift) - 1);
@@ -97,7 +95,7 @@ class TokenSets {
   }
   // The expert that fill() wants to know beforehand, or -1; and its weight comes nearer.
   __device__ static int64_t first_expert(const Routing& routing) {
-    const uint32_t shift = route_shift(routing.top_k);
+    const uint32_t shift = ceil_log2(routing.top_k);
     const uint32_t token = threadIdx.x >> shift, k = threadIdx.x & ((1u << shift) - 1);
     if (token >= routing.num_tokens || k >= routing.top_k) return -1;
     ptx::prefetch_l1(routing.topk_weights + token * routing.top_k + k);
@@ -131,10 +129,6 @@ class TokenSets {
  private:
   __host__ __device__ static constexpr uint32_t words(uint32_t num_bits) {
     return (num_bits + 31) / 32;
-  }
-  // Routes are numbered as if top_k were a power of two: no division.
-  __device__ static uint32_t route_shift(uint32_t top_k) {
-    return top_k <= 1 ? 0 : 32 - __clz(top_k - 1);
   }
   // Bits set below bit `end`.
   __device__ static uint32_t count(const uint32_t* words, uint32_t end) {

@@ -1,7 +1,7 @@
 // Bounded waits for words that peers write, and what is reported when they do not come.
 //
-// The slow paths are functions of their own, called with plain values: inlined they made kernels so
-// large that instruction fetches cost more than the waits (H100: 64 KB of code, 3 us a kernel).
+// The slow paths are functions of their own, called with plain values: inlined at every wait they
+// would make most of a kernel's instructions.
 #pragma once
 
 #include <cstdint>
