@@ -24,7 +24,8 @@ inline protocol::DispatchSendParams make_dispatch_send(uintptr_t x, bool x_is_qu
                                                        uintptr_t x_scales, uintptr_t topk_idx,
                                                        bool topk_idx_is_int64,
                                                        uintptr_t topk_weights, uint32_t num_tokens,
-                                                       uintptr_t num_partials, uintptr_t answers) {
+                                                       uintptr_t num_partials, uintptr_t answers,
+                                                       int32_t workspace) {
   return {pointer<std::byte>(x),
           x_is_quantized,
           pointer<float>(x_scales),
@@ -33,36 +34,36 @@ inline protocol::DispatchSendParams make_dispatch_send(uintptr_t x, bool x_is_qu
           pointer<float>(topk_weights),
           num_tokens,
           pointer<uint32_t>(num_partials),
-          pointer<uint32_t>(answers)};
+          pointer<uint32_t>(answers),
+          workspace};
 }
 
 inline protocol::DispatchRecvParams make_dispatch_recv(
     protocol::OutputLayout output, uintptr_t recv_x, uintptr_t recv_scales,
     uintptr_t num_recv_tokens_per_expert, uintptr_t recv_topk_idx, uintptr_t recv_topk_weights,
-    uintptr_t num_messages, uintptr_t messages, uintptr_t entries) {
+    uintptr_t num_messages, uintptr_t messages, uintptr_t entries, int32_t workspace) {
   return {output,
           pointer<std::byte>(recv_x),
           pointer<void>(recv_scales),
           pointer<int32_t>(num_recv_tokens_per_expert),
           pointer<int32_t>(recv_topk_idx),
           pointer<float>(recv_topk_weights),
-          handle_view(num_messages, messages, entries)};
+          handle_view(num_messages, messages, entries),
+          workspace};
 }
 
 inline protocol::CombineSendParams make_combine_send(uintptr_t expert_out, uintptr_t num_messages,
                                                      uintptr_t messages, uintptr_t entries,
-                                                     int32_t combine_input) {
-  return {pointer<std::byte>(expert_out), handle_view(num_messages, messages, entries),
-          combine_input};
+                                                     int32_t workspace) {
+  return {pointer<std::byte>(expert_out), handle_view(num_messages, messages, entries), workspace};
 }
 
 inline protocol::CombineRecvParams make_combine_recv(uintptr_t out, uint32_t num_tokens,
                                                      uintptr_t num_partials, uintptr_t answers,
-                                                     uintptr_t topk_weights,
-                                                     int32_t combine_input) {
+                                                     uintptr_t topk_weights, int32_t workspace) {
   return {pointer<std::byte>(out),         num_tokens,
           pointer<uint32_t>(num_partials), pointer<uint32_t>(answers),
-          pointer<float>(topk_weights),    combine_input};
+          pointer<float>(topk_weights),    workspace};
 }
 
 }  // namespace ep

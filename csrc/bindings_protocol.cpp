@@ -35,27 +35,19 @@ void bind_config(py::module_& m) {
       .def(py::init([](uint32_t num_ranks, uint32_t num_experts, uint32_t num_max_tokens_per_rank,
                        uint32_t hidden, uint32_t top_k, uint32_t num_banks, DType dtype,
                        DType dispatch_dtype, ScaleFormat scale_format, Transfer transfer,
-                       uint32_t num_max_tagged_tokens, uint32_t num_combine_inputs,
+                       uint32_t num_max_tagged_tokens, uint32_t num_workspaces,
                        Reduction reduction) {
-             return LowLatencyConfig{num_ranks,
-                                     num_experts,
-                                     num_max_tokens_per_rank,
-                                     hidden,
-                                     top_k,
-                                     num_banks,
-                                     dtype,
-                                     dispatch_dtype,
-                                     scale_format,
-                                     transfer,
-                                     reduction,
-                                     num_max_tagged_tokens,
-                                     num_combine_inputs};
+             return LowLatencyConfig{num_ranks,     num_experts,    num_max_tokens_per_rank,
+                                     hidden,        top_k,          num_banks,
+                                     dtype,         dispatch_dtype, scale_format,
+                                     transfer,      reduction,      num_max_tagged_tokens,
+                                     num_workspaces};
            }),
            py::kw_only(), py::arg("num_ranks"), py::arg("num_experts"),
            py::arg("num_max_tokens_per_rank"), py::arg("hidden"), py::arg("top_k"),
            py::arg("num_banks"), py::arg("dtype"), py::arg("dispatch_dtype"),
            py::arg("scale_format"), py::arg("transfer"), py::arg("num_max_tagged_tokens"),
-           py::arg("num_combine_inputs") = 0, py::arg("reduction") = Reduction::kRank)
+           py::arg("num_workspaces") = 0, py::arg("reduction") = Reduction::kRank)
       .def_readonly("num_ranks", &LowLatencyConfig::num_ranks)
       .def_readonly("num_experts", &LowLatencyConfig::num_experts)
       .def_readonly("num_max_tokens_per_rank", &LowLatencyConfig::num_max_tokens_per_rank)
@@ -67,7 +59,7 @@ void bind_config(py::module_& m) {
       .def_readonly("scale_format", &LowLatencyConfig::scale_format)
       .def_readonly("transfer", &LowLatencyConfig::transfer)
       .def_readonly("num_max_tagged_tokens", &LowLatencyConfig::num_max_tagged_tokens)
-      .def_readonly("num_combine_inputs", &LowLatencyConfig::num_combine_inputs)
+      .def_readonly("num_workspaces", &LowLatencyConfig::num_workspaces)
       .def_readonly("reduction", &LowLatencyConfig::reduction);
   m.attr("PROTOCOL_VERSION") = kProtocolVersion;
   m.attr("MAX_RANKS") = kNumMaxRanks;
@@ -113,9 +105,16 @@ void bind_layout(py::module_& m) {
       .def_property_readonly("tagged_row_in_message", &LowLatencyLayout::tagged_row_in_message)
       .def_property_readonly("tagged_message_bytes", &LowLatencyLayout::tagged_message_bytes)
       .def("tagged_outcome", &LowLatencyLayout::tagged_outcome)
+      .def("workspace_credit", &LowLatencyLayout::workspace_credit)
+      .def("workspace_row", &LowLatencyLayout::workspace_row)
+      .def("workspace_scales", &LowLatencyLayout::workspace_scales)
+      .def("workspace_topk_idx", &LowLatencyLayout::workspace_topk_idx)
+      .def("workspace_topk_weights", &LowLatencyLayout::workspace_topk_weights)
       .def("combine_input", &LowLatencyLayout::combine_input)
       .def_property_readonly("signals_offset", &LowLatencyLayout::signals_offset)
       .def_property_readonly("credits_offset", &LowLatencyLayout::credits_offset)
+      .def_property_readonly("workspace_credits_offset",
+                             &LowLatencyLayout::workspace_credits_offset)
       .def_property_readonly("sleepers_offset", &LowLatencyLayout::sleepers_offset)
       .def_property_readonly("counts_offset", &LowLatencyLayout::counts_offset)
       .def_property_readonly("headers_offset", &LowLatencyLayout::headers_offset)
@@ -124,7 +123,7 @@ void bind_layout(py::module_& m) {
       .def_property_readonly("outcome_offset", &LowLatencyLayout::outcome_offset)
       .def_property_readonly("tagged_inbox_offset", &LowLatencyLayout::tagged_inbox_offset)
       .def_property_readonly("tagged_outcome_offset", &LowLatencyLayout::tagged_outcome_offset)
-      .def_property_readonly("combine_inputs_offset", &LowLatencyLayout::combine_inputs_offset);
+      .def_property_readonly("workspaces_offset", &LowLatencyLayout::workspaces_offset);
 }
 
 }  // namespace

@@ -62,7 +62,7 @@ class LowLatencyConfig:
     scale_format: ScaleFormat
     transfer: Transfer
     num_max_tagged_tokens: int
-    num_combine_inputs: int
+    num_workspaces: int
     reduction: Reduction
     def __init__(
         self,
@@ -78,7 +78,7 @@ class LowLatencyConfig:
         scale_format: ScaleFormat,
         transfer: Transfer,
         num_max_tagged_tokens: int,
-        num_combine_inputs: int = 0,
+        num_workspaces: int = 0,
         reduction: Reduction = ...,
     ) -> None: ...
 
@@ -102,6 +102,7 @@ class LowLatencyLayout:
     expert_capacity: int
     signals_offset: int
     credits_offset: int
+    workspace_credits_offset: int
     sleepers_offset: int
     counts_offset: int
     headers_offset: int
@@ -110,7 +111,7 @@ class LowLatencyLayout:
     outcome_offset: int
     tagged_inbox_offset: int
     tagged_outcome_offset: int
-    combine_inputs_offset: int
+    workspaces_offset: int
     def __init__(self, config: LowLatencyConfig) -> None: ...
     def signal(self, bank: int, phase: Phase, src_rank: int) -> int: ...
     def credit(self, phase: Phase, peer_rank: int) -> int: ...
@@ -126,7 +127,12 @@ class LowLatencyLayout:
     def outbox(self, bank: int, src_rank: int, slot: int) -> int: ...
     def tagged_message(self, bank: int, src_rank: int, slot: int) -> int: ...
     def tagged_outcome(self, bank: int, outcome_slot: int) -> int: ...
-    def combine_input(self, idx: int, src_rank: int, slot: int) -> int: ...
+    def workspace_credit(self, workspace: int, peer_rank: int) -> int: ...
+    def workspace_row(self, workspace: int, message: int) -> int: ...
+    def workspace_scales(self, workspace: int, message: int) -> int: ...
+    def workspace_topk_idx(self, workspace: int, message: int) -> int: ...
+    def workspace_topk_weights(self, workspace: int, message: int) -> int: ...
+    def combine_input(self, workspace: int, message: int) -> int: ...
 
 def pack_signal(epoch: int, count: int) -> int: ...
 def signal_epoch(signal: int) -> int: ...
@@ -181,6 +187,7 @@ class LowLatencyRank:
         num_tokens: int,
         num_partials: int,
         answers: int,
+        workspace: int,
     ) -> OpResult: ...
     def dispatch_recv(
         self,
@@ -193,6 +200,7 @@ class LowLatencyRank:
         num_messages: int,
         messages: int,
         entries: int,
+        workspace: int,
     ) -> OpResult: ...
     def combine_send(
         self,
@@ -200,7 +208,7 @@ class LowLatencyRank:
         num_messages: int,
         messages: int,
         entries: int,
-        combine_input: int,
+        workspace: int,
     ) -> OpResult: ...
     def combine_recv(
         self,
@@ -209,7 +217,7 @@ class LowLatencyRank:
         num_partials: int,
         answers: int,
         topk_weights: int,
-        combine_input: int,
+        workspace: int,
     ) -> OpResult: ...
     def epoch(self, phase: Phase, half: Half) -> int: ...
     def counters(self, phase: Phase, half: Half) -> dict[str, int]: ...

@@ -206,7 +206,7 @@ class Buffer:
                 reduction=reduction,
                 transfer="pull",
                 num_max_tagged_tokens=None,
-                num_combine_inputs=0,
+                num_workspaces=0,
                 num_banks=NUM_BANKS,
                 device=device,
             )

@@ -55,16 +55,18 @@ class DispatchHandle:
     Attributes:
         epoch: number of the dispatch on its buffer.
         num_tokens: T of this dispatch on this rank.
+        workspace: the workspace that it went to, -1: the buffer has none.
         is_received: the dispatch hook has returned.
     """
 
-    def __init__(self, buffer: LowLatencyBuffer, num_tokens: int) -> None:
+    def __init__(self, buffer: LowLatencyBuffer, num_tokens: int, workspace: int) -> None:
         self.buffer = buffer
         self.num_tokens = num_tokens
+        self.workspace = workspace
         self.epoch = 0  # until the send has succeeded
         self.is_received = False
         num_ranks = buffer.group.num_ranks
-        num_slots = num_ranks * buffer.num_max_tokens_per_rank
+        num_slots = num_ranks * buffer.num_max_tokens_per_rank if workspace < 0 else 0
         # One allocation: this runs in every layer of every step.
         self._sizes = (
             num_tokens,
@@ -90,7 +92,8 @@ class DispatchHandle:
 
     @property
     def messages(self) -> torch.Tensor:
-        """`[R * M, 4]` int32, source by source: token, outcome slot, first entry, entries."""
+        """`[R * M, 4]` int32, source by source: token, outcome slot, first entry, entries. Empty
+        where there are workspaces, and so are `entries`: nobody needs them there."""
         return self.storage.split(self._sizes)[3].view(-1, 4)
 
     @property
@@ -117,7 +120,8 @@ class DispatchResult:
     """What a dispatch brings; contents are valid once its hook has returned.
 
     The tensors named `recv_*` are a bank of the buffer: they are overwritten by the hook of the
-    dispatch `num_banks` later. Copy them to keep them longer.
+    dispatch `num_banks` later. Or they are a workspace: peers may overwrite them once combine has
+    been called. Copy them to keep them longer.
     """
 
     handle: DispatchHandle
@@ -131,19 +135,38 @@ class DispatchResult:
     which the rows of one channel group lie side by side (strides `N * S, 1, S`); rank-major
     `[R, M, N]`, contiguous. With "ue8m0" int32, `ceil(N / 4)` instead of N: four exponent bytes a
     word, the lowest first."""
-    num_recv_tokens_per_expert: torch.Tensor
-    """`[L]` int32. In both layouts; rank-major, the rows that each expert has to compute."""
     recv_topk_idx: torch.Tensor | None
     """Rank-major `[R, M, K]` int32, else None: the row's local experts, in the order of its
     source's `topk_idx`, then -1. Rows that hold no message are -1 throughout. An expert that the
     source listed twice is here twice."""
     recv_topk_weights: torch.Tensor | None
-    """Rank-major `[R, M, K]` float32, else None: the weights of those experts, then 0."""
+    """Rank-major `[R, M, K]` float32, else None: the weights of those experts, then 0. Rows that
+    hold no message hold anything."""
+    _num_rows_per_expert: torch.Tensor | None
+    """As the kernels have counted them; None: they have not."""
+
+    @property
+    def num_recv_tokens_per_expert(self) -> torch.Tensor:
+        """`[L]` int32. In both layouts; rank-major, the rows that each expert has to compute. Of a
+        workspace it is counted when it is asked for, by some kernels of PyTorch."""
+        if self._num_rows_per_expert is not None:
+            return self._num_rows_per_expert
+        assert self.recv_topk_idx is not None
+        return count_rows_per_expert(self.recv_topk_idx, self.handle.buffer.num_local_experts)
 
     @property
     def num_recv_tokens_per_rank(self) -> torch.Tensor:
         """`[R]` int32: messages of each source."""
         return self.handle.num_messages
+
+
+def count_rows_per_expert(recv_topk_idx: torch.Tensor, num_local_experts: int) -> torch.Tensor:
+    """`[L]` int32: rows of `recv_topk_idx`, `[R, M, K]`, that list each expert."""
+    idx = recv_topk_idx.flatten(0, 1)
+    is_repeated = (idx[:, :, None] == idx[:, None, :]).tril(-1).any(2)
+    bins = torch.where((idx < 0) | is_repeated, num_local_experts, idx).flatten().long()
+    counts = torch.zeros(num_local_experts + 1, dtype=torch.int32, device=idx.device)
+    return counts.scatter_add_(0, bins, torch.ones_like(bins, dtype=torch.int32))[:-1]
 
 
 class RecvHook:

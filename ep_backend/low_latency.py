@@ -21,6 +21,7 @@ from ep_backend import _native, faults
 from ep_backend.checks import (
     AtMost,
     check_alignment,
+    check_int,
     check_tensor,
     check_topk_weights,
     check_x_scales,
@@ -37,10 +38,9 @@ from ep_backend.handles import (
 )
 from ep_backend.kernel_calls import KernelCalls
 from ep_backend.kernels import make_kernels
-from ep_backend.memory import cuda
 from ep_backend.observe.trace import TraceWriter
 from ep_backend.order import PhaseOrder
-from ep_backend.outputs import OutputShape, RecvBanks
+from ep_backend.outputs import OutputShape, RecvBank, RecvBanks, Workspace
 from ep_backend.settings import (
     CUDA_ROW_ALIGNMENT,
     BufferSettings,
@@ -88,7 +88,9 @@ class LowLatencyBuffer:
         num_max_tagged_tokens: CUDA: batches of up to so many tokens travel with an epoch in every
             16 bytes, so that a receiver need not wait for a signal. Default: 256 / ranks,
             and 0 where a row has more than 32 KiB.
-        num_combine_inputs: CUDA, rank-major, pull: tensors that `combine_input` offers.
+        num_workspaces: CUDA, rank-major: if not 0, every exchange is in one of so many workspaces,
+            sets of tensors in symmetric memory. Rows are sent straight to the `recv_*` tensors of
+            their receiver, and fetched straight from its `combine_input`: nothing is copied.
         num_banks: operations in flight, at least 2.
         timeout_secs: how long one wait for peers may last.
         device: where tensors live: "cpu", or a CUDA device. On CUDA, sends and hooks are launched
@@ -120,7 +122,7 @@ class LowLatencyBuffer:
         reduction: str = "rank",
         transfer: str = "pull",
         num_max_tagged_tokens: int | None = None,
-        num_combine_inputs: int = 0,
+        num_workspaces: int = 0,
         num_banks: int = 2,
         timeout_secs: float = DEFAULT_TIMEOUT_SECS,
         device: str | torch.device = "cpu",
@@ -139,7 +141,7 @@ class LowLatencyBuffer:
             reduction=reduction,
             transfer=transfer,
             num_max_tagged_tokens=num_max_tagged_tokens,
-            num_combine_inputs=num_combine_inputs,
+            num_workspaces=num_workspaces,
             num_banks=num_banks,
             device=device_type(device),
         )
@@ -164,7 +166,7 @@ class LowLatencyBuffer:
         self.output_layout = output_layout
         self.reduction = reduction
         self.num_banks = num_banks
-        self.num_combine_inputs = num_combine_inputs
+        self.num_workspaces = num_workspaces
         config = settings.config(group.num_ranks)
         layout = _native.LowLatencyLayout(config)
         self.num_local_experts: int = layout.partition.num_local_experts(group.self_rank)
@@ -186,15 +188,12 @@ class LowLatencyBuffer:
         self._kernels = make_kernels(
             config, group, self._memory.bases, self.device, timeout_secs, spin_us, num_sms
         )
-        self._combine_inputs = [
-            cuda.tensor_at(
-                self._memory.bases[group.self_rank] + layout.combine_input(idx, 0, 0),
-                self._expert_out_shape,
-                dtype,
-                self.device,
-            )
-            for idx in range(num_combine_inputs)
+        base = self._memory.bases[group.self_rank]
+        self._workspaces = [
+            Workspace(idx, base, layout, output_shape, dtype, self.device)
+            for idx in range(num_workspaces)
         ]
+        self._workspace_epochs = [0] * num_workspaces
         self._dispatches = PhaseOrder("dispatch", num_banks)
         self._combines = PhaseOrder("combine", num_banks)
         self._recv_banks = RecvBanks(output_shape, num_banks, self.device)
@@ -208,6 +207,7 @@ class LowLatencyBuffer:
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor | None = None,
         x_scales: torch.Tensor | None = None,
+        workspace: int = 0,
     ) -> tuple[DispatchResult, RecvHook]:
         """Sends every token once to each rank that owns one of its experts.
 
@@ -221,6 +221,8 @@ class LowLatencyBuffer:
                 they are ignored and may be left out.
             x_scales: `[T, N]` float32, of float8 `x`: a value is `x * scale`. With "power_of_two"
                 and "ue8m0" they must be powers of two; that is not checked.
+            workspace: where there are several, the one to use; the same on every rank. What is in
+                it from the dispatch before need not have been combined, but must have been read.
 
         Returns:
             The result, and the hook that fills it.
@@ -231,16 +233,16 @@ class LowLatencyBuffer:
             OrderError: `num_banks` dispatches are waiting for their hooks.
             PeerTimeout: a peer did not free the bank in time.
         """
-        handle, arguments = self._prepare_dispatch(x, topk_idx, topk_weights, x_scales)
+        handle, arguments = self._prepare_dispatch(x, topk_idx, topk_weights, x_scales, workspace)
         num_tokens = handle.num_tokens
         handle.epoch = self._dispatches.send(
             lambda: self._calls.run("dispatch_send", num_tokens, *arguments)
         )
-        bank = self._recv_banks.of(handle.epoch)
-        result = bank.result(handle)
+        output = self._output_of(handle)
+        result = output.result(handle)
 
         def unpack() -> None:
-            self._calls.run("dispatch_recv", num_tokens, *bank.arguments(result))
+            self._calls.run("dispatch_recv", num_tokens, *output.arguments(result))
             handle.is_received = True
 
         def receive() -> None:
@@ -254,6 +256,7 @@ class LowLatencyBuffer:
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor | None = None,
         x_scales: torch.Tensor | None = None,
+        workspace: int = 0,
     ) -> DispatchResult:
         """`dispatch` and its hook in one call; on CUDA also in one kernel. For where nothing could
         overlap with the transfer.
@@ -267,16 +270,16 @@ class LowLatencyBuffer:
         """
         if self._kernels.dispatch is None:
             self._dispatches.require_idle()
-            result, recv_hook = self.dispatch(x, topk_idx, topk_weights, x_scales)
+            result, recv_hook = self.dispatch(x, topk_idx, topk_weights, x_scales, workspace)
             recv_hook()
             return result
-        handle, arguments = self._prepare_dispatch(x, topk_idx, topk_weights, x_scales)
+        handle, arguments = self._prepare_dispatch(x, topk_idx, topk_weights, x_scales, workspace)
 
         def run(epoch: int) -> DispatchResult:
             handle.epoch = epoch
-            bank = self._recv_banks.of(epoch)
-            result = bank.result(handle)
-            received = bank.arguments(result)
+            output = self._output_of(handle)
+            result = output.result(handle)
+            received = output.arguments(result)
             self._calls.run("dispatch", handle.num_tokens, *arguments, *received)
             handle.is_received = True
             return result
@@ -297,7 +300,7 @@ class LowLatencyBuffer:
             expert_out: of the buffer's dtype, in the layout of `recv_x`. Expert-major
                 `[L, S, H]`: rows that are not weighted yet. Rank-major `[R, M, H]`: for each
                 message the sum over its experts, weighted. Rows behind the counts are not read. It
-                may change when this returns.
+                may change when this returns. With workspaces: the `combine_input` of the handle's.
             handle: of a dispatch whose hook has been called.
             out: `[T, H]`, where the result goes; default: a new tensor.
             topk_weights: with reduction "source", and only then: `[T, K]` float32, of this rank's
@@ -315,13 +318,12 @@ class LowLatencyBuffer:
         """
         expert_out, out = self._prepare_combine(expert_out, handle, out, topk_weights)
         num_tokens = handle.num_tokens
-        combine_input = self._combine_input_idx(expert_out)
-        arguments = _combine_send_arguments(expert_out, handle, combine_input)
+        arguments = _combine_send_arguments(expert_out, handle)
         epoch = self._combines.send(lambda: self._calls.run("combine_send", num_tokens, *arguments))
 
         def add_up() -> None:
             # Of the tensors themselves: this keeps their memory until then.
-            arguments = _combine_recv_arguments(out, handle, topk_weights, combine_input)
+            arguments = _combine_recv_arguments(out, handle, topk_weights)
             self._calls.run("combine_recv", num_tokens, *arguments)
 
         def receive() -> None:
@@ -347,26 +349,24 @@ class LowLatencyBuffer:
             recv_hook()
             return out
         expert_out, out = self._prepare_combine(expert_out, handle, out, topk_weights)
-        combine_input = self._combine_input_idx(expert_out)
-        arguments = _combine_send_arguments(expert_out, handle, combine_input)
-        arguments += _combine_recv_arguments(out, handle, topk_weights, combine_input)
+        arguments = _combine_send_arguments(expert_out, handle)
+        arguments += _combine_recv_arguments(out, handle, topk_weights)
         self._combines.exchange(lambda _: self._calls.run("combine", handle.num_tokens, *arguments))
         return out
 
-    def combine_input(self, idx: int) -> torch.Tensor:
-        """`[R, M, H]` of the buffer's dtype, in symmetric memory: one of `num_combine_inputs`.
-
-        A combine of this very tensor copies nothing: peers read its rows where they are. Every rank
-        must then combine its input of the same number. It may be written again once a dispatch
-        that was sent after that combine was received has been received: peers have read it then.
+    def combine_input(self, workspace: int = 0) -> torch.Tensor:
+        """`[R, M, H]` of the buffer's dtype, in symmetric memory: what a combine in that workspace
+        takes. It may be written once a dispatch that was sent after the workspace's last combine
+        was received has been received: peers have read it then.
         """
-        return self._combine_inputs[idx]
+        return self._workspaces[workspace].combine_input
 
-    def _combine_input_idx(self, expert_out: torch.Tensor) -> int:
-        for idx, tensor in enumerate(self._combine_inputs):
-            if tensor.data_ptr() == expert_out.data_ptr():
-                return idx
-        return -1
+    def _output_of(self, handle: DispatchHandle) -> RecvBank | Workspace:
+        """Where that dispatch, which has got its epoch, arrives."""
+        if handle.workspace < 0:
+            return self._recv_banks.of(handle.epoch)
+        self._workspace_epochs[handle.workspace] = handle.epoch
+        return self._workspaces[handle.workspace]
 
     def counters(self) -> dict[str, OpCounters]:
         """Counters of "dispatch_send", "dispatch_recv", "combine_send" and "combine_recv"."""
@@ -398,6 +398,7 @@ class LowLatencyBuffer:
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor | None,
         x_scales: torch.Tensor | None,
+        workspace: int,
     ) -> tuple[DispatchHandle, tuple[int, ...]]:
         """Checks the tensors; makes the handle and the arguments of the native dispatch_send."""
         check_tensor(
@@ -418,7 +419,8 @@ class LowLatencyBuffer:
         check_alignment("x", x, self._row_alignment)
         if x_scales is not None or x.dtype != self.dtype:
             check_x_scales(x, x_scales, self.num_scales, self.device)
-        handle = DispatchHandle(self, num_tokens)
+        check_int("workspace", workspace, 0, max(0, self.num_workspaces - 1))
+        handle = DispatchHandle(self, num_tokens, workspace if self.num_workspaces > 0 else -1)
         num_partials, answers, *_ = handle.pointers()
         return handle, (
             x.data_ptr(),
@@ -430,6 +432,7 @@ class LowLatencyBuffer:
             num_tokens,
             num_partials,
             answers,
+            handle.workspace,
         )
 
     def _prepare_combine(
@@ -449,6 +452,8 @@ class LowLatencyBuffer:
             )
         check_tensor("expert_out", expert_out, self._expert_out_shape, (self.dtype,), self.device)
         check_alignment("expert_out", expert_out, self._row_alignment)
+        if self.num_workspaces > 0:
+            self._check_workspace(expert_out, handle)
         shape = (handle.num_tokens, self.hidden)
         if out is None:
             out = torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -467,22 +472,32 @@ class LowLatencyBuffer:
             expert_out = faults.drop_remote_contributions(expert_out, handle)
         return expert_out, out
 
+    def _check_workspace(self, expert_out: torch.Tensor, handle: DispatchHandle) -> None:
+        workspace = handle.workspace
+        if expert_out.data_ptr() != self.combine_input(workspace).data_ptr():
+            raise ValueError(
+                f"expert_out is not combine_input({workspace}), but the handle's dispatch went to "
+                f"workspace {workspace}, and peers look for rows there. Have the experts write to "
+                "that tensor, or copy their output to it."
+            )
+        if handle.epoch != self._workspace_epochs[workspace]:
+            raise OrderError(
+                f"combine was called with the handle of dispatch {handle.epoch}, but dispatch "
+                f"{self._workspace_epochs[workspace]} has gone to the same workspace, {workspace}, "
+                "since. Combine before that, or use more workspaces."
+            )
 
-def _combine_send_arguments(
-    expert_out: torch.Tensor, handle: DispatchHandle, combine_input: int
-) -> tuple[int, ...]:
+
+def _combine_send_arguments(expert_out: torch.Tensor, handle: DispatchHandle) -> tuple[int, ...]:
     """Of the native combine_send."""
     _, _, *received = handle.pointers()
-    return (expert_out.data_ptr(), *received, combine_input)
+    return (expert_out.data_ptr(), *received, handle.workspace)
 
 
 def _combine_recv_arguments(
-    out: torch.Tensor,
-    handle: DispatchHandle,
-    topk_weights: torch.Tensor | None,
-    combine_input: int,
+    out: torch.Tensor, handle: DispatchHandle, topk_weights: torch.Tensor | None
 ) -> tuple[int, ...]:
     """Of the native combine_recv."""
     num_partials, answers, *_ = handle.pointers()
     weights = address_of(topk_weights)
-    return (out.data_ptr(), handle.num_tokens, num_partials, answers, weights, combine_input)
+    return (out.data_ptr(), handle.num_tokens, num_partials, answers, weights, handle.workspace)

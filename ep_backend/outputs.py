@@ -1,5 +1,5 @@
-"""The tensors that a dispatch's hook fills: a set a bank, allocated at first use and kept, because
-fresh pages for each dispatch would cost more than the exchange.
+"""The tensors that a dispatch fills: a set a bank, allocated at first use and kept, because fresh
+pages for each dispatch would cost more than the exchange; or workspaces, in symmetric memory.
 
 R ranks, M num_max_tokens_per_rank, L local experts, S = R * M rows an expert can receive, H hidden,
 K top_k.
@@ -14,6 +14,7 @@ import torch
 from ep_backend import _native
 from ep_backend.group import Group
 from ep_backend.handles import DispatchHandle, DispatchResult, address_of
+from ep_backend.memory import cuda
 from ep_backend.settings import OUTPUT_LAYOUTS, BufferSettings
 
 
@@ -53,6 +54,13 @@ class OutputShape:
         return self.output_layout == "rank_major"
 
     @property
+    def scale_words(self) -> tuple[int, torch.dtype]:
+        """Of a row of `recv_scales`: how many, and what they are."""
+        if self.is_ue8m0:
+            return -(-self.num_scales // 4), torch.int32
+        return self.num_scales, torch.float32
+
+    @property
     def rows(self) -> tuple[int, int]:
         """`recv_x` and `expert_out` without H: `(L, S)`, or rank-major `(R, M)`."""
         if self.is_rank_major:
@@ -88,9 +96,9 @@ class RecvBank:
             handle,
             self.recv_x,
             self.recv_scales,
-            counts,
             self.recv_topk_idx,
             self.recv_topk_weights,
+            counts,
         )
 
     def arguments(self, result: DispatchResult) -> tuple[_native.OutputLayout | int, ...]:
@@ -106,12 +114,56 @@ class RecvBank:
             recv_topk_idx,
             recv_topk_weights,
             *received,
+            -1,
         )
 
 
+class Workspace:
+    """One of a buffer's workspaces: tensors in symmetric memory. Peers write the `recv_*`, which
+    are as those of a `RecvBank`, and read `combine_input`."""
+
+    def __init__(
+        self,
+        idx: int,
+        base: int,
+        layout: _native.LowLatencyLayout,
+        shape: OutputShape,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        def tensor(offset: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+            return cuda.tensor_at(base + offset, (*shape.rows, last), dtype, device)
+
+        self._idx = idx
+        self.recv_x = tensor(layout.workspace_row(idx, 0), shape.hidden, shape.dispatch_dtype)
+        self.recv_scales: torch.Tensor | None = None
+        if shape.num_scales > 0:
+            self.recv_scales = tensor(layout.workspace_scales(idx, 0), *shape.scale_words)
+        self.recv_topk_idx = tensor(layout.workspace_topk_idx(idx, 0), shape.top_k, torch.int32)
+        self.recv_topk_weights = tensor(
+            layout.workspace_topk_weights(idx, 0), shape.top_k, torch.float32
+        )
+        self.combine_input = tensor(layout.combine_input(idx, 0), shape.hidden, dtype)
+
+    def result(self, handle: DispatchHandle) -> DispatchResult:
+        """Of a dispatch into this workspace."""
+        return DispatchResult(
+            handle,
+            self.recv_x,
+            self.recv_scales,
+            self.recv_topk_idx,
+            self.recv_topk_weights,
+            None,
+        )
+
+    def arguments(self, result: DispatchResult) -> tuple[_native.OutputLayout | int, ...]:
+        """Of the native dispatch_recv."""
+        _, _, *received = result.handle.pointers()
+        return (_native.OutputLayout.RANK_MAJOR, 0, 0, 0, 0, 0, *received, self._idx)
+
+
 def _empty_scales(shape: OutputShape, device: torch.device) -> torch.Tensor:
-    num_words = -(-shape.num_scales // 4) if shape.is_ue8m0 else shape.num_scales
-    dtype = torch.int32 if shape.is_ue8m0 else torch.float32
+    num_words, dtype = shape.scale_words
     first, second = shape.rows
     if shape.is_rank_major:
         return torch.empty((first, second, num_words), dtype=dtype, device=device)

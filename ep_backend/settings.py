@@ -27,6 +27,14 @@ OUTPUT_LAYOUTS = {
 REDUCTIONS = {"rank": _native.Reduction.RANK, "source": _native.Reduction.SOURCE}
 TRANSFERS = {"push": _native.Transfer.PUSH, "pull": _native.Transfer.PULL}
 
+# What goes with workspaces.
+WORKSPACE_SETTINGS = {
+    "device": "cuda",
+    "output_layout": "rank_major",
+    "transfer": "pull",
+    "num_max_tagged_tokens": 0,
+}
+
 CUDA_ROW_ALIGNMENT = 16
 """Bytes: the CUDA kernels move rows in vectors of this size."""
 MAX_TAGGED_ROW_BYTES = 32 << 10
@@ -47,7 +55,7 @@ class BufferSettings:
     reduction: str
     transfer: str
     num_max_tagged_tokens: int | None
-    num_combine_inputs: int
+    num_workspaces: int
     num_banks: int
     device: str
     """Its type, "cpu" or "cuda"."""
@@ -85,7 +93,7 @@ class BufferSettings:
                 "No batch is larger than num_max_tokens_per_rank.",
             )
         self._check_reduction()
-        self._check_combine_inputs()
+        self._check_workspaces()
         if self.device == "cuda" and _native.has_cuda:
             self._check_cuda()
 
@@ -115,17 +123,17 @@ class BufferSettings:
                 "reduction='rank', and topk_weights to dispatch."
             )
 
-    def _check_combine_inputs(self) -> None:
-        check_int("num_combine_inputs", self.num_combine_inputs, 0, _native.MAX_BANKS)
-        can_read_in_place = self.device == "cuda" and self.transfer == "pull"
-        if self.num_combine_inputs > 0 and not (
-            can_read_in_place and self.output_layout == "rank_major"
-        ):
-            raise ValueError(
-                f"num_combine_inputs is {self.num_combine_inputs}, but only a rank-major combine "
-                "that is pulled, on CUDA, reads its input in place. Pass "
-                "output_layout='rank_major' and transfer='pull', or leave it out."
-            )
+    def _check_workspaces(self) -> None:
+        check_int("num_workspaces", self.num_workspaces, 0, _native.MAX_BANKS)
+        if self.num_workspaces == 0:
+            return
+        for name, needed in WORKSPACE_SETTINGS.items():
+            value = getattr(self, name)
+            if value not in (needed, None):
+                raise ValueError(
+                    f"num_workspaces is {self.num_workspaces} and {name} {value!r}, but in "
+                    f"workspaces it is {needed!r}. Pass that, or leave num_workspaces out."
+                )
 
     def _check_cuda(self) -> None:
         why = "The CUDA kernels count rows by expert in shared memory."
@@ -154,11 +162,13 @@ class BufferSettings:
             scale_format=SCALE_FORMATS[self.scale_format],
             transfer=TRANSFERS[self.transfer] if is_cuda else _native.Transfer.PUSH,
             num_max_tagged_tokens=self._num_tagged_tokens(num_ranks) if is_cuda else 0,
-            num_combine_inputs=self.num_combine_inputs,
+            num_workspaces=self.num_workspaces,
             reduction=REDUCTIONS[self.reduction],
         )
 
     def _num_tagged_tokens(self, num_ranks: int) -> int:
+        if self.num_workspaces > 0:
+            return 0
         if self.num_max_tagged_tokens is not None:
             return self.num_max_tagged_tokens
         if self.hidden * self.dtype.itemsize > MAX_TAGGED_ROW_BYTES:

@@ -40,7 +40,7 @@ uint32_t scale_word(const protocol::LowLatencyLayout& layout, const float* scale
 void write_scales(const protocol::LowLatencyLayout& layout, const DispatchRecvParams& params,
                   uint64_t row, const float* scales) {
   auto* words = static_cast<uint32_t*>(params.recv_scales);
-  for (uint32_t word = 0; word < protocol::scale_words(layout); ++word) {
+  for (uint32_t word = 0; word < layout.num_scale_words(); ++word) {
     words[protocol::scale_word_idx(layout, params.output, row, word)] =
         scale_word(layout, scales, word);
   }

@@ -136,8 +136,8 @@ class DispatchReceiver {
       for_each_route(routing, sets, token, [&](const Route& route) {
         if (writes && sender.is_alone()) sender.note_answer(token, route);
         if (route.dst_rank != self) return;
-        place_entry(m, self, slot, route.entry_idx, route.expert - first_expert, route.position,
-                    route.weight, writes);
+        place_entry(m, self, slot, route.entry_idx, route.expert - first_expert,
+                    sets.before_expert(route.expert, token), route.weight, writes);
         num_entries = route.num_entries;
         if (writes && route.entry_idx == 0) {
           write_message(m, token, token * layout_.num_outcome_columns() + route.column,
@@ -310,8 +310,7 @@ class DispatchReceiver {
     const auto row = static_cast<uint32_t>(local_expert * layout_.expert_capacity() + in_expert);
     plan_->rows[j] = params_.recv_x + row * layout_.dispatch_row_bytes();
     plan_->first_scales[j] =
-        scales() +
-        uint64_t{local_expert} * protocol::scale_words(layout_) * layout_.expert_capacity() +
+        scales() + uint64_t{local_expert} * layout_.num_scale_words() * layout_.expert_capacity() +
         in_expert;
     if (writes) params_.handle.entries[uint64_t{m} * top_k + j] = {row, weight};
     return true;
@@ -337,7 +336,7 @@ class DispatchReceiver {
       if (is_rank_major) {
         const uint64_t row = rank_major_row(src_rank, slot);
         plan_->rows[0] = params_.recv_x + row * layout_.dispatch_row_bytes();
-        plan_->first_scales[0] = scales() + row * protocol::scale_words(layout_);
+        plan_->first_scales[0] = scales() + row * layout_.num_scale_words();
       }
       plan_->num_rows = is_rank_major ? 1 : num_entries;
     }
@@ -362,15 +361,8 @@ class DispatchReceiver {
 
   // A part to all rows of the plan.
   __device__ void store(const Part& p, uint32_t part) const {
-    const Lane lane;
-    // The scale word that this lane writes of every row, if it has one.
-    uint32_t word = lane.scale(part), value = p.scale;
-    bool has_word = lane.has_scale() && word < shape_.num_scales;
-    if (layout_.config().scale_format == protocol::ScaleFormat::kUE8M0) {
-      value = pack_scales(p, part);
-      word = part * (protocol::kScalesPerPart / 4) + lane.lane;
-      has_word = lane.lane < 2 && word < protocol::scale_words(layout_);
-    }
+    const ScaleWord scale(p, part, layout_);
+    uint32_t word = scale.idx;
     if (params_.output == OutputLayout::kExpertMajor) {
       word *= static_cast<uint32_t>(layout_.expert_capacity());
     }
@@ -378,21 +370,8 @@ class DispatchReceiver {
 #pragma unroll 1
     for (uint32_t j = 0; j < num_rows; ++j) {
       store_vectors(p, plan_->rows[j], shape_.num_vectors, part);
-      if (has_word) plan_->first_scales[j][word] = value;
+      if (scale.is_there) plan_->first_scales[j][word] = scale.value;
     }
-  }
-
-  // Exponents of four scales each, in lanes 0 and 1.
-  __device__ uint32_t pack_scales(const Part& p, uint32_t part) const {
-    const Lane lane;
-    uint32_t packed = 0;
-#pragma unroll
-    for (uint32_t i = 0; i < 4; ++i) {
-      const uint32_t scale = __shfl_sync(kAllLanes, p.scale, lane.lane % 8 + 8 * i);
-      const bool is_there = part * protocol::kScalesPerPart + lane.lane * 4 + i < shape_.num_scales;
-      if (is_there) packed |= uint32_t{protocol::ue8m0_of(__uint_as_float(scale))} << (8 * i);
-    }
-    return packed;
   }
 
   // Experts of slots that hold no message: none. As if top_k were a power of two: no division.

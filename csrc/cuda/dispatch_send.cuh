@@ -154,20 +154,21 @@ class DispatchSender {
   __device__ void write_header(uint32_t token, const Route& route) const {
     const uint32_t local_expert = route.expert - routing_.owners.first_expert(route.dst_rank);
     const uint32_t outcome_slot = token * layout_.num_outcome_columns() + route.column;
+    const uint32_t position = sets_.before_expert(route.expert, token);
     std::byte* peer = op_.peer(route.dst_rank);
     if (is_tagged_) {
       auto* words =
           at<uint4>(peer, layout_.tagged_message(op_.bank(), rank_.self_rank, route.slot));
       ptx::st_relaxed_sys_b128(
           words + 1 + route.entry_idx,
-          {local_expert | route.k << 16, route.position, __float_as_uint(route.weight), op_.tag()});
+          {local_expert | route.k << 16, position, __float_as_uint(route.weight), op_.tag()});
       if (route.entry_idx == 0) {
         ptx::st_relaxed_sys_b128(words, {token, outcome_slot, route.num_entries, op_.tag()});
       }
     } else {
       std::byte* header = peer + layout_.header(op_.bank(), rank_.self_rank, route.slot);
       reinterpret_cast<ExpertEntry*>(header + sizeof(MessageHeader))[route.entry_idx] = {
-          static_cast<uint16_t>(local_expert), static_cast<uint16_t>(route.k), route.position,
+          static_cast<uint16_t>(local_expert), static_cast<uint16_t>(route.k), position,
           route.weight};
       if (route.entry_idx == 0) {
         *reinterpret_cast<MessageHeader*>(header) = {token, outcome_slot, route.num_entries,

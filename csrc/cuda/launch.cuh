@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cuda/check.h"
 #include "cuda/low_latency.h"
 
 namespace ep::cuda {
@@ -14,13 +15,29 @@ struct Launch {
   uint32_t num_threads;
   cudaStream_t stream;
 
+  // Once, before a kernel is launched, at any time: kernels that are loaded at their first launch
+  // wait there for others to end, which may be waiting for this one.
+  template <typename... Params>
+  static void prepare(void (*kernel)(Params...)) {
+    // All alike: an SM divides L1 into cache and shared memory anew only when it is idle, and a
+    // block that waits for that holds up those behind it, of kernels for which others wait.
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared),
+          "setting the size of shared memory");
+    int device, of_block;
+    cudaFuncAttributes attributes;
+    check(cudaGetDevice(&device), "asking for the current device");
+    check(cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          "asking for the size of shared memory");
+    check(cudaFuncGetAttributes(&attributes, kernel), "loading a kernel");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               of_block - static_cast<int>(attributes.sharedSizeBytes)),
+          "setting the size of shared memory");
+  }
+
   // Errors are left to cudaGetLastError.
   template <typename... Params, typename... Args>
   void run(void (*kernel)(Params...), uint64_t shared_bytes, const Args&... args) const {
-    if (shared_bytes > kDefaultSharedBytes) {
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(shared_bytes));
-    }
     // The kernel may be put on the GPU while the one before it ends.
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -35,9 +52,15 @@ struct Launch {
     cudaLaunchKernelEx(&config, kernel, args...);
   }
 
-  // Shared memory that a kernel may have without asking.
-  static constexpr uint64_t kDefaultSharedBytes = 24 << 10;  // 48 KiB less what kernels declare
+  // Shared memory that kernels declare, at most.
+  static constexpr uint64_t kDeclaredSharedBytes = 24 << 10;
 };
+
+// Of all kernels of a file, see Launch::prepare.
+void prepare_dispatch();
+void prepare_combine();
+void prepare_workspace_dispatch();
+void prepare_workspace_combine();
 
 // Shared memory of a dispatch: a bit for each token, under every expert and rank, and what arrives.
 uint64_t dispatch_shared_bytes(const protocol::LowLatencyLayout& layout, uint32_t self_rank,
@@ -53,5 +76,18 @@ void launch_combine_send(const RankView& rank, const CombineSendParams& send, co
 void launch_combine_recv(const RankView& rank, const CombineRecvParams& recv, const Launch& launch);
 void launch_combine(const RankView& rank, const CombineSendParams& send,
                     const CombineRecvParams& recv, const Launch& launch);
+
+void launch_workspace_dispatch_send(const RankView& rank, const DispatchSendParams& send,
+                                    const Launch& launch);
+void launch_workspace_dispatch_recv(const RankView& rank, const DispatchRecvParams& recv,
+                                    const Launch& launch);
+void launch_workspace_dispatch(const RankView& rank, const DispatchSendParams& send,
+                               const DispatchRecvParams& recv, const Launch& launch);
+void launch_workspace_combine_send(const RankView& rank, const CombineSendParams& send,
+                                   const Launch& launch);
+void launch_workspace_combine_recv(const RankView& rank, const CombineRecvParams& recv,
+                                   const Launch& launch);
+void launch_workspace_combine(const RankView& rank, const CombineSendParams& send,
+                              const CombineRecvParams& recv, const Launch& launch);
 
 }  // namespace ep::cuda

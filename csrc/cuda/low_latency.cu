@@ -36,7 +36,7 @@ bool check_shared_memory(const LowLatencyLayout& layout, uint32_t self_rank) {
         "asking for the size of shared memory");
   check(cudaDeviceGetAttribute(&of_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
         "asking for the size of shared memory");
-  const uint64_t num_declared = (48 << 10) - Launch::kDefaultSharedBytes;
+  constexpr uint64_t num_declared = Launch::kDeclaredSharedBytes;
   const uint64_t num_wanted =
       dispatch_shared_bytes(layout, self_rank, layout.config().num_max_tokens_per_rank);
   if (num_wanted + num_declared > static_cast<uint64_t>(of_block)) {
@@ -56,6 +56,10 @@ LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_
                                uint32_t num_sms)
     : view_{LowLatencyLayout(config), self_rank, bases[self_rank]}, num_sms_(num_sms) {
   has_room_for_two_ = check_shared_memory(view_.layout, self_rank);
+  prepare_dispatch();
+  prepare_combine();
+  prepare_workspace_dispatch();
+  prepare_workspace_combine();
   const size_t num_ranks = bases.size();
   bases_ = zeroed_device_array<std::byte*>(num_ranks);
   check(cudaMemcpy(bases_, bases.data(), num_ranks * sizeof(std::byte*), cudaMemcpyHostToDevice),
@@ -65,6 +69,14 @@ LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_
       zeroed_device_array<uint64_t>(protocol::kNumPhases * protocol::kNumHalves * num_ranks);
   view_.num_expert_rows =
       zeroed_device_array<uint64_t>(view_.layout.partition().num_max_local_experts());
+  const uint32_t num_workspaces = config.num_workspaces;
+  view_.workspace_epochs = zeroed_device_array<uint64_t>(num_workspaces);
+  view_.workspace_counts = zeroed_device_array<uint32_t>(num_workspaces * num_ranks);
+  // All slots are yet to be cleared.
+  const std::vector<uint32_t> counts(num_workspaces * num_ranks, config.num_max_tokens_per_rank);
+  check(cudaMemcpy(view_.workspace_counts, counts.data(), counts.size() * sizeof(uint32_t),
+                   cudaMemcpyHostToDevice),
+        "setting workspaces up");
   check(cudaHostAlloc(&view_.report, sizeof(HostReport), cudaHostAllocMapped),
         "allocating a rank's report");
   view_.report->result = {};
@@ -82,6 +94,8 @@ LowLatencyRank::~LowLatencyRank() {
   cudaFree(view_.state);
   cudaFree(view_.wait_ns);
   cudaFree(view_.num_expert_rows);
+  cudaFree(view_.workspace_epochs);
+  cudaFree(view_.workspace_counts);
   cudaFreeHost(view_.report);
 }
 
@@ -90,10 +104,9 @@ struct LowLatencyRank::Plan {
   Launch launch;
 };
 
-// `num_rows`: of kernels that receive, an estimate from this rank's batch; peers' are likely alike.
-LowLatencyRank::Plan LowLatencyRank::plan(uint64_t num_rows, uint64_t row_bytes,
-                                          void* stream) const {
-  const uint64_t num_items = num_rows * protocol::parts_for(row_bytes);
+// `num_items`: parts of rows; of kernels that receive, an estimate from this rank's batch; peers'
+// are likely alike.
+LowLatencyRank::Plan LowLatencyRank::plan(uint64_t num_items, void* stream) const {
   // With more to do than a block an SM has warps, two a block: the next kernel then waits outside.
   const bool has_much = has_room_for_two_ && num_items > uint64_t{num_sms_} * kWarps;
   const auto num_blocks = static_cast<uint32_t>(
@@ -105,53 +118,98 @@ LowLatencyRank::Plan LowLatencyRank::plan(uint64_t num_rows, uint64_t row_bytes,
   return plan;
 }
 
-uint64_t LowLatencyRank::num_messages() const {
-  return uint64_t{num_tokens_} * view_.layout.num_outcome_columns();
+// Blocks of as many items as they have warps: fewer blocks have to find together at the end.
+LowLatencyRank::Plan LowLatencyRank::plan_filled(uint64_t num_items, void* stream) const {
+  const bool has_much = num_items > uint64_t{num_sms_} * kWarps;
+  return plan(has_much ? num_items : (num_items + kWarps - 1) / kWarps, stream);
+}
+
+uint64_t LowLatencyRank::num_parts_received() const {
+  const uint64_t num_messages = uint64_t{num_tokens_} * view_.layout.num_outcome_columns();
+  return num_messages * protocol::parts_for(view_.layout.dispatch_row_bytes());
+}
+
+uint64_t LowLatencyRank::num_parts_answered() const {
+  const uint64_t num_messages = uint64_t{num_tokens_} * view_.layout.num_outcome_columns();
+  return num_messages * protocol::parts_for(view_.layout.row_bytes());
 }
 
 OpResult LowLatencyRank::dispatch_send(const DispatchSendParams& send, void* stream) {
   num_tokens_ = send.num_tokens;
-  const Plan p = plan(send.num_tokens, view_.layout.dispatch_row_bytes(), stream);
-  launch_dispatch_send(p.view, send, p.launch);
-  check(cudaGetLastError(), "launching dispatch_send");
-  return report();
+  const uint64_t num_parts = protocol::parts_for(view_.layout.dispatch_row_bytes());
+  if (send.workspace >= 0) {
+    const Plan p = plan_filled(send.num_tokens * (num_parts + 1), stream);
+    launch_workspace_dispatch_send(p.view, send, p.launch);
+  } else {
+    const Plan p = plan(send.num_tokens * num_parts, stream);
+    launch_dispatch_send(p.view, send, p.launch);
+  }
+  return launched("dispatch_send");
 }
 
 OpResult LowLatencyRank::dispatch_recv(const DispatchRecvParams& recv, void* stream) {
-  const Plan p = plan(num_messages(), view_.layout.dispatch_row_bytes(), stream);
-  launch_dispatch_recv(p.view, recv, p.launch);
-  check(cudaGetLastError(), "launching dispatch_recv");
-  return report();
+  if (recv.workspace >= 0) {
+    const Plan p = plan(1, stream);
+    launch_workspace_dispatch_recv(p.view, recv, p.launch);
+  } else {
+    const Plan p = plan(num_parts_received(), stream);
+    launch_dispatch_recv(p.view, recv, p.launch);
+  }
+  return launched("dispatch_recv");
 }
 
 OpResult LowLatencyRank::dispatch(const DispatchSendParams& send, const DispatchRecvParams& recv,
                                   void* stream) {
   num_tokens_ = send.num_tokens;
-  const Plan p = plan(num_messages(), view_.layout.dispatch_row_bytes(), stream);
-  launch_dispatch(p.view, send, recv, p.launch);
-  check(cudaGetLastError(), "launching dispatch");
-  return report();
+  if (send.workspace >= 0) {
+    const uint64_t num_parts = protocol::parts_for(view_.layout.dispatch_row_bytes());
+    const Plan p = plan_filled(send.num_tokens * (num_parts + 1), stream);
+    launch_workspace_dispatch(p.view, send, recv, p.launch);
+  } else {
+    const Plan p = plan(num_parts_received(), stream);
+    launch_dispatch(p.view, send, recv, p.launch);
+  }
+  return launched("dispatch");
 }
 
 OpResult LowLatencyRank::combine_send(const CombineSendParams& send, void* stream) {
-  const Plan p = plan(num_messages(), view_.layout.row_bytes(), stream);
-  launch_combine_send(p.view, send, p.launch);
-  check(cudaGetLastError(), "launching combine_send");
-  return report();
+  if (send.workspace >= 0) {
+    const Plan p = plan(1, stream);
+    launch_workspace_combine_send(p.view, send, p.launch);
+  } else {
+    const Plan p = plan(num_parts_answered(), stream);
+    launch_combine_send(p.view, send, p.launch);
+  }
+  return launched("combine_send");
 }
 
 OpResult LowLatencyRank::combine_recv(const CombineRecvParams& recv, void* stream) {
-  const Plan p = plan(recv.num_tokens, view_.layout.row_bytes(), stream);
-  launch_combine_recv(p.view, recv, p.launch);
-  check(cudaGetLastError(), "launching combine_recv");
-  return report();
+  const uint64_t num_items = recv.num_tokens * protocol::parts_for(view_.layout.row_bytes());
+  if (recv.workspace >= 0) {
+    const Plan p = plan_filled(num_items, stream);
+    launch_workspace_combine_recv(p.view, recv, p.launch);
+  } else {
+    const Plan p = plan(num_items, stream);
+    launch_combine_recv(p.view, recv, p.launch);
+  }
+  return launched("combine_recv");
 }
 
 OpResult LowLatencyRank::combine(const CombineSendParams& send, const CombineRecvParams& recv,
                                  void* stream) {
-  const Plan p = plan(num_messages(), view_.layout.row_bytes(), stream);
-  launch_combine(p.view, send, recv, p.launch);
-  check(cudaGetLastError(), "launching combine");
+  if (send.workspace >= 0) {
+    const uint64_t num_parts = protocol::parts_for(view_.layout.row_bytes());
+    const Plan p = plan_filled(recv.num_tokens * num_parts, stream);
+    launch_workspace_combine(p.view, send, recv, p.launch);
+  } else {
+    const Plan p = plan(num_parts_answered(), stream);
+    launch_combine(p.view, send, recv, p.launch);
+  }
+  return launched("combine");
+}
+
+OpResult LowLatencyRank::launched(const char* what) const {
+  check(cudaGetLastError(), (std::string("launching ") + what).c_str());
   return report();
 }
 

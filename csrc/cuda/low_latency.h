@@ -55,6 +55,9 @@ struct RankView {
   RankState* state;
   uint64_t* wait_ns;          // [phase][half][R]: waited for each peer so far
   uint64_t* num_expert_rows;  // [L]: received so far
+  // [W]: the last dispatch into each workspace; [W][R]: its messages from each source.
+  uint64_t* workspace_epochs;
+  uint32_t* workspace_counts;
   HostReport* report;
   uint64_t timeout_ns;
   Owners owners;
@@ -100,10 +103,15 @@ class LowLatencyRank {
   Statistics statistics() const;
 
  private:
-  // The view and the launch of a kernel on `num_rows` rows of `row_bytes`.
+  // The view and the launch of a kernel with so much to do.
   struct Plan;
-  Plan plan(uint64_t num_rows, uint64_t row_bytes, void* stream) const;
-  uint64_t num_messages() const;  // of the latest dispatch, at most
+  Plan plan(uint64_t num_items, void* stream) const;
+  Plan plan_filled(uint64_t num_items, void* stream) const;
+  // Parts of rows that the latest dispatch brings, and that its combine sends, at most.
+  uint64_t num_parts_received() const;
+  uint64_t num_parts_answered() const;
+  // After a launch: what is known of kernels so far. Throws where it was refused.
+  protocol::OpResult launched(const char* what) const;
 
   RankView view_;
   uint32_t num_sms_;

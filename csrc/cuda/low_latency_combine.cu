@@ -39,18 +39,14 @@ class Combiner {
     for (uint32_t r = 0; r < num_ranks; ++r) {
       all_tagged &= r == skip_rank_ || received_.is_tagged(r);
     }
-    // Tagged rows do not wait for a signal, and rows in place are earlier kernels' and there
-    // already.
-    const bool is_in_place = send_.combine_input >= 0;
-    if (blockIdx.x == 0) publish(true, is_in_place);
+    if (blockIdx.x == 0) publish(true);  // tagged rows do not wait for a signal
     const OtherMessages messages(received_, skip_rank_);
     for (Items items(messages.size, num_parts_); items.more(); items.next()) {
       const uint32_t m = messages[items.row()];
       const uint32_t src_rank = source_of(received_.prefix, num_ranks, m);
-      if (is_in_place && !received_.is_tagged(src_rank)) continue;
       make_partial(m, src_rank, m - received_.prefix[src_rank], nullptr, items);
     }
-    if (!all_tagged && !is_in_place && op_.is_last_block()) publish(false, true);
+    if (!all_tagged && op_.is_last_block()) publish(false);
   }
 
   // Adds up the partial rows of every token of this rank. False, on all lanes of a warp: it gave
@@ -65,8 +61,7 @@ class Combiner {
       const uint32_t num_columns = recv.num_partials[token];
       uint32_t answer = 0;
       if (lane < layout_.num_outcome_columns()) answer = recv.answers[first_column + lane];
-      const bool is_in_place = recv.combine_input >= 0 && !is_tagged;
-      if (!is_in_place && !make_own(recv, first_column, num_columns, answer, out, items)) continue;
+      if (!make_own(recv, first_column, num_columns, answer, out, items)) continue;
       if (is_tagged) {
         if (!add_tagged(recv.answers + first_column, first_column, num_columns, out, items))
           return false;
@@ -77,11 +72,7 @@ class Combiner {
         if (c != lane) answer = recv.answers[first_column + c];
         const uint32_t src_rank = answer >> 16, slot = answer & 0xffff;
         const uint32_t self = rank_.self_rank;
-        if (is_in_place) {
-          plan_->rows[c] =
-              op_.peer(src_rank) +
-              layout_.combine_input(static_cast<uint32_t>(recv.combine_input), self, slot);
-        } else if (layout_.config().transfer == Transfer::kPull) {
+        if (layout_.config().transfer == Transfer::kPull) {
           plan_->rows[c] = op_.peer(src_rank) + layout_.outbox(op_.bank(), self, slot);
         } else {
           plan_->rows[c] = op_.self() + layout_.outcome(op_.bank(), first_column + c);
@@ -96,12 +87,12 @@ class Combiner {
   }
 
  private:
-  // Signals to the sources whose rows are tagged, and to those whose rows are not.
-  __device__ void publish(bool to_tagged, bool to_others) const {
+  // Signals to the sources whose rows are tagged, or to those whose rows are not.
+  __device__ void publish(bool to_tagged) const {
 #pragma unroll 1
     for (uint32_t r = threadIdx.x; r < received_.num_ranks; r += blockDim.x) {
       const bool is_tagged = received_.is_tagged(r);
-      if (r == skip_rank_ || !(is_tagged ? to_tagged : to_others)) continue;
+      if (r == skip_rank_ || is_tagged != to_tagged) continue;
       if (!is_tagged) ptx::fence_acq_rel_sys();
       op_.publish_signal(r, received_.count(r));
     }
@@ -246,17 +237,19 @@ uint64_t shared_bytes(const LowLatencyLayout& layout) {
   return uint64_t{Sources::num_words(layout.config().num_ranks)} * sizeof(uint32_t);
 }
 
-// Calls `launch` with a value of the rows' type.
-template <typename Function>
-void with_type(const LowLatencyLayout& layout, Function&& launch) {
-  if (layout.config().dtype == protocol::DType::kBFloat16) {
-    launch(__nv_bfloat16{});
-  } else {
-    launch(float{});
-  }
+template <typename T>
+void prepare_forms() {
+  Launch::prepare(combine_kernel<T, true, false>);
+  Launch::prepare(combine_kernel<T, false, true>);
+  Launch::prepare(combine_kernel<T, true, true>);
 }
 
 }  // namespace
+
+void prepare_combine() {
+  prepare_forms<__nv_bfloat16>();
+  prepare_forms<float>();
+}
 
 void launch_combine_send(const RankView& rank, const CombineSendParams& send,
                          const Launch& launch) {

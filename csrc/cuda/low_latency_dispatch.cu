@@ -69,23 +69,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   op.complete(ok);
 }
 
-// Calls `launch` with the way x becomes what travels.
-template <typename Function>
-void with_rows(const LowLatencyLayout& layout, const DispatchSendParams& send, Function&& launch) {
-  const auto& config = layout.config();
-  const RowShape shape = {static_cast<uint32_t>(layout.dispatch_row_bytes() / sizeof(uint4)),
-                          layout.num_scales()};
-  if (shape.num_scales == 0 || send.x_is_quantized) {
-    const RowView rows = {const_cast<std::byte*>(send.x), const_cast<float*>(send.x_scales)};
-    launch(CopyRow{rows, layout.dispatch_row_bytes(), shape});
-  } else if (config.dtype == protocol::DType::kBFloat16) {
-    launch(QuantizeRow<__nv_bfloat16>{send.x, config.hidden, shape, config.scale_format});
-  } else {
-    launch(QuantizeRow<float>{send.x, config.hidden, shape, config.scale_format});
-  }
+template <typename Rows>
+void prepare_forms() {
+  Launch::prepare(dispatch_kernel<Rows, true, false>);
+  Launch::prepare(dispatch_kernel<Rows, true, true>);
+  Launch::prepare(dispatch_kernel<CopyRow, false, true>);
 }
 
 }  // namespace
+
+void prepare_dispatch() {
+  prepare_forms<CopyRow>();
+  prepare_forms<QuantizeRow<__nv_bfloat16>>();
+  prepare_forms<QuantizeRow<float>>();
+}
 
 uint64_t dispatch_shared_bytes(const LowLatencyLayout& layout, uint32_t self_rank,
                                uint32_t num_tokens) {

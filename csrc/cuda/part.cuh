@@ -81,6 +81,30 @@ __device__ inline void store_part(const Part& p, const RowView& row, const RowSh
   }
 }
 
+// The word of received scales that this lane writes of a part, if it has one: scales.h. Whole warp.
+struct ScaleWord {
+  uint32_t idx, value;  // in words of the row
+  bool is_there;
+
+  __device__ ScaleWord(const Part& p, uint32_t part, const protocol::LowLatencyLayout& layout) {
+    const Lane lane;
+    const uint32_t num_scales = layout.num_scales();
+    idx = lane.scale(part), value = p.scale;
+    is_there = lane.has_scale() && idx < num_scales;
+    if (layout.config().scale_format != protocol::ScaleFormat::kUE8M0) return;
+    // Exponents of four scales each, in lanes 0 and 1.
+    value = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      const uint32_t scale = __shfl_sync(kAllLanes, p.scale, lane.lane % 8 + 8 * i);
+      const bool is_scale = part * protocol::kScalesPerPart + lane.lane * 4 + i < num_scales;
+      if (is_scale) value |= uint32_t{protocol::ue8m0_of(__uint_as_float(scale))} << (8 * i);
+    }
+    idx = part * (protocol::kScalesPerPart / 4) + lane.lane;
+    is_there = lane.lane < 2 && idx < layout.num_scale_words();
+  }
+};
+
 // --- tagged ----------------------------------------------------------------------------------
 
 // Where this lane's three words of a part lie in a tagged row.
@@ -242,5 +266,24 @@ struct QuantizeRow {
     return {words[0], words[1], words[2], words[3]};
   }
 };
+
+// --- on the host -----------------------------------------------------------------------------
+
+// Calls `launch` with the way x becomes what travels.
+template <typename Function>
+void with_rows(const protocol::LowLatencyLayout& layout, const protocol::DispatchSendParams& send,
+               Function&& launch) {
+  const auto& config = layout.config();
+  const RowShape shape = {static_cast<uint32_t>(layout.dispatch_row_bytes() / sizeof(uint4)),
+                          layout.num_scales()};
+  if (shape.num_scales == 0 || send.x_is_quantized) {
+    const RowView rows = {const_cast<std::byte*>(send.x), const_cast<float*>(send.x_scales)};
+    launch(CopyRow{rows, layout.dispatch_row_bytes(), shape});
+  } else if (config.dtype == protocol::DType::kBFloat16) {
+    launch(QuantizeRow<__nv_bfloat16>{send.x, config.hidden, shape, config.scale_format});
+  } else {
+    launch(QuantizeRow<float>{send.x, config.hidden, shape, config.scale_format});
+  }
+}
 
 }  // namespace ep::cuda

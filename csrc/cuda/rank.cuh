@@ -83,7 +83,7 @@ class Op {
     for (uint32_t r = threadIdx.x; r < num_ranks() && ok; r += blockDim.x) {
       if (r == rank_.self_rank || (r == threadIdx.x && credit_ >= expected)) continue;
       const OpId id = {phase_, Half::kSend, epoch_};
-      ok = wait_for_word(rank_, id, r, credit_word(r), expected, 0) >= expected;
+      ok = wait_for_word(rank_, id, r, credit_word(r), expected, 0, blockIdx.x == 0) >= expected;
     }
     return __syncthreads_and(ok);
   }
@@ -93,7 +93,8 @@ class Op {
   // block, a barrier behind it. False, on some threads, as in `start_send`. A replayed graph runs
   // no Python, so both check the order.
   template <typename Skipped>
-  __device__ bool start_recv(uint32_t skip_rank, uint32_t* sources, Skipped skipped) const {
+  __device__ bool start_recv(uint32_t skip_rank, uint32_t* sources, Skipped skipped,
+                             bool speaks = blockIdx.x == 0) const {
     bool ok = may_start(half_ == Half::kSend || protocol::may_hook(num_sent_, num_hooked_));
     const uint64_t minimum = protocol::pack_signal(epoch_, 0);
 #pragma unroll 1
@@ -105,7 +106,7 @@ class Op {
       const auto* word = at<uint64_t>(self(), rank_.layout.signal(bank_, phase_, r));
       uint64_t seen = ptx::ld_acquire_sys(word);
       if (seen < minimum) {
-        seen = wait_for_word(rank_, receiving(), r, word, minimum, protocol::kEpochShift);
+        seen = wait_for_word(rank_, receiving(), r, word, minimum, protocol::kEpochShift, speaks);
       }
       ok = seen >= minimum;
       if (protocol::signal_epoch(seen) > epoch_) {
@@ -130,7 +131,8 @@ class Op {
     const uint64_t minimum = protocol::pack_signal(epoch_, 0);
     uint64_t seen = ptx::ld_relaxed_sys(word);
     if (seen < minimum) {
-      seen = wait_for_word(rank_, receiving(), src_rank, word, minimum, protocol::kEpochShift);
+      seen = wait_for_word(rank_, receiving(), src_rank, word, minimum, protocol::kEpochShift,
+                           blockIdx.x == 0);
     }
     *count = static_cast<uint32_t>(protocol::signal_count(seen));
     return seen >= minimum;
@@ -148,6 +150,7 @@ class Op {
   __device__ bool is_last_block() const {
     __shared__ bool is_last;
     __syncthreads();
+    if (gridDim.x == 1) return true;
     if (threadIdx.x == 0) {
       uint32_t* num_arrived = &rank_.state->num_arrived[static_cast<uint32_t>(phase_)];
       is_last = ptx::atom_add_acq_rel_gpu(num_arrived, 1) == gridDim.x - 1;
@@ -163,16 +166,25 @@ class Op {
     ptx::st_relaxed_sys(word, protocol::pack_signal(epoch_, source));
   }
 
+  // To rank `r`: what dispatch `epoch` has brought to the workspace has been read.
+  __device__ void publish_workspace_credit(uint32_t r, uint32_t workspace, uint64_t epoch) const {
+    auto* word = at<uint64_t>(peer(r), rank_.layout.workspace_credit(workspace, rank_.self_rank));
+    ptx::st_relaxed_sys(word, epoch);
+  }
+
   // Ends the kernel for this block, whose threads all say whether they are done. The block that
   // completes a hook gives every peer its credit: by then every block has used what it has read.
-  __device__ void complete(bool ok) const {
+  // `speaks_for_all`: the others end without a word.
+  __device__ void complete(bool ok, bool speaks_for_all = false) const {
     if (!rank_.next_starts_early) ptx::let_next_kernel_start();
     if (!__syncthreads_and(ok) || threadIdx.x >= kWarp) return;
-    const uint32_t share = blockIdx.x == 0 ? rank_.first_share : rank_.share;
-    bool is_last = false;
+    const uint32_t share = speaks_for_all    ? kProgressPerOp
+                           : blockIdx.x == 0 ? rank_.first_share
+                                             : rank_.share;
+    bool is_last = receives_ && speaks_for_all;
     if (threadIdx.x == 0) {
       if (half_ == Half::kSend) ptx::red_add_relaxed_gpu(progress(Half::kSend), share);
-      if (receives_ && num_ranks() == 1) {
+      if (receives_ && (num_ranks() == 1 || speaks_for_all)) {
         ptx::red_add_relaxed_gpu(progress(Half::kRecv), share);
       } else if (receives_) {
         const uint64_t before = ptx::atom_add_relaxed_gpu(progress(Half::kRecv), share);

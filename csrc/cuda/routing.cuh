@@ -48,18 +48,19 @@ struct Routing {
 // of expert 2: one bit below it.
 class TokenSets {
  public:
-  __device__ TokenSets(uint32_t* shared, const Routing& routing)
+  // `with_experts`: else only who gets which token is found out, and nothing of experts.
+  __device__ TokenSets(uint32_t* shared, const Routing& routing, bool with_experts = true)
       : num_words_(words(routing.num_tokens)),
         num_rank_words_(words(routing.num_ranks)),
-        num_experts_(routing.num_experts),
+        num_experts_(with_experts ? routing.num_experts : 0),
         num_ranks_(routing.num_ranks),
         num_tokens_(routing.num_tokens),
         tokens_(shared),
         ranks_(shared + (num_experts_ + num_ranks_) * num_words_) {}
 
   __host__ __device__ static uint64_t num_bytes(const protocol::LowLatencyConfig& config,
-                                                uint32_t num_tokens) {
-    const uint64_t num_rows = uint64_t{config.num_experts} + config.num_ranks;
+                                                uint32_t num_tokens, bool with_experts = true) {
+    const uint64_t num_rows = (with_experts ? config.num_experts : 0u) + config.num_ranks;
     return (num_rows * words(num_tokens) + uint64_t{num_tokens} * words(config.num_ranks)) * 4;
   }
 
@@ -81,13 +82,13 @@ class TokenSets {
       if (k >= routing.top_k) continue;
       const int64_t expert = i == threadIdx.x ? first : routing.expert(token, k);
       if (expert == -1) continue;
-      if (expert < -1 || expert >= num_experts_) {
+      if (expert < -1 || expert >= routing.num_experts) {
         ok = refuse_expert(rank, token, k, expert);
         continue;
       }
       const auto e = static_cast<uint32_t>(expert);
       const uint32_t owner = routing.owners.owner(e), bit = 1u << (token % 32);
-      atomicOr(tokens_ + e * num_words_ + token / 32, bit);
+      if (num_experts_ > 0) atomicOr(tokens_ + e * num_words_ + token / 32, bit);
       atomicOr(tokens_ + (num_experts_ + owner) * num_words_ + token / 32, bit);
       atomicOr(ranks_ + token * num_rank_words_ + owner / 32, 1u << (owner % 32));
     }
@@ -122,6 +123,11 @@ class TokenSets {
   __device__ uint32_t ranks_below(uint32_t rank, uint32_t token) const {
     return count(ranks_ + token * num_rank_words_, rank);
   }
+  // Of ranks 32 * word .. 32 * word + 31, those that get the token.
+  __device__ uint32_t rank_word(uint32_t token, uint32_t word) const {
+    return ranks_[token * num_rank_words_ + word];
+  }
+  __device__ uint32_t num_rank_words() const { return num_rank_words_; }
   __device__ bool goes_to_rank(uint32_t rank, uint32_t token) const {
     return (ranks_[token * num_rank_words_ + rank / 32] >> (rank % 32) & 1) != 0;
   }
@@ -147,7 +153,6 @@ class TokenSets {
 // One route of a token: its k-th expert, seen by the lane that has it.
 struct Route {
   uint32_t k, expert, dst_rank;
-  uint32_t position;  // rows that this rank sends to the expert before
   float weight;
   uint32_t slot;         // of the token's message to dst_rank
   uint32_t column;       // of its answer: ranks of the token below dst_rank
@@ -186,7 +191,6 @@ __device__ void for_each_route(const Routing& routing, const TokenSets& sets, ui
     }
     route.column = sets.ranks_below(route.dst_rank, token);
     route.slot = sets.before_rank(route.dst_rank, token);
-    route.position = sets.before_expert(route.expert, token);
     each(route);
   }
   __syncwarp();

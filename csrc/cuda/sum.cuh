@@ -166,4 +166,14 @@ __device__ __noinline__ void sum_parts(const SumPlan& plan, uint32_t num_rows, u
   }
 }
 
+// On the host. Calls `launch` with a value of the rows' type.
+template <typename Function>
+void with_type(const protocol::LowLatencyLayout& layout, Function&& launch) {
+  if (layout.config().dtype == protocol::DType::kBFloat16) {
+    launch(__nv_bfloat16{});
+  } else {
+    launch(float{});
+  }
+}
+
 }  // namespace ep::cuda

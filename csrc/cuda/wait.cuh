@@ -96,10 +96,12 @@ __device__ inline bool may_wait(const RankView& rank, OpId id, uint32_t peer_ran
 constexpr uint32_t kPollsPerLook = 64;
 
 // Until *word >= minimum; returns what was seen last, less than that where the wait was given up.
-// A signal's or count's epoch is shown without its low `shown_shift` bits.
+// A signal's or count's epoch is shown without its low `shown_shift` bits. `speaks`: this block's
+// waiting time is counted; that of others, which wait for the same word, is not.
 __device__ __noinline__ inline uint64_t wait_for_word(const RankView& rank, OpId id,
                                                       uint32_t peer_rank, const uint64_t* word,
-                                                      uint64_t minimum, uint32_t shown_shift) {
+                                                      uint64_t minimum, uint32_t shown_shift,
+                                                      bool speaks) {
   const uint64_t begin_ns = ptx::globaltimer_ns();
   while (true) {
     uint64_t seen;
@@ -109,8 +111,7 @@ __device__ __noinline__ inline uint64_t wait_for_word(const RankView& rank, OpId
       if (seen >= minimum) break;
     }
     if (seen >= minimum) {
-      // One block speaks for all: they wait for the same words.
-      if (blockIdx.x == 0) {
+      if (speaks) {
         const uint32_t row =
             static_cast<uint32_t>(id.phase) * protocol::kNumHalves + static_cast<uint32_t>(id.half);
         ptx::red_add_relaxed_gpu(rank.wait_ns + row * rank.layout.config().num_ranks + peer_rank,

@@ -4,7 +4,7 @@
 // this.
 //
 // R ranks, E experts, L largest number of local experts, M tokens a rank, H hidden, K top_k,
-// B banks, C outcome columns, G tagged tokens.
+// B banks, C outcome columns, G tagged tokens, W workspaces.
 #pragma once
 
 #include "protocol/base.h"
@@ -18,7 +18,7 @@
 namespace ep::protocol {
 
 // Changes whenever a region, a word or a rule does: ranks of different builds must not meet.
-constexpr uint32_t kProtocolVersion = 4;
+constexpr uint32_t kProtocolVersion = 5;
 
 // What all ranks must agree on.
 struct LowLatencyConfig {
@@ -34,7 +34,7 @@ struct LowLatencyConfig {
   Transfer transfer = Transfer::kPush;  // of dispatch's rows, and of combine's partial rows
   Reduction reduction = Reduction::kRank;
   uint32_t num_max_tagged_tokens = 0;  // batches up to this size travel as tagged words
-  uint32_t num_combine_inputs = 0;     // pull: where callers may put combine's input, see below
+  uint32_t num_workspaces = 0;         // 0: none. Else every exchange is in one, see README.md
 };
 
 // Limits that the widths of the wire words set.
@@ -53,6 +53,7 @@ class LowLatencyLayout {
     const uint64_t num_tokens = config.num_max_tokens_per_rank;
     const bool is_pull = config.transfer == Transfer::kPull;
     const bool is_partial = config.reduction == Reduction::kRank;
+    const bool is_in_place = config.num_workspaces > 0;
     num_outcome_columns_ =
         is_partial && config.num_ranks < config.top_k ? config.num_ranks : config.top_k;
     num_scales_ = config.dispatch_dtype == DType::kFloat8E4M3 ? scales_for(config.hidden) : 0;
@@ -69,24 +70,36 @@ class LowLatencyLayout {
 
     signals_offset_ = 0;
     credits_offset_ = end_of(signals_offset_, num_banks * kNumPhases * num_ranks * 8);
-    sleepers_offset_ = end_of(credits_offset_, kNumPhases * num_ranks * 8);
+    workspace_credits_offset_ = end_of(credits_offset_, kNumPhases * num_ranks * 8);
+    sleepers_offset_ =
+        end_of(workspace_credits_offset_, uint64_t{config.num_workspaces} * num_ranks * 8);
     counts_offset_ = end_of(sleepers_offset_, 2 * kNumPhases * num_ranks * 4);
-    headers_offset_ =
-        end_of(counts_offset_, num_banks * num_ranks * partition_.num_max_local_experts() * 8);
-    inbox_offset_ = end_of(headers_offset_, num_banks * num_ranks * num_tokens * header_bytes_);
-    const uint64_t num_inbox_rows = is_pull ? num_tokens : num_ranks * num_tokens;
+    const uint64_t num_counts = num_ranks * partition_.num_max_local_experts();
+    headers_offset_ = end_of(counts_offset_, is_in_place ? 0 : num_banks * num_counts * 8);
+    const uint64_t num_messages = num_ranks * num_tokens;
+    inbox_offset_ =
+        end_of(headers_offset_, is_in_place ? 0 : num_banks * num_messages * header_bytes_);
+    const uint64_t num_inbox_rows = is_in_place ? 0 : is_pull ? num_tokens : num_messages;
     scales_offset_ = end_of(inbox_offset_, num_banks * num_inbox_rows * dispatch_row_stride_);
     outcome_offset_ = end_of(scales_offset_, num_banks * num_inbox_rows * scales_stride_);
-    const uint64_t num_outcome_rows =
-        is_pull && is_partial ? num_ranks * num_tokens : num_outcome_slots();
+    const uint64_t num_outcome_rows = is_in_place             ? 0
+                                      : is_pull && is_partial ? num_messages
+                                                              : num_outcome_slots();
     tagged_inbox_offset_ = end_of(outcome_offset_, num_banks * num_outcome_rows * row_stride_);
     const uint64_t num_tagged = config.num_max_tagged_tokens;
     tagged_outcome_offset_ =
         end_of(tagged_inbox_offset_, num_banks * num_ranks * num_tagged * tagged_message_bytes_);
-    combine_inputs_offset_ = end_of(
-        tagged_outcome_offset_, num_banks * num_tagged * num_outcome_columns_ * tagged_row_bytes_);
-    num_bytes_ = end_of(combine_inputs_offset_,
-                        config.num_combine_inputs * num_ranks * num_tokens * row_bytes_);
+    workspaces_offset_ = end_of(tagged_outcome_offset_,
+                                num_banks * num_tagged * num_outcome_columns_ * tagged_row_bytes_);
+    recv_scales_in_workspace_ = align_up(num_messages * dispatch_row_bytes_, kSlotAlign);
+    recv_topk_idx_in_workspace_ =
+        end_of(recv_scales_in_workspace_, num_messages * num_scale_words() * 4);
+    recv_topk_weights_in_workspace_ =
+        end_of(recv_topk_idx_in_workspace_, num_messages * config.top_k * 4);
+    combine_input_in_workspace_ =
+        end_of(recv_topk_weights_in_workspace_, num_messages * config.top_k * 4);
+    workspace_bytes_ = end_of(combine_input_in_workspace_, num_messages * row_bytes_);
+    num_bytes_ = workspaces_offset_ + config.num_workspaces * workspace_bytes_;
   }
 
   EP_HOST_DEVICE constexpr const LowLatencyConfig& config() const { return config_; }
@@ -97,6 +110,10 @@ class LowLatencyLayout {
   EP_HOST_DEVICE constexpr uint64_t num_bytes() const { return num_bytes_; }
   // Scales of a dispatched row: one for 128 channels where it is float8, else none.
   EP_HOST_DEVICE constexpr uint32_t num_scales() const { return num_scales_; }
+  // Words in which the receiver hands them on: scales.h.
+  EP_HOST_DEVICE constexpr uint32_t num_scale_words() const {
+    return config_.scale_format == ScaleFormat::kUE8M0 ? (num_scales_ + 3) / 4 : num_scales_;
+  }
 
   // Columns of a token's outcome: at most one partial row per contributing rank, or all K rows.
   EP_HOST_DEVICE constexpr uint32_t num_outcome_columns() const { return num_outcome_columns_; }
@@ -115,6 +132,10 @@ class LowLatencyLayout {
   }
   EP_HOST_DEVICE constexpr uint64_t credit(Phase phase, uint32_t peer_rank) const {
     return credits_offset_ + (as_idx(phase) * config_.num_ranks + peer_rank) * 8;
+  }
+  // The epoch of the last dispatch into that workspace whose rows the peer is done with.
+  EP_HOST_DEVICE constexpr uint64_t workspace_credit(uint32_t workspace, uint32_t peer_rank) const {
+    return workspace_credits_offset_ + (workspace * config_.num_ranks + peer_rank) * uint64_t{8};
   }
   // How many of the owner's threads sleep on the signal (or credit) word of that peer. Only the
   // shm link reads it: a writer makes the wake-up system call only where somebody sleeps.
@@ -172,16 +193,38 @@ class LowLatencyLayout {
     return tagged_outcome_offset_ + wide(bank * num_slots + outcome_slot, tagged_row_bytes_);
   }
 
-  // Rows [R, M, H] of a rank's own experts, which their sources read where they are: a rank-major
-  // combine then copies nothing. Not by bank: addresses must not change when graphs replay.
-  EP_HOST_DEVICE constexpr uint64_t combine_input(uint32_t idx, uint32_t src_rank,
-                                                  uint32_t slot) const {
-    return combine_inputs_offset_ + wide(message_idx(idx, src_rank, slot), row_bytes_);
+  // A workspace, by message: rows and their scales as the experts take them, the message's experts
+  // and weights, and the rows that its source fetches. Not by bank: addresses must not change when
+  // graphs replay.
+  EP_HOST_DEVICE constexpr uint32_t message_in_workspace(uint32_t src_rank, uint32_t slot) const {
+    return src_rank * config_.num_max_tokens_per_rank + slot;
+  }
+  EP_HOST_DEVICE constexpr uint64_t workspace_row(uint32_t workspace, uint32_t message) const {
+    return workspace_offset(workspace) + wide(message, dispatch_row_bytes_);
+  }
+  EP_HOST_DEVICE constexpr uint64_t workspace_scales(uint32_t workspace, uint32_t message) const {
+    return workspace_offset(workspace) + recv_scales_in_workspace_ +
+           wide(message, num_scale_words() * 4);
+  }
+  EP_HOST_DEVICE constexpr uint64_t workspace_topk_idx(uint32_t workspace, uint32_t message) const {
+    return workspace_offset(workspace) + recv_topk_idx_in_workspace_ +
+           wide(message, config_.top_k * 4);
+  }
+  EP_HOST_DEVICE constexpr uint64_t workspace_topk_weights(uint32_t workspace,
+                                                           uint32_t message) const {
+    return workspace_offset(workspace) + recv_topk_weights_in_workspace_ +
+           wide(message, config_.top_k * 4);
+  }
+  EP_HOST_DEVICE constexpr uint64_t combine_input(uint32_t workspace, uint32_t message) const {
+    return workspace_offset(workspace) + combine_input_in_workspace_ + wide(message, row_bytes_);
   }
 
   // The first byte of each region, in order, for tests and for drawing.
   EP_HOST_DEVICE constexpr uint64_t signals_offset() const { return signals_offset_; }
   EP_HOST_DEVICE constexpr uint64_t credits_offset() const { return credits_offset_; }
+  EP_HOST_DEVICE constexpr uint64_t workspace_credits_offset() const {
+    return workspace_credits_offset_;
+  }
   EP_HOST_DEVICE constexpr uint64_t sleepers_offset() const { return sleepers_offset_; }
   EP_HOST_DEVICE constexpr uint64_t counts_offset() const { return counts_offset_; }
   EP_HOST_DEVICE constexpr uint64_t headers_offset() const { return headers_offset_; }
@@ -190,7 +233,7 @@ class LowLatencyLayout {
   EP_HOST_DEVICE constexpr uint64_t outcome_offset() const { return outcome_offset_; }
   EP_HOST_DEVICE constexpr uint64_t tagged_inbox_offset() const { return tagged_inbox_offset_; }
   EP_HOST_DEVICE constexpr uint64_t tagged_outcome_offset() const { return tagged_outcome_offset_; }
-  EP_HOST_DEVICE constexpr uint64_t combine_inputs_offset() const { return combine_inputs_offset_; }
+  EP_HOST_DEVICE constexpr uint64_t workspaces_offset() const { return workspaces_offset_; }
 
  private:
   EP_HOST_DEVICE static constexpr uint64_t end_of(uint64_t offset, uint64_t bytes) {
@@ -208,6 +251,9 @@ class LowLatencyLayout {
   EP_HOST_DEVICE constexpr uint32_t token_idx(uint32_t bank, uint32_t token) const {
     return bank * config_.num_max_tokens_per_rank + token;
   }
+  EP_HOST_DEVICE constexpr uint64_t workspace_offset(uint32_t workspace) const {
+    return workspaces_offset_ + workspace * workspace_bytes_;
+  }
   EP_HOST_DEVICE static constexpr uint64_t wide(uint32_t idx, uint32_t stride) {
     return uint64_t{idx} * stride;
   }
@@ -221,10 +267,13 @@ class LowLatencyLayout {
   uint32_t header_bytes_ = 0, row_bytes_ = 0, row_stride_ = 0;
   uint32_t dispatch_row_bytes_ = 0, dispatch_row_stride_ = 0, scales_stride_ = 0;
   uint32_t tagged_header_bytes_ = 0, tagged_message_bytes_ = 0, tagged_row_bytes_ = 0;
-  uint64_t signals_offset_ = 0, credits_offset_ = 0, sleepers_offset_ = 0, counts_offset_ = 0;
+  uint64_t signals_offset_ = 0, credits_offset_ = 0, workspace_credits_offset_ = 0;
+  uint64_t sleepers_offset_ = 0, counts_offset_ = 0;
   uint64_t headers_offset_ = 0, inbox_offset_ = 0, scales_offset_ = 0, outcome_offset_ = 0;
-  uint64_t tagged_inbox_offset_ = 0, tagged_outcome_offset_ = 0, combine_inputs_offset_ = 0;
-  uint64_t num_bytes_ = 0;
+  uint64_t tagged_inbox_offset_ = 0, tagged_outcome_offset_ = 0, workspaces_offset_ = 0;
+  uint64_t recv_scales_in_workspace_ = 0, recv_topk_idx_in_workspace_ = 0;
+  uint64_t recv_topk_weights_in_workspace_ = 0, combine_input_in_workspace_ = 0;
+  uint64_t workspace_bytes_ = 0, num_bytes_ = 0;
 };
 
 }  // namespace ep::protocol

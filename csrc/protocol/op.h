@@ -79,7 +79,9 @@ struct DispatchSendParams {
   // (Reduction::kSource): by ascending k, rank << 16 | k.
   uint32_t* num_partials;
   uint32_t* answers;
+  int32_t workspace;  // where the rows go on every rank; -1: the buffer has no workspaces
 };
+// Of a workspace only the handle's num_messages are written: the rest is where it came from.
 struct DispatchRecvParams {
   OutputLayout output;
   std::byte* recv_x;                    // out [L, S, H] or [R, M, H]
@@ -88,11 +90,12 @@ struct DispatchRecvParams {
   int32_t* recv_topk_idx;               // out [R, M, K] local experts, -1 = none; rank-major
   float* recv_topk_weights;             // out [R, M, K], rank-major
   HandleView handle;                    // out
+  int32_t workspace;                    // as above
 };
 struct CombineSendParams {
   const std::byte* expert_out;  // [L, S, H] or [R, M, H], as dispatch's output
   HandleView handle;
-  int32_t combine_input;  // number of the combine input that expert_out is, -1: it is none
+  int32_t workspace;  // as above; expert_out is its combine input
 };
 struct CombineRecvParams {
   std::byte* out;  // out [T, H]
@@ -100,7 +103,7 @@ struct CombineRecvParams {
   const uint32_t* num_partials;  // [T], from dispatch_send
   const uint32_t* answers;       // [T, C], from dispatch_send
   const float* topk_weights;     // [T, K], Reduction::kSource
-  int32_t combine_input;         // of the peers, as above
+  int32_t workspace;             // as above
 };
 
 }  // namespace ep::protocol

@@ -13,16 +13,10 @@
 
 namespace ep::protocol {
 
-// Words of recv_scales that a row has.
-EP_HOST_DEVICE constexpr uint32_t scale_words(const LowLatencyLayout& layout) {
-  return layout.config().scale_format == ScaleFormat::kUE8M0 ? (layout.num_scales() + 3) / 4
-                                                             : layout.num_scales();
-}
-
 // Index of word `word` of row `row`; rows counted over all experts, or over all sources.
 EP_HOST_DEVICE constexpr uint64_t scale_word_idx(const LowLatencyLayout& layout,
                                                  OutputLayout output, uint64_t row, uint32_t word) {
-  const uint64_t num_words = scale_words(layout);
+  const uint64_t num_words = layout.num_scale_words();
   if (output == OutputLayout::kRankMajor) return row * num_words + word;
   const uint64_t capacity = layout.expert_capacity();
   return (row / capacity * num_words + word) * capacity + row % capacity;

@@ -74,9 +74,8 @@ def make_buffer(
     timeout_secs: float = TIMEOUT_SECS,
     device: str = "cuda",
 ) -> LowLatencyBuffer:
-    """One rank's buffer for a case. Where the layout and the transfer let them, peers read the
-    experts' output where it is, as engines have them do."""
-    is_in_place = case.output_layout == "rank_major" and case.transfer == "pull"
+    """One rank's buffer for a case. Rank-major and pulled it has a workspace, on CUDA."""
+    has_workspace = case.output_layout == "rank_major" and case.transfer == "pull"
     return LowLatencyBuffer(
         group,
         num_max_tokens_per_rank=settings.num_max_tokens_per_rank,
@@ -87,8 +86,8 @@ def make_buffer(
         dispatch_dtype=DISPATCH_DTYPES[case.dispatch_dtype],
         output_layout=case.output_layout,
         transfer=case.transfer,
-        num_max_tagged_tokens=case.num_max_tagged_tokens,
-        num_combine_inputs=int(is_in_place and device == "cuda"),
+        num_max_tagged_tokens=None if has_workspace else case.num_max_tagged_tokens,
+        num_workspaces=int(has_workspace and device == "cuda"),
         timeout_secs=timeout_secs,
         device=device,
         num_sms=case.num_sms,

@@ -65,7 +65,7 @@ class RankOps:
 
     def make_expert_out(self, result: DispatchResult) -> None:
         """From the rows of a received dispatch. What combine must not read is NaN."""
-        if self.buffer.num_combine_inputs > 0:
+        if self.buffer.num_workspaces > 0:
             self._expert_out = self.buffer.combine_input(0).fill_(torch.nan)
         else:
             self._expert_out = torch.full(

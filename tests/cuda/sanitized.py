@@ -22,7 +22,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"num_max_tagged_tokens": 0},
     {"num_max_tagged_tokens": 2, "transfer": "push"},
     FLOAT8 | {"num_max_tagged_tokens": 2},
-    FLOAT8 | {"output_layout": "rank_major", "num_max_tagged_tokens": 0, "num_combine_inputs": 2},
+    FLOAT8 | {"output_layout": "rank_major", "num_workspaces": 2},
 ]
 TIMEOUT_SECS = 120.0
 

@@ -29,7 +29,10 @@ def exchange_in_one_kernel_each(ranks: list[Interpreter], op: int) -> None:
         return results
 
     inputs = [rank.inputs(op) for rank in ranks]
-    received = on_streams(lambda r: ranks[r].buffer.dispatch_and_receive(*inputs[r]))
+    workspace = ranks[0].workspace(op)
+    received = on_streams(
+        lambda r: ranks[r].buffer.dispatch_and_receive(*inputs[r], workspace=workspace)
+    )
     for rank, result in zip(ranks, received, strict=True):
         rank.take_received(op, result)
     combined = on_streams(

@@ -137,6 +137,7 @@ def test_operations_of_ranks_that_drift_apart(form: dict[str, Any]) -> None:
     scenario = mixed_scenario(replace(SHAPE, **form), num_variants=13)
     buffers = scenario.shape.virtual_buffers(timeout_secs=10.0)
     ranks = [DriftingRank(buffer, scenario) for buffer in buffers]
+    torch.cuda._sleep(1)  # loads it: later that would wait for kernels that wait for each other
     torch.cuda.synchronize()
     for op in range(NUM_PAIRS):
         pair = pair_in_one_kernel_each if op // 7 % 2 == 0 else pair_with_hooks

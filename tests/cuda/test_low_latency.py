@@ -31,7 +31,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "float8": FLOAT8,
     "rank_major": RANK_MAJOR,
     "float8_rank_major": FLOAT8 | RANK_MAJOR,
-    "in_place": RANK_MAJOR | {"num_combine_inputs": 5, "num_max_tagged_tokens": 3},
+    "workspaces": RANK_MAJOR | {"num_workspaces": 5},
+    "float8_workspaces": FLOAT8 | RANK_MAJOR | {"num_workspaces": 5},
 }
 with_settings = pytest.mark.parametrize("settings_of", SETTINGS.values(), ids=SETTINGS.keys())
 

@@ -142,7 +142,7 @@ class Interpreter:
         run(op)
 
     def send_dispatch(self, op: int) -> None:
-        self.dispatched[op] = self.buffer.dispatch(*self.inputs(op))
+        self.dispatched[op] = self.buffer.dispatch(*self.inputs(op), workspace=self.workspace(op))
 
     def hook_dispatch(self, op: int) -> None:
         result, hook = self.dispatched[op]
@@ -151,7 +151,7 @@ class Interpreter:
         self.take_received(op, result)
 
     def exchange_dispatch(self, op: int) -> None:
-        result = self.buffer.dispatch_and_receive(*self.inputs(op))
+        result = self.buffer.dispatch_and_receive(*self.inputs(op), workspace=self.workspace(op))
         self.dispatched[op] = result, None
         self.take_received(op, result)
 
@@ -202,12 +202,14 @@ class Interpreter:
             raise AssertionError(f"operation {op}: {e}") from None
 
     def in_place(self, op: int, expert_out: torch.Tensor) -> torch.Tensor:
-        """Moved to where peers read it, if the buffer has such places: one for each operation that
-        may not have been combined yet."""
-        num_places = self.buffer.num_combine_inputs
-        if num_places == 0:
+        """Moved to where peers read it, if the buffer has workspaces."""
+        if self.buffer.num_workspaces == 0:
             return expert_out
-        return self.buffer.combine_input(op % num_places).copy_(expert_out)
+        return self.buffer.combine_input(self.workspace(op)).copy_(expert_out)
+
+    def workspace(self, op: int) -> int:
+        """One for each operation that may not have been combined yet."""
+        return op % max(1, self.buffer.num_workspaces)
 
     def check_combined(self, op: int, out: torch.Tensor) -> None:
         try:

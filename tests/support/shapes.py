@@ -28,7 +28,7 @@ class Shape:
     reduction: str = "rank"
     transfer: str = "pull"
     num_max_tagged_tokens: int | None = None
-    num_combine_inputs: int = 0
+    num_workspaces: int = 0
     num_sms: int | None = None
 
     @property
@@ -56,7 +56,7 @@ class Shape:
             reduction=self.reduction,
             transfer=self.transfer,
             num_max_tagged_tokens=self.num_max_tagged_tokens,
-            num_combine_inputs=self.num_combine_inputs,
+            num_workspaces=self.num_workspaces,
             num_banks=self.num_banks,
             device=self.device,
         )
@@ -83,7 +83,7 @@ class Shape:
             reduction=self.reduction,
             transfer=self.transfer,
             num_max_tagged_tokens=self.num_max_tagged_tokens,
-            num_combine_inputs=self.num_combine_inputs,
+            num_workspaces=self.num_workspaces,
             num_banks=self.num_banks,
             timeout_secs=timeout_secs,
             device=self.device,

@@ -1,0 +1,355 @@
+// Dispatch into a workspace: rows, scales, and the experts and weights of each message go straight
+// to where the receiver's experts read them. Nothing is left to unpack: the hook waits, and counts.
+//
+// One kernel, three forms, as in low_latency_dispatch.cu. A warp moves some parts of a token's row
+// to all its ranks; the token's experts and weights count as one more part. The block that finishes
+// last speaks for the rank: it signals, and waits for the others' signals.
+
+#include "cuda/launch.cuh"
+#include "cuda/part.cuh"
+#include "cuda/routing.cuh"
+
+namespace ep::cuda {
+namespace {
+
+using protocol::DispatchRecvParams;
+using protocol::DispatchSendParams;
+
+// Where a token goes, rank by rank in ascending order. In shared memory, one for each warp.
+struct Receivers {
+  std::byte* rows[kMaxTopK];
+  uint32_t* scales[kMaxTopK];
+  uint32_t answers[kMaxTopK];  // rank << 16 | the message's slot
+  uint32_t size;
+};
+
+template <typename Rows>
+class WorkspaceSender {
+ public:
+  __device__ WorkspaceSender(const RankView& rank, const Op& op, const Routing& routing,
+                             const TokenSets& sets, const Rows& rows,
+                             const DispatchSendParams& params, Receivers* receivers)
+      : rank_(rank),
+        layout_(rank.layout),
+        op_(op),
+        routing_(routing),
+        sets_(sets),
+        rows_(rows),
+        params_(params),
+        receivers_(receivers),
+        workspace_(static_cast<uint32_t>(params.workspace)),
+        num_parts_(protocol::parts_for(layout_.dispatch_row_bytes())) {}
+
+  // `fetched`: the first part of the first item.
+  __device__ void run(Items items, typename Rows::Fetched fetched) const {
+    while (items.more()) {
+      const uint32_t token = items.row(), end_part = items.end_part();
+      const uint32_t end_of_row = min(end_part, num_parts_);
+      uint32_t part = items.first_part();
+      find_receivers(token);
+      items.next();
+      auto fetch_next = [&] {
+        if (items.more()) fetched = rows_.fetch(items.row(), items.first_part());
+      };
+      if (part >= end_of_row) fetch_next();
+#pragma unroll 1
+      for (; part < end_of_row; ++part) {
+        const Part p = rows_.finish(fetched);
+        // The next part is on its way while this one leaves.
+        if (part + 1 < end_of_row) {
+          fetched = rows_.fetch(token, part + 1);
+        } else {
+          fetch_next();
+        }
+        send_part(p, part);
+      }
+      if (end_part > num_parts_) send_routes(token);
+    }
+  }
+
+ private:
+  // A lane a rank.
+  __device__ void find_receivers(uint32_t token) const {
+    const uint32_t lane = threadIdx.x % kWarp;
+    uint32_t size = 0;
+    __syncwarp();  // those of the last token have been used
+#pragma unroll 1
+    for (uint32_t word = 0; word < sets_.num_rank_words(); ++word) {
+      const uint32_t ranks = sets_.rank_word(token, word);
+      if ((ranks >> lane & 1) != 0) {
+        const uint32_t r = word * kWarp + lane, slot = sets_.before_rank(r, token);
+        const uint32_t i = size + __popc(ranks & ((1u << lane) - 1));
+        const uint32_t message = layout_.message_in_workspace(rank_.self_rank, slot);
+        std::byte* peer = op_.peer(r);
+        receivers_->rows[i] = peer + layout_.workspace_row(workspace_, message);
+        receivers_->scales[i] = at<uint32_t>(peer, layout_.workspace_scales(workspace_, message));
+        receivers_->answers[i] = r << 16 | slot;
+      }
+      size += __popc(ranks);
+    }
+    if (lane == 0) receivers_->size = size;
+    __syncwarp();
+  }
+
+  __device__ void send_part(const Part& p, uint32_t part) const {
+    const ScaleWord scale(p, part, layout_);
+    const uint32_t size = receivers_->size;
+#pragma unroll 2
+    for (uint32_t i = 0; i < size; ++i) {
+      store_vectors(p, receivers_->rows[i], rows_.shape.num_vectors, part);
+      if (scale.is_there) receivers_->scales[i][scale.idx] = scale.value;
+    }
+  }
+
+  // To each rank of the token, K experts and weights: its own in the order of k, then none. A group
+  // of lanes serves a rank, as many lanes as there are k, or all. Its lane for k (and k + 32, where
+  // K is larger) writes one place of the rank's list: an expert of that rank behind those of
+  // smaller k, any other behind them all, as none.
+  __device__ void send_routes(uint32_t token) const {
+    constexpr uint32_t kRoutesOfLane = kMaxTopK / kWarp;
+    const uint32_t top_k = routing_.top_k, size = receivers_->size;
+    const uint32_t shift = min(ceil_log2(top_k), 5u), group_size = 1u << shift;
+    const uint32_t lane = threadIdx.x % kWarp, group = lane >> shift;
+    const uint32_t first_k = lane & (group_size - 1);
+    uint32_t experts[kRoutesOfLane], owners[kRoutesOfLane];
+    float weights[kRoutesOfLane];
+#pragma unroll
+    for (uint32_t i = 0; i < kRoutesOfLane; ++i) {
+      const uint32_t k = i * kWarp + first_k;
+      const int64_t expert = k < top_k ? routing_.expert(token, k) : -1;
+      experts[i] = static_cast<uint32_t>(expert);
+      owners[i] = expert < 0 ? kNoRank : routing_.owners.owner(experts[i]);
+      weights[i] = k < top_k ? routing_.weight(token, k) : 0.0f;
+    }
+#pragma unroll 1
+    for (uint32_t i = lane; i < size; i += kWarp) {
+      params_.answers[token * layout_.num_outcome_columns() + i] = receivers_->answers[i];
+    }
+    if (lane == 0) params_.num_partials[token] = size;
+#pragma unroll 1
+    for (uint32_t first = 0; first < size; first += kWarp >> shift) {
+      const bool is_used = first + group < size;
+      const uint32_t answer = receivers_->answers[is_used ? first + group : 0];
+      const uint32_t r = answer >> 16;
+      uint32_t alike[kRoutesOfLane], num_alike = 0, num_before = 0;
+#pragma unroll
+      for (uint32_t i = 0; i < kRoutesOfLane; ++i) {
+        alike[i] = __ballot_sync(kAllLanes, owners[i] == r) >> (group << shift);
+        if (group_size < kWarp) alike[i] &= (1u << group_size) - 1;
+        num_alike += __popc(alike[i]);
+      }
+      if (!is_used) continue;
+      const uint32_t message = layout_.message_in_workspace(rank_.self_rank, answer & 0xffff);
+      auto* idx = at<int32_t>(op_.peer(r), layout_.workspace_topk_idx(workspace_, message));
+      auto* weight = at<float>(op_.peer(r), layout_.workspace_topk_weights(workspace_, message));
+      const uint32_t first_expert = routing_.owners.first_expert(r);
+#pragma unroll
+      for (uint32_t i = 0; i < kRoutesOfLane; ++i) {
+        const uint32_t k = i * kWarp + first_k;
+        if (k >= top_k) continue;
+        const bool is_here = owners[i] == r;
+        const uint32_t before = num_before + __popc(alike[i] & ((1u << first_k) - 1));
+        const uint32_t place = is_here ? before : num_alike + k - before;
+        idx[place] = is_here ? static_cast<int32_t>(experts[i] - first_expert) : -1;
+        weight[place] = is_here ? weights[i] : 0.0f;
+        num_before += __popc(alike[i]);
+      }
+    }
+  }
+
+  const RankView& rank_;
+  const LowLatencyLayout& layout_;
+  const Op& op_;
+  const Routing& routing_;
+  const TokenSets& sets_;
+  const Rows& rows_;
+  const DispatchSendParams& params_;
+  Receivers* receivers_;
+  uint32_t workspace_, num_parts_;
+};
+
+// Whether every peer is done with what the last dispatch has put into its workspace.
+class WorkspaceCredits {
+ public:
+  __device__ WorkspaceCredits(const RankView& rank, int32_t workspace)
+      : rank_(rank), workspace_(static_cast<uint32_t>(workspace)) {}
+
+  // While the epochs are on their way.
+  __device__ void fetch() {
+    if (threadIdx.x >= num_ranks()) return;
+    last_epoch_ = ptx::ld_relaxed_gpu(rank_.workspace_epochs + workspace_);
+    credit_ = ptx::ld_acquire_sys(word(threadIdx.x));
+  }
+  // Gives this rank's own credit, which a combine has given already if there was one: earlier
+  // kernels were the last to read. Then waits for the peers'. False on threads that gave up.
+  __device__ bool exchange(const Op& op) const {
+    const OpId id = {Phase::kDispatch, Half::kSend, op.epoch()};
+    bool ok = true;
+#pragma unroll 1
+    for (uint32_t r = threadIdx.x; r < num_ranks() && ok; r += blockDim.x) {
+      if (r == rank_.self_rank) continue;
+      if (blockIdx.x == 0) op.publish_workspace_credit(r, workspace_, last_epoch_);
+      if (r == threadIdx.x && credit_ >= last_epoch_) continue;
+      ok = wait_for_word(rank_, id, r, word(r), last_epoch_, 0, blockIdx.x == 0) >= last_epoch_;
+    }
+    return ok;
+  }
+
+ private:
+  __device__ uint32_t num_ranks() const { return rank_.layout.config().num_ranks; }
+  __device__ const uint64_t* word(uint32_t r) const {
+    return at<uint64_t>(rank_.self_base, rank_.layout.workspace_credit(workspace_, r));
+  }
+
+  const RankView& rank_;
+  uint32_t workspace_;
+  uint64_t last_epoch_ = 0, credit_ = 0;
+};
+
+// The hook: how many messages each source has sent, and no experts in the slots behind them.
+class WorkspaceReceiver {
+ public:
+  // `shared`: num_words().
+  __device__ WorkspaceReceiver(const RankView& rank, const DispatchRecvParams& params,
+                               uint32_t* shared)
+      : rank_(rank),
+        params_(params),
+        workspace_(static_cast<uint32_t>(params.workspace)),
+        num_ranks_(rank.layout.config().num_ranks),
+        counts_(shared),
+        old_counts_(shared + num_ranks_) {}
+  __host__ __device__ static uint32_t num_words(uint32_t num_ranks) { return 2 * num_ranks; }
+
+  // One block. `own_count()`: messages to itself, where no signal says it.
+  template <typename OwnCount>
+  __device__ bool run(const Op& op, uint32_t skip_rank, OwnCount own_count) const {
+    uint32_t* counted = rank_.workspace_counts + workspace_ * num_ranks_;
+    for (uint32_t r = threadIdx.x; r < num_ranks_; r += blockDim.x) old_counts_[r] = counted[r];
+    const bool ok = op.start_recv(skip_rank, counts_, own_count, true);
+    if (!__syncthreads_and(ok)) return false;
+    for (uint32_t r = threadIdx.x; r < num_ranks_; r += blockDim.x) {
+      params_.handle.num_messages[r] = counts_[r];
+      counted[r] = counts_[r];
+    }
+    for (uint32_t r = threadIdx.x / kWarp; r < num_ranks_; r += kWarps) clear(r);
+    return true;
+  }
+
+ private:
+  // Slots that have held a message since they were cleared last, but hold none now. One warp.
+  __device__ void clear(uint32_t src_rank) const {
+    const uint32_t top_k = rank_.layout.config().top_k;
+    const uint32_t first = rank_.layout.message_in_workspace(src_rank, counts_[src_rank]);
+    const uint32_t end = rank_.layout.message_in_workspace(src_rank, old_counts_[src_rank]);
+    auto* idx = at<int32_t>(rank_.self_base, rank_.layout.workspace_topk_idx(workspace_, 0));
+#pragma unroll 1
+    for (uint32_t i = first * top_k + threadIdx.x % kWarp; i < end * top_k; i += kWarp) idx[i] = -1;
+  }
+
+  const RankView& rank_;
+  const DispatchRecvParams& params_;
+  uint32_t workspace_, num_ranks_;
+  uint32_t *counts_, *old_counts_;
+};
+
+template <typename Rows, bool kSends, bool kReceives>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+    workspace_dispatch_kernel(const __grid_constant__ RankView rank,
+                              const __grid_constant__ Rows rows,
+                              const __grid_constant__ DispatchSendParams send,
+                              const __grid_constant__ DispatchRecvParams recv) {
+  extern __shared__ uint32_t shared[];
+  __shared__ Receivers receivers[kWarps];
+  const uint32_t num_ranks = rank.layout.config().num_ranks;
+  const bool is_alone = num_ranks == 1;
+  const Routing routing(rank, send);
+  TokenSets sets(shared, routing, false);
+  const Items items(kSends ? send.num_tokens : 0,
+                    protocol::parts_for(rank.layout.dispatch_row_bytes()) + 1);
+  typename Rows::Fetched fetched;
+  int64_t first_expert = -1;
+  WorkspaceCredits credits(rank, send.workspace);
+  if (kSends) sets.clear();
+  const Op op(rank, Phase::kDispatch, kSends, kReceives, [&] {
+    if (!kSends) return;
+    first_expert = TokenSets::first_expert(routing);
+    if (items.more()) fetched = rows.fetch(items.row(), items.first_part());
+    if (!is_alone) credits.fetch();
+  });
+  bool speaks = is_alone && blockIdx.x == 0;
+  if (kSends) {
+    if (!op.start_send(sets.fill(rank, routing, first_expert))) return;
+    if (!is_alone && !__syncthreads_and(credits.exchange(op))) return;
+    Receivers* own_receivers = &receivers[threadIdx.x / kWarp];
+    WorkspaceSender(rank, op, routing, sets, rows, send, own_receivers).run(items, fetched);
+    if (!is_alone) {
+      if (!op.is_last_block()) return;
+      speaks = true;
+      for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
+        if (kReceives && r == rank.self_rank) continue;
+        // In every publishing thread: a release is a fence and its own store.
+        ptx::fence_acq_rel_sys();
+        op.publish_signal(r, sets.tokens_of_rank(r));
+      }
+    } else if (!kReceives && speaks && threadIdx.x == 0) {
+      op.publish_signal(0, sets.tokens_of_rank(0));
+    }
+    if (speaks && threadIdx.x == 0) rank.workspace_epochs[send.workspace] = op.epoch();
+  }
+  bool ok = true;
+  if (kReceives && (speaks || !kSends)) {
+    const uint32_t config_words =
+        kSends ? TokenSets::num_bytes(rank.layout.config(), send.num_tokens, false) / 4 : 0;
+    ok = WorkspaceReceiver(rank, recv, shared + config_words)
+             .run(op, kSends ? rank.self_rank : kNoRank,
+                  [&] { return sets.tokens_of_rank(rank.self_rank); });
+  }
+  op.complete(ok, !is_alone || !kSends);
+}
+
+uint64_t recv_bytes(const LowLatencyLayout& layout) {
+  return uint64_t{WorkspaceReceiver::num_words(layout.config().num_ranks)} * sizeof(uint32_t);
+}
+
+uint64_t send_bytes(const LowLatencyLayout& layout, const DispatchSendParams& send) {
+  return TokenSets::num_bytes(layout.config(), send.num_tokens, false);
+}
+
+template <typename Rows>
+void prepare_forms() {
+  Launch::prepare(workspace_dispatch_kernel<Rows, true, false>);
+  Launch::prepare(workspace_dispatch_kernel<Rows, true, true>);
+  Launch::prepare(workspace_dispatch_kernel<CopyRow, false, true>);
+}
+
+}  // namespace
+
+void prepare_workspace_dispatch() {
+  prepare_forms<CopyRow>();
+  prepare_forms<QuantizeRow<__nv_bfloat16>>();
+  prepare_forms<QuantizeRow<float>>();
+}
+
+void launch_workspace_dispatch_send(const RankView& rank, const DispatchSendParams& send,
+                                    const Launch& launch) {
+  with_rows(rank.layout, send, [&](auto rows) {
+    launch.run(workspace_dispatch_kernel<decltype(rows), true, false>,
+               send_bytes(rank.layout, send), rank, rows, send, DispatchRecvParams{});
+  });
+}
+
+void launch_workspace_dispatch_recv(const RankView& rank, const DispatchRecvParams& recv,
+                                    const Launch& launch) {
+  launch.run(workspace_dispatch_kernel<CopyRow, false, true>, recv_bytes(rank.layout), rank,
+             CopyRow{}, DispatchSendParams{}, recv);
+}
+
+void launch_workspace_dispatch(const RankView& rank, const DispatchSendParams& send,
+                               const DispatchRecvParams& recv, const Launch& launch) {
+  with_rows(rank.layout, send, [&](auto rows) {
+    launch.run(workspace_dispatch_kernel<decltype(rows), true, true>,
+               send_bytes(rank.layout, send) + recv_bytes(rank.layout), rank, rows, send, recv);
+  });
+}
+
+}  // namespace ep::cuda
