@@ -51,14 +51,15 @@ void bind_rank(py::module_& m) {
       .def_readonly("num_expert_rows", &cuda::Statistics::num_expert_rows);
   py::class_<LowLatencyRank>(m, "CudaLowLatencyRank")
       .def(py::init([](const protocol::LowLatencyConfig& config, uint32_t self_rank,
-                       const std::vector<uintptr_t>& bases, uint64_t timeout_ns, uint32_t num_sms) {
+                       const std::vector<uintptr_t>& bases, uint64_t timeout_ns, uint32_t num_sms,
+                       bool shares_gpu) {
              std::vector<std::byte*> pointers;
              for (uintptr_t base : bases) pointers.push_back(pointer<std::byte>(base));
              return std::make_unique<LowLatencyRank>(config, self_rank, pointers, timeout_ns,
-                                                     num_sms);
+                                                     num_sms, shares_gpu);
            }),
            py::arg("config"), py::arg("self_rank"), py::arg("bases"), py::kw_only(),
-           py::arg("timeout_ns"), py::arg("num_sms"))
+           py::arg("timeout_ns"), py::arg("num_sms"), py::arg("shares_gpu"))
       .def("dispatch_send", method(&LowLatencyRank::dispatch_send, &make_dispatch_send))
       .def("dispatch_recv", method(&LowLatencyRank::dispatch_recv, &make_dispatch_recv))
       .def("combine_send", method(&LowLatencyRank::combine_send, &make_combine_send))

@@ -247,6 +247,7 @@ class CudaLowLatencyRank:
         *,
         timeout_ns: int,
         num_sms: int,
+        shares_gpu: bool,
     ) -> None: ...
     # As LowLatencyRank's, with the stream behind them.
     def dispatch_send(self, *args: int) -> OpResult: ...

@@ -106,7 +106,8 @@ class CudaKernels:
     """They are launched on the calling thread's current stream.
 
     Args:
-        num_sms: blocks a kernel has at most. Default: all SMs; virtual ranks share them.
+        num_sms: blocks a kernel has at most.
+        shares_gpu: other ranks of this process are on the same GPU.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class CudaKernels:
         bases: list[int],
         timeout_secs: float,
         num_sms: int,
+        shares_gpu: bool,
         device: torch.device,
     ) -> None:
         self._device = device
@@ -126,6 +128,7 @@ class CudaKernels:
                 bases,
                 timeout_ns=int(timeout_secs * 1e9),
                 num_sms=num_sms,
+                shares_gpu=shares_gpu,
             )
 
     def _stream(self) -> int:
@@ -188,4 +191,5 @@ def make_kernels(
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         if group.is_virtual:
             num_sms = max(1, num_sms // group.num_ranks)
-    return CudaKernels(config, group.self_rank, bases, timeout_secs, num_sms, device)
+    shares_gpu = group.is_virtual and group.num_ranks > 1
+    return CudaKernels(config, group.self_rank, bases, timeout_secs, num_sms, shares_gpu, device)

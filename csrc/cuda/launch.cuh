@@ -14,6 +14,7 @@ struct Launch {
   uint32_t num_blocks;
   uint32_t num_threads;
   cudaStream_t stream;
+  bool starts_early;  // may be put on the GPU while the kernel before it ends
 
   // Once, before a kernel is launched, at any time: kernels that are loaded at their first launch
   // wait there for others to end, which may be waiting for this one.
@@ -38,10 +39,9 @@ struct Launch {
   // Errors are left to cudaGetLastError.
   template <typename... Params, typename... Args>
   void run(void (*kernel)(Params...), uint64_t shared_bytes, const Args&... args) const {
-    // The kernel may be put on the GPU while the one before it ends.
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    attribute.val.programmaticStreamSerializationAllowed = starts_early;
     cudaLaunchConfig_t config = {};
     config.gridDim = num_blocks;
     config.blockDim = num_threads;

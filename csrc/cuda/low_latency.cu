@@ -53,8 +53,10 @@ bool check_shared_memory(const LowLatencyLayout& layout, uint32_t self_rank) {
 
 LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_t self_rank,
                                const std::vector<std::byte*>& bases, uint64_t timeout_ns,
-                               uint32_t num_sms)
-    : view_{LowLatencyLayout(config), self_rank, bases[self_rank]}, num_sms_(num_sms) {
+                               uint32_t num_sms, bool shares_gpu)
+    : view_{LowLatencyLayout(config), self_rank, bases[self_rank]},
+      num_sms_(num_sms),
+      shares_gpu_(shares_gpu) {
   has_room_for_two_ = check_shared_memory(view_.layout, self_rank);
   prepare_dispatch();
   prepare_combine();
@@ -106,22 +108,29 @@ struct LowLatencyRank::Plan {
 
 // `num_items`: parts of rows; of kernels that receive, an estimate from this rank's batch; peers'
 // are likely alike.
-LowLatencyRank::Plan LowLatencyRank::plan(uint64_t num_items, void* stream) const {
+LowLatencyRank::Plan LowLatencyRank::plan(uint64_t num_items, void* stream) {
   // With more to do than a block an SM has warps, two a block: the next kernel then waits outside.
   const bool has_much = has_room_for_two_ && num_items > uint64_t{num_sms_} * kWarps;
   const auto num_blocks = static_cast<uint32_t>(
       has_much ? kBlocksPerSM * num_sms_ : std::clamp<uint64_t>(num_items, 1, num_sms_));
-  Plan plan = {view_, {num_blocks, kThreads, static_cast<cudaStream_t>(stream)}};
+  // Ranks on one GPU wait for each other, so that all their blocks must find room: a block an SM
+  // of one kernel, and one of the next, or two of one.
+  const bool starts_early = !(shares_gpu_ && has_much && lets_next_start_);
+  Plan plan = {view_, {num_blocks, kThreads, static_cast<cudaStream_t>(stream), starts_early}};
   plan.view.share = kProgressPerOp / num_blocks;
   plan.view.first_share = kProgressPerOp - plan.view.share * (num_blocks - 1);
-  plan.view.next_starts_early = has_room_for_two_ && !has_much;
+  plan.view.next_starts_early = lets_next_start_ = has_room_for_two_ && !has_much;
   return plan;
 }
 
-// Blocks of as many items as they have warps: fewer blocks have to find together at the end.
-LowLatencyRank::Plan LowLatencyRank::plan_filled(uint64_t num_items, void* stream) const {
+// Of a dispatch into a workspace. With peers, blocks of as many items as they have warps: fewer
+// have to find together at the end.
+LowLatencyRank::Plan LowLatencyRank::plan_workspace(uint32_t num_tokens, void* stream) {
+  const uint64_t num_items =
+      num_tokens * uint64_t{protocol::parts_for(view_.layout.dispatch_row_bytes()) + 1};
+  const bool spreads = view_.layout.config().num_ranks == 1;
   const bool has_much = num_items > uint64_t{num_sms_} * kWarps;
-  return plan(has_much ? num_items : (num_items + kWarps - 1) / kWarps, stream);
+  return plan(spreads || has_much ? num_items : (num_items + kWarps - 1) / kWarps, stream);
 }
 
 uint64_t LowLatencyRank::num_parts_received() const {
@@ -136,11 +145,11 @@ uint64_t LowLatencyRank::num_parts_answered() const {
 
 OpResult LowLatencyRank::dispatch_send(const DispatchSendParams& send, void* stream) {
   num_tokens_ = send.num_tokens;
-  const uint64_t num_parts = protocol::parts_for(view_.layout.dispatch_row_bytes());
   if (send.workspace >= 0) {
-    const Plan p = plan_filled(send.num_tokens * (num_parts + 1), stream);
+    const Plan p = plan_workspace(send.num_tokens, stream);
     launch_workspace_dispatch_send(p.view, send, p.launch);
   } else {
+    const uint64_t num_parts = protocol::parts_for(view_.layout.dispatch_row_bytes());
     const Plan p = plan(send.num_tokens * num_parts, stream);
     launch_dispatch_send(p.view, send, p.launch);
   }
@@ -162,8 +171,7 @@ OpResult LowLatencyRank::dispatch(const DispatchSendParams& send, const Dispatch
                                   void* stream) {
   num_tokens_ = send.num_tokens;
   if (send.workspace >= 0) {
-    const uint64_t num_parts = protocol::parts_for(view_.layout.dispatch_row_bytes());
-    const Plan p = plan_filled(send.num_tokens * (num_parts + 1), stream);
+    const Plan p = plan_workspace(send.num_tokens, stream);
     launch_workspace_dispatch(p.view, send, recv, p.launch);
   } else {
     const Plan p = plan(num_parts_received(), stream);
@@ -186,7 +194,7 @@ OpResult LowLatencyRank::combine_send(const CombineSendParams& send, void* strea
 OpResult LowLatencyRank::combine_recv(const CombineRecvParams& recv, void* stream) {
   const uint64_t num_items = recv.num_tokens * protocol::parts_for(view_.layout.row_bytes());
   if (recv.workspace >= 0) {
-    const Plan p = plan_filled(num_items, stream);
+    const Plan p = plan(num_items, stream);
     launch_workspace_combine_recv(p.view, recv, p.launch);
   } else {
     const Plan p = plan(num_items, stream);
@@ -199,7 +207,7 @@ OpResult LowLatencyRank::combine(const CombineSendParams& send, const CombineRec
                                  void* stream) {
   if (send.workspace >= 0) {
     const uint64_t num_parts = protocol::parts_for(view_.layout.row_bytes());
-    const Plan p = plan_filled(recv.num_tokens * num_parts, stream);
+    const Plan p = plan(recv.num_tokens * num_parts, stream);
     launch_workspace_combine(p.view, send, recv, p.launch);
   } else {
     const Plan p = plan(num_parts_answered(), stream);

@@ -80,10 +80,12 @@ struct Statistics {
 class LowLatencyRank {
  public:
   // `bases[r]`: memory of rank r as the current device sees it. `num_sms`: blocks a kernel has at
-  // most. Throws std::runtime_error with the CUDA error where the device refuses,
-  // std::invalid_argument where it has too little shared memory.
+  // most. `shares_gpu`: other ranks of this process are on the same GPU. Throws std::runtime_error
+  // with the CUDA error where the device refuses, std::invalid_argument where it has too little
+  // shared memory.
   LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_t self_rank,
-                 const std::vector<std::byte*>& bases, uint64_t timeout_ns, uint32_t num_sms);
+                 const std::vector<std::byte*>& bases, uint64_t timeout_ns, uint32_t num_sms,
+                 bool shares_gpu);
   ~LowLatencyRank();
   LowLatencyRank(const LowLatencyRank&) = delete;
   LowLatencyRank& operator=(const LowLatencyRank&) = delete;
@@ -105,8 +107,8 @@ class LowLatencyRank {
  private:
   // The view and the launch of a kernel with so much to do.
   struct Plan;
-  Plan plan(uint64_t num_items, void* stream) const;
-  Plan plan_filled(uint64_t num_items, void* stream) const;
+  Plan plan(uint64_t num_items, void* stream);
+  Plan plan_workspace(uint32_t num_tokens, void* stream);
   // Parts of rows that the latest dispatch brings, and that its combine sends, at most.
   uint64_t num_parts_received() const;
   uint64_t num_parts_answered() const;
@@ -115,8 +117,10 @@ class LowLatencyRank {
 
   RankView view_;
   uint32_t num_sms_;
-  bool has_room_for_two_;    // two blocks of any kernel fit an SM
-  uint32_t num_tokens_ = 0;  // of the latest dispatch
+  bool shares_gpu_;
+  bool lets_next_start_ = false;  // the kernel launched last, before its end
+  bool has_room_for_two_;         // two blocks of any kernel fit an SM
+  uint32_t num_tokens_ = 0;       // of the latest dispatch
   std::byte** bases_ = nullptr;
 };
 

@@ -40,11 +40,15 @@ class Op {
     if (rank.next_starts_early) ptx::let_next_kernel_start();
     // One thread asks for the block: these words are not cached near it, and one address of L2
     // answers thousands of warps one after the other (a quarter of a kernel's stalls, H100, ncu).
-    __shared__ uint64_t num_sent, num_hooked;
+    __shared__ uint64_t num_sent, num_hooked, num_hooked_of_other;
     __shared__ bool has_failed;
     if (threadIdx.x == 0) {
       num_sent = ptx::ld_relaxed_gpu(progress(Half::kSend)) >> kProgressShift;
       num_hooked = ptx::ld_relaxed_gpu(progress(Half::kRecv)) >> kProgressShift;
+      if (sends) {
+        num_hooked_of_other =
+            ptx::ld_relaxed_gpu(progress(other_phase(), Half::kRecv)) >> kProgressShift;
+      }
       has_failed = ptx::ld_relaxed_gpu(&rank.state->failed) != 0;
     }
     if (sends && threadIdx.x < num_ranks()) {
@@ -54,6 +58,7 @@ class Op {
     __syncthreads();
     num_sent_ = num_sent;
     num_hooked_ = num_hooked;
+    num_hooked_of_other_ = num_hooked_of_other;
     has_failed_ = has_failed;
     epoch_ = (sends ? num_sent_ : num_hooked_) + 1;
     const uint32_t num_banks = rank.layout.config().num_banks;
@@ -70,10 +75,13 @@ class Op {
   }
   __device__ OpId receiving() const { return {phase_, Half::kRecv, epoch_}; }
 
-  // Waits for: the credit of every peer for the operation that last used this bank. (This rank's
-  // own hook of it has ended: that is the order.) Whole block. False where the buffer is failed,
-  // the order is wrong, a peer does not come, or a thread is not `ok`: end the kernel.
-  __device__ bool start_send(bool ok) const {
+  // Gives every peer this rank's credit for what it has received, then waits for: the credit of
+  // every peer for the operation that last used this bank. (This rank's own hook of it has ended:
+  // that is the order.) Whole block. False where the buffer is failed, the order is wrong, a peer
+  // does not come, or a thread is not `ok`: end the kernel. `wait_for_more()`: waits on each thread
+  // for what else this send needs.
+  template <typename Wait>
+  __device__ bool start_send(bool ok, Wait wait_for_more) const {
     const uint32_t num_banks = rank_.layout.config().num_banks;
     const bool in_order = receives_ ? num_sent_ == num_hooked_
                                     : protocol::may_send(num_sent_, num_hooked_, num_banks);
@@ -81,11 +89,19 @@ class Op {
     const uint64_t expected = epoch_ > num_banks ? epoch_ - num_banks : 0;
 #pragma unroll 1
     for (uint32_t r = threadIdx.x; r < num_ranks() && ok; r += blockDim.x) {
-      if (r == rank_.self_rank || (r == threadIdx.x && credit_ >= expected)) continue;
+      if (r == rank_.self_rank) continue;
+      if (blockIdx.x == 0) {
+        publish_credit(r, phase_, num_hooked_);
+        publish_credit(r, other_phase(), num_hooked_of_other_);
+      }
+      if (r == threadIdx.x && credit_ >= expected) continue;
       const OpId id = {phase_, Half::kSend, epoch_};
       ok = wait_for_word(rank_, id, r, credit_word(r), expected, 0, blockIdx.x == 0) >= expected;
     }
-    return __syncthreads_and(ok);
+    return __syncthreads_and(ok && wait_for_more());
+  }
+  __device__ bool start_send(bool ok) const {
+    return start_send(ok, [] { return true; });
   }
 
   // Waits for the signal of every source but `skip_rank` for this epoch; `sources[r]`, where
@@ -173,20 +189,24 @@ class Op {
   }
 
   // Ends the kernel for this block, whose threads all say whether they are done. The block that
-  // completes a hook gives every peer its credit: by then every block has used what it has read.
-  // `speaks_for_all`: the others end without a word.
+  // completes a hook of its own gives every peer its credit: by then every block has used what it
+  // has read. A kernel that has sent, too, leaves that to the next one that sends: it need not stay
+  // until its stores have reached the peers. `speaks_for_all`: the others end without a word.
   __device__ void complete(bool ok, bool speaks_for_all = false) const {
     if (!rank_.next_starts_early) ptx::let_next_kernel_start();
     if (!__syncthreads_and(ok) || threadIdx.x >= kWarp) return;
     const uint32_t share = speaks_for_all    ? kProgressPerOp
                            : blockIdx.x == 0 ? rank_.first_share
                                              : rank_.share;
-    bool is_last = receives_ && speaks_for_all;
+    bool is_last = false;
     if (threadIdx.x == 0) {
-      if (half_ == Half::kSend) ptx::red_add_relaxed_gpu(progress(Half::kSend), share);
-      if (receives_ && (num_ranks() == 1 || speaks_for_all)) {
+      if (half_ == Half::kSend) {
+        ptx::red_add_relaxed_gpu(progress(Half::kSend), share);
+        if (receives_) ptx::red_add_relaxed_gpu(progress(Half::kRecv), share);
+      } else if (speaks_for_all || num_ranks() == 1) {
         ptx::red_add_relaxed_gpu(progress(Half::kRecv), share);
-      } else if (receives_) {
+        is_last = speaks_for_all;
+      } else {
         const uint64_t before = ptx::atom_add_relaxed_gpu(progress(Half::kRecv), share);
         is_last = (before + share) >> kProgressShift == epoch_;
       }
@@ -194,9 +214,7 @@ class Op {
     if (!__shfl_sync(kAllLanes, is_last, 0)) return;
 #pragma unroll 1
     for (uint32_t r = threadIdx.x; r < num_ranks(); r += kWarp) {
-      if (r == rank_.self_rank) continue;
-      auto* word = at<uint64_t>(peer(r), rank_.layout.credit(phase_, rank_.self_rank));
-      ptx::st_relaxed_sys(word, epoch_);
+      if (r != rank_.self_rank) publish_credit(r, phase_, epoch_);
     }
   }
 
@@ -206,8 +224,16 @@ class Op {
 
  private:
   __device__ uint32_t num_ranks() const { return rank_.layout.config().num_ranks; }
-  __device__ uint64_t* progress(Half half) const {
-    return &rank_.state->progress[static_cast<uint32_t>(phase_)][static_cast<uint32_t>(half)];
+  __device__ Phase other_phase() const {
+    return phase_ == Phase::kDispatch ? Phase::kCombine : Phase::kDispatch;
+  }
+  __device__ uint64_t* progress(Phase phase, Half half) const {
+    return &rank_.state->progress[static_cast<uint32_t>(phase)][static_cast<uint32_t>(half)];
+  }
+  __device__ uint64_t* progress(Half half) const { return progress(phase_, half); }
+  __device__ void publish_credit(uint32_t r, Phase phase, uint64_t epoch) const {
+    auto* word = at<uint64_t>(peer(r), rank_.layout.credit(phase, rank_.self_rank));
+    ptx::st_relaxed_sys(word, epoch);
   }
   __device__ const uint64_t* credit_word(uint32_t r) const {
     return at<uint64_t>(self(), rank_.layout.credit(phase_, r));
@@ -224,6 +250,7 @@ class Op {
   bool receives_;
   uint64_t credit_ = 0;             // of rank threadIdx.x, seen at the kernel's beginning
   uint64_t num_sent_, num_hooked_;  // when this kernel began
+  uint64_t num_hooked_of_other_;    // the other phase's; where this kernel sends
   bool has_failed_;
   uint64_t epoch_;
   uint32_t bank_;

@@ -19,13 +19,13 @@ class WorkspacePublisher {
   __device__ WorkspacePublisher(const RankView& rank, int32_t workspace)
       : rank_(rank), workspace_(static_cast<uint32_t>(workspace)) {}
 
-  // While the epochs are on their way. The fence belongs to the stores of run(), but need not wait
-  // for them: what they publish was written by earlier kernels.
-  __device__ void prepare() {
+  // While the epochs are on their way.
+  __device__ void fetch() {
     if (threadIdx.x >= rank_.layout.config().num_ranks) return;
     epoch_ = ptx::ld_relaxed_gpu(rank_.workspace_epochs + workspace_);
-    ptx::fence_acq_rel_sys();
   }
+  // Without a fence: the rows are in this GPU's own memory, where every GPU reads them, since the
+  // kernels that wrote them have ended. (PyTorch's symmetric memory starts its collectives so.)
   __device__ void run(const Op& op) const {
     for (uint32_t r = threadIdx.x; r < rank_.layout.config().num_ranks; r += blockDim.x) {
       if (r == rank_.self_rank) continue;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   Answers answers;
   const Op op(rank, Phase::kCombine, kSends, kReceives, [&] {
     if (items.more()) answers.fetch(rank, recv, items.row());
-    if (kSends && blockIdx.x == 0) publisher.prepare();
+    if (kSends && blockIdx.x == 0) publisher.fetch();
   });
   if (kSends) {
     if (!op.start_send(true)) return;

@@ -278,8 +278,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   });
   bool speaks = is_alone && blockIdx.x == 0;
   if (kSends) {
-    if (!op.start_send(sets.fill(rank, routing, first_expert))) return;
-    if (!is_alone && !__syncthreads_and(credits.exchange(op))) return;
+    const bool ok = sets.fill(rank, routing, first_expert);
+    if (!op.start_send(ok, [&] { return is_alone || credits.exchange(op); })) return;
     Receivers* own_receivers = &receivers[threadIdx.x / kWarp];
     WorkspaceSender(rank, op, routing, sets, rows, send, own_receivers).run(items, fetched);
     if (!is_alone) {

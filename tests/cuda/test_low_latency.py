@@ -168,6 +168,8 @@ class Pair:
             rows = reference.dequantize(rows, scales).to(self._buffer.dtype)
         if result.recv_topk_weights is not None:
             rows = (result.recv_topk_weights[..., :1] * rows.float()).to(self._buffer.dtype)
+        if self._buffer.num_workspaces > 0:
+            rows = self._buffer.combine_input().copy_(rows)
         return rows
 
     def expected(self) -> torch.Tensor:
