@@ -216,7 +216,7 @@ class Buffer:
 
         return max(
             num_bytes(device, reduction, dispatch_dtype)
-            for device, reduction in (("cpu", "source"), ("cuda", "rank"))
+            for device, reduction in (("cpu", "source"), ("cuda", "rank"), ("cuda", "source"))
             for dispatch_dtype in (torch.bfloat16, torch.float8_e4m3fn)
         )
 
@@ -266,7 +266,7 @@ class Buffer:
             return_recv_hook: only send; the hook receives.
             topk_weights: ours: `[T, K]` float32. Weights are applied where the experts are: one row
                 a rank comes home instead of one for each expert. Combine is then given this very
-                tensor, or None. On CUDA they must be given here.
+                tensor, or None.
 
         Returns:
             `recv_x` `[L, S, H]`, with `use_fp8` `(recv_x, scales)`: expert e has its tokens in rows
@@ -310,7 +310,7 @@ class Buffer:
             dtype=x.dtype,
             dispatch_dtype=torch.float8_e4m3fn if use_fp8 else x.dtype,
             scale_format=scale_format_of(use_fp8, round_scale, use_ue8m0),
-            reduction=reduction_for(topk_weights, x.device),
+            reduction=reduction_for(topk_weights),
         )
         stats = cumulative_local_expert_recv_stats
         if stats is not None:

@@ -21,21 +21,9 @@ def scale_format_of(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> str:
     return "power_of_two" if round_scale else "float32"
 
 
-def reduction_for(topk_weights: torch.Tensor | None, device: torch.device) -> str:
-    """`LowLatencyBuffer`'s reduction for weights that dispatch was given, or was not.
-
-    Raises:
-        ValueError: on CUDA it must be given them.
-    """
-    if topk_weights is not None:
-        return "rank"
-    if device.type == "cuda":
-        raise ValueError(
-            "topk_weights was not given to low_latency_dispatch, but on CUDA weights cannot wait "
-            'for combine so far (reduction "source"). Pass topk_weights=topk_weights to '
-            "low_latency_dispatch; combine takes the same tensor as ever."
-        )
-    return "source"
+def reduction_for(topk_weights: torch.Tensor | None) -> str:
+    """`LowLatencyBuffer`'s reduction for weights that dispatch was given, or was not."""
+    return "source" if topk_weights is None else "rank"
 
 
 def weights_for_combine(

@@ -82,9 +82,9 @@ class LowLatencyBuffer:
             each rank that owns some of them, by the weights that dispatch was given; one partial
             sum a (token, rank) goes home. "source": at home, by the weights that combine is given;
             every row goes home as it is: more to send, but the sum is rounded only once, and
-            dispatch need not wait for the weights. Expert-major only, and so far on the CPU only.
+            dispatch need not wait for the weights. Expert-major only.
         transfer: CUDA: "pull", the receiver fetches rows, or "push", the sender writes them into
-            its peers' memory. The CPU always pushes.
+            its peers' memory. The CPU always pushes; so does a combine with reduction "source".
         num_max_tagged_tokens: CUDA: batches of up to so many tokens travel with an epoch in every
             16 bytes, so that a receiver need not wait for a signal. Default: 256 / ranks,
             and 0 where a row has more than 32 KiB.

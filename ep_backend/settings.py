@@ -117,11 +117,6 @@ class BufferSettings:
                 "single experts to send home. Pass output_layout='expert_major', or leave "
                 "reduction out."
             )
-        if self.reduction == "source" and self.device == "cuda":
-            raise ValueError(
-                "reduction is 'source', which only the CPU's kernels know so far. On CUDA pass "
-                "reduction='rank', and topk_weights to dispatch."
-            )
 
     def _check_workspaces(self) -> None:
         check_int("num_workspaces", self.num_workspaces, 0, _native.MAX_BANKS)

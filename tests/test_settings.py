@@ -28,17 +28,21 @@ def test_the_cpu_pushes_and_tags_nothing_whatever_it_is_told() -> None:
             {"output_layout": "rank_major"},
             "output_layout is 'rank_major', in which the caller weights and sums .* no rows of",
         ),
-        ({"device": "cuda"}, "reduction is 'source', which only the CPU's kernels know so far"),
+        (
+            {"num_workspaces": 1},
+            "num_workspaces is 1 and output_layout 'expert_major', but in workspaces it is 'rank_m",
+        ),
     ],
 )
 def test_only_rows_of_single_experts_can_be_reduced_at_home(
     settings: dict[str, Any], message: str
 ) -> None:
-    shape = replace(CUDA, device="cpu", reduction="source")
-    shape.settings().check(num_ranks=2)
-    assert shape.config().reduction == _native.Reduction.SOURCE
-    with pytest.raises(ValueError, match=message):
-        replace(shape, **settings).settings().check(num_ranks=2)
+    for transfer in ("push", "pull"):
+        shape = replace(CUDA, reduction="source", transfer=transfer)
+        shape.settings().check(num_ranks=2)
+        assert shape.config().reduction == _native.Reduction.SOURCE
+        with pytest.raises(ValueError, match=message):
+            replace(shape, **settings).settings().check(num_ranks=2)
 
 
 @pytest.mark.parametrize(

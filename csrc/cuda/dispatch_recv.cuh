@@ -133,19 +133,20 @@ class DispatchReceiver {
       const uint32_t slot = sets.before_rank(self, token),
                      m = arrivals_.sources.prefix[self] + slot;
       uint32_t num_entries = 0;
-      for_each_route(routing, sets, token, [&](const Route& route) {
+      const uint32_t num_routes = for_each_route(routing, sets, token, [&](const Route& route) {
         if (writes && sender.is_alone()) sender.note_answer(token, route);
         if (route.dst_rank != self) return;
-        place_entry(m, self, slot, route.entry_idx, route.expert - first_expert,
-                    sets.before_expert(route.expert, token), route.weight, writes);
+        const ExpertEntry entry = {static_cast<uint16_t>(route.expert - first_expert),
+                                   static_cast<uint16_t>(route.k),
+                                   sets.before_expert(route.expert, token), route.weight};
+        place_entry(m, self, slot, route.entry_idx, entry, writes);
         num_entries = route.num_entries;
         if (writes && route.entry_idx == 0) {
-          write_message(m, token, token * layout_.num_outcome_columns() + route.column,
-                        num_entries);
+          write_message(m, token, sender.outcome_slot(token, route), num_entries);
         }
       });
       if (writes && sender.is_alone() && threadIdx.x % kWarp == 0) {
-        sender.note_partials(token, sets.ranks_of(token));
+        sender.note_partials(token, num_routes);
       }
       if (!goes_here) continue;
       finish_plan(m, self, slot, __reduce_max_sync(kAllLanes, num_entries), writes);
@@ -166,7 +167,7 @@ class DispatchReceiver {
     const bool is_rank_major = params_.output == OutputLayout::kRankMajor;
     const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
     if (is_rank_major) clear_unused_slots(thread, step);
-    if (blockIdx.x != 0) return true;
+    if (!Op::is_clerk()) return true;
     if (is_rank_major) {
       const bool ok = read_counts(own_rank, own_count);
       if (!__syncthreads_and(ok)) return false;
@@ -207,8 +208,7 @@ class DispatchReceiver {
 #pragma unroll 1
     for (uint32_t j = lane; j < header.z && ok; j += kWarp) {
       if (j != lane) entry = load_entry(fields + j * kEntryWords);
-      ok = place_entry(m, src_rank, slot, j, entry.x & 0xffff, entry.y, __uint_as_float(entry.z),
-                       writes);
+      ok = place_entry(m, src_rank, slot, j, entry_of(entry), writes);
     }
     if (!__all_sync(kAllLanes, ok)) return false;
     if (writes && lane == 0) write_message(m, header.x, header.y, header.z);
@@ -251,8 +251,7 @@ class DispatchReceiver {
     for (uint32_t j = lane; j < header.z && ok; j += kWarp) {
       if (j != lane) entry = ptx::ld_relaxed_sys_b128(words + 1 + j);
       ok = op_.have_tag(words + 1 + j, src_rank, &entry) &&
-           place_entry(m, src_rank, slot, j, entry.x & 0xffff, entry.y, __uint_as_float(entry.z),
-                       writes);
+           place_entry(m, src_rank, slot, j, entry_of(entry), writes);
     }
     if (!__all_sync(kAllLanes, ok)) return false;
     if (writes && lane == 0) write_message(m, header.x, header.y, header.z);
@@ -273,6 +272,14 @@ class DispatchReceiver {
     return true;
   }
 
+  __device__ bool is_source() const {
+    return layout_.config().reduction == protocol::Reduction::kSource;
+  }
+
+  __device__ static ExpertEntry entry_of(const uint4& words) {
+    return {static_cast<uint16_t>(words.x), static_cast<uint16_t>(words.x >> 16), words.y,
+            __uint_as_float(words.z)};
+  }
   __device__ static uint4 load_entry(const uint32_t* fields) {
     return {ptx::ld_relaxed_sys(fields), ptx::ld_relaxed_sys(fields + 1),
             ptx::ld_relaxed_sys(fields + 2), 0};
@@ -282,7 +289,8 @@ class DispatchReceiver {
   __device__ bool check_header(uint32_t src_rank, const uint4& header) const {
     const auto& config = layout_.config();
     if (header.w == op_.tag() && header.z >= 1 && header.z <= config.top_k &&
-        header.x < config.num_max_tokens_per_rank && header.y < layout_.num_outcome_slots()) {
+        header.x < config.num_max_tokens_per_rank &&
+        header.y + (is_source() ? config.top_k : 1) <= layout_.num_outcome_slots()) {
       return true;
     }
     return op_.corrupt(src_rank, op_.tag(), header.w);
@@ -290,20 +298,21 @@ class DispatchReceiver {
 
   // Entry `j` of message `m`: its row to the plan, and to the handle.
   __device__ bool place_entry(uint32_t m, uint32_t src_rank, uint32_t slot, uint32_t j,
-                              uint32_t local_expert, uint32_t position, float weight,
-                              bool writes) const {
+                              const ExpertEntry& entry, bool writes) const {
     const uint32_t num_local = arrivals_.num_local_experts, top_k = layout_.config().top_k;
+    const uint32_t local_expert = entry.local_expert;
+    if (entry.k >= top_k) return op_.corrupt(src_rank, top_k, entry.k);
     if (local_expert >= num_local) return op_.corrupt(src_rank, num_local, local_expert);
     if (params_.output == OutputLayout::kRankMajor) {
       if (writes) {
         const uint64_t i = rank_major_row(src_rank, slot) * top_k + j;
         params_.recv_topk_idx[i] = static_cast<int32_t>(local_expert);
-        params_.recv_topk_weights[i] = weight;
+        params_.recv_topk_weights[i] = entry.weight;
       }
       return true;
     }
     const uint64_t in_expert =
-        arrivals_.rows[src_rank * num_local + local_expert] + uint64_t{position};
+        arrivals_.rows[src_rank * num_local + local_expert] + uint64_t{entry.position};
     if (in_expert >= layout_.expert_capacity()) {
       return op_.corrupt(src_rank, layout_.expert_capacity(), in_expert);
     }
@@ -312,7 +321,10 @@ class DispatchReceiver {
     plan_->first_scales[j] =
         scales() + uint64_t{local_expert} * layout_.num_scale_words() * layout_.expert_capacity() +
         in_expert;
-    if (writes) params_.handle.entries[uint64_t{m} * top_k + j] = {row, weight};
+    if (writes) {
+      const float weight = is_source() ? __uint_as_float(entry.k) : entry.weight;
+      params_.handle.entries[uint64_t{m} * top_k + j] = {row, weight};
+    }
     return true;
   }
 

@@ -62,7 +62,7 @@ class DispatchSender {
   __device__ void run(Items items, typename Rows::Fetched fetched, SendPlan* plan) const {
     publish_counts();
     const uint32_t num_ranks = routing_.num_ranks;
-    if (is_tagged_ && blockIdx.x == gridDim.x - 1) {  // it has the fewest rows to send
+    if (is_tagged_ && Op::is_clerk()) {
       for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
         op_.publish_signal(r, source_word(r));
       }
@@ -92,22 +92,33 @@ class DispatchSender {
     }
   }
 
-  // What combine wants to know of a token: who answers where, and how many do.
+  // What combine wants to know of a token: which rows come home, and how many do.
   __device__ void note_answer(uint32_t token, const Route& route) const {
-    if (route.entry_idx != 0) return;
-    params_.answers[token * layout_.num_outcome_columns() + route.column] =
-        route.dst_rank << 16 | route.slot;
+    uint32_t* answers = params_.answers + token * layout_.num_outcome_columns();
+    if (is_source()) {
+      answers[route.order] = route.dst_rank << 16 | route.k;
+    } else if (route.entry_idx == 0) {
+      answers[route.column] = route.dst_rank << 16 | route.slot;
+    }
   }
-  __device__ void note_partials(uint32_t token, uint32_t num_messages) const {
-    params_.num_partials[token] = num_messages;
+  __device__ void note_partials(uint32_t token, uint32_t num_routes) const {
+    params_.num_partials[token] = is_source() ? num_routes : sets_.ranks_of(token);
+  }
+  // Where a message's partial row goes, or the first of its rows.
+  __device__ uint32_t outcome_slot(uint32_t token, const Route& route) const {
+    return token * layout_.num_outcome_columns() + (is_source() ? 0 : route.column);
   }
 
  private:
+  __device__ bool is_source() const {
+    return layout_.config().reduction == protocol::Reduction::kSource;
+  }
   // Rows for every expert to the peers' counts, a part of them by each block. Their readers look at
   // the epoch in them, so they may fly ahead.
   __device__ void publish_counts() const {
+    const uint32_t from_last = gridDim.x - 1 - blockIdx.x;
 #pragma unroll 1
-    for (uint32_t expert = blockIdx.x * blockDim.x + threadIdx.x; expert < routing_.num_experts;
+    for (uint32_t expert = from_last * blockDim.x + threadIdx.x; expert < routing_.num_experts;
          expert += gridDim.x * blockDim.x) {
       const uint32_t owner = routing_.owners.owner(expert);
       if (owner == skip_rank_) continue;
@@ -121,7 +132,7 @@ class DispatchSender {
   __device__ void plan_row(uint32_t token, bool writes, SendPlan* plan) const {
     const uint32_t num_messages = sets_.ranks_of(token), self = rank_.self_rank;
     const bool is_pull = !is_tagged_ && layout_.config().transfer == Transfer::kPull;
-    for_each_route(routing_, sets_, token, [&](const Route& route) {
+    const uint32_t num_routes = for_each_route(routing_, sets_, token, [&](const Route& route) {
       if (writes) note_answer(token, route);
       if (route.dst_rank == skip_rank_) return;
       if (writes) write_header(token, route);
@@ -139,7 +150,7 @@ class DispatchSender {
       }
     });
     if (threadIdx.x % kWarp == 0) {
-      if (writes) note_partials(token, num_messages);
+      if (writes) note_partials(token, num_routes);
       const bool is_skipped = skip_rank_ != kNoRank && sets_.goes_to_rank(skip_rank_, token);
       plan->num_rows = num_messages - (is_skipped ? 1 : 0);
       if (is_pull && plan->num_rows > 0) {
@@ -153,7 +164,7 @@ class DispatchSender {
 
   __device__ void write_header(uint32_t token, const Route& route) const {
     const uint32_t local_expert = route.expert - routing_.owners.first_expert(route.dst_rank);
-    const uint32_t outcome_slot = token * layout_.num_outcome_columns() + route.column;
+    const uint32_t outcome_slot = this->outcome_slot(token, route);
     const uint32_t position = sets_.before_expert(route.expert, token);
     std::byte* peer = op_.peer(route.dst_rank);
     if (is_tagged_) {

@@ -13,6 +13,7 @@ namespace {
 
 using protocol::HandleEntry;
 using protocol::HandleMessage;
+using protocol::Reduction;
 using protocol::Transfer;
 
 template <typename T>
@@ -28,6 +29,8 @@ class Combiner {
         received_(received),
         skip_rank_(skip_rank),
         plan_(plan),
+        is_source_(layout_.config().reduction == Reduction::kSource),
+        is_pull_(layout_.config().transfer == Transfer::kPull && !is_source_),
         num_vectors_(static_cast<uint32_t>(layout_.row_bytes() / sizeof(uint4))),
         num_parts_(protocol::parts_for(layout_.row_bytes())) {}
 
@@ -39,7 +42,7 @@ class Combiner {
     for (uint32_t r = 0; r < num_ranks; ++r) {
       all_tagged &= r == skip_rank_ || received_.is_tagged(r);
     }
-    if (blockIdx.x == 0) publish(true);  // tagged rows do not wait for a signal
+    if (Op::is_clerk()) publish(true);  // tagged rows do not wait for a signal
     const OtherMessages messages(received_, skip_rank_);
     for (Items items(messages.size, num_parts_); items.more(); items.next()) {
       const uint32_t m = messages[items.row()];
@@ -63,8 +66,7 @@ class Combiner {
       if (lane < layout_.num_outcome_columns()) answer = recv.answers[first_column + lane];
       if (!make_own(recv, first_column, num_columns, answer, out, items)) continue;
       if (is_tagged) {
-        if (!add_tagged(recv.answers + first_column, first_column, num_columns, out, items))
-          return false;
+        if (!add_tagged(recv, first_column, num_columns, out, items)) return false;
         continue;
       }
       __syncwarp();  // the last plan has been used
@@ -72,12 +74,13 @@ class Combiner {
         if (c != lane) answer = recv.answers[first_column + c];
         const uint32_t src_rank = answer >> 16, slot = answer & 0xffff;
         const uint32_t self = rank_.self_rank;
-        if (layout_.config().transfer == Transfer::kPull) {
+        if (is_pull_) {
           plan_->rows[c] = op_.peer(src_rank) + layout_.outbox(op_.bank(), self, slot);
         } else {
-          plan_->rows[c] = op_.self() + layout_.outcome(op_.bank(), first_column + c);
+          const uint32_t column = is_source_ ? slot : c;  // its k
+          plan_->rows[c] = op_.self() + layout_.outcome(op_.bank(), first_column + column);
         }
-        plan_->weights[c] = 1.0f;
+        plan_->weights[c] = is_source_ ? recv.topk_weights[first_column + slot] : 1.0f;
       }
       __syncwarp();
       sum_parts<T>(*plan_, num_columns, num_vectors_, items.first_part(), items.end_part(),
@@ -111,19 +114,29 @@ class Combiner {
       plan_->weights[j] = entry.weight;
     }
     __syncwarp();
-    Sink sink = {out, false, op_.tag()};
-    if (out == nullptr) {
-      sink.is_tagged = received_.is_tagged(src_rank);
-      if (sink.is_tagged) {
-        sink.row = op_.peer(src_rank) + layout_.tagged_outcome(op_.bank(), message.outcome_slot);
-      } else if (layout_.config().transfer == Transfer::kPull) {
-        sink.row = op_.self() + layout_.outbox(op_.bank(), src_rank, slot);
-      } else {
-        sink.row = op_.peer(src_rank) + layout_.outcome(op_.bank(), message.outcome_slot);
+    if (is_source_) {
+#pragma unroll 1
+      for (uint32_t j = 0; j < message.num_entries; ++j) {
+        const uint32_t k = __float_as_uint(plan_->weights[j]);
+        copy_parts(plan_->rows[j], num_vectors_, items.first_part(), items.end_part(),
+                   sink_at(src_rank, slot, message.outcome_slot + k));
       }
+      return;
     }
+    const Sink sink =
+        out != nullptr ? Sink{out, false, 0} : sink_at(src_rank, slot, message.outcome_slot);
     sum_parts<T>(*plan_, message.num_entries, num_vectors_, items.first_part(), items.end_part(),
                  sink);
+  }
+
+  // Where `src_rank` looks for the row of an outcome slot, that of its message `slot`.
+  __device__ Sink sink_at(uint32_t src_rank, uint32_t slot, uint32_t outcome_slot) const {
+    if (received_.is_tagged(src_rank)) {
+      return {op_.peer(src_rank) + layout_.tagged_outcome(op_.bank(), outcome_slot), true,
+              op_.tag()};
+    }
+    if (is_pull_) return {op_.self() + layout_.outbox(op_.bank(), src_rank, slot), false, 0};
+    return {op_.peer(src_rank) + layout_.outcome(op_.bank(), outcome_slot), false, 0};
   }
 
   // Where this kernel makes the token's own partial row: that, beside the peers' rows, or as the
@@ -148,11 +161,14 @@ class Combiner {
     return !is_only;
   }
 
-  __device__ bool add_tagged(const uint32_t* answers, uint32_t first_column, uint32_t num_columns,
-                             std::byte* out, const Items& items) const {
+  __device__ bool add_tagged(const CombineRecvParams& recv, uint32_t first_column,
+                             uint32_t num_columns, std::byte* out, const Items& items) const {
     constexpr uint32_t kBatch = 4;  // columns on their way at the same time
     const uint64_t row_bytes = protocol::tagged_row_bytes(layout_.row_bytes());
     std::byte* rows = op_.self() + layout_.tagged_outcome(op_.bank(), first_column);
+    const uint32_t* answers = recv.answers + first_column;
+    // All rows lie by their k, partial rows side by side.
+    auto column_of = [&](uint32_t c) { return is_source_ ? answers[c] & 0xffff : c; };
 #pragma unroll 1
     for (uint32_t part = items.first_part(); part < items.end_part(); ++part) {
       Sum<T> sums[2];
@@ -163,8 +179,10 @@ class Combiner {
           bool is_here = true;
 #pragma unroll
           for (uint32_t i = 0; i < kBatch; ++i) {
-            const uint32_t num_vectors = first + i < num_columns ? num_vectors_ : 0;
-            batch[i].begin(rows + (first + i) * row_bytes, num_vectors, part, op_.tag());
+            const bool is_coming = first + i < num_columns;
+            const uint32_t column = is_coming ? column_of(first + i) : 0;
+            batch[i].begin(rows + column * row_bytes, is_coming ? num_vectors_ : 0, part,
+                           op_.tag());
           }
 #pragma unroll
           for (uint32_t i = 0; i < kBatch; ++i) is_here &= batch[i].is_here(op_.tag());
@@ -172,8 +190,8 @@ class Combiner {
           bool ok = true;
 #pragma unroll 1
           for (uint32_t c = first; c < min(first + kBatch, num_columns) && ok; ++c) {
-            ok = wait_for_part(rank_, op_.receiving(), answers[c] >> 16, rows + c * row_bytes,
-                               num_vectors_, part);
+            ok = wait_for_part(rank_, op_.receiving(), answers[c] >> 16,
+                               rows + column_of(c) * row_bytes, num_vectors_, part);
           }
           if (!__all_sync(kAllLanes, ok)) return false;
         }
@@ -181,8 +199,10 @@ class Combiner {
         for (uint32_t i = 0; i < kBatch; ++i) {
           if (first + i < num_columns) {
             const Part p = batch[i].part();
-            sums[0].add(p.vectors[0], 1.0f, first + i == 0);
-            sums[1].add(p.vectors[1], 1.0f, first + i == 0);
+            const float weight =
+                is_source_ ? recv.topk_weights[first_column + column_of(first + i)] : 1.0f;
+            sums[0].add(p.vectors[0], weight, first + i == 0);
+            sums[1].add(p.vectors[1], weight, first + i == 0);
           }
         }
       }
@@ -198,6 +218,8 @@ class Combiner {
   const Sources& received_;
   uint32_t skip_rank_;
   SumPlan* plan_;
+  bool is_source_;
+  bool is_pull_;  // all rows, and tagged ones, are pushed in any case
   uint32_t num_vectors_, num_parts_;
 };
 
@@ -211,8 +233,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   const uint32_t num_ranks = rank.layout.config().num_ranks;
   const auto& config = rank.layout.config();
   // Tagged partial rows to oneself go the way of all others: other warps make them, at the same
-  // time.
-  const bool sends_to_self = num_ranks > 1 && recv.num_tokens <= config.num_max_tagged_tokens;
+  // time. So do all rows.
+  const bool sends_to_self = config.reduction == Reduction::kSource ||
+                             (num_ranks > 1 && recv.num_tokens <= config.num_max_tagged_tokens);
   const uint32_t skip_rank = kSends && kReceives && !sends_to_self ? rank.self_rank : kNoRank;
   const Sources received(shared, num_ranks);
   const Op op(rank, Phase::kCombine, kSends, kReceives, [&] {

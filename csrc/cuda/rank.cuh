@@ -176,6 +176,9 @@ class Op {
     return is_last;
   }
 
+  // Whether this block does what one block does for all: the last one has the fewest items.
+  __device__ static bool is_clerk() { return blockIdx.x == gridDim.x - 1; }
+
   // To rank `r`: this epoch and {is_tagged, count}. Whoever publishes untagged rows fences first.
   __device__ void publish_signal(uint32_t r, uint32_t source) const {
     auto* word = at<uint64_t>(peer(r), rank_.layout.signal(bank_, phase_, rank_.self_rank));

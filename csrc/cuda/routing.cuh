@@ -34,7 +34,7 @@ struct Routing {
                     : static_cast<const int32_t*>(topk_idx)[i];
   }
   __device__ float weight(uint32_t token, uint32_t k) const {
-    return topk_weights[token * top_k + k];
+    return topk_weights == nullptr ? 0.0f : topk_weights[token * top_k + k];
   }
 };
 
@@ -99,7 +99,9 @@ class TokenSets {
     const uint32_t shift = ceil_log2(routing.top_k);
     const uint32_t token = threadIdx.x >> shift, k = threadIdx.x & ((1u << shift) - 1);
     if (token >= routing.num_tokens || k >= routing.top_k) return -1;
-    ptx::prefetch_l1(routing.topk_weights + token * routing.top_k + k);
+    if (routing.topk_weights != nullptr) {
+      ptx::prefetch_l1(routing.topk_weights + token * routing.top_k + k);
+    }
     return routing.expert(token, k);
   }
 
@@ -158,14 +160,17 @@ struct Route {
   uint32_t column;       // of its answer: ranks of the token below dst_rank
   uint32_t entry_idx;    // routes of the token to dst_rank before this one
   uint32_t num_entries;  // and in all
+  uint32_t order;        // routes of the token before this one, without those that go nowhere
 };
 
-// One warp, a lane a route. Calls `each(route)` on the lanes that have one.
+// One warp, a lane a route. Calls `each(route)` on the lanes that have one; returns how many there
+// are.
 template <typename Each>
-__device__ void for_each_route(const Routing& routing, const TokenSets& sets, uint32_t token,
-                               Each each) {
+__device__ uint32_t for_each_route(const Routing& routing, const TokenSets& sets, uint32_t token,
+                                   Each each) {
   const uint32_t lane = threadIdx.x % kWarp, top_k = routing.top_k;
   __syncwarp();  // what the last token's routes have left may be written over
+  uint32_t num_routes = 0;
 #pragma unroll 1
   for (uint32_t first_k = 0; first_k < top_k; first_k += kWarp) {
     Route route;
@@ -175,6 +180,9 @@ __device__ void for_each_route(const Routing& routing, const TokenSets& sets, ui
     route.expert = static_cast<uint32_t>(expert);
     route.dst_rank = expert < 0 ? kNoRank : routing.owners.owner(route.expert);
     const uint32_t alike = __match_any_sync(kAllLanes, route.dst_rank);
+    const uint32_t routed = __ballot_sync(kAllLanes, expert >= 0);
+    route.order = num_routes + __popc(routed & ((1u << lane) - 1));
+    num_routes += __popc(routed);
     if (expert < 0) continue;
     route.entry_idx = __popc(alike & ((1u << lane) - 1));
     route.num_entries = __popc(alike);
@@ -194,6 +202,7 @@ __device__ void for_each_route(const Routing& routing, const TokenSets& sets, ui
     each(route);
   }
   __syncwarp();
+  return num_routes;
 }
 
 }  // namespace ep::cuda

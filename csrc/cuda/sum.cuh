@@ -150,6 +150,16 @@ __device__ void scale_some_parts(const SumPlan& plan, uint32_t num_vectors, uint
   }
 }
 
+// Parts first_part .. end_part - 1 of a row as they are. One warp.
+__device__ __noinline__ inline void copy_parts(const std::byte* row, uint32_t num_vectors,
+                                               uint32_t first_part, uint32_t end_part, Sink sink) {
+  const RowView view = {const_cast<std::byte*>(row), nullptr};
+#pragma unroll 2
+  for (uint32_t part = first_part; part < end_part; ++part) {
+    sink.store(load_part(view, {num_vectors, 0}, part, ptx::ld_row), num_vectors, part);
+  }
+}
+
 // Parts first_part .. end_part - 1 of the sum. One warp. Not inlined: kernels call it in several
 // places, and their code must stay small.
 template <typename T>

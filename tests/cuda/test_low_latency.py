@@ -23,6 +23,7 @@ from tests.support.strategies import scenarios
 CUDA_SHAPE = Shape(2, hidden=64, device="cuda")
 FLOAT8 = {"dispatch_dtype": torch.float8_e4m3fn, "scale_format": "ue8m0"}
 RANK_MAJOR = {"output_layout": "rank_major"}
+SOURCE = {"reduction": "source"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "pull": {"num_max_tagged_tokens": 0},
     "push": {"transfer": "push", "num_max_tagged_tokens": 0},
@@ -31,6 +32,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "float8": FLOAT8,
     "rank_major": RANK_MAJOR,
     "float8_rank_major": FLOAT8 | RANK_MAJOR,
+    "source": SOURCE | {"transfer": "push", "num_max_tagged_tokens": 0},
+    "source_pull": SOURCE | {"num_max_tagged_tokens": 0},
+    "source_tagged": SOURCE | {"num_max_tagged_tokens": 3},
     "workspaces": RANK_MAJOR | {"num_workspaces": 5},
     "float8_workspaces": FLOAT8 | RANK_MAJOR | {"num_workspaces": 5},
 }
@@ -149,15 +153,21 @@ class Pair:
         self.topk_idx[:, 0] = spread % buffer.num_experts
         self.weights = torch.rand(num_tokens, buffer.top_k, device="cuda")
         self.graph = torch.cuda.CUDAGraph()
-        inputs = (self.x, self.topk_idx, self.weights)
+        is_source = buffer.reduction == "source"
+        inputs = (self.x, self.topk_idx, None if is_source else self.weights)
+        weights = self.weights if is_source else None
         with torch.cuda.graph(self.graph):
             if is_fused:
                 result = buffer.dispatch_and_receive(*inputs)
-                self.out = buffer.combine_and_receive(self.experts(result), result.handle)
+                self.out = buffer.combine_and_receive(
+                    self.experts(result), result.handle, topk_weights=weights
+                )
             else:
                 result, hook = buffer.dispatch(*inputs)
                 hook()
-                self.out, hook = buffer.combine(self.experts(result), result.handle)
+                self.out, hook = buffer.combine(
+                    self.experts(result), result.handle, topk_weights=weights
+                )
                 hook()
 
     def experts(self, result: DispatchResult) -> torch.Tensor:

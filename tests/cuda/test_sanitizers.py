@@ -18,11 +18,16 @@ DEADLINE_SECS = 300
 def run_under(tool: str) -> str:
     """What the tool says about `tests.cuda.sanitized`, whose own checks must pass too."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3"]
-    # Our kernels alone: PyTorch's would take most of the time.
-    for kernel in ("dispatch_kernel", "combine_kernel"):
-        command += ["--kernel-name", f"regex={kernel}"]
+    program = [sys.executable, "-m", "tests.cuda.sanitized"]
+    if tool == "initcheck":
+        # It must see who writes what our kernels read; and it runs one kernel after the other.
+        program.append("--one-stream")
+    else:
+        # Our kernels alone: PyTorch's would take most of the time.
+        for kernel in ("dispatch_kernel", "combine_kernel"):
+            command += ["--kernel-name", f"regex={kernel}"]
     done = subprocess.run(
-        [*command, sys.executable, "-m", "tests.cuda.sanitized"],
+        [*command, *program],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

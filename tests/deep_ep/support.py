@@ -38,15 +38,16 @@ class Exchange:
         self.variant = variant
         self.is_hooked = is_hooked
         self.rank = buffer.rank
-        self.topk_idx = variant.topk_idx[self.rank]
-        self.topk_weights = variant.topk_weights[self.rank]
+        self.x = variant.x[self.rank].to(shape.device)
+        self.topk_idx = variant.topk_idx[self.rank].to(shape.device)
+        self.topk_weights = variant.topk_weights[self.rank].to(shape.device)
 
     def dispatch(self, **options: Any) -> None:
         if self.shape.reduction == "rank":
             options["topk_weights"] = self.topk_weights
         received, self.recv_count, self.handle, self.event, self.hook = (
             self.buffer.low_latency_dispatch(
-                self.variant.x[self.rank],
+                self.x,
                 self.topk_idx,
                 self.shape.num_max_tokens_per_rank,
                 self.shape.num_experts,
@@ -60,7 +61,7 @@ class Exchange:
     @property
     def result(self) -> DispatchResult:
         handle = self.handle.dispatch_handle
-        return DispatchResult(handle, self.recv_x, self.scales, self.recv_count, None, None)
+        return DispatchResult(handle, self.recv_x, self.scales, None, None, self.recv_count)
 
     def receive(self) -> None:
         self.hook()

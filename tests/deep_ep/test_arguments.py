@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from ep_backend import EPBackendError, Group, PeerTimeout, SettingsMismatch, deep_ep, virtual_world
-from ep_backend.deep_ep_arguments import reduction_for
 from tests.deep_ep.support import buffer_of
 
 T, M, H, E, K = 3, 4, 24, 6, 2
@@ -296,16 +295,6 @@ def test_scales_are_column_major() -> None:
     )
     assert (scales.dtype, scales.shape) == (torch.int32, (E, M, 3))
     assert scales.stride() == (3 * M, 1, M)
-
-
-def test_on_cuda_the_weights_must_come_with_dispatch() -> None:
-    weights = torch.ones((T, K))
-    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert reduction_for(None, cpu) == "source"
-    assert reduction_for(weights, cpu) == reduction_for(weights, gpu) == "rank"
-    message = "Pass topk_weights=topk_weights to low_latency_dispatch"
-    with pytest.raises(ValueError, match=message):
-        reduction_for(None, gpu)
 
 
 def test_masking_is_refused_by_name(buffer: deep_ep.Buffer) -> None:

@@ -43,9 +43,11 @@ def shapes(draw: st.DrawFn, max_ranks: int = 5, device: str = "cpu") -> Shape:
         some = st.sampled_from([None, 0, (settings["num_max_tokens_per_rank"] + 1) // 2])
         settings["num_max_tagged_tokens"] = draw(some)
     output_layout = draw(st.sampled_from(OUTPUT_LAYOUTS))
+    if device == "cuda" and output_layout == "rank_major" and draw(st.booleans()):
+        # One for each operation that the programs have in flight.
+        settings |= dict(num_workspaces=5, transfer="pull", num_max_tagged_tokens=None)
     # Rank-major, the caller reduces.
-    is_choice = output_layout == "expert_major" and device == "cpu"
-    reductions = REDUCTIONS if is_choice else ("rank",)
+    reductions = REDUCTIONS if output_layout == "expert_major" else ("rank",)
     return Shape(
         num_ranks=draw(st.integers(1, max_ranks)),
         top_k=draw(st.integers(1, 32)),
