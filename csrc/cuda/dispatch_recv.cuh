@@ -333,6 +333,13 @@ class DispatchReceiver {
                               bool writes) const {
     const uint32_t lane = threadIdx.x % kWarp, top_k = layout_.config().top_k;
     const bool is_rank_major = params_.output == OutputLayout::kRankMajor;
+    if (writes) {
+      // Combine reads all of them, before it knows how many there are.
+#pragma unroll 1
+      for (uint32_t j = (is_rank_major ? 1 : num_entries) + lane; j < top_k; j += kWarp) {
+        params_.handle.entries[uint64_t{m} * top_k + j] = {0, 0.0f};
+      }
+    }
     if (is_rank_major && writes) {
       const uint64_t row = rank_major_row(src_rank, slot);
 #pragma unroll 1

@@ -29,6 +29,7 @@ def exchange_in_one_kernel_each(ranks: list[Interpreter], op: int) -> None:
         return results
 
     inputs = [rank.inputs(op) for rank in ranks]
+    weights = [rank.combine_weights(op) for rank in ranks]
     workspace = ranks[0].workspace(op)
     received = on_streams(
         lambda r: ranks[r].buffer.dispatch_and_receive(*inputs[r], workspace=workspace)
@@ -36,7 +37,9 @@ def exchange_in_one_kernel_each(ranks: list[Interpreter], op: int) -> None:
     for rank, result in zip(ranks, received, strict=True):
         rank.take_received(op, result)
     combined = on_streams(
-        lambda r: ranks[r].buffer.combine_and_receive(ranks[r].expert_out[op], received[r].handle)
+        lambda r: ranks[r].buffer.combine_and_receive(
+            ranks[r].expert_out[op], received[r].handle, topk_weights=weights[r]
+        )
     )
     for rank, out in zip(ranks, combined, strict=True):
         rank.check_combined(op, out)
