@@ -33,7 +33,10 @@ EP_HOST_DEVICE void evaluate(const protocol::LowLatencyConfig& config, uint32_t 
   words[8] = layout.tagged_message(bank, rank, token);
   words[9] = layout.tagged_outcome(bank, token);
   words[10] = layout.partition().owner(case_idx % config.num_experts);
-  words[11] = layout.num_bytes();
+  const uint32_t workspace = case_idx % (config.num_workspaces + 1);
+  words[11] = layout.num_bytes() + layout.workspace_credit(workspace, rank) +
+              layout.workspace_topk_weights(workspace, token) +
+              layout.combine_input(workspace, layout.message_in_workspace(rank, token));
   // Every 32-bit pattern once in a while: the hardware's conversion against the protocol's.
   const float value = protocol::float_of(case_idx * 1048583u);
 #if defined(__CUDA_ARCH__)

@@ -37,6 +37,20 @@ shapes = st.builds(
     num_max_tagged_tokens=num_tokens.flatmap(lambda n: st.integers(0, n)),
 )
 
+# Rank-major exchanges in workspaces, which have no inbox and no outcome.
+workspace_shapes = shapes.flatmap(
+    lambda shape: st.builds(
+        replace,
+        st.just(shape),
+        output_layout=st.just("rank_major"),
+        transfer=st.just("pull"),
+        reduction=st.just("rank"),
+        num_max_tagged_tokens=st.just(0),
+        num_workspaces=st.integers(1, 3),
+    )
+)
+all_shapes = st.one_of(shapes, workspace_shapes)
+
 Part = tuple[int, int, str]
 """First byte, end, name."""
 
@@ -64,7 +78,8 @@ def tagged_row_bytes(row_bytes: int) -> int:
 def parts_by_region(shape: Shape) -> dict[str, list[Part]]:
     """Every word, header and row of one rank's memory, by region, in the order of the regions."""
     regions: dict[str, list[Part]] = {}
-    for region, (begin, num_bytes, name) in chain(words_of(shape), messages_of(shape)):
+    messages = workspaces_of if shape.num_workspaces > 0 else messages_of
+    for region, (begin, num_bytes, name) in chain(words_of(shape), messages(shape)):
         if num_bytes > 0:
             regions.setdefault(region, []).append((begin, begin + num_bytes, name))
     return regions
@@ -77,12 +92,15 @@ def words_of(shape: Shape) -> Iterator[tuple[str, Part]]:
         yield "signals", (layout.signal(bank, phase, rank), 8, f"signal {bank} {phase} {rank}")
     for phase, rank in product(PHASES, ranks):
         yield "credits", (layout.credit(phase, rank), 8, f"credit {phase} {rank}")
+    for workspace, rank in product(range(shape.num_workspaces), ranks):
+        at = layout.workspace_credit(workspace, rank)
+        yield "workspace_credits", (at, 8, f"workspace credit {workspace} {rank}")
     for phase, rank in product(PHASES, ranks):
         at = layout.signal_sleepers(phase, rank)
         yield "sleepers", (at, 4, f"signal sleepers {phase} {rank}")
         at = layout.credit_sleepers(phase, rank)
         yield "sleepers", (at, 4, f"credit sleepers {phase} {rank}")
-    for bank, rank in product(banks, ranks):
+    for bank, rank in product(banks if shape.num_workspaces == 0 else (), ranks):
         at = layout.counts(bank, rank)
         for local in range(layout.partition.num_max_local_experts()):
             yield "counts", (at + 8 * local, 8, f"count {bank} {rank} {local}")
@@ -123,7 +141,29 @@ def messages_of(shape: Shape) -> Iterator[tuple[str, Part]]:
         yield "tagged_outcome", (layout.tagged_outcome(*place), num_bytes, f"tagged row {place}")
 
 
-@given(shapes)
+def workspaces_of(shape: Shape) -> Iterator[tuple[str, Part]]:
+    """Rows, scales, experts and weights, and combine's rows."""
+    layout = shape.layout()
+    scale_bytes = 4 * num_scales(shape)
+    if shape.scale_format == "ue8m0":
+        scale_bytes = align_up(num_scales(shape), 4)
+    for workspace in range(shape.num_workspaces):
+        for part_of, num_bytes in (
+            (layout.workspace_row, dispatch_row_bytes(shape)),
+            (layout.workspace_scales, scale_bytes),
+            (layout.workspace_topk_idx, 4 * shape.top_k),
+            (layout.workspace_topk_weights, 4 * shape.top_k),
+            (layout.combine_input, shape.hidden * shape.dtype.itemsize),
+        ):
+            # Tensors without gaps, from an aligned address.
+            assert part_of(workspace, 0) % SLOT_ALIGN == 0
+            for message in range(shape.num_ranks * shape.num_max_tokens_per_rank):
+                at = part_of(workspace, message)
+                assert at == part_of(workspace, 0) + message * num_bytes
+                yield "workspaces", (at, num_bytes, f"{part_of} {workspace} {message}")
+
+
+@given(all_shapes)
 @example(Shape(9, hidden=1, num_experts=1, top_k=1, num_max_tokens_per_rank=1))
 def test_no_two_parts_overlap_and_the_size_is_the_end_of_the_last(shape: Shape) -> None:
     regions = parts_by_region(shape)
@@ -136,12 +176,15 @@ def test_no_two_parts_overlap_and_the_size_is_the_end_of_the_last(shape: Shape) 
     assert layout.num_bytes % SLOT_ALIGN == 0
 
 
-@given(shapes)
+@given(all_shapes)
 def test_regions_lie_in_the_documented_order_and_share_no_slot_line(shape: Shape) -> None:
     regions, layout = parts_by_region(shape), shape.layout()
-    names = ["signals", "credits", "sleepers", "counts", "headers", "inbox"]
-    names += ["scales"] * shape.is_float8 + ["outcome"]
-    names += ["tagged_inbox", "tagged_outcome"] * (shape.num_max_tagged_tokens > 0)
+    if shape.num_workspaces > 0:
+        names = ["signals", "credits", "workspace_credits", "sleepers", "workspaces"]
+    else:
+        names = ["signals", "credits", "sleepers", "counts", "headers", "inbox"]
+        names += ["scales"] * shape.is_float8 + ["outcome"]
+        names += ["tagged_inbox", "tagged_outcome"] * (shape.num_max_tagged_tokens > 0)
     assert list(regions) == names
     offsets = [getattr(layout, f"{name}_offset") for name in names] + [layout.num_bytes]
     for name, begin, end in zip(names, offsets, offsets[1:], strict=False):
@@ -239,6 +282,26 @@ def test_rows_that_are_reduced_at_home_are_pushed_there_one_for_each_expert(tran
     assert source.layout().num_bytes == rank.layout().num_bytes + more_rows * 2 * 7168
 
 
+def test_a_workspace_is_all_the_memory_there_is() -> None:
+    shape = Shape(
+        8,
+        128,
+        7168,
+        256,
+        8,
+        device="cuda",
+        dispatch_dtype=torch.float8_e4m3fn,
+        output_layout="rank_major",
+        num_workspaces=1,
+    )
+    num_messages, words = 8 * 128, 2048
+    message_bytes = 7168 + 56 * 4 + 2 * 8 * 4 + 2 * 7168
+    num_bytes = shape.layout().num_bytes
+    assert 0 <= num_bytes - num_messages * message_bytes < words
+    two = replace(shape, num_workspaces=2).layout().num_bytes
+    assert 0 <= two - 2 * num_messages * message_bytes < words
+
+
 def test_float8_halves_the_inbox_and_adds_its_scales() -> None:
     bfloat16 = Shape(8, 128, 7168, 256, 8)
     float8 = replace(bfloat16, dispatch_dtype=torch.float8_e4m3fn)
@@ -260,8 +323,9 @@ def test_memory_does_not_grow_with_the_number_of_experts() -> None:
         Shape(8, 128, 7168, 256, 8, device="cuda", transfer="push", num_max_tagged_tokens=0),
         Shape(9, 5, 33, 7, 32, torch.float32, 3, "cuda", torch.float8_e4m3fn, "ue8m0"),
         Shape(4, 128, 7168, 256, 8, device="cuda", reduction="source"),
+        Shape(4, 9, 256, device="cuda", output_layout="rank_major", num_workspaces=2),
     ],
-    ids=["R1", "R8", "R8-push", "R9-float8", "R4-source"],
+    ids=["R1", "R8", "R8-push", "R9-float8", "R4-source", "R4-workspaces"],
 )
 def test_a_gpu_computes_the_same_layout_as_the_host(shape: Shape) -> None:
     if not _native.has_cuda:
