@@ -25,7 +25,7 @@ inline protocol::DispatchSendParams make_dispatch_send(uintptr_t x, bool x_is_qu
                                                        bool topk_idx_is_int64,
                                                        uintptr_t topk_weights, uint32_t num_tokens,
                                                        uintptr_t num_partials, uintptr_t answers,
-                                                       int32_t workspace) {
+                                                       int32_t workspace, uint32_t num_slots) {
   return {pointer<std::byte>(x),
           x_is_quantized,
           pointer<float>(x_scales),
@@ -35,13 +35,15 @@ inline protocol::DispatchSendParams make_dispatch_send(uintptr_t x, bool x_is_qu
           num_tokens,
           pointer<uint32_t>(num_partials),
           pointer<uint32_t>(answers),
-          workspace};
+          workspace,
+          num_slots};
 }
 
 inline protocol::DispatchRecvParams make_dispatch_recv(
     protocol::OutputLayout output, uintptr_t recv_x, uintptr_t recv_scales,
     uintptr_t num_recv_tokens_per_expert, uintptr_t recv_topk_idx, uintptr_t recv_topk_weights,
-    uintptr_t num_messages, uintptr_t messages, uintptr_t entries, int32_t workspace) {
+    uintptr_t num_messages, uintptr_t messages, uintptr_t entries, int32_t workspace,
+    uint32_t num_slots) {
   return {output,
           pointer<std::byte>(recv_x),
           pointer<void>(recv_scales),
@@ -49,7 +51,8 @@ inline protocol::DispatchRecvParams make_dispatch_recv(
           pointer<int32_t>(recv_topk_idx),
           pointer<float>(recv_topk_weights),
           handle_view(num_messages, messages, entries),
-          workspace};
+          workspace,
+          num_slots};
 }
 
 inline protocol::CombineSendParams make_combine_send(uintptr_t expert_out, uintptr_t num_messages,
@@ -60,10 +63,15 @@ inline protocol::CombineSendParams make_combine_send(uintptr_t expert_out, uintp
 
 inline protocol::CombineRecvParams make_combine_recv(uintptr_t out, uint32_t num_tokens,
                                                      uintptr_t num_partials, uintptr_t answers,
-                                                     uintptr_t topk_weights, int32_t workspace) {
-  return {pointer<std::byte>(out),         num_tokens,
-          pointer<uint32_t>(num_partials), pointer<uint32_t>(answers),
-          pointer<float>(topk_weights),    workspace};
+                                                     uintptr_t topk_weights, int32_t workspace,
+                                                     uint32_t num_slots) {
+  return {pointer<std::byte>(out),
+          num_tokens,
+          pointer<uint32_t>(num_partials),
+          pointer<uint32_t>(answers),
+          pointer<float>(topk_weights),
+          workspace,
+          num_slots};
 }
 
 }  // namespace ep

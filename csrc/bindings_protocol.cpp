@@ -35,19 +35,29 @@ void bind_config(py::module_& m) {
       .def(py::init([](uint32_t num_ranks, uint32_t num_experts, uint32_t num_max_tokens_per_rank,
                        uint32_t hidden, uint32_t top_k, uint32_t num_banks, DType dtype,
                        DType dispatch_dtype, ScaleFormat scale_format, Transfer transfer,
-                       uint32_t num_max_tagged_tokens, uint32_t num_workspaces,
-                       Reduction reduction) {
-             return LowLatencyConfig{num_ranks,     num_experts,    num_max_tokens_per_rank,
-                                     hidden,        top_k,          num_banks,
-                                     dtype,         dispatch_dtype, scale_format,
-                                     transfer,      reduction,      num_max_tagged_tokens,
-                                     num_workspaces};
+                       uint32_t num_max_tagged_tokens, uint32_t num_workspaces, Reduction reduction,
+                       bool global_expert_ids) {
+             return LowLatencyConfig{num_ranks,
+                                     num_experts,
+                                     num_max_tokens_per_rank,
+                                     hidden,
+                                     top_k,
+                                     num_banks,
+                                     dtype,
+                                     dispatch_dtype,
+                                     scale_format,
+                                     transfer,
+                                     reduction,
+                                     num_max_tagged_tokens,
+                                     num_workspaces,
+                                     global_expert_ids};
            }),
            py::kw_only(), py::arg("num_ranks"), py::arg("num_experts"),
            py::arg("num_max_tokens_per_rank"), py::arg("hidden"), py::arg("top_k"),
            py::arg("num_banks"), py::arg("dtype"), py::arg("dispatch_dtype"),
            py::arg("scale_format"), py::arg("transfer"), py::arg("num_max_tagged_tokens"),
-           py::arg("num_workspaces") = 0, py::arg("reduction") = Reduction::kRank)
+           py::arg("num_workspaces") = 0, py::arg("reduction") = Reduction::kRank,
+           py::arg("global_expert_ids") = false)
       .def_readonly("num_ranks", &LowLatencyConfig::num_ranks)
       .def_readonly("num_experts", &LowLatencyConfig::num_experts)
       .def_readonly("num_max_tokens_per_rank", &LowLatencyConfig::num_max_tokens_per_rank)
@@ -60,6 +70,7 @@ void bind_config(py::module_& m) {
       .def_readonly("transfer", &LowLatencyConfig::transfer)
       .def_readonly("num_max_tagged_tokens", &LowLatencyConfig::num_max_tagged_tokens)
       .def_readonly("num_workspaces", &LowLatencyConfig::num_workspaces)
+      .def_readonly("global_expert_ids", &LowLatencyConfig::global_expert_ids)
       .def_readonly("reduction", &LowLatencyConfig::reduction);
   m.attr("PROTOCOL_VERSION") = kProtocolVersion;
   m.attr("MAX_RANKS") = kNumMaxRanks;

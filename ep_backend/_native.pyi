@@ -63,6 +63,7 @@ class LowLatencyConfig:
     transfer: Transfer
     num_max_tagged_tokens: int
     num_workspaces: int
+    global_expert_ids: bool
     reduction: Reduction
     def __init__(
         self,
@@ -80,6 +81,7 @@ class LowLatencyConfig:
         num_max_tagged_tokens: int,
         num_workspaces: int = 0,
         reduction: Reduction = ...,
+        global_expert_ids: bool = False,
     ) -> None: ...
 
 class ExpertPartition:
@@ -188,6 +190,7 @@ class LowLatencyRank:
         num_partials: int,
         answers: int,
         workspace: int,
+        num_slots: int,
     ) -> OpResult: ...
     def dispatch_recv(
         self,
@@ -201,6 +204,7 @@ class LowLatencyRank:
         messages: int,
         entries: int,
         workspace: int,
+        num_slots: int,
     ) -> OpResult: ...
     def combine_send(
         self,
@@ -218,6 +222,7 @@ class LowLatencyRank:
         answers: int,
         topk_weights: int,
         workspace: int,
+        num_slots: int,
     ) -> OpResult: ...
     def epoch(self, phase: Phase, half: Half) -> int: ...
     def counters(self, phase: Phase, half: Half) -> dict[str, int]: ...

@@ -207,6 +207,7 @@ class Buffer:
                 transfer="pull",
                 num_max_tagged_tokens=None,
                 num_workspaces=0,
+                expert_ids="local",
                 num_banks=NUM_BANKS,
                 device=device,
             )

@@ -56,13 +56,17 @@ class DispatchHandle:
         epoch: number of the dispatch on its buffer.
         num_tokens: T of this dispatch on this rank.
         workspace: the workspace that it went to, -1: the buffer has none.
+        num_slots: rows of each source there.
         is_received: the dispatch hook has returned.
     """
 
-    def __init__(self, buffer: LowLatencyBuffer, num_tokens: int, workspace: int) -> None:
+    def __init__(
+        self, buffer: LowLatencyBuffer, num_tokens: int, workspace: int, num_slots: int
+    ) -> None:
         self.buffer = buffer
         self.num_tokens = num_tokens
         self.workspace = workspace
+        self.num_slots = num_slots
         self.epoch = 0  # until the send has succeeded
         self.is_received = False
         num_ranks = buffer.group.num_ranks
@@ -138,7 +142,8 @@ class DispatchResult:
     recv_topk_idx: torch.Tensor | None
     """Rank-major `[R, M, K]` int32, else None: the row's local experts, in the order of its
     source's `topk_idx`, then -1. Rows that hold no message are -1 throughout. An expert that the
-    source listed twice is here twice."""
+    source listed twice is here twice. With `expert_ids="global"` experts have their global number,
+    and in place of -1 is an expert of another rank (-1 where there is none)."""
     recv_topk_weights: torch.Tensor | None
     """Rank-major `[R, M, K]` float32, else None: the weights of those experts, then 0. Rows that
     hold no message hold anything."""
@@ -152,7 +157,9 @@ class DispatchResult:
         if self._num_rows_per_expert is not None:
             return self._num_rows_per_expert
         assert self.recv_topk_idx is not None
-        return count_rows_per_expert(self.recv_topk_idx, self.handle.buffer.num_local_experts)
+        buffer = self.handle.buffer
+        first_expert = buffer.first_expert if buffer.expert_ids == "global" else 0
+        return count_rows_per_expert(self.recv_topk_idx - first_expert, buffer.num_local_experts)
 
     @property
     def num_recv_tokens_per_rank(self) -> torch.Tensor:
@@ -161,10 +168,11 @@ class DispatchResult:
 
 
 def count_rows_per_expert(recv_topk_idx: torch.Tensor, num_local_experts: int) -> torch.Tensor:
-    """`[L]` int32: rows of `recv_topk_idx`, `[R, M, K]`, that list each expert."""
+    """`[L]` int32: rows of `recv_topk_idx`, `[R, M, K]` local experts, that list each of them."""
     idx = recv_topk_idx.flatten(0, 1)
     is_repeated = (idx[:, :, None] == idx[:, None, :]).tril(-1).any(2)
-    bins = torch.where((idx < 0) | is_repeated, num_local_experts, idx).flatten().long()
+    is_counted = (idx >= 0) & (idx < num_local_experts) & ~is_repeated
+    bins = torch.where(is_counted, idx, num_local_experts).flatten().long()
     counts = torch.zeros(num_local_experts + 1, dtype=torch.int32, device=idx.device)
     return counts.scatter_add_(0, bins, torch.ones_like(bins, dtype=torch.int32))[:-1]
 

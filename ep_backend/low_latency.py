@@ -91,6 +91,8 @@ class LowLatencyBuffer:
         num_workspaces: CUDA, rank-major: if not 0, every exchange is in one of so many workspaces,
             sets of tensors in symmetric memory. Rows are sent straight to the `recv_*` tensors of
             their receiver, and fetched straight from its `combine_input`: nothing is copied.
+        expert_ids: in workspaces, how received rows list their experts: "local", or "global". See
+            `DispatchResult.recv_topk_idx`.
         num_banks: operations in flight, at least 2.
         timeout_secs: how long one wait for peers may last.
         device: where tensors live: "cpu", or a CUDA device. On CUDA, sends and hooks are launched
@@ -123,6 +125,7 @@ class LowLatencyBuffer:
         transfer: str = "pull",
         num_max_tagged_tokens: int | None = None,
         num_workspaces: int = 0,
+        expert_ids: str = "local",
         num_banks: int = 2,
         timeout_secs: float = DEFAULT_TIMEOUT_SECS,
         device: str | torch.device = "cpu",
@@ -142,6 +145,7 @@ class LowLatencyBuffer:
             transfer=transfer,
             num_max_tagged_tokens=num_max_tagged_tokens,
             num_workspaces=num_workspaces,
+            expert_ids=expert_ids,
             num_banks=num_banks,
             device=device_type(device),
         )
@@ -167,6 +171,7 @@ class LowLatencyBuffer:
         self.reduction = reduction
         self.num_banks = num_banks
         self.num_workspaces = num_workspaces
+        self.expert_ids = expert_ids
         config = settings.config(group.num_ranks)
         layout = _native.LowLatencyLayout(config)
         self.num_local_experts: int = layout.partition.num_local_experts(group.self_rank)
@@ -189,10 +194,10 @@ class LowLatencyBuffer:
             config, group, self._memory.bases, self.device, timeout_secs, spin_us, num_sms
         )
         base = self._memory.bases[group.self_rank]
-        self._workspaces = [
-            Workspace(idx, base, layout, output_shape, dtype, self.device)
-            for idx in range(num_workspaces)
-        ]
+        self._make_workspace = lambda idx, num_slots: Workspace(
+            idx, base, layout, output_shape, num_slots, dtype, self.device
+        )
+        self._workspaces: dict[tuple[int, int], Workspace] = {}
         self._workspace_epochs = [0] * num_workspaces
         self._dispatches = PhaseOrder("dispatch", num_banks)
         self._combines = PhaseOrder("combine", num_banks)
@@ -208,6 +213,7 @@ class LowLatencyBuffer:
         topk_weights: torch.Tensor | None = None,
         x_scales: torch.Tensor | None = None,
         workspace: int = 0,
+        num_slots: int | None = None,
     ) -> tuple[DispatchResult, RecvHook]:
         """Sends every token once to each rank that owns one of its experts.
 
@@ -223,6 +229,8 @@ class LowLatencyBuffer:
                 and "ue8m0" they must be powers of two; that is not checked.
             workspace: where there are several, the one to use; the same on every rank. What is in
                 it from the dispatch before need not have been combined, but must have been read.
+            num_slots: in a workspace, rows that each source has in `recv_*` and `combine_input`,
+                in place of M; T of every rank at most, and the same on every rank.
 
         Returns:
             The result, and the hook that fills it.
@@ -233,7 +241,9 @@ class LowLatencyBuffer:
             OrderError: `num_banks` dispatches are waiting for their hooks.
             PeerTimeout: a peer did not free the bank in time.
         """
-        handle, arguments = self._prepare_dispatch(x, topk_idx, topk_weights, x_scales, workspace)
+        handle, arguments = self._prepare_dispatch(
+            x, topk_idx, topk_weights, x_scales, workspace, num_slots
+        )
         num_tokens = handle.num_tokens
         handle.epoch = self._dispatches.send(
             lambda: self._calls.run("dispatch_send", num_tokens, *arguments)
@@ -257,6 +267,7 @@ class LowLatencyBuffer:
         topk_weights: torch.Tensor | None = None,
         x_scales: torch.Tensor | None = None,
         workspace: int = 0,
+        num_slots: int | None = None,
     ) -> DispatchResult:
         """`dispatch` and its hook in one call; on CUDA also in one kernel. For where nothing could
         overlap with the transfer.
@@ -270,10 +281,14 @@ class LowLatencyBuffer:
         """
         if self._kernels.dispatch is None:
             self._dispatches.require_idle()
-            result, recv_hook = self.dispatch(x, topk_idx, topk_weights, x_scales, workspace)
+            result, recv_hook = self.dispatch(
+                x, topk_idx, topk_weights, x_scales, workspace, num_slots
+            )
             recv_hook()
             return result
-        handle, arguments = self._prepare_dispatch(x, topk_idx, topk_weights, x_scales, workspace)
+        handle, arguments = self._prepare_dispatch(
+            x, topk_idx, topk_weights, x_scales, workspace, num_slots
+        )
 
         def run(epoch: int) -> DispatchResult:
             handle.epoch = epoch
@@ -354,19 +369,30 @@ class LowLatencyBuffer:
         self._combines.exchange(lambda _: self._calls.run("combine", handle.num_tokens, *arguments))
         return out
 
-    def combine_input(self, workspace: int = 0) -> torch.Tensor:
-        """`[R, M, H]` of the buffer's dtype, in symmetric memory: what a combine in that workspace
-        takes. It may be written once a dispatch that was sent after the workspace's last combine
-        was received has been received: peers have read it then.
+    def combine_input(self, workspace: int = 0, num_slots: int | None = None) -> torch.Tensor:
+        """`[R, num_slots, H]` of the buffer's dtype, in symmetric memory: what a combine in that
+        workspace takes. It may be written once a dispatch that was sent after the workspace's last
+        combine was received has been received: peers have read it then.
+
+        Args:
+            num_slots: as the dispatch was given. Default: M.
         """
-        return self._workspaces[workspace].combine_input
+        return self._workspace(workspace, num_slots or self.num_max_tokens_per_rank).combine_input
+
+    def _workspace(self, idx: int, num_slots: int) -> Workspace:
+        key = idx, num_slots
+        if key not in self._workspaces:
+            check_int("workspace", idx, 0, self.num_workspaces - 1)
+            check_int("num_slots", num_slots, 1, self.num_max_tokens_per_rank)
+            self._workspaces[key] = self._make_workspace(idx, num_slots)
+        return self._workspaces[key]
 
     def _output_of(self, handle: DispatchHandle) -> RecvBank | Workspace:
         """Where that dispatch, which has got its epoch, arrives."""
         if handle.workspace < 0:
             return self._recv_banks.of(handle.epoch)
         self._workspace_epochs[handle.workspace] = handle.epoch
-        return self._workspaces[handle.workspace]
+        return self._workspace(handle.workspace, handle.num_slots)
 
     def counters(self) -> dict[str, OpCounters]:
         """Counters of "dispatch_send", "dispatch_recv", "combine_send" and "combine_recv"."""
@@ -399,6 +425,7 @@ class LowLatencyBuffer:
         topk_weights: torch.Tensor | None,
         x_scales: torch.Tensor | None,
         workspace: int,
+        num_slots: int | None,
     ) -> tuple[DispatchHandle, tuple[int, ...]]:
         """Checks the tensors; makes the handle and the arguments of the native dispatch_send."""
         check_tensor(
@@ -419,8 +446,7 @@ class LowLatencyBuffer:
         check_alignment("x", x, self._row_alignment)
         if x_scales is not None or x.dtype != self.dtype:
             check_x_scales(x, x_scales, self.num_scales, self.device)
-        check_int("workspace", workspace, 0, max(0, self.num_workspaces - 1))
-        handle = DispatchHandle(self, num_tokens, workspace if self.num_workspaces > 0 else -1)
+        handle = self._make_handle(num_tokens, workspace, num_slots)
         num_partials, answers, *_ = handle.pointers()
         return handle, (
             x.data_ptr(),
@@ -433,7 +459,29 @@ class LowLatencyBuffer:
             num_partials,
             answers,
             handle.workspace,
+            handle.num_slots,
         )
+
+    def _make_handle(
+        self, num_tokens: int, workspace: int, num_slots: int | None
+    ) -> DispatchHandle:
+        check_int("workspace", workspace, 0, max(0, self.num_workspaces - 1))
+        if self.num_workspaces == 0:
+            if num_slots is not None:
+                raise ValueError(
+                    f"num_slots is {num_slots}, but this buffer has no workspaces. Leave it out."
+                )
+            return DispatchHandle(self, num_tokens, -1, 0)
+        if num_slots is None:
+            num_slots = self.num_max_tokens_per_rank
+        check_int(
+            "num_slots",
+            num_slots,
+            max(1, num_tokens),
+            self.num_max_tokens_per_rank,
+            f"x has {num_tokens} tokens.",
+        )
+        return DispatchHandle(self, num_tokens, workspace, num_slots)
 
     def _prepare_combine(
         self,
@@ -450,9 +498,12 @@ class LowLatencyBuffer:
                 f"combine was called with the handle of dispatch {handle.epoch}, whose hook has "
                 "not been called. Call that hook first."
             )
-        check_tensor("expert_out", expert_out, self._expert_out_shape, (self.dtype,), self.device)
+        shape: tuple[int, ...] = self._expert_out_shape
+        if handle.workspace >= 0:
+            shape = (self.group.num_ranks, handle.num_slots, self.hidden)
+        check_tensor("expert_out", expert_out, shape, (self.dtype,), self.device)
         check_alignment("expert_out", expert_out, self._row_alignment)
-        if self.num_workspaces > 0:
+        if handle.workspace >= 0:
             self._check_workspace(expert_out, handle)
         shape = (handle.num_tokens, self.hidden)
         if out is None:
@@ -500,4 +551,12 @@ def _combine_recv_arguments(
     """Of the native combine_recv."""
     num_partials, answers, *_ = handle.pointers()
     weights = address_of(topk_weights)
-    return (out.data_ptr(), handle.num_tokens, num_partials, answers, weights, handle.workspace)
+    return (
+        out.data_ptr(),
+        handle.num_tokens,
+        num_partials,
+        answers,
+        weights,
+        handle.workspace,
+        handle.num_slots,
+    )

@@ -115,12 +115,14 @@ class RecvBank:
             recv_topk_weights,
             *received,
             -1,
+            0,
         )
 
 
 class Workspace:
-    """One of a buffer's workspaces: tensors in symmetric memory. Peers write the `recv_*`, which
-    are as those of a `RecvBank`, and read `combine_input`."""
+    """One of a buffer's workspaces: tensors in symmetric memory, as they lie when each source has
+    `num_slots` rows. Peers write the `recv_*`, which are as those of a `RecvBank` of so many tokens
+    a rank, and read `combine_input`."""
 
     def __init__(
         self,
@@ -128,11 +130,13 @@ class Workspace:
         base: int,
         layout: _native.LowLatencyLayout,
         shape: OutputShape,
+        num_slots: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         def tensor(offset: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-            return cuda.tensor_at(base + offset, (*shape.rows, last), dtype, device)
+            size = (shape.num_ranks, num_slots, last)
+            return cuda.tensor_at(base + offset, size, dtype, device)
 
         self._idx = idx
         self.recv_x = tensor(layout.workspace_row(idx, 0), shape.hidden, shape.dispatch_dtype)
@@ -159,7 +163,8 @@ class Workspace:
     def arguments(self, result: DispatchResult) -> tuple[_native.OutputLayout | int, ...]:
         """Of the native dispatch_recv."""
         _, _, *received = result.handle.pointers()
-        return (_native.OutputLayout.RANK_MAJOR, 0, 0, 0, 0, 0, *received, self._idx)
+        num_slots = result.handle.num_slots
+        return (_native.OutputLayout.RANK_MAJOR, 0, 0, 0, 0, 0, *received, self._idx, num_slots)
 
 
 def _empty_scales(shape: OutputShape, device: torch.device) -> torch.Tensor:

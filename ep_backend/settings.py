@@ -27,6 +27,7 @@ OUTPUT_LAYOUTS = {
 REDUCTIONS = {"rank": _native.Reduction.RANK, "source": _native.Reduction.SOURCE}
 TRANSFERS = {"push": _native.Transfer.PUSH, "pull": _native.Transfer.PULL}
 
+EXPERT_IDS = ("local", "global")
 # What goes with workspaces.
 WORKSPACE_SETTINGS = {
     "device": "cuda",
@@ -56,6 +57,7 @@ class BufferSettings:
     transfer: str
     num_max_tagged_tokens: int | None
     num_workspaces: int
+    expert_ids: str
     num_banks: int
     device: str
     """Its type, "cpu" or "cuda"."""
@@ -120,7 +122,13 @@ class BufferSettings:
 
     def _check_workspaces(self) -> None:
         check_int("num_workspaces", self.num_workspaces, 0, _native.MAX_BANKS)
+        _check_choice("expert_ids", self.expert_ids, dict.fromkeys(EXPERT_IDS))
         if self.num_workspaces == 0:
+            if self.expert_ids != "local":
+                raise ValueError(
+                    f"expert_ids is {self.expert_ids!r}, which only workspaces have. Pass "
+                    "num_workspaces, or leave it out."
+                )
             return
         for name, needed in WORKSPACE_SETTINGS.items():
             value = getattr(self, name)
@@ -158,6 +166,7 @@ class BufferSettings:
             transfer=TRANSFERS[self.transfer] if is_cuda else _native.Transfer.PUSH,
             num_max_tagged_tokens=self._num_tagged_tokens(num_ranks) if is_cuda else 0,
             num_workspaces=self.num_workspaces,
+            global_expert_ids=self.expert_ids == "global",
             reduction=REDUCTIONS[self.reduction],
         )
 

@@ -171,7 +171,7 @@ def test_kernels_that_do_both_halves_get_the_arguments_of_both(scenario: Scenari
                 sent = send(*args[:num_sent])
                 return recv(*args[num_sent:]) if sent.ok else sent
 
-            kernels.dispatch = partial(run, kernels.dispatch_send, kernels.dispatch_recv, 10)
+            kernels.dispatch = partial(run, kernels.dispatch_send, kernels.dispatch_recv, 11)
             kernels.combine = partial(run, kernels.combine_send, kernels.combine_recv, 5)
             Interpreter(buffer, scenario).run(PROGRAMS["fused_loop"](10, buffer.num_banks))
             assert num_done == 20
@@ -352,14 +352,24 @@ def test_the_kernels_refuse_by_themselves_what_python_would_have_refused() -> No
     scratch = [torch.zeros(n, dtype=torch.int32) for n in (8, 1, slots * 4, slots * 3 * 2)]
     recv_x = torch.empty(8, slots, shape.hidden, dtype=shape.dtype)
     counts, *handle = [t.data_ptr() for t in scratch]
-    received = (_native.OutputLayout.EXPERT_MAJOR, recv_x.data_ptr(), 0, counts, 0, 0, *handle, -1)
+    received = (
+        _native.OutputLayout.EXPERT_MAJOR,
+        recv_x.data_ptr(),
+        0,
+        counts,
+        0,
+        0,
+        *handle,
+        -1,
+        0,
+    )
 
     def send_nothing() -> _native.OpResult:
-        return rank.dispatch_send(0, False, 0, 0, True, 0, 0, 0, 0, -1)
+        return rank.dispatch_send(0, False, 0, 0, True, 0, 0, 0, 0, -1, 0)
 
     out_of_order = _native.Status.OUT_OF_ORDER
     assert rank.dispatch_recv(*received).status == out_of_order
-    assert rank.combine_recv(0, 0, 0, 0, 0, -1).status == out_of_order
+    assert rank.combine_recv(0, 0, 0, 0, 0, -1, 0).status == out_of_order
     for _ in range(shape.num_banks):
         assert send_nothing().status == _native.Status.OK
     refused = send_nothing()

@@ -66,6 +66,9 @@ void prepare_workspace_combine();
 uint64_t dispatch_shared_bytes(const protocol::LowLatencyLayout& layout, uint32_t self_rank,
                                uint32_t num_tokens);
 
+uint64_t workspace_dispatch_shared_bytes(const protocol::LowLatencyLayout& layout,
+                                         uint32_t num_tokens);
+
 void launch_dispatch_send(const RankView& rank, const DispatchSendParams& send,
                           const Launch& launch);
 void launch_dispatch_recv(const RankView& rank, const DispatchRecvParams& recv,

@@ -37,14 +37,16 @@ bool check_shared_memory(const LowLatencyLayout& layout, uint32_t self_rank) {
   check(cudaDeviceGetAttribute(&of_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
         "asking for the size of shared memory");
   constexpr uint64_t num_declared = Launch::kDeclaredSharedBytes;
-  const uint64_t num_wanted =
-      dispatch_shared_bytes(layout, self_rank, layout.config().num_max_tokens_per_rank);
+  const uint32_t num_tokens = layout.config().num_max_tokens_per_rank;
+  const bool has_workspaces = layout.config().num_workspaces > 0;
+  const uint64_t num_wanted = has_workspaces ? workspace_dispatch_shared_bytes(layout, num_tokens)
+                                             : dispatch_shared_bytes(layout, self_rank, num_tokens);
   if (num_wanted + num_declared > static_cast<uint64_t>(of_block)) {
     throw std::invalid_argument(
         "a dispatch of num_max_tokens_per_rank tokens needs " + std::to_string(num_wanted) +
-        " bytes of shared memory, a bit for each token and expert; this GPU has " +
-        std::to_string(of_block - num_declared) +
-        ". Lower num_max_tokens_per_rank or num_experts.");
+        " bytes of shared memory, a bit for each token and " +
+        (has_workspaces ? "rank" : "expert") + "; this GPU has " +
+        std::to_string(of_block - num_declared) + ". Lower num_max_tokens_per_rank.");
   }
   return kBlocksPerSM * (num_wanted + num_declared) <= static_cast<uint64_t>(of_sm);
 }
@@ -73,12 +75,7 @@ LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_
       zeroed_device_array<uint64_t>(view_.layout.partition().num_max_local_experts());
   const uint32_t num_workspaces = config.num_workspaces;
   view_.workspace_epochs = zeroed_device_array<uint64_t>(num_workspaces);
-  view_.workspace_counts = zeroed_device_array<uint32_t>(num_workspaces * num_ranks);
-  // All slots are yet to be cleared.
-  const std::vector<uint32_t> counts(num_workspaces * num_ranks, config.num_max_tokens_per_rank);
-  check(cudaMemcpy(view_.workspace_counts, counts.data(), counts.size() * sizeof(uint32_t),
-                   cudaMemcpyHostToDevice),
-        "setting workspaces up");
+  view_.workspace_counts = zeroed_device_array<uint32_t>(num_workspaces * (num_ranks + 1));
   check(cudaHostAlloc(&view_.report, sizeof(HostReport), cudaHostAllocMapped),
         "allocating a rank's report");
   view_.report->result = {};

@@ -55,7 +55,8 @@ struct RankView {
   RankState* state;
   uint64_t* wait_ns;          // [phase][half][R]: waited for each peer so far
   uint64_t* num_expert_rows;  // [L]: received so far
-  // [W]: the last dispatch into each workspace; [W][R]: its messages from each source.
+  // [W]: the last dispatch into each workspace; [W][R + 1]: its messages from each source, and its
+  // slots for each.
   uint64_t* workspace_epochs;
   uint32_t* workspace_counts;
   HostReport* report;

@@ -36,7 +36,8 @@ EP_HOST_DEVICE void evaluate(const protocol::LowLatencyConfig& config, uint32_t 
   const uint32_t workspace = case_idx % (config.num_workspaces + 1);
   words[11] = layout.num_bytes() + layout.workspace_credit(workspace, rank) +
               layout.workspace_topk_weights(workspace, token) +
-              layout.combine_input(workspace, layout.message_in_workspace(rank, token));
+              layout.combine_input(workspace, layout.message_in_workspace(
+                                                  config.num_max_tokens_per_rank, rank, token));
   // Every 32-bit pattern once in a while: the hardware's conversion against the protocol's.
   const float value = protocol::float_of(case_idx * 1048583u);
 #if defined(__CUDA_ARCH__)

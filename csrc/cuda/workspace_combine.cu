@@ -83,7 +83,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
       for (uint32_t c = lane; c < num_columns; c += kWarp) {
         const uint32_t answer =
             c == lane ? answers.answer : recv.answers[token * layout.num_outcome_columns() + c];
-        const uint32_t message = layout.message_in_workspace(rank.self_rank, answer & 0xffff);
+        const uint32_t message =
+            LowLatencyLayout::message_in_workspace(recv.num_slots, rank.self_rank, answer & 0xffff);
         plan.rows[c] = op.peer(answer >> 16) +
                        layout.combine_input(static_cast<uint32_t>(recv.workspace), message);
         plan.weights[c] = 1.0f;

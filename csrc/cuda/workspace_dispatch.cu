@@ -79,7 +79,8 @@ class WorkspaceSender {
       if ((ranks >> lane & 1) != 0) {
         const uint32_t r = word * kWarp + lane, slot = sets_.before_rank(r, token);
         const uint32_t i = size + __popc(ranks & ((1u << lane) - 1));
-        const uint32_t message = layout_.message_in_workspace(rank_.self_rank, slot);
+        const uint32_t message =
+            LowLatencyLayout::message_in_workspace(params_.num_slots, rank_.self_rank, slot);
         std::byte* peer = op_.peer(r);
         receivers_->rows[i] = peer + layout_.workspace_row(workspace_, message);
         receivers_->scales[i] = at<uint32_t>(peer, layout_.workspace_scales(workspace_, message));
@@ -139,10 +140,13 @@ class WorkspaceSender {
         num_alike += __popc(alike[i]);
       }
       if (!is_used) continue;
-      const uint32_t message = layout_.message_in_workspace(rank_.self_rank, answer & 0xffff);
+      const uint32_t message = LowLatencyLayout::message_in_workspace(
+          params_.num_slots, rank_.self_rank, answer & 0xffff);
       auto* idx = at<int32_t>(op_.peer(r), layout_.workspace_topk_idx(workspace_, message));
       auto* weight = at<float>(op_.peer(r), layout_.workspace_topk_weights(workspace_, message));
       const uint32_t first_expert = routing_.owners.first_expert(r);
+      const int32_t no_expert = layout_.no_expert(first_expert);
+      const uint32_t from = layout_.config().global_expert_ids ? 0 : first_expert;
 #pragma unroll
       for (uint32_t i = 0; i < kRoutesOfLane; ++i) {
         const uint32_t k = i * kWarp + first_k;
@@ -150,7 +154,7 @@ class WorkspaceSender {
         const bool is_here = owners[i] == r;
         const uint32_t before = num_before + __popc(alike[i] & ((1u << first_k) - 1));
         const uint32_t place = is_here ? before : num_alike + k - before;
-        idx[place] = is_here ? static_cast<int32_t>(experts[i] - first_expert) : -1;
+        idx[place] = is_here ? static_cast<int32_t>(experts[i] - from) : no_expert;
         weight[place] = is_here ? weights[i] : 0.0f;
         num_before += __popc(alike[i]);
       }
@@ -223,27 +227,35 @@ class WorkspaceReceiver {
   // One block. `own_count()`: messages to itself, where no signal says it.
   template <typename OwnCount>
   __device__ bool run(const Op& op, uint32_t skip_rank, OwnCount own_count) const {
-    uint32_t* counted = rank_.workspace_counts + workspace_ * num_ranks_;
-    for (uint32_t r = threadIdx.x; r < num_ranks_; r += blockDim.x) old_counts_[r] = counted[r];
+    uint32_t* counted = rank_.workspace_counts + workspace_ * (num_ranks_ + 1);
+    const bool is_alike = counted[num_ranks_] == params_.num_slots;
+    for (uint32_t r = threadIdx.x; r < num_ranks_; r += blockDim.x) {
+      old_counts_[r] = is_alike ? counted[r] : params_.num_slots;
+    }
     const bool ok = op.start_recv(skip_rank, counts_, own_count, true);
     if (!__syncthreads_and(ok)) return false;
     for (uint32_t r = threadIdx.x; r < num_ranks_; r += blockDim.x) {
       params_.handle.num_messages[r] = counts_[r];
       counted[r] = counts_[r];
     }
+    if (threadIdx.x == 0) counted[num_ranks_] = params_.num_slots;
     for (uint32_t r = threadIdx.x / kWarp; r < num_ranks_; r += kWarps) clear(r);
     return true;
   }
 
  private:
-  // Slots that have held a message since they were cleared last, but hold none now. One warp.
+  // Slots that have held a message since they were cleared last, but hold none now; all of them
+  // where slots lay elsewhere before. One warp.
   __device__ void clear(uint32_t src_rank) const {
     const uint32_t top_k = rank_.layout.config().top_k;
-    const uint32_t first = rank_.layout.message_in_workspace(src_rank, counts_[src_rank]);
-    const uint32_t end = rank_.layout.message_in_workspace(src_rank, old_counts_[src_rank]);
+    const uint32_t before = src_rank * params_.num_slots;
+    const uint32_t first = before + counts_[src_rank], end = before + old_counts_[src_rank];
+    const int32_t no_expert = rank_.layout.no_expert(rank_.owners.first_expert(rank_.self_rank));
     auto* idx = at<int32_t>(rank_.self_base, rank_.layout.workspace_topk_idx(workspace_, 0));
 #pragma unroll 1
-    for (uint32_t i = first * top_k + threadIdx.x % kWarp; i < end * top_k; i += kWarp) idx[i] = -1;
+    for (uint32_t i = first * top_k + threadIdx.x % kWarp; i < end * top_k; i += kWarp) {
+      idx[i] = no_expert;
+    }
   }
 
   const RankView& rank_;
@@ -311,8 +323,8 @@ uint64_t recv_bytes(const LowLatencyLayout& layout) {
   return uint64_t{WorkspaceReceiver::num_words(layout.config().num_ranks)} * sizeof(uint32_t);
 }
 
-uint64_t send_bytes(const LowLatencyLayout& layout, const DispatchSendParams& send) {
-  return TokenSets::num_bytes(layout.config(), send.num_tokens, false);
+uint64_t send_bytes(const LowLatencyLayout& layout, uint32_t num_tokens) {
+  return TokenSets::num_bytes(layout.config(), num_tokens, false);
 }
 
 template <typename Rows>
@@ -330,11 +342,15 @@ void prepare_workspace_dispatch() {
   prepare_forms<QuantizeRow<float>>();
 }
 
+uint64_t workspace_dispatch_shared_bytes(const LowLatencyLayout& layout, uint32_t num_tokens) {
+  return send_bytes(layout, num_tokens) + recv_bytes(layout);
+}
+
 void launch_workspace_dispatch_send(const RankView& rank, const DispatchSendParams& send,
                                     const Launch& launch) {
   with_rows(rank.layout, send, [&](auto rows) {
     launch.run(workspace_dispatch_kernel<decltype(rows), true, false>,
-               send_bytes(rank.layout, send), rank, rows, send, DispatchRecvParams{});
+               send_bytes(rank.layout, send.num_tokens), rank, rows, send, DispatchRecvParams{});
   });
 }
 
@@ -348,7 +364,8 @@ void launch_workspace_dispatch(const RankView& rank, const DispatchSendParams& s
                                const DispatchRecvParams& recv, const Launch& launch) {
   with_rows(rank.layout, send, [&](auto rows) {
     launch.run(workspace_dispatch_kernel<decltype(rows), true, true>,
-               send_bytes(rank.layout, send) + recv_bytes(rank.layout), rank, rows, send, recv);
+               workspace_dispatch_shared_bytes(rank.layout, send.num_tokens), rank, rows, send,
+               recv);
   });
 }
 

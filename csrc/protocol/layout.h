@@ -35,6 +35,7 @@ struct LowLatencyConfig {
   Reduction reduction = Reduction::kRank;
   uint32_t num_max_tagged_tokens = 0;  // batches up to this size travel as tagged words
   uint32_t num_workspaces = 0;         // 0: none. Else every exchange is in one, see README.md
+  bool global_expert_ids = false;      // in workspaces: experts are listed by their global number
 };
 
 // Limits that the widths of the wire words set.
@@ -193,11 +194,22 @@ class LowLatencyLayout {
     return tagged_outcome_offset_ + wide(bank * num_slots + outcome_slot, tagged_row_bytes_);
   }
 
+  // What a rank is told where there is no expert: none, or one that other ranks own.
+  EP_HOST_DEVICE constexpr int32_t no_expert(uint32_t first_expert_of_rank) const {
+    if (!config_.global_expert_ids) return -1;
+    if (first_expert_of_rank > 0) return 0;
+    return config_.num_experts > partition_.num_local_experts(0)
+               ? static_cast<int32_t>(config_.num_experts - 1)
+               : -1;
+  }
+
   // A workspace, by message: rows and their scales as the experts take them, the message's experts
-  // and weights, and the rows that its source fetches. Not by bank: addresses must not change when
-  // graphs replay.
-  EP_HOST_DEVICE constexpr uint32_t message_in_workspace(uint32_t src_rank, uint32_t slot) const {
-    return src_rank * config_.num_max_tokens_per_rank + slot;
+  // and weights, and the rows that its source fetches. Messages are numbered
+  // source by source, with as many slots each as this exchange has. Not by bank: addresses must not
+  // change when graphs replay.
+  EP_HOST_DEVICE static constexpr uint32_t message_in_workspace(uint32_t num_slots,
+                                                                uint32_t src_rank, uint32_t slot) {
+    return src_rank * num_slots + slot;
   }
   EP_HOST_DEVICE constexpr uint64_t workspace_row(uint32_t workspace, uint32_t message) const {
     return workspace_offset(workspace) + wide(message, dispatch_row_bytes_);

@@ -79,7 +79,8 @@ struct DispatchSendParams {
   // (Reduction::kSource): by ascending k, rank << 16 | k.
   uint32_t* num_partials;
   uint32_t* answers;
-  int32_t workspace;  // where the rows go on every rank; -1: the buffer has no workspaces
+  int32_t workspace;   // where the rows go on every rank; -1: the buffer has no workspaces
+  uint32_t num_slots;  // of each source in the workspace, T of every rank at most
 };
 // Of a workspace only the handle's num_messages are written: the rest is where it came from.
 struct DispatchRecvParams {
@@ -91,6 +92,7 @@ struct DispatchRecvParams {
   float* recv_topk_weights;             // out [R, M, K], rank-major
   HandleView handle;                    // out
   int32_t workspace;                    // as above
+  uint32_t num_slots;                   // as above
 };
 struct CombineSendParams {
   const std::byte* expert_out;  // [L, S, H] or [R, M, H], as dispatch's output
@@ -104,6 +106,7 @@ struct CombineRecvParams {
   const uint32_t* answers;       // [T, C], from dispatch_send
   const float* topk_weights;     // [T, K], Reduction::kSource
   int32_t workspace;             // as above
+  uint32_t num_slots;            // as above
 };
 
 }  // namespace ep::protocol

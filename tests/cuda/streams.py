@@ -30,10 +30,8 @@ def exchange_in_one_kernel_each(ranks: list[Interpreter], op: int) -> None:
 
     inputs = [rank.inputs(op) for rank in ranks]
     weights = [rank.combine_weights(op) for rank in ranks]
-    workspace = ranks[0].workspace(op)
-    received = on_streams(
-        lambda r: ranks[r].buffer.dispatch_and_receive(*inputs[r], workspace=workspace)
-    )
+    place = ranks[0].place(op)
+    received = on_streams(lambda r: ranks[r].buffer.dispatch_and_receive(*inputs[r], **place))
     for rank, result in zip(ranks, received, strict=True):
         rank.take_received(op, result)
     combined = on_streams(

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ep_backend import DispatchResult, LowLatencyBuffer, PeerTimeout, reference
+from ep_backend import DispatchResult, LowLatencyBuffer, OrderError, PeerTimeout, reference
 from tests.cuda.streams import exchange_in_one_kernel_each
 from tests.support.programs import STEPWISE_PROGRAMS, Interpreter
 from tests.support.scenario import Scenario, mixed_scenario
@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "source_pull": SOURCE | {"num_max_tagged_tokens": 0},
     "source_tagged": SOURCE | {"num_max_tagged_tokens": 3},
     "workspaces": RANK_MAJOR | {"num_workspaces": 5},
-    "float8_workspaces": FLOAT8 | RANK_MAJOR | {"num_workspaces": 5},
+    "float8_workspaces": FLOAT8 | RANK_MAJOR | {"num_workspaces": 5, "expert_ids": "global"},
 }
 with_settings = pytest.mark.parametrize("settings_of", SETTINGS.values(), ids=SETTINGS.keys())
 
@@ -188,6 +188,26 @@ class Pair:
             quantized = reference.quantize(x.cpu(), self._buffer.scale_format)
             x = reference.dequantize(*quantized).to(x.dtype).cuda()
         return (self.weights[:, :1] * x.float()).to(x.dtype)
+
+
+def test_a_workspace_holds_one_dispatch_at_a_time() -> None:
+    shape = Shape(1, hidden=64, device="cuda", output_layout="rank_major", num_workspaces=2)
+    (buffer,) = shape.virtual_buffers()
+    inputs = [t.cuda() for t in mixed_scenario(shape).variant(0).inputs(0)]
+    num_tokens = len(inputs[0])
+    with pytest.raises(ValueError, match=r"workspace is 2, expected an integer in 0\.\.1"):
+        buffer.dispatch(*inputs, workspace=2)
+    with pytest.raises(ValueError, match=f"expected an integer in {num_tokens}"):
+        buffer.dispatch(*inputs, num_slots=num_tokens - 1)
+    first = buffer.dispatch_and_receive(*inputs, workspace=1)
+    with pytest.raises(ValueError, match=r"expert_out is not combine_input\(1\)"):
+        buffer.combine(buffer.combine_input(0), first.handle)
+    second = buffer.dispatch_and_receive(*inputs, workspace=1)
+    with pytest.raises(OrderError, match="dispatch 2 has gone to the same workspace, 1"):
+        buffer.combine(buffer.combine_input(1), first.handle)
+    buffer.combine_and_receive(buffer.combine_input(1).zero_(), second.handle)
+    torch.cuda.synchronize()
+    buffer.raise_if_failed()
 
 
 def test_a_silent_peer_is_named_and_the_context_stays_usable() -> None:

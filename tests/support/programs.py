@@ -142,7 +142,7 @@ class Interpreter:
         run(op)
 
     def send_dispatch(self, op: int) -> None:
-        self.dispatched[op] = self.buffer.dispatch(*self.inputs(op), workspace=self.workspace(op))
+        self.dispatched[op] = self.buffer.dispatch(*self.inputs(op), **self.place(op))
 
     def hook_dispatch(self, op: int) -> None:
         result, hook = self.dispatched[op]
@@ -151,7 +151,7 @@ class Interpreter:
         self.take_received(op, result)
 
     def exchange_dispatch(self, op: int) -> None:
-        result = self.buffer.dispatch_and_receive(*self.inputs(op), workspace=self.workspace(op))
+        result = self.buffer.dispatch_and_receive(*self.inputs(op), **self.place(op))
         self.dispatched[op] = result, None
         self.take_received(op, result)
 
@@ -205,11 +205,16 @@ class Interpreter:
         """Moved to where peers read it, if the buffer has workspaces."""
         if self.buffer.num_workspaces == 0:
             return expert_out
-        return self.buffer.combine_input(self.workspace(op)).copy_(expert_out)
+        return self.buffer.combine_input(**self.place(op)).copy_(expert_out)
 
-    def workspace(self, op: int) -> int:
-        """One for each operation that may not have been combined yet."""
-        return op % max(1, self.buffer.num_workspaces)
+    def place(self, op: int) -> dict[str, int]:
+        """Arguments of `dispatch`: a workspace for each operation that may not have been combined
+        yet, with as many slots as there may be tokens, or as there are."""
+        if self.buffer.num_workspaces == 0:
+            return {}
+        most = max(len(x) for x in self.scenario.variant(op).x)
+        num_slots = max(1, most) if op % 3 == 1 else self.buffer.num_max_tokens_per_rank
+        return {"workspace": op % self.buffer.num_workspaces, "num_slots": num_slots}
 
     def check_combined(self, op: int, out: torch.Tensor) -> None:
         try:

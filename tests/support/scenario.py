@@ -208,8 +208,7 @@ def run_experts(result: DispatchResult, shape: Shape, rank: int) -> torch.Tensor
         for local, num_rows in enumerate(result.num_recv_tokens_per_expert.tolist()):
             out[local, :num_rows] = apply_expert(experts[local], values(local, num_rows))
         return out
-    idx, weights = result.recv_topk_idx, result.recv_topk_weights
-    assert idx is not None
+    idx, weights = local_experts_of(result, shape, rank), result.recv_topk_weights
     assert weights is not None
     for src_rank, num_rows in enumerate(result.num_recv_tokens_per_rank.tolist()):
         if num_rows > 0:
@@ -220,6 +219,22 @@ def run_experts(result: DispatchResult, shape: Shape, rank: int) -> torch.Tensor
                 experts,
             )
     return out
+
+
+def local_experts_of(result: DispatchResult, shape: Shape, rank: int) -> torch.Tensor:
+    """`recv_topk_idx` as if experts had local numbers. Raises AssertionError where a place without
+    an expert does not hold another rank's."""
+    idx = result.recv_topk_idx
+    assert idx is not None
+    if shape.expert_ids == "local":
+        return idx
+    experts = reference.experts_of_rank(shape.num_experts, shape.num_ranks, rank)
+    is_own = (idx >= experts.start) & (idx < experts.stop)
+    if len(experts) < shape.num_experts:
+        assert ((idx >= 0) & (idx < shape.num_experts)).all(), f"rank {rank}: not an expert"
+    else:
+        assert (is_own | (idx == -1)).all(), f"rank {rank}: neither own nor none"
+    return torch.where(is_own, idx - experts.start, -1)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -247,8 +262,7 @@ def _check_sources(
 ) -> None:
     num_messages = result.num_recv_tokens_per_rank.tolist()
     assert num_messages == [len(source.tokens) for source in expected]
-    idx, weights = result.recv_topk_idx, result.recv_topk_weights
-    assert idx is not None
+    idx, weights = local_experts_of(result, shape, rank), result.recv_topk_weights
     assert weights is not None
     for src_rank, source in enumerate(expected):
         where, n = f"rank {rank}, source {src_rank}", len(source.tokens)

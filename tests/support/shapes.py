@@ -29,6 +29,7 @@ class Shape:
     transfer: str = "pull"
     num_max_tagged_tokens: int | None = None
     num_workspaces: int = 0
+    expert_ids: str = "local"
     num_sms: int | None = None
 
     @property
@@ -57,6 +58,7 @@ class Shape:
             transfer=self.transfer,
             num_max_tagged_tokens=self.num_max_tagged_tokens,
             num_workspaces=self.num_workspaces,
+            expert_ids=self.expert_ids,
             num_banks=self.num_banks,
             device=self.device,
         )
@@ -84,6 +86,7 @@ class Shape:
             transfer=self.transfer,
             num_max_tagged_tokens=self.num_max_tagged_tokens,
             num_workspaces=self.num_workspaces,
+            expert_ids=self.expert_ids,
             num_banks=self.num_banks,
             timeout_secs=timeout_secs,
             device=self.device,

@@ -46,6 +46,7 @@ def shapes(draw: st.DrawFn, max_ranks: int = 5, device: str = "cpu") -> Shape:
     if device == "cuda" and output_layout == "rank_major" and draw(st.booleans()):
         # One for each operation that the programs have in flight.
         settings |= dict(num_workspaces=5, transfer="pull", num_max_tagged_tokens=None)
+        settings["expert_ids"] = draw(st.sampled_from(["local", "global"]))
     # Rank-major, the caller reduces.
     reductions = REDUCTIONS if output_layout == "expert_major" else ("rank",)
     return Shape(

@@ -1,0 +1,197 @@
+"""What `python -m ep_backend.bench.serve` was asked for."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROGRAM = "python -m ep_backend.bench.serve"
+ENGINES = ("vllm",)
+DEVICES = ("cuda", "cpu")
+
+DEFAULT = "default"
+"""All ranks, with the exchange that the engine takes when it is not told."""
+SINGLE = "single"
+"""One rank, no exchange."""
+OURS_PREFIX = "ep_backend"
+OURS = "ep_backend_low_latency"
+
+DEFAULT_BACKENDS = {"cuda": (DEFAULT, OURS), "cpu": (SINGLE, OURS)}
+DEFAULT_CONCURRENCY = {"cuda": (1, 8, 32, 64, 128), "cpu": (1, 4)}
+# At concurrency 1, a request per slot would be measured by itself.
+MIN_PROMPTS = 8
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One server from start to end, and the repeats that it answers."""
+
+    backend: str
+    number: int
+    """Counts the servers of this backend."""
+    repeats: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend}-{self.number}"
+
+
+@dataclass(frozen=True)
+class Options:
+    command: str
+    device: str = "cuda"
+    engine: str = "vllm"
+    num_ranks: int = 2
+    model: Path | None = None
+    """None: a random one is written, and removed in the end."""
+    backends: tuple[str, ...] = DEFAULT_BACKENDS["cuda"]
+    """`DEFAULT`, `SINGLE`, or a name for the engine's --all2all-backend; the first is what the
+    others are compared with."""
+    concurrency: tuple[int, ...] = DEFAULT_CONCURRENCY["cuda"]
+    repeats: int = 3
+    prompts_per_slot: int = 4
+    num_input_tokens: int = 64
+    num_output_tokens: int = 128
+    max_num_batched_tokens: int = 256
+    """For our backends only: their buffers are sized by it."""
+    environment: dict[str, str] = field(default_factory=dict)
+    server_arguments: tuple[str, ...] = ()
+    alternate: bool = False
+    limit_secs: float = 1800.0
+    output: Path = Path("build/serve/result.json")
+
+    def visits(self) -> list[Visit]:
+        """In the order in which they happen."""
+        if not self.alternate:
+            return [Visit(backend, 0, tuple(range(self.repeats))) for backend in self.backends]
+        return [
+            Visit(backend, repeat, (repeat,))
+            for repeat in range(self.repeats)
+            for backend in self.backends
+        ]
+
+    def num_prompts(self, concurrency: int) -> int:
+        return max(MIN_PROMPTS, concurrency * self.prompts_per_slot)
+
+    def log(self, name: str) -> Path:
+        return self.output.with_name(f"{self.output.stem}-{name}.log")
+
+
+def parse_arguments(arguments: list[str]) -> Options:
+    """Wrong arguments end the program with status 2, as argparse does."""
+    parser = _parser()
+    given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
+    device = given.setdefault("device", Options.device)
+    given.setdefault("backends", DEFAULT_BACKENDS[device])
+    given.setdefault("concurrency", DEFAULT_CONCURRENCY[device])
+    given["environment"] = dict(given.pop("environment", []))
+    given["server_arguments"] = tuple(shlex.split(given.pop("server_arguments", "")))
+    options = Options(shlex.join([*PROGRAM.split(), *arguments]), **given)
+    _check(parser, options)
+    return options
+
+
+def _check(parser: argparse.ArgumentParser, options: Options) -> None:
+    if options.device == "cpu" and DEFAULT in options.backends:
+        parser.error(
+            f"--backends has {DEFAULT!r}: vLLM has no exchange of its own on a CPU; "
+            f"compare with {SINGLE!r}"
+        )
+    for flag, value in (
+        ("--ranks", options.num_ranks - 1),
+        ("--repeats", options.repeats),
+        ("--prompts-per-slot", options.prompts_per_slot),
+        ("--input-tokens", options.num_input_tokens),
+        ("--output-tokens", options.num_output_tokens - 1),
+        ("--concurrency", min(options.concurrency)),
+    ):
+        if value < 1:
+            least = 2 if flag in ("--ranks", "--output-tokens") else 1
+            parser.error(f"{flag} must be at least {least}")
+    if len(set(options.backends)) != len(options.backends):
+        parser.error(f"--backends names one twice: {','.join(options.backends)}")
+    if options.model is not None and not (options.model / "config.json").exists():
+        parser.error(f"--model {options.model} has no config.json")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        # They become parts of file names and of a command line.
+        if not re.fullmatch(r"\w+", name):
+            raise argparse.ArgumentTypeError(f"{name!r} is not a backend's name")
+    return names
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected numbers such as 1,8,32") from None
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected NAME=VALUE")
+    return name, value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Latency and throughput of an inference server, by all-to-all backend.",
+    )
+    add = parser.add_argument
+    add("--engine", choices=ENGINES)
+    add("--device", choices=DEVICES, help="[default: cuda]")
+    add("--ranks", dest="num_ranks", type=int, help="Data-parallel ranks. [default: 2]")
+    add("--model", type=Path, help="A checkpoint. [default: a random Qwen3-MoE]")
+    add(
+        "--backends",
+        type=_names,
+        help=f"{DEFAULT}, {SINGLE} (one rank) or names for --all2all-backend; the first is the "
+        f"reference. [default: {','.join(DEFAULT_BACKENDS['cuda'])}; on a CPU "
+        f"{','.join(DEFAULT_BACKENDS['cpu'])}]",
+    )
+    add("--concurrency", type=_numbers, help="Requests in flight; swept. [default: 1,8,32,64,128]")
+    add("--repeats", type=int, help="Sweeps by each backend. [default: 3]")
+    add(
+        "--prompts-per-slot",
+        type=int,
+        help=f"Requests = this x concurrency, at least {MIN_PROMPTS}. [default: 4]",
+    )
+    add("--input-tokens", dest="num_input_tokens", type=int, help="[default: 64]")
+    add("--output-tokens", dest="num_output_tokens", type=int, help="[default: 128]")
+    add(
+        "--max-num-batched-tokens",
+        type=int,
+        help=f"For {OURS_PREFIX}_* only: their buffers are sized by it. [default: 256]",
+    )
+    add(
+        "--alternate",
+        action="store_const",
+        const=True,
+        help="Start every server again for every repeat, in turn, against slow drift.",
+    )
+    add(
+        "--env",
+        dest="environment",
+        type=_variable,
+        action="append",
+        metavar="NAME=VALUE",
+        help="For servers and the client; may be repeated.",
+    )
+    add("--server-arguments", help="More arguments of every server, as one word.")
+    add(
+        "--limit",
+        dest="limit_secs",
+        type=float,
+        help="Seconds; then the servers are ended, which takes up to 20 s more, and what was "
+        "measured is written. [default: 1800]",
+    )
+    add("--output", type=Path, help="JSON; logs go beside it. [default: build/serve/result.json]")
+    return parser
