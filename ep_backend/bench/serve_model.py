@@ -102,12 +102,9 @@ def make_random_model(directory: Path, shape: RandomMoE, device: str = "cpu") ->
         (directory / name).write_text(json.dumps(document, indent=2) + "\n")
 
     def write(index: int, file: str) -> None:
-        _write_safetensors(directory / file, files[file], _weights(shape, index, file, device))
-
-    def _weights(shape: RandomMoE, index: int, file: str, device: str) -> torch.Tensor:
-        if device == "cuda":
-            device = f"cuda:{index % torch.cuda.device_count()}"
-        return _draw(files[file], shape.std, shape.seed + index, torch.device(device))
+        gpu = f"cuda:{index % torch.cuda.device_count()}" if device == "cuda" else "cpu"
+        values = _draw(files[file], shape.std, shape.seed + index, torch.device(gpu))
+        _write_safetensors(directory / file, files[file], values)
 
     num_workers = NUM_GPU_WORKERS if device == "cuda" else len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(num_workers) as pool:

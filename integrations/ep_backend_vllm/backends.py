@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+import os
+
 LOW_LATENCY = "ep_backend_low_latency"
 
 # The prefill adapter, ep_backend_high_throughput, comes with the normal kernels.
 BACKENDS = (LOW_LATENCY,)
+
+FORMAT_VARIABLE = "EP_BACKEND_VLLM_FORMAT"
+FORMATS = ("batched", "standard")
+
+
+def uses_batched_format() -> bool:
+    """Whether experts get rows packed by expert, and counts (vLLM's "batched experts"), or a row a
+    token, and ids (its "standard" format): that on CUDA, where more experts take it.
+
+    Raises:
+        ValueError: `EP_BACKEND_VLLM_FORMAT` is neither.
+    """
+    from vllm.platforms import current_platform
+
+    chosen = os.environ.get(FORMAT_VARIABLE) or (
+        "batched" if current_platform.is_cpu() else "standard"
+    )
+    if chosen not in FORMATS:
+        raise ValueError(f"{FORMAT_VARIABLE} is {chosen!r}, expected {' or '.join(FORMATS)}.")
+    return chosen == "batched"

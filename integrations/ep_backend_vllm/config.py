@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-from ep_backend_vllm.backends import BACKENDS, LOW_LATENCY
+from ep_backend_vllm.backends import BACKENDS, LOW_LATENCY, uses_batched_format
 from ep_backend_vllm.patching import require
 
 FIELD = "all2all_backend"
@@ -84,8 +84,10 @@ def _needs_small_batches(config: Any) -> bool:
         config.all2all_backend == LOW_LATENCY
         and config.enable_expert_parallel
         and config.data_parallel_size > 1
+        and uses_batched_format()
     )
 
 
 def _is_batched(config: Any) -> bool:
-    return config.use_all2all_kernels and config.all2all_backend == LOW_LATENCY
+    is_ours = config.use_all2all_kernels and config.all2all_backend == LOW_LATENCY
+    return is_ours and uses_batched_format()

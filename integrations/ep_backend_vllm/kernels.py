@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from ep_backend_vllm.backends import LOW_LATENCY
+from ep_backend_vllm.backends import LOW_LATENCY, uses_batched_format
 from ep_backend_vllm.patching import rebind_everywhere, require, require_parameters
 
+MODULAR_KERNEL = "FusedMoEKernelModularImpl"
 PLACE = "vllm.model_executor.layers.fused_moe.all2all_utils.maybe_make_prepare_finalize"
 
 
@@ -16,6 +17,9 @@ def check() -> None:
 
     require(hasattr(all2all_utils, "maybe_make_prepare_finalize"), PLACE, "does not exist")
     require_parameters(all2all_utils.maybe_make_prepare_finalize, PLACE, "moe", "quant_config")
+    kernel = _modular_kernel()
+    place = f"{kernel.__module__}.{MODULAR_KERNEL}._allocate_buffers"
+    require(hasattr(kernel, "_allocate_buffers"), place, "does not exist")
 
 
 def install() -> None:
@@ -32,24 +36,65 @@ def install() -> None:
         return original(moe, *args, **kwargs)
 
     rebind_everywhere(original, maybe_make_prepare_finalize)
+    _let_experts_write_to_workspaces(_modular_kernel())
+
+
+def _modular_kernel() -> Any:
+    from vllm.model_executor.layers.fused_moe import modular_kernel
+
+    place = f"{modular_kernel.__name__}.{MODULAR_KERNEL}"
+    require(hasattr(modular_kernel, MODULAR_KERNEL), place, "does not exist")
+    return getattr(modular_kernel, MODULAR_KERNEL)
+
+
+def _let_experts_write_to_workspaces(kernel: Any) -> None:
+    """Experts are given a tensor for their output: of ours, the one that peers read. Newer versions
+    ask for it."""
+    from vllm.model_executor.layers.fused_moe import modular_kernel
+
+    if hasattr(modular_kernel.FusedMoEPrepareAndFinalizeModular, "allocate_fused_expert_output"):
+        return
+    original = kernel._allocate_buffers
+
+    @functools.wraps(original)
+    def allocate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        workspace13, workspace2, output = original(self, *args, **kwargs)
+        ask = getattr(self.prepare_finalize, "allocate_fused_expert_output", None)
+        in_place = None if ask is None else ask(output.shape, output.dtype, output.device)
+        return workspace13, workspace2, output if in_place is None else in_place
+
+    kernel._allocate_buffers = allocate
 
 
 def _make_low_latency(moe: Any, quant_config: Any) -> Any:
     import torch
+    from vllm.config import get_current_vllm_config
     from vllm.distributed import get_ep_group
 
     from ep_backend_vllm.low_latency import LowLatencyPrepareAndFinalize, dispatch_dtype_for
 
-    communicator = get_ep_group().device_communicator
-    buffer = communicator.all2all_manager.get_handle(
-        {
-            "num_max_tokens_per_rank": moe.max_num_tokens,
-            "hidden": moe.hidden_dim,
-            "num_experts": moe.num_experts,
-            "top_k": moe.experts_per_token,
-            "dtype": moe.in_dtype,
-            "dispatch_dtype": dispatch_dtype_for(quant_config, moe.in_dtype),
-            "device": torch.device(moe.device).type,
+    manager = get_ep_group().device_communicator.all2all_manager
+    shape = {
+        "num_max_tokens_per_rank": moe.max_num_tokens,
+        "hidden": moe.hidden_dim,
+        "num_experts": moe.num_experts,
+        "top_k": moe.experts_per_token,
+        "dtype": moe.in_dtype,
+        "dispatch_dtype": dispatch_dtype_for(quant_config, moe.in_dtype),
+        "device": torch.device(moe.device).type,
+    }
+    if uses_batched_format():
+        return LowLatencyPrepareAndFinalize(manager.get_handle(shape))
+
+    from ep_backend_vllm.workspace import NUM_WORKSPACES, WorkspacePrepareAndFinalize
+
+    has_micro_batches = get_current_vllm_config().parallel_config.enable_dbo
+    buffer = manager.get_handle(
+        shape
+        | {
+            "output_layout": "rank_major",
+            "num_workspaces": NUM_WORKSPACES if has_micro_batches else 1,
+            "expert_ids": "global",
         }
     )
-    return LowLatencyPrepareAndFinalize(buffer)
+    return WorkspacePrepareAndFinalize(buffer, is_async=has_micro_batches)

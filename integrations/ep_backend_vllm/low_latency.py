@@ -1,4 +1,4 @@
-"""`ep_backend_low_latency`: LowLatencyBuffer behind vLLM's modular MoE kernel.
+"""`ep_backend_low_latency` on CPU: LowLatencyBuffer behind vLLM's modular MoE kernel.
 
 The batched-experts format: experts get `[L, S, H]` and a count each (L local experts,
 S = ranks * max tokens rows). `prepare_async` and `finalize_async` send and return (hook, receiver),
@@ -32,6 +32,17 @@ def dispatch_dtype_for(quant_config: Any, dtype: torch.dtype) -> torch.dtype:
         and quant_config.block_shape[1] == 128
     )
     return torch.float8_e4m3fn if wants_blocks else dtype
+
+
+def weighted_input(
+    a1: torch.Tensor, topk_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`a1` times the weights of its only expert, and weights of 1."""
+    if topk_weights.shape[1] != 1:
+        raise NotImplementedError(
+            f"apply_router_weight_on_input needs top_k 1, this layer has {topk_weights.shape[1]}."
+        )
+    return a1 * topk_weights.to(a1.dtype), torch.ones_like(topk_weights)
 
 
 class LowLatencyPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
@@ -84,13 +95,7 @@ class LowLatencyPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         begin_ns = time.monotonic_ns()
         self._check_quantisation(quant_config, defer_input_quant)
         if apply_router_weight_on_input:
-            if topk_ids.shape[1] != 1:
-                raise NotImplementedError(
-                    f"apply_router_weight_on_input needs top_k 1, this layer has "
-                    f"{topk_ids.shape[1]}."
-                )
-            a1 = a1 * topk_weights.to(a1.dtype)
-            topk_weights = torch.ones_like(topk_weights)
+            a1, topk_weights = weighted_input(a1, topk_weights)
         result, hook = self.buffer.dispatch(a1.contiguous(), topk_ids, topk_weights)
         self._handles[dbo_current_ubatch_id()] = result.handle
 

@@ -129,21 +129,21 @@ def test_real_modular_kernel_equals_the_dense_layer() -> None:
     generator = torch.Generator().manual_seed(0)
     w1 = torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator) / HIDDEN**0.5
     w2 = torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=generator) / INTERMEDIATE**0.5
-    batches = [_batch(generator, num_tokens) for num_tokens in (5, 0)]
+    batches = [batch_of(generator, num_tokens) for num_tokens in (5, 0)]
 
     def rank_main(group: Group) -> torch.Tensor:
         return _run_layer(group, w1, w2, *batches[group.self_rank])
 
     outs = virtual_world(NUM_RANKS).run(rank_main)
     for out, (x, ids, weights) in zip(outs, batches, strict=True):
-        torch.testing.assert_close(out, _dense_layer(x, ids, weights, w1, w2))
+        torch.testing.assert_close(out, dense_layer(x, ids, weights, w1, w2))
 
 
 def test_shared_experts_run_between_the_combine_and_its_hook() -> None:
     generator = torch.Generator().manual_seed(1)
     w1 = torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator)
     w2 = torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=generator)
-    batch = _batch(generator, 3)
+    batch = batch_of(generator, 3)
     seen: list[tuple[int, int]] = []
 
     def rank_main(group: Group) -> None:
@@ -167,7 +167,7 @@ def test_experts_that_want_float8_blocks_get_rows_and_scales() -> None:
     assert dispatch_dtype_for(per_token, torch.bfloat16) == torch.bfloat16
     dispatch_dtype = dispatch_dtype_for(blocks, torch.bfloat16)
     assert dispatch_dtype == torch.float8_e4m3fn
-    x, ids, weights = _batch(torch.Generator().manual_seed(0), num_tokens=3)
+    x, ids, weights = batch_of(torch.Generator().manual_seed(0), num_tokens=3)
     x = x.to(torch.bfloat16)
 
     def rank_main(group: Group) -> None:
@@ -202,7 +202,7 @@ def _buffer(
     )
 
 
-def _batch(
+def batch_of(
     generator: torch.Generator, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = torch.randn(num_tokens, HIDDEN, generator=generator)
@@ -211,7 +211,7 @@ def _batch(
     return x, ids.to(torch.int32), weights
 
 
-def _dense_layer(
+def dense_layer(
     x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor
 ) -> torch.Tensor:
     out = torch.zeros_like(x)
@@ -240,7 +240,7 @@ def _run_layer(
     buffer = _buffer(group, torch.float32)
     owned = slice(buffer.first_expert, buffer.first_expert + buffer.num_local_experts)
     experts = BatchedCPUExperts(
-        moe_config=_moe_config(group, buffer),
+        moe_config=moe_config_of(group, buffer),
         quant_config=FUSED_MOE_UNQUANTIZED_CONFIG,
         max_num_tokens=MAX_TOKENS,
         num_dispatchers=group.num_ranks,
@@ -261,7 +261,7 @@ def _run_layer(
     )
 
 
-def _moe_config(group: Group, buffer: LowLatencyBuffer) -> object:
+def moe_config_of(group: Group, buffer: LowLatencyBuffer) -> object:
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.fused_moe.config import (
         FusedMoEConfig,

@@ -1,0 +1,515 @@
+"""`python -m ep_backend.bench.serve`: what it asks for, starts, compares and writes. Servers
+themselves are not started here."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import shlex
+import sys
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from ep_backend.bench import serve, serve_engine
+from ep_backend.bench.serve_client import (
+    METRICS,
+    ClientFailed,
+    bench_arguments,
+    read_metrics,
+    running_client,
+)
+from ep_backend.bench.serve_engine import model_directory, server_command, server_environment
+from ep_backend.bench.serve_gate import (
+    NUM_PROMPT_TOKENS,
+    NUM_PROMPTS,
+    Probe,
+    compare,
+    fixed_prompts,
+    read_answer,
+)
+from ep_backend.bench.serve_model import RandomMoE, make_random_model
+from ep_backend.bench.serve_report import HEADS, has_failed, print_results, summarise, table_cells
+from ep_backend.bench.serve_settings import OURS, Options, parse_arguments
+from ep_backend.bench.server import Server, ServerFailed
+
+MODEL = Path("/models/m")
+SMALL = RandomMoE(
+    num_layers=2,
+    hidden=128,
+    num_experts=4,
+    top_k=2,
+    moe_intermediate=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=512,
+)
+
+
+def values_of(command: list[str], flag: str) -> list[str]:
+    """What stands between this flag and the next one."""
+    rest = command[command.index(flag) + 1 :]
+    return rest[: next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))]
+
+
+# Settings
+
+
+def test_defaults_go_by_the_device() -> None:
+    options = parse_arguments([])
+    assert (options.device, options.num_ranks, options.repeats) == ("cuda", 2, 3)
+    assert options.backends == ("default", OURS)
+    assert options.concurrency == (1, 8, 32, 64, 128)
+    cpu = parse_arguments(["--device", "cpu"])
+    assert cpu.backends == ("single", OURS)
+    assert shlex.split(cpu.command)[3:] == ["--device", "cpu"]
+
+
+def test_everything_can_be_chosen(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    line = (
+        f"--engine vllm --ranks 4 --model {tmp_path} --backends default,x_y --concurrency 2,3 "
+        "--repeats 5 --prompts-per-slot 7 --limit 60 --output o.json --env A=1=2 --env B= "
+        "--server-arguments '--block-size 64' --max-num-batched-tokens 512"
+    )
+    options = parse_arguments(shlex.split(line))
+    assert (options.num_ranks, options.model, options.repeats) == (4, tmp_path, 5)
+    assert (options.backends, options.concurrency) == (("default", "x_y"), (2, 3))
+    assert options.environment == {"A": "1=2", "B": ""}
+    assert options.server_arguments == ("--block-size", "64")
+    assert (options.limit_secs, options.output) == (60.0, Path("o.json"))
+    assert [options.num_prompts(c) for c in (1, 2)] == [8, 14]
+    assert options.log("default-0") == Path("o-default-0.log")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--backends a,../b", "'../b' is not a backend's name"),
+        ("--backends a,a", "names one twice"),
+        ("--backends default --device cpu", "no exchange of its own on a CPU"),
+        ("--concurrency 1,x", "expected numbers"),
+        ("--concurrency 0", "--concurrency must be at least 1"),
+        ("--ranks 1", "--ranks must be at least 2"),
+        ("--repeats 0", "--repeats must be at least 1"),
+        ("--output-tokens 1", "--output-tokens must be at least 2"),
+        ("--env A", "expected NAME=VALUE"),
+        ("--engine sglang", "invalid choice"),
+        ("--model /nowhere", "has no config.json"),
+    ],
+)
+def test_wrong_arguments_end_the_program(
+    line: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(shlex.split(line))
+    assert end.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_servers_alternate_only_if_asked() -> None:
+    options = Options("", backends=("a", "b"), repeats=2)
+    assert [(v.name, v.repeats) for v in options.visits()] == [("a-0", (0, 1)), ("b-0", (0, 1))]
+    visits = replace(options, alternate=True).visits()
+    assert [(v.name, v.repeats) for v in visits] == [
+        ("a-0", (0,)),
+        ("b-0", (0,)),
+        ("a-1", (1,)),
+        ("b-1", (1,)),
+    ]
+
+
+# Command lines
+
+
+def test_only_our_backends_get_small_batches() -> None:
+    options = parse_arguments(["--server-arguments", "--block-size 64"])
+    default, ours, single = (server_command(options, MODEL, b) for b in ("default", OURS, "single"))
+    assert ours[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL)]
+    assert values_of(ours, "--all2all-backend") == [OURS]
+    assert values_of(ours, "--max-num-batched-tokens") == ["256"]
+    assert "--all2all-backend" not in default
+    assert "--max-num-batched-tokens" not in default
+    for command in (default, ours):
+        assert values_of(command, "--data-parallel-size") == ["2"]
+        assert "--enable-expert-parallel" in command
+    assert "--data-parallel-size" not in single
+    assert "--enable-expert-parallel" not in single
+    for command in (default, ours, single):
+        assert values_of(command, "--cudagraph-capture-sizes")[-1] == "128"
+        assert command[-2:] == ["--block-size", "64"]
+
+
+def test_a_cpu_serves_as_in_the_demo() -> None:
+    options = parse_arguments(["--device", "cpu"])
+    ours = server_command(options, MODEL, OURS)
+    assert "--enforce-eager" in ours
+    assert values_of(ours, "--all2all-backend") == [OURS]
+    assert "--data-parallel-size" not in server_command(options, MODEL, "single")
+    binding = server_environment(options, OURS)["VLLM_CPU_OMP_THREADS_BIND"]
+    assert binding.count("|") == 1
+
+
+def test_given_variables_come_last_and_flashinfer_is_left_out_where_it_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = Options("", environment={"HF_HUB_OFFLINE": "0", "A": "1"})
+    found: Any = None
+    monkeypatch.setattr(serve_engine.util, "find_spec", lambda name: found)
+    environment = server_environment(options, "default")
+    assert environment["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+    assert (environment["HF_HUB_OFFLINE"], environment["A"]) == ("0", "1")
+    found = object()
+    assert "VLLM_USE_FLASHINFER_SAMPLER" not in server_environment(options, "default")
+
+
+def test_no_secret_is_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "hidden")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    inherited = serve_engine.inherited_environment()
+    assert inherited["VLLM_LOGGING_LEVEL"] == "INFO"
+    assert "VLLM_API_KEY" not in inherited
+
+
+def test_backends_get_the_same_prompts_and_measurements_others() -> None:
+    options = parse_arguments(["--prompts-per-slot", "3"])
+
+    def arguments(concurrency: int, repeat: int | None) -> list[str]:
+        return bench_arguments(options, "http://h:1", MODEL, concurrency=concurrency, repeat=repeat)
+
+    cell = arguments(32, 1)
+    assert values_of(cell, "--num-prompts") == ["96"]
+    assert values_of(cell, "--max-concurrency") == ["32"]
+    assert values_of(cell, "--random-output-len") == ["128"]
+    assert values_of(cell, "--temperature") == ["1"]
+    assert cell == arguments(32, 1)
+    rounds = [arguments(c, r) for c in (1, 32) for r in (0, 1, None)]
+    assert len({values_of(r, "--seed")[0] for r in rounds}) == len(rounds)
+    assert values_of(arguments(32, None), "--num-prompts") == ["32"]
+
+
+def test_vllm_takes_these_arguments() -> None:
+    pytest.importorskip("vllm")
+    from vllm.benchmarks.serve import add_cli_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    options = parse_arguments([])
+    parsed = parser.parse_args(bench_arguments(options, "u", MODEL, concurrency=4, repeat=0))
+    assert (parsed.num_prompts, parsed.random_input_len, parsed.ignore_eos) == (16, 64, True)
+
+
+# The client's process
+
+
+def test_metrics_need_every_answer() -> None:
+    result = {theirs: float(i) for i, theirs in enumerate(METRICS.values())}
+    result |= {"completed": 4, "total_output_tokens": 512}
+    metrics = read_metrics(result, 4)
+    assert metrics["tpot_mean_ms"] == result["mean_tpot_ms"]
+    assert metrics["itl_p99_ms"] == result["p99_itl_ms"]
+    assert (metrics["num_requests"], metrics["num_tokens"]) == (4, 512)
+    failed: dict[str, Any] = result | {"completed": 3, "errors": ["", "Trace\nConnection refused"]}
+    with pytest.raises(ClientFailed, match=r"3 of 4 .* answered: Connection refused"):
+        read_metrics(failed, 4)
+
+
+CLIENT = """
+import json, sys
+print("loaded", file=sys.stderr, flush=True)
+for line in sys.stdin:
+    arguments = json.loads(line)
+    if arguments == ["die"]:
+        sys.exit("no vLLM")
+    answer = {"error": "bad"} if arguments == ["bad"] else {"result": {"got": arguments}}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+async def test_one_process_runs_many_measurements_and_its_end_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fake_client.py").write_text(CLIENT)
+    environment = {"PYTHONPATH": str(tmp_path)}
+    log = tmp_path / "logs" / "client.log"
+    async with running_client(log, environment, module="fake_client") as client:
+        assert await client.run(["a", "b"]) == {"got": ["a", "b"]}
+        with pytest.raises(ClientFailed, match="bad"):
+            await client.run(["bad"])
+        assert await client.run(["c"]) == {"got": ["c"]}
+        with pytest.raises(ClientFailed, match=r"(?s)ended by itself.*no vLLM"):
+            await client.run(["die"])
+
+
+# The correctness check
+
+
+def logprobs_of(value: float) -> Probe:
+    return Probe([[value] * (NUM_PROMPT_TOKENS - 1)] * NUM_PROMPTS, [7] * NUM_PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "outlier", "is_good"),
+    [(0.0, 0.0, True), (0.009, 0.05, True), (0.011, 0.0, False), (0.001, 0.07, False)],
+)
+def test_mean_and_largest_difference_are_limited(
+    change: float, outlier: float, is_good: bool
+) -> None:
+    other = logprobs_of(-9.0 + change)
+    other.logprobs[0] = [-9.0 - outlier, *other.logprobs[0][1:]] if outlier else other.logprobs[0]
+    difference = compare(logprobs_of(-9.0), other)
+    assert difference.is_good == is_good
+    assert difference.num_logprobs == 16 * 99
+    assert difference.max == pytest.approx(max(change, outlier))
+
+
+def test_a_nan_is_not_good_and_first_tokens_are_counted() -> None:
+    other = logprobs_of(-9.0)
+    other.logprobs[3] = [*other.logprobs[3][:-1], math.nan]
+    other.first_tokens[2] = 8
+    difference = compare(logprobs_of(-9.0), other)
+    assert not difference.is_good
+    assert difference.num_first_tokens_equal == NUM_PROMPTS - 1
+
+
+def test_an_answer_is_read_by_the_prompts_tokens() -> None:
+    choice: dict[str, Any] = {
+        "prompt_logprobs": [
+            None,
+            {"5": {"logprob": -1.5}, "9": {"logprob": -0.1}},
+            {"6": {"logprob": -2.5}},
+        ],
+        "token_ids": [11],
+    }
+    assert read_answer(choice, [4, 5, 6]) == ([-1.5, -2.5], 11)
+    with pytest.raises(RuntimeError, match="lacks"):
+        read_answer(choice, [4, 5, 7])
+    with pytest.raises(RuntimeError, match="3 prompt log-probabilities for 4"):
+        read_answer(choice, [4, 5, 6, 7])
+    with pytest.raises(RuntimeError, match="lacks"):
+        read_answer(choice | {"token_ids": None}, [4, 5, 6])
+
+
+def test_prompts_are_the_same_in_every_run_and_do_not_end() -> None:
+    prompts = fixed_prompts(512)
+    assert prompts == fixed_prompts(512)
+    assert (len(prompts), {len(p) for p in prompts}) == (NUM_PROMPTS, {NUM_PROMPT_TOKENS})
+    assert max(max(p) for p in prompts) < 511
+
+
+# The model
+
+
+def test_the_random_model_is_whole_and_reproducible(tmp_path: Path) -> None:
+    model = make_random_model(tmp_path / "m", SMALL)
+    config = json.loads((model / "config.json").read_text())
+    assert (config["num_experts"], config["moe_intermediate_size"]) == (4, 32)
+    assert (config["head_dim"], config["torch_dtype"]) == (16, "bfloat16")
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(set(index["weight_map"].values())):
+        found = load_file(model / file)
+        assert all(index["weight_map"][name] == file for name in found)
+        weights |= found
+    assert set(weights) == set(index["weight_map"])
+    assert sum(w.nbytes for w in weights.values()) == SMALL.num_bytes
+    for name, weight in weights.items():
+        assert weight.dtype == torch.bfloat16
+        if "norm" in name:
+            assert torch.equal(weight, torch.ones_like(weight))
+        else:
+            assert 0.015 < weight.float().std().item() < 0.025, name
+    gate = "model.layers.{}.mlp.gate.weight"
+    assert not torch.equal(weights[gate.format(0)], weights[gate.format(1)])
+    again = make_random_model(tmp_path / "again", SMALL)
+    for path in model.iterdir():
+        assert (again / path.name).read_bytes() == path.read_bytes()
+
+
+def test_random_tokens_survive_being_text(tmp_path: Path) -> None:
+    model = make_random_model(tmp_path, replace(SMALL, num_layers=1))
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    prompt = fixed_prompts(SMALL.vocab_size)[0]
+    assert tokenizer.encode(tokenizer.decode(prompt)).ids == prompt
+
+
+def test_the_default_model_has_30_gb() -> None:
+    assert RandomMoE().num_bytes == pytest.approx(30e9, rel=0.03)
+
+
+def test_a_written_model_is_removed_and_a_given_one_is_not(tmp_path: Path) -> None:
+    options = Options("", device="cpu")
+    with model_directory(options) as written:
+        assert (written / "config.json").exists()
+    assert not written.exists()
+    with model_directory(replace(options, model=tmp_path)) as given:
+        assert given == tmp_path
+    assert tmp_path.exists()
+
+
+# Runs, and their document
+
+
+def metrics(tpot: float, tokens: float) -> dict[str, float]:
+    return dict.fromkeys(METRICS, 1.0) | {"tpot_mean_ms": tpot, "output_tokens_per_sec": tokens}
+
+
+def canned_run(options: Options) -> serve.Run:
+    """As if measured: ours is 10 % faster in the median, and has one run less."""
+    run = serve.Run(options)
+    measured = [("default", 0, 4.0), ("default", 1, 5.0), ("default", 2, 4.4)]
+    measured += [(OURS, 0, 3.96), (OURS, 1, 3.0)]
+    for backend, repeat, tpot in measured:
+        cell = {"backend": backend, "server": f"{backend}-0", "concurrency": 8, "repeat": repeat}
+        run.document["cells"].append(cell | {"metrics": metrics(tpot, 1000 / tpot)})
+    again = compare(logprobs_of(-9.0), logprobs_of(-9.0)).as_json()
+    gate = {"server": f"{OURS}-0", "backend": OURS, "again": again, "versus": "default-0"}
+    run.document["gates"].append(gate | again | {"good": True})
+    return run
+
+
+def test_medians_and_ranges_are_over_repeats(capsys: pytest.CaptureFixture[str]) -> None:
+    document = canned_run(parse_arguments(["--concurrency", "1,8"])).document
+    first, second = summarise(document)
+    assert (first["backend"], first["concurrency"], first["num_runs"]) == ("default", 8, 3)
+    assert first["tpot_mean_ms"]["median"] == 4.4
+    assert first["tpot_mean_ms"]["spread"] == pytest.approx(1.0 / 4.4)
+    assert (second["tpot_mean_ms"]["min"], second["tpot_mean_ms"]["max"]) == (3.0, 3.96)
+    lines = table_cells(document)
+    assert {len(line) for line in lines} == {len(HEADS)}
+    assert lines[0][:5] == ["8", "default", "4.40", "4.00-5.00", ""]
+    assert lines[1][:5] == ["8", OURS, "3.48", "3.00-3.96", "0.79"]
+    print_results(document)
+    printed = capsys.readouterr().out
+    assert "against default-0: mean |d| 0.0000" in printed
+    assert not has_failed(document)
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ("servers", {"name": "x-0", "error": "it ended"}),
+        (
+            "cells",
+            {"server": "x-0", "backend": "x", "concurrency": 1, "repeat": 0, "error": "it ended"},
+        ),
+        ("gates", {"server": "x-0", "error": "it ended"}),
+        ("error", "it ended"),
+    ],
+)
+def test_any_failure_is_told(where: str, what: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    document = canned_run(parse_arguments([])).document
+    if where == "error":
+        document["error"] = what
+    else:
+        document[where].append(what)
+    assert has_failed(document)
+    print_results(document)
+    assert "it ended" in capsys.readouterr().out
+
+
+def test_other_results_fail_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    document = canned_run(parse_arguments([])).document
+    document["gates"][0]["good"] = False
+    assert has_failed(document)
+    print_results(document)
+    assert f"DIFFERENT RESULTS: {OURS}-0" in capsys.readouterr().out
+
+
+class FakeEngine:
+    """Servers that answer at once; `broken` ones do not start, `slow` ones do not answer."""
+
+    def __init__(self, broken: str = "", slow: str = "") -> None:
+        self.broken = broken
+        self.slow = slow
+        self.num_running = 0
+        self.backend = ""
+
+    @asynccontextmanager
+    async def server(self, command: list[str], log: Path, **_: Any) -> Any:
+        flag = "--all2all-backend"
+        self.backend = values_of(command, flag)[0] if flag in command else "default"
+        if self.backend == self.broken:
+            raise ServerFailed("no GPU")
+        self.num_running += 1
+        try:
+            yield Server("http://127.0.0.1:1", log, 12.0)
+        finally:
+            self.num_running -= 1
+
+    @asynccontextmanager
+    async def client(self, log: Path, environment: dict[str, str]) -> Any:
+        yield self
+
+    async def run(self, arguments: list[str]) -> dict[str, Any]:
+        if self.backend == self.slow and values_of(arguments, "--random-output-len") == ["128"]:
+            await asyncio.sleep(60)
+        completed = int(values_of(arguments, "--num-prompts")[0])
+        result: dict[str, Any] = dict.fromkeys(METRICS.values(), 2.0)
+        return result | {"completed": completed, "total_output_tokens": 128 * completed}
+
+    async def probe(self, base_url: str, model: Path) -> Probe:
+        return logprobs_of(-9.0 if self.backend == "default" else -9.005)
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(serve.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+
+    def start(engine: FakeEngine, *arguments: str) -> tuple[int, dict[str, Any]]:
+        monkeypatch.setattr(serve, "running_server", engine.server)
+        monkeypatch.setattr(serve, "running_client", engine.client)
+        monkeypatch.setattr(serve.serve_gate, "probe", engine.probe)
+        output = tmp_path / "out" / "r.json"
+        given = ["--model", str(tmp_path), "--output", str(output), *arguments]
+        status = serve.main([*given, "--concurrency", "1,8", "--repeats", "2"])
+        assert engine.num_running == 0
+        return status, json.loads(output.read_text())
+
+    return start
+
+
+def test_a_run_measures_every_backend(start: Any) -> None:
+    status, document = start(FakeEngine())
+    assert status == 0
+    assert document["running"] is None
+    order = [(c["backend"], c["repeat"], c["concurrency"]) for c in document["cells"]]
+    assert order == [(b, r, c) for b in ("default", OURS) for r in (0, 1) for c in (1, 8)]
+    assert [s["start_secs"] for s in document["servers"]] == [12.0, 12.0]
+    assert [g.get("versus") for g in document["gates"]] == [None, "default-0"]
+    assert document["gates"][1]["mean"] == pytest.approx(0.005)
+    assert len(document["summary"]) == 4
+
+
+def test_a_server_that_does_not_start_leaves_the_others(start: Any) -> None:
+    status, document = start(FakeEngine(broken="default"))
+    assert status == 1
+    assert [s.get("error") for s in document["servers"]] == ["no GPU", None]
+    assert {c["backend"] for c in document["cells"]} == {OURS}
+
+
+def test_the_limit_ends_servers_and_keeps_what_was_measured(start: Any) -> None:
+    status, document = start(FakeEngine(slow=OURS), "--limit", "2")
+    assert status == 1
+    assert f"the limit of 2 s came in {OURS}-0, 1 in flight, repeat 0" in document["error"]
+    assert len(document["cells"]) == 4
+    assert len(document["summary"]) == 2
+
+
+def test_without_vllm_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve.util, "find_spec", lambda name: None)
+    assert serve.main([]) == 2
+    assert "vLLM is not importable" in capsys.readouterr().err

@@ -1,0 +1,207 @@
+"""The CUDA adapter in vLLM's real modular kernel, on a CPU: the buffer's workspaces are played."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+import ep_backend_vllm
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from ep_backend_vllm import backends, workspace
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+
+from ep_backend import Group, LowLatencyBuffer, virtual_world
+from tests.integrations.test_vllm_plugin import (
+    HIDDEN,
+    INTERMEDIATE,
+    MAX_TOKENS,
+    NUM_EXPERTS,
+    NUM_RANKS,
+    TOP_K,
+    batch_of,
+    dense_layer,
+    moe_config_of,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered() -> None:
+    ep_backend_vllm.register()
+
+
+@dataclass
+class PlayedWorkspaces:
+    """A CPU buffer, rank-major, with the calls and the tensors of one that has workspaces."""
+
+    inner: LowLatencyBuffer
+    inputs: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def group(self) -> Group:
+        return self.inner.group
+
+    def dispatch_and_receive(self, *args: Any, **place: int) -> Any:
+        result = self.inner.dispatch_and_receive(*args)
+        return self._result(result, **place)
+
+    def dispatch(self, *args: Any, **place: int) -> Any:
+        result, hook = self.inner.dispatch(*args)
+        hook()  # tensors here are copies: there is nothing to fill later
+        return self._result(result, **place), lambda: None
+
+    def _result(self, result: Any, workspace: int, num_slots: int) -> Any:
+        first = self.inner.first_expert
+        foreign = NUM_EXPERTS - 1 if first == 0 else 0
+        idx = result.recv_topk_idx[:, :num_slots]
+        return SimpleNamespace(
+            handle=SimpleNamespace(
+                inner=result.handle,
+                workspace=workspace,
+                num_slots=num_slots,
+                num_tokens=result.handle.num_tokens,
+            ),
+            recv_x=result.recv_x[:, :num_slots].contiguous(),
+            recv_scales=None,
+            recv_topk_idx=torch.where(idx < 0, foreign, idx + first),
+            recv_topk_weights=result.recv_topk_weights[:, :num_slots].contiguous(),
+        )
+
+    def combine_input(self, workspace: int, num_slots: int) -> torch.Tensor:
+        size = (self.group.num_ranks, num_slots, HIDDEN)
+        return self.inputs.setdefault((workspace, num_slots), torch.empty(size))
+
+    def combine_and_receive(self, rows: torch.Tensor, handle: Any, out: torch.Tensor) -> None:
+        assert rows is self.combine_input(handle.workspace, handle.num_slots)
+        full = torch.zeros(self.group.num_ranks, MAX_TOKENS, HIDDEN)
+        full[:, : handle.num_slots] = rows
+        self.inner.combine_and_receive(full, handle.inner, out)
+
+    def combine(self, rows: torch.Tensor, handle: Any, out: torch.Tensor) -> Any:
+        return out, lambda: self.combine_and_receive(rows, handle, out)
+
+
+class LoopExperts(mk.FusedMoEExpertsModular):
+    """Standard-format experts, row by row."""
+
+    @staticmethod
+    def activation_format() -> mk.FusedMoEActivationFormat:
+        return mk.FusedMoEActivationFormat.Standard
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return True
+
+    @staticmethod
+    def _supports_no_act_and_mul() -> bool:
+        return False
+
+    @staticmethod
+    def _supports_quant_scheme(*args: Any) -> bool:
+        return True
+
+    @staticmethod
+    def _supports_activation(*args: Any) -> bool:
+        return True
+
+    @staticmethod
+    def _supports_parallel_config(*args: Any) -> bool:
+        return True
+
+    def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
+        return TopKWeightAndReduceNoOP()
+
+    def workspace_shapes(self, m: int, n: int, k: int, topk: int, *args: Any, **_: Any) -> Any:
+        return (0,), (0,), (m, k)
+
+    def apply(self, output: torch.Tensor, **given: Any) -> None:
+        x, w1, w2 = given["hidden_states"], given["w1"], given["w2"]
+        rows = torch.zeros(len(x), TOP_K, HIDDEN)
+        for row in range(len(x)):
+            for k in range(TOP_K):
+                local = int(given["expert_map"][given["topk_ids"][row, k]])
+                if local >= 0:
+                    gate, up = (w1[local] @ x[row]).chunk(2)
+                    rows[row, k] = w2[local] @ (torch.nn.functional.silu(gate) * up)
+        output.copy_((rows * given["topk_weights"][:, :, None]).sum(1))
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["one-kernel", "hooks"])
+def test_the_real_modular_kernel_equals_the_dense_layer(
+    is_async: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w1 = torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator) / HIDDEN**0.5
+    w2 = torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=generator) / INTERMEDIATE**0.5
+    batches = [batch_of(generator, num_tokens) for num_tokens in (5, 2)]
+    metadata = SimpleNamespace(get_chunk_sizes_across_dp_rank=lambda: [5, 2])
+    context = SimpleNamespace(dp_metadata=metadata)
+    monkeypatch.setattr(workspace, "get_forward_context", lambda: context)
+    monkeypatch.setenv(backends.FORMAT_VARIABLE, "standard")
+
+    def rank_main(group: Group) -> torch.Tensor:
+        from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
+
+        inner = LowLatencyBuffer(
+            group,
+            num_max_tokens_per_rank=MAX_TOKENS,
+            hidden=HIDDEN,
+            num_experts=NUM_EXPERTS,
+            top_k=TOP_K,
+            dtype=torch.float32,
+            output_layout="rank_major",
+        )
+        buffer: Any = PlayedWorkspaces(inner)
+        owned = slice(inner.first_expert, inner.first_expert + inner.num_local_experts)
+        expert_map = torch.full((NUM_EXPERTS,), -1, dtype=torch.int32)
+        expert_map[owned] = torch.arange(inner.num_local_experts, dtype=torch.int32)
+        experts = LoopExperts(
+            moe_config=moe_config_of(group, inner),
+            quant_config=FUSED_MOE_UNQUANTIZED_CONFIG,
+        )
+        adapter = workspace.WorkspacePrepareAndFinalize(buffer, is_async)
+        given: list[torch.Tensor | None] = []
+        ask = adapter.allocate_fused_expert_output
+        adapter.allocate_fused_expert_output = lambda *a: given.append(ask(*a)) or given[-1]
+        x, ids, weights = batches[group.self_rank]
+        out = mk.FusedMoEKernel(adapter, experts).apply(
+            hidden_states=x,
+            w1=w1[owned],
+            w2=w2[owned],
+            topk_weights=weights,
+            topk_ids=ids,
+            activation=experts.moe_config.activation,
+            global_num_experts=NUM_EXPERTS,
+            expert_map=expert_map,
+            apply_router_weight_on_input=False,
+        )
+        # vLLM asked where the experts shall write. (On a CPU it then does not care.)
+        assert [t.data_ptr() for t in given if t is not None] == [
+            buffer.combine_input(0, 5).data_ptr()
+        ]
+        return out
+
+    outs = virtual_world(NUM_RANKS).run(rank_main)
+    for out, (x, ids, weights) in zip(outs, batches, strict=True):
+        torch.testing.assert_close(out, dense_layer(x, ids, weights, w1, w2))
+
+
+def test_all_that_vllm_declares_abstract_is_there() -> None:
+    assert not workspace.WorkspacePrepareAndFinalize.__abstractmethods__
+
+
+def test_the_format_is_batched_on_a_cpu_unless_asked_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(backends.FORMAT_VARIABLE, raising=False)
+    assert backends.uses_batched_format()
+    monkeypatch.setenv(backends.FORMAT_VARIABLE, "standard")
+    assert not backends.uses_batched_format()
+    monkeypatch.setenv(backends.FORMAT_VARIABLE, "packed")
+    with pytest.raises(ValueError, match="EP_BACKEND_VLLM_FORMAT is 'packed', expected batched or"):
+        backends.uses_batched_format()
