@@ -48,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     if util.find_spec("vllm") is None:
         print(f"{PROGRAM}: vLLM is not importable in {sys.executable}", file=sys.stderr)
         return 2
-    # SIGTERM ends the servers as Ctrl-C does.
+    # SIGTERM ends the servers as Ctrl-C does; a shell's background job begins with that ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     run = Run(options)
     run.measure()

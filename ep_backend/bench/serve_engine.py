@@ -16,13 +16,14 @@ from typing import Any
 
 from ep_backend.bench.model import TinyMoE, make_model
 from ep_backend.bench.serve_model import RandomMoE
-from ep_backend.bench.serve_settings import DEFAULT, OURS_PREFIX, SINGLE, Options
+from ep_backend.bench.serve_settings import DEFAULT, SINGLE, Options
 from ep_backend.bench.server import SHM_DIR, VLLM_ENVIRONMENT, core_binding, vllm_command
 
 # As a module: the `vllm` script is not there where vLLM is only on PYTHONPATH.
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 NUM_MAX_SEQS = GRAPH_SIZES[-1]
+CPU_BATCHED_TOKENS = 256
 RECORDED_PREFIXES = ("VLLM_", "NCCL_", "GLOO_", "TP_", "CUDA_", "TORCH_", "EP_BACKEND_", "OMP_")
 SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
@@ -30,12 +31,11 @@ SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 def server_command(options: Options, model: Path, backend: str) -> list[str]:
     """`vllm serve`, without host and port."""
     if options.device == "cpu":
-        # max_num_batched_tokens also for one rank: it must not differ in anything else.
         command = vllm_command(
             model,
             num_ranks=1 if backend == SINGLE else options.num_ranks,
             backend=backend,
-            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_num_batched_tokens=options.max_num_batched_tokens or CPU_BATCHED_TOKENS,
         )
         return [*VLLM, *command[1:], *options.server_arguments]
     command = [
@@ -49,7 +49,7 @@ def server_command(options: Options, model: Path, backend: str) -> list[str]:
         command += ["--data-parallel-size", str(options.num_ranks), "--enable-expert-parallel"]
     if backend not in (SINGLE, DEFAULT):
         command += ["--all2all-backend", backend]
-    if backend.startswith(OURS_PREFIX):
+    if options.max_num_batched_tokens is not None:
         command += ["--max-num-batched-tokens", str(options.max_num_batched_tokens)]
     return command + list(options.server_arguments)
 

@@ -135,6 +135,7 @@ def print_results(document: dict[str, Any]) -> None:
             print(f"failed: {where}: {cell['error']}")
     for server in document["servers"]:
         if "error" in server:
-            print(f"failed: {server['name']}: {server['error']}")
+            # The end of its log was printed when it happened.
+            print(f"failed: {server['name']}: {server['error'].splitlines()[0]}")
     if "error" in document:
         print(f"error: {document['error']}")

@@ -16,7 +16,6 @@ DEFAULT = "default"
 """All ranks, with the exchange that the engine takes when it is not told."""
 SINGLE = "single"
 """One rank, no exchange."""
-OURS_PREFIX = "ep_backend"
 OURS = "ep_backend_low_latency"
 
 DEFAULT_BACKENDS = {"cuda": (DEFAULT, OURS), "cpu": (SINGLE, OURS)}
@@ -55,8 +54,8 @@ class Options:
     prompts_per_slot: int = 4
     num_input_tokens: int = 64
     num_output_tokens: int = 128
-    max_num_batched_tokens: int = 256
-    """For our backends only: their buffers are sized by it."""
+    max_num_batched_tokens: int | None = None
+    """Of every backend. None: the engine's default, on a CPU 256."""
     environment: dict[str, str] = field(default_factory=dict)
     server_arguments: tuple[str, ...] = ()
     alternate: bool = False
@@ -169,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--max-num-batched-tokens",
         type=int,
-        help=f"For {OURS_PREFIX}_* only: their buffers are sized by it. [default: 256]",
+        help="Of every backend. [default: the engine's, on a CPU 256]",
     )
     add(
         "--alternate",

@@ -68,7 +68,7 @@ def _let_experts_write_to_workspaces(kernel: Any) -> None:
 
 def _make_low_latency(moe: Any, quant_config: Any) -> Any:
     import torch
-    from vllm.config import get_current_vllm_config
+    from vllm.config import get_current_vllm_config_or_none
     from vllm.distributed import get_ep_group
 
     from ep_backend_vllm.low_latency import LowLatencyPrepareAndFinalize, dispatch_dtype_for
@@ -88,7 +88,8 @@ def _make_low_latency(moe: Any, quant_config: Any) -> Any:
 
     from ep_backend_vllm.workspace import NUM_WORKSPACES, WorkspacePrepareAndFinalize
 
-    has_micro_batches = get_current_vllm_config().parallel_config.enable_dbo
+    config = get_current_vllm_config_or_none()
+    has_micro_batches = config is not None and config.parallel_config.enable_dbo
     buffer = manager.get_handle(
         shape
         | {

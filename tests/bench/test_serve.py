@@ -130,14 +130,17 @@ def test_servers_alternate_only_if_asked() -> None:
 # Command lines
 
 
-def test_only_our_backends_get_small_batches() -> None:
+def test_servers_differ_in_their_backend_alone() -> None:
     options = parse_arguments(["--server-arguments", "--block-size 64"])
     default, ours, single = (server_command(options, MODEL, b) for b in ("default", OURS, "single"))
     assert ours[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL)]
     assert values_of(ours, "--all2all-backend") == [OURS]
-    assert values_of(ours, "--max-num-batched-tokens") == ["256"]
     assert "--all2all-backend" not in default
-    assert "--max-num-batched-tokens" not in default
+    assert [word for word in ours if word not in ("--all2all-backend", OURS)] == default
+    asked = parse_arguments(["--max-num-batched-tokens", "512"])
+    for backend in ("default", OURS):
+        command = server_command(asked, MODEL, backend)
+        assert values_of(command, "--max-num-batched-tokens") == ["512"]
     for command in (default, ours):
         assert values_of(command, "--data-parallel-size") == ["2"]
         assert "--enable-expert-parallel" in command
