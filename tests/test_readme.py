@@ -52,29 +52,64 @@ def results(name: str) -> dict:
     return json.loads((ROOT / "ep_backend" / "bench" / "results" / name).read_text())
 
 
-def test_gpu_numbers_are_those_of_the_results() -> None:
-    measured = results("multi-gpu-2-h100.json")
+def test_nvlink_numbers_are_those_of_the_results() -> None:
+    measured = results("multi-gpu-2-h200.json")
     nccl_us = {p["num_tokens"]: p["pair"]["median_us"] for p in measured["nccl"]["pairs"]}
-    assert len(measured["cases"]) == 6
-    for case in measured["cases"]:
+    cases = [case for case in measured["cases"] if case["num_max_tagged_tokens"] is None]
+    assert len(cases) == 8
+    for case in cases:
         num_tokens, pair_us = case["num_tokens"], case["pair"]["median_us"]
-        row = (
+        assert (
             f"| {num_tokens} | {case['output_layout'].replace('_', '-')} | {pair_us:.1f} "
             f"| {case['dispatch']['median_us']:.1f} | {nccl_us[num_tokens]:.1f} "
             f"| {nccl_us[num_tokens] / pair_us:.1f}x |"
-        )
-        assert row in README
-    rows = {
-        f"| {case['num_tokens']} | {case['output_layout'].replace('_', '-')} "
-        f"| {32 if tagged is None else tagged or 'none'} | {case['num_sms'] or 'all'} "
-        f"| {case['pair']['median_us']:.1f} |"
-        for case in results("multi-gpu-2-h100-tagged.json")["cases"]
-        for tagged in (case["num_max_tagged_tokens"],)
+        ) in README
+
+
+def test_one_gpu_numbers_are_those_of_the_results() -> None:
+    cases = results("op-cuda-h100.json")["cases"]
+    by_form = {
+        form: {
+            (case["num_ranks"], case["num_tokens"], case["output_layout"]): case
+            for case in cases
+            if case["form"] == form
+        }
+        for form in ("fused", "hook")
     }
-    shown = re.findall(r"^\| \d+ \| (?:expert|rank)-major \| (?:\d+|none) \| .* \|$", README, re.M)
-    shown = [row for row in shown if row.count("|") == 6]
-    assert len(shown) == 6
-    assert set(shown) <= rows
+    assert len(by_form["fused"]) == 12
+    for key, fused in by_form["fused"].items():
+        num_ranks, num_tokens, layout = key
+        hook_us = by_form["hook"][key]["pair"]["median_us"]
+        assert (
+            f"| {num_ranks} | {num_tokens} | {layout.replace('_', '-')} "
+            f"| {fused['pair']['median_us']:.1f} | {hook_us:.1f} "
+            f"| {fused['roofline_fraction']:.2f} |"
+        ) in README
+
+
+def test_served_numbers_are_those_of_the_results() -> None:
+    def tpot(run: dict) -> str:
+        ms = run["tpot_mean_ms"]
+        return f"{ms['median']:.2f} ({ms['min']:.2f}-{ms['max']:.2f})"
+
+    def ratio(ours: dict, theirs: dict, metric: str) -> str:
+        return f"{ours[metric]['median'] / theirs[metric]['median']:.2f}"
+
+    measured = results("serve-vllm-2-h200.json")
+    runs = {(run["concurrency"], run["backend"]): run for run in measured["summary"]}
+    for concurrency in (1, 8, 32, 64, 128):
+        theirs, ours = (runs[concurrency, b] for b in ("default", "ep_backend_low_latency"))
+        rates = [run["output_tokens_per_sec"]["median"] for run in (theirs, ours)]
+        assert (
+            f"| {concurrency} | {tpot(theirs)} | {tpot(ours)} "
+            f"| {ratio(ours, theirs, 'tpot_mean_ms')} | {rates[0]:.0f} | {rates[1]:.0f} "
+            f"| {ratio(ours, theirs, 'output_tokens_per_sec')} |"
+        ) in README
+    assert [gate["good"] for gate in measured["gates"]] == [True, True]
+    assert [gate["good"] for gate in results("serve-vllm-2-h200-fault.json")["gates"]] == [
+        True,
+        False,
+    ]
 
 
 def test_numbers_are_those_of_the_results() -> None:

@@ -112,7 +112,7 @@ class Run:
         command = server_command(self.options, model, visit.backend)
         environment = server_environment(self.options, visit.backend)
         log = self.options.log(visit.name)
-        entry |= {"command": command, "environment": environment, "log": str(log)}
+        entry |= {"command": command, "environment": environment, "log": log.name}
         self._say(f"{visit.name}, start-up (log: {log})")
         async with AsyncExitStack() as stack:
             client = await stack.enter_async_context(
@@ -210,8 +210,8 @@ class Run:
 
 def new_document(options: Options) -> dict[str, Any]:
     settings = dataclasses.asdict(options)
-    for name in ("model", "output"):
-        settings[name] = None if settings[name] is None else str(settings[name])
+    for name in ("model", "output"):  # the command names them
+        del settings[name]
     return {
         "command": settings.pop("command"),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
