@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.status import Status
 
-from ep_backend.bench import op, op_cuda
+from ep_backend.bench import op, op_cuda, serve
 from ep_backend.bench.demo import BACKENDS, DemoSettings, Progress, ServerFailed, run_demo
 from ep_backend.bench.demo_report import plot_latencies, print_report
 from ep_backend.bench.model import TinyMoE, make_model
@@ -46,6 +46,16 @@ def op_command(
     if device != "cpu":
         raise typer.BadParameter(f"device is {device!r}, expected cpu or cuda")
     typer.main.get_command(op_cpu).main(context.args, prog_name="ep-backend bench op")
+
+
+@bench.command(
+    "serve",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def serve_command(context: typer.Context) -> None:
+    """Latency of a served model, by all-to-all backend."""
+    raise typer.Exit(serve.main(context.args))
 
 
 @app.command("make-model")

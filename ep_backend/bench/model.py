@@ -66,8 +66,8 @@ def make_model(directory: Path, shape: TinyMoE) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer, vocabulary = _byte_tokenizer()
     tokenizer.save(str(directory / "tokenizer.json"))
-    _write_json(directory / "tokenizer_config.json", _tokenizer_config())
-    _write_json(directory / "config.json", _config(shape, vocab_size=len(vocabulary)))
+    _write_json(directory / "tokenizer_config.json", tokenizer_config())
+    _write_json(directory / "config.json", config_of(shape, vocab_size=len(vocabulary)))
     _write_json(
         directory / "generation_config.json",
         {"eos_token_id": vocabulary[END_OF_TEXT], "do_sample": False},
@@ -90,7 +90,7 @@ def _byte_tokenizer() -> tuple[Tokenizer, dict[str, int]]:
     return tokenizer, vocabulary
 
 
-def _tokenizer_config() -> dict:
+def tokenizer_config() -> dict:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,
@@ -100,7 +100,7 @@ def _tokenizer_config() -> dict:
     }
 
 
-def _config(shape: TinyMoE, vocab_size: int) -> dict:
+def config_of(shape: TinyMoE, vocab_size: int) -> dict:
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",

@@ -90,7 +90,7 @@ def make_random_model(directory: Path, shape: RandomMoE, device: str = "cpu") ->
     word_tokenizer(shape.vocab_size).save(str(directory / "tokenizer.json"))
     files = dict(shape.files())
     documents = {
-        "tokenizer_config.json": tiny._tokenizer_config(),
+        "tokenizer_config.json": tiny.tokenizer_config(),
         "config.json": model_config(shape),
         "generation_config.json": {"eos_token_id": shape.vocab_size - 1, "do_sample": False},
         "model.safetensors.index.json": {
@@ -115,7 +115,7 @@ def make_random_model(directory: Path, shape: RandomMoE, device: str = "cpu") ->
 
 def model_config(shape: RandomMoE) -> dict:
     base = tiny.TinyMoE(shape.num_layers, shape.hidden, shape.num_experts, shape.top_k)
-    return tiny._config(base, shape.vocab_size) | {
+    return tiny.config_of(base, shape.vocab_size) | {
         "head_dim": shape.head_dim,
         "intermediate_size": 3 * shape.hidden,
         "moe_intermediate_size": shape.moe_intermediate,

@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PROGRAM = "python -m ep_backend.bench.serve"
+PROGRAM = "ep-backend bench serve"
 ENGINES = ("vllm",)
 DEVICES = ("cuda", "cpu")
 
