@@ -44,7 +44,7 @@ class KernelStatistics:
     """Of "dispatch_send", "dispatch_recv", "combine_send", "combine_recv": nanoseconds that signals
     and credits of each rank were waited for. Waits for tagged words are not among them."""
     num_expert_rows: list[int]
-    """Rows that each local expert has received."""
+    """Rows that each local expert has received; those that came to workspaces are not counted."""
 
 
 class DispatchHandle:

@@ -21,7 +21,6 @@ from ep_backend import _native, faults
 from ep_backend.checks import (
     AtMost,
     check_alignment,
-    check_int,
     check_tensor,
     check_topk_weights,
     check_x_scales,
@@ -40,7 +39,7 @@ from ep_backend.kernel_calls import KernelCalls
 from ep_backend.kernels import make_kernels
 from ep_backend.observe.trace import TraceWriter
 from ep_backend.order import PhaseOrder
-from ep_backend.outputs import OutputShape, RecvBank, RecvBanks, Workspace
+from ep_backend.outputs import OutputShape, RecvBank, RecvBanks
 from ep_backend.settings import (
     CUDA_ROW_ALIGNMENT,
     BufferSettings,
@@ -49,6 +48,7 @@ from ep_backend.settings import (
     device_type,
     usable_device,
 )
+from ep_backend.workspaces import Workspace, Workspaces
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 DEFAULT_TIMEOUT_SECS = 60.0
@@ -194,11 +194,9 @@ class LowLatencyBuffer:
             config, group, self._memory.bases, self.device, timeout_secs, spin_us, num_sms
         )
         base = self._memory.bases[group.self_rank]
-        self._make_workspace = lambda idx, num_slots: Workspace(
-            idx, base, layout, output_shape, num_slots, dtype, self.device
+        self._workspaces = Workspaces(
+            num_workspaces, base, layout, output_shape, dtype, self.device
         )
-        self._workspaces: dict[tuple[int, int], Workspace] = {}
-        self._workspace_epochs = [0] * num_workspaces
         self._dispatches = PhaseOrder("dispatch", num_banks)
         self._combines = PhaseOrder("combine", num_banks)
         self._recv_banks = RecvBanks(output_shape, num_banks, self.device)
@@ -377,22 +375,15 @@ class LowLatencyBuffer:
         Args:
             num_slots: as the dispatch was given. Default: M.
         """
-        return self._workspace(workspace, num_slots or self.num_max_tokens_per_rank).combine_input
-
-    def _workspace(self, idx: int, num_slots: int) -> Workspace:
-        key = idx, num_slots
-        if key not in self._workspaces:
-            check_int("workspace", idx, 0, self.num_workspaces - 1)
-            check_int("num_slots", num_slots, 1, self.num_max_tokens_per_rank)
-            self._workspaces[key] = self._make_workspace(idx, num_slots)
-        return self._workspaces[key]
+        return self._workspaces.at(
+            workspace, num_slots or self.num_max_tokens_per_rank
+        ).combine_input
 
     def _output_of(self, handle: DispatchHandle) -> RecvBank | Workspace:
         """Where that dispatch, which has got its epoch, arrives."""
-        if handle.workspace < 0:
-            return self._recv_banks.of(handle.epoch)
-        self._workspace_epochs[handle.workspace] = handle.epoch
-        return self._workspace(handle.workspace, handle.num_slots)
+        if handle.workspace >= 0:
+            return self._workspaces.of(handle)
+        return self._recv_banks.of(handle.epoch)
 
     def counters(self) -> dict[str, OpCounters]:
         """Counters of "dispatch_send", "dispatch_recv", "combine_send" and "combine_recv"."""
@@ -446,7 +437,8 @@ class LowLatencyBuffer:
         check_alignment("x", x, self._row_alignment)
         if x_scales is not None or x.dtype != self.dtype:
             check_x_scales(x, x_scales, self.num_scales, self.device)
-        handle = self._make_handle(num_tokens, workspace, num_slots)
+        place = self._workspaces.place(num_tokens, workspace, num_slots)
+        handle = DispatchHandle(self, num_tokens, *place)
         num_partials, answers, *_ = handle.pointers()
         return handle, (
             x.data_ptr(),
@@ -461,27 +453,6 @@ class LowLatencyBuffer:
             handle.workspace,
             handle.num_slots,
         )
-
-    def _make_handle(
-        self, num_tokens: int, workspace: int, num_slots: int | None
-    ) -> DispatchHandle:
-        check_int("workspace", workspace, 0, max(0, self.num_workspaces - 1))
-        if self.num_workspaces == 0:
-            if num_slots is not None:
-                raise ValueError(
-                    f"num_slots is {num_slots}, but this buffer has no workspaces. Leave it out."
-                )
-            return DispatchHandle(self, num_tokens, -1, 0)
-        if num_slots is None:
-            num_slots = self.num_max_tokens_per_rank
-        check_int(
-            "num_slots",
-            num_slots,
-            max(1, num_tokens),
-            self.num_max_tokens_per_rank,
-            f"x has {num_tokens} tokens.",
-        )
-        return DispatchHandle(self, num_tokens, workspace, num_slots)
 
     def _prepare_combine(
         self,
@@ -504,7 +475,7 @@ class LowLatencyBuffer:
         check_tensor("expert_out", expert_out, shape, (self.dtype,), self.device)
         check_alignment("expert_out", expert_out, self._row_alignment)
         if handle.workspace >= 0:
-            self._check_workspace(expert_out, handle)
+            self._workspaces.check(expert_out, handle)
         shape = (handle.num_tokens, self.hidden)
         if out is None:
             out = torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -522,21 +493,6 @@ class LowLatencyBuffer:
         if self._fault is faults.Fault.DROP_REMOTE_CONTRIBUTIONS:
             expert_out = faults.drop_remote_contributions(expert_out, handle)
         return expert_out, out
-
-    def _check_workspace(self, expert_out: torch.Tensor, handle: DispatchHandle) -> None:
-        workspace = handle.workspace
-        if expert_out.data_ptr() != self.combine_input(workspace).data_ptr():
-            raise ValueError(
-                f"expert_out is not combine_input({workspace}), but the handle's dispatch went to "
-                f"workspace {workspace}, and peers look for rows there. Have the experts write to "
-                "that tensor, or copy their output to it."
-            )
-        if handle.epoch != self._workspace_epochs[workspace]:
-            raise OrderError(
-                f"combine was called with the handle of dispatch {handle.epoch}, but dispatch "
-                f"{self._workspace_epochs[workspace]} has gone to the same workspace, {workspace}, "
-                "since. Combine before that, or use more workspaces."
-            )
 
 
 def _combine_send_arguments(expert_out: torch.Tensor, handle: DispatchHandle) -> tuple[int, ...]:

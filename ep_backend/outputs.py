@@ -1,5 +1,5 @@
-"""The tensors that a dispatch fills: a set a bank, allocated at first use and kept, because fresh
-pages for each dispatch would cost more than the exchange; or workspaces, in symmetric memory.
+"""The tensors that a dispatch's hook fills: a set a bank, allocated at first use and kept, because
+fresh pages for each dispatch would cost more than the exchange.
 
 R ranks, M num_max_tokens_per_rank, L local experts, S = R * M rows an expert can receive, H hidden,
 K top_k.
@@ -14,7 +14,6 @@ import torch
 from ep_backend import _native
 from ep_backend.group import Group
 from ep_backend.handles import DispatchHandle, DispatchResult, address_of
-from ep_backend.memory import cuda
 from ep_backend.settings import OUTPUT_LAYOUTS, BufferSettings
 
 
@@ -117,54 +116,6 @@ class RecvBank:
             -1,
             0,
         )
-
-
-class Workspace:
-    """One of a buffer's workspaces: tensors in symmetric memory, as they lie when each source has
-    `num_slots` rows. Peers write the `recv_*`, which are as those of a `RecvBank` of so many tokens
-    a rank, and read `combine_input`."""
-
-    def __init__(
-        self,
-        idx: int,
-        base: int,
-        layout: _native.LowLatencyLayout,
-        shape: OutputShape,
-        num_slots: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        def tensor(offset: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-            size = (shape.num_ranks, num_slots, last)
-            return cuda.tensor_at(base + offset, size, dtype, device)
-
-        self._idx = idx
-        self.recv_x = tensor(layout.workspace_row(idx, 0), shape.hidden, shape.dispatch_dtype)
-        self.recv_scales: torch.Tensor | None = None
-        if shape.num_scales > 0:
-            self.recv_scales = tensor(layout.workspace_scales(idx, 0), *shape.scale_words)
-        self.recv_topk_idx = tensor(layout.workspace_topk_idx(idx, 0), shape.top_k, torch.int32)
-        self.recv_topk_weights = tensor(
-            layout.workspace_topk_weights(idx, 0), shape.top_k, torch.float32
-        )
-        self.combine_input = tensor(layout.combine_input(idx, 0), shape.hidden, dtype)
-
-    def result(self, handle: DispatchHandle) -> DispatchResult:
-        """Of a dispatch into this workspace."""
-        return DispatchResult(
-            handle,
-            self.recv_x,
-            self.recv_scales,
-            self.recv_topk_idx,
-            self.recv_topk_weights,
-            None,
-        )
-
-    def arguments(self, result: DispatchResult) -> tuple[_native.OutputLayout | int, ...]:
-        """Of the native dispatch_recv."""
-        _, _, *received = result.handle.pointers()
-        num_slots = result.handle.num_slots
-        return (_native.OutputLayout.RANK_MAJOR, 0, 0, 0, 0, 0, *received, self._idx, num_slots)
 
 
 def _empty_scales(shape: OutputShape, device: torch.device) -> torch.Tensor:

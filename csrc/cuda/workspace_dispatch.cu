@@ -310,9 +310,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   }
   bool ok = true;
   if (kReceives && (speaks || !kSends)) {
-    const uint32_t config_words =
+    const uint32_t num_sets_words =
         kSends ? TokenSets::num_bytes(rank.layout.config(), send.num_tokens, false) / 4 : 0;
-    ok = WorkspaceReceiver(rank, recv, shared + config_words)
+    ok = WorkspaceReceiver(rank, recv, shared + num_sets_words)
              .run(op, kSends ? rank.self_rank : kNoRank,
                   [&] { return sets.tokens_of_rank(rank.self_rank); });
   }
