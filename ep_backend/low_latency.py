@@ -375,9 +375,9 @@ class LowLatencyBuffer:
         Args:
             num_slots: as the dispatch was given. Default: M.
         """
-        return self._workspaces.at(
-            workspace, num_slots or self.num_max_tokens_per_rank
-        ).combine_input
+        if num_slots is None:
+            num_slots = self.num_max_tokens_per_rank
+        return self._workspaces.at(workspace, num_slots).combine_input
 
     def _output_of(self, handle: DispatchHandle) -> RecvBank | Workspace:
         """Where that dispatch, which has got its epoch, arrives."""

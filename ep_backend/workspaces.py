@@ -1,4 +1,4 @@
-"""Workspaces of a LowLatencyBuffer: tensors in symmetric memory, where rank-major exchanges happen in
+"""Workspaces of a LowLatencyBuffer: tensors in symmetric memory, in which rank-major exchanges take
 place. Peers write what is received, and read what combine takes.
 
 R ranks, M num_max_tokens_per_rank, S slots of a source in an exchange, H hidden, K top_k.
@@ -92,7 +92,7 @@ class Workspaces:
         return len(self._last_epochs)
 
     def place(self, num_tokens: int, idx: int, num_slots: int | None) -> tuple[int, int]:
-        """Workspace and slots of a dispatch of `num_tokens`; -1 and 0 where there are no workspaces.
+        """Workspace and slots of a dispatch of `num_tokens`; -1 and 0 where there are none.
 
         Raises:
             ValueError: there is no such workspace, or it has too few or too many slots.

@@ -1,5 +1,5 @@
-"""Workspaces as Python sees them: which tensor lies where, and which calls are refused. On a CPU: the
-memory is ordinary, and nobody else reads it. Exchanges in them are in tests/cuda."""
+"""Workspaces as Python sees them: which tensor lies where, and which calls are refused. The memory
+is a CPU's, and nobody else reads it; exchanges are in tests/cuda."""
 
 from __future__ import annotations
 
@@ -99,14 +99,9 @@ def test_a_dispatch_takes_all_slots_or_as_many_as_it_is_told(memory: Memory) -> 
 def test_without_workspaces_nothing_may_be_asked_of_them() -> None:
     group: Any = SimpleNamespace(num_ranks=1, self_rank=0)
     shape = Shape(1)
-    none = Workspaces(
-        0,
-        0,
-        shape.layout(),
-        OutputShape.of(shape.settings(), shape.layout(), group),
-        shape.dtype,
-        CPU,
-    )
+    layout = shape.layout()
+    output_shape = OutputShape.of(shape.settings(), layout, group)
+    none = Workspaces(0, 0, layout, output_shape, shape.dtype, CPU)
     assert none.place(4, 0, None) == (-1, 0)
     with pytest.raises(ValueError, match="num_slots is 4, but this buffer has no workspaces"):
         none.place(4, 0, 4)
