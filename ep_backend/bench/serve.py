@@ -1,4 +1,4 @@
-"""`python -m ep_backend.bench.serve`: an engine's latency and throughput, by all-to-all backend.
+"""`ep-backend bench serve`: an engine's latency and throughput, by all-to-all backend.
 
 One server after another serves the same model, each with another backend. In every one: warm-up,
 then a correctness check (`serve_gate`), then the sweep of concurrencies, `--repeats` times, with
@@ -105,9 +105,11 @@ class Run:
                 self._write()
 
     async def _visit(self, visit: Visit, model: Path, entry: dict[str, Any]) -> None:
-        """Raises:
-        ServerFailed: the server did not start or did not last.
-        ClientFailed: a measurement failed: the rest of this server's are not tried.
+        """One server, from its start to its end.
+
+        Raises:
+            ServerFailed: it did not start or did not last.
+            ClientFailed: a measurement failed: the rest of this server's are not tried.
         """
         command = server_command(self.options, model, visit.backend)
         environment = server_environment(self.options, visit.backend)
