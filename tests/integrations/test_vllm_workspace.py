@@ -16,7 +16,7 @@ import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from ep_backend_vllm import backends, workspace
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
-from ep_backend import Group, LowLatencyBuffer, virtual_world
+from ep_backend import Group, LowLatencyBuffer, reference, virtual_world
 from tests.integrations.test_vllm_plugin import (
     HIDDEN,
     INTERMEDIATE,
@@ -58,7 +58,7 @@ class PlayedWorkspaces:
     def _result(self, result: Any, workspace: int, num_slots: int) -> Any:
         first = self.inner.first_expert
         foreign = NUM_EXPERTS - 1 if first == 0 else 0
-        idx = result.recv_topk_idx[:, :num_slots]
+        idx, scales = result.recv_topk_idx[:, :num_slots], result.recv_scales
         return SimpleNamespace(
             handle=SimpleNamespace(
                 inner=result.handle,
@@ -67,7 +67,7 @@ class PlayedWorkspaces:
                 num_tokens=result.handle.num_tokens,
             ),
             recv_x=result.recv_x[:, :num_slots].contiguous(),
-            recv_scales=None,
+            recv_scales=None if scales is None else scales[:, :num_slots].contiguous(),
             recv_topk_idx=torch.where(idx < 0, foreign, idx + first),
             recv_topk_weights=result.recv_topk_weights[:, :num_slots].contiguous(),
         )
@@ -139,23 +139,12 @@ def test_the_real_modular_kernel_equals_the_dense_layer(
     w1 = torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator) / HIDDEN**0.5
     w2 = torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=generator) / INTERMEDIATE**0.5
     batches = [batch_of(generator, num_tokens) for num_tokens in (5, 2)]
-    metadata = SimpleNamespace(get_chunk_sizes_across_dp_rank=lambda: [5, 2])
-    context = SimpleNamespace(dp_metadata=metadata)
-    monkeypatch.setattr(workspace, "get_forward_context", lambda: context)
-    monkeypatch.setenv(backends.FORMAT_VARIABLE, "standard")
+    set_tokens_of_ranks(monkeypatch, [5, 2])
 
     def rank_main(group: Group) -> torch.Tensor:
         from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
 
-        inner = LowLatencyBuffer(
-            group,
-            num_max_tokens_per_rank=MAX_TOKENS,
-            hidden=HIDDEN,
-            num_experts=NUM_EXPERTS,
-            top_k=TOP_K,
-            dtype=torch.float32,
-            output_layout="rank_major",
-        )
+        inner = rank_major_buffer(group, torch.float32)
         buffer: Any = PlayedWorkspaces(inner)
         owned = slice(inner.first_expert, inner.first_expert + inner.num_local_experts)
         expert_map = torch.full((NUM_EXPERTS,), -1, dtype=torch.int32)
@@ -189,6 +178,56 @@ def test_the_real_modular_kernel_equals_the_dense_layer(
     outs = virtual_world(NUM_RANKS).run(rank_main)
     for out, (x, ids, weights) in zip(outs, batches, strict=True):
         torch.testing.assert_close(out, dense_layer(x, ids, weights, w1, w2))
+
+
+def test_experts_that_want_float8_blocks_get_rows_and_scales(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
+
+    one = torch.ones(1)
+    blocks = fp8_w8a8_moe_quant_config(one, one, block_shape=[128, 128])
+    x, ids, weights = batch_of(torch.Generator().manual_seed(0), num_tokens=3)
+    x = x.to(torch.bfloat16)
+    set_tokens_of_ranks(monkeypatch, [4])  # another rank would have one more
+
+    def rank_main(group: Group) -> None:
+        inner = rank_major_buffer(group, torch.bfloat16, torch.float8_e4m3fn)
+        adapter = workspace.WorkspacePrepareAndFinalize(PlayedWorkspaces(inner), is_async=False)
+        rows, scales, meta, got_ids, got_weights = adapter.prepare(
+            x, weights, ids, NUM_EXPERTS, None, False, blocks
+        )
+        expected, expected_scales = reference.quantize(x, "float32")
+        assert meta is None
+        assert rows.shape == (4, HIDDEN)
+        assert torch.equal(rows[:3].view(torch.uint8), expected.view(torch.uint8))
+        assert torch.equal(scales[:3], expected_scales)
+        assert torch.equal(got_ids[:3], ids)
+        assert torch.equal(got_weights[:3], weights)
+
+    virtual_world(1).run(rank_main)
+
+
+def set_tokens_of_ranks(monkeypatch: pytest.MonkeyPatch, num_tokens: list[int]) -> None:
+    """As vLLM tells them in a step."""
+    metadata = SimpleNamespace(get_chunk_sizes_across_dp_rank=lambda: num_tokens)
+    context = SimpleNamespace(dp_metadata=metadata)
+    monkeypatch.setattr(workspace, "get_forward_context", lambda: context)
+
+
+def rank_major_buffer(
+    group: Group, dtype: torch.dtype, dispatch_dtype: torch.dtype | None = None
+) -> LowLatencyBuffer:
+    return LowLatencyBuffer(
+        group,
+        num_max_tokens_per_rank=MAX_TOKENS,
+        hidden=HIDDEN,
+        num_experts=NUM_EXPERTS,
+        top_k=TOP_K,
+        dtype=dtype,
+        dispatch_dtype=dispatch_dtype,
+        output_layout="rank_major",
+    )
 
 
 def test_all_that_vllm_declares_abstract_is_there() -> None:
