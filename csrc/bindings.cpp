@@ -5,7 +5,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings_normal.h"
 #include "bindings_protocol.h"
+#include "bindings_run.h"
 #include "cpu/atomics.h"
 #include "cpu/low_latency.h"
 
@@ -19,24 +21,6 @@ using protocol::Half;
 using protocol::Phase;
 
 namespace {
-
-// Lets Ctrl-C and other Python signal handlers run while a kernel sleeps.
-bool python_interrupted() {
-  py::gil_scoped_acquire gil;
-  return PyErr_CheckSignals() != 0;
-}
-
-// Runs a kernel without the GIL; a handler's exception (KeyboardInterrupt) goes on from here.
-template <typename Kernel>
-protocol::OpResult run(Kernel&& kernel) {
-  protocol::OpResult result;
-  {
-    py::gil_scoped_release no_gil;
-    result = kernel();
-  }
-  if (result.status == protocol::Status::kInterrupted) throw py::error_already_set();
-  return result;
-}
 
 // A method that packs its arguments with `make` and runs `kernel` on them.
 template <typename Params, typename... Args>
@@ -113,10 +97,11 @@ void bind_low_latency_rank(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Native kernels of ep_backend (private: use ep_backend.LowLatencyBuffer)";
+  m.doc() = "Native kernels of ep_backend (private: use ep_backend's buffers)";
   bind_protocol(m);
   bind_results(m);
   bind_low_latency_rank(m);
+  bind_normal(m);
 #if defined(EP_BACKEND_CUDA)
   m.attr("has_cuda") = true;
   bind_cuda(m);

@@ -25,6 +25,8 @@ from ep_backend.handles import (
     RecvHook,
 )
 from ep_backend.low_latency import LowLatencyBuffer
+from ep_backend.normal import NormalBuffer
+from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
 
 __version__ = "0.1.0"
 
@@ -35,6 +37,9 @@ __all__ = [
     "Group",
     "KernelStatistics",
     "LowLatencyBuffer",
+    "NormalBuffer",
+    "NormalDispatchHandle",
+    "NormalDispatchResult",
     "OpCounters",
     "OrderError",
     "PeerTimeout",

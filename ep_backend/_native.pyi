@@ -227,6 +227,92 @@ class LowLatencyRank:
     def epoch(self, phase: Phase, half: Half) -> int: ...
     def counters(self, phase: Phase, half: Half) -> dict[str, int]: ...
 
+NORMAL_PROTOCOL_VERSION: int
+NUM_ROUND_BANKS: int
+
+class NormalConfig:
+    num_tokens_per_round: int
+    def __init__(
+        self,
+        *,
+        num_ranks: int,
+        num_experts: int,
+        hidden: int,
+        top_k: int,
+        dtype: DType,
+        num_tokens_per_round: int,
+    ) -> None: ...
+
+class NormalLayout:
+    partition: ExpertPartition
+    row_bytes: int
+    num_bytes: int
+    num_max_messages_per_token: int
+    def __init__(self, config: NormalConfig) -> None: ...
+    @staticmethod
+    def num_tokens_that_fit(config: NormalConfig, num_bytes: int) -> int: ...
+    def num_rounds(self, num_tokens: int) -> int: ...
+    def signal(self, bank: int, phase: Phase, src_rank: int) -> int: ...
+    def credit(self, phase: Phase, peer_rank: int) -> int: ...
+    def signal_sleepers(self, phase: Phase, src_rank: int) -> int: ...
+    def credit_sleepers(self, phase: Phase, peer_rank: int) -> int: ...
+    def counts(self, src_rank: int) -> int: ...
+    def expert_counts(self, src_rank: int) -> int: ...
+    def message(self, bank: int, src_rank: int, slot: int) -> int: ...
+    def weights(self, bank: int, src_rank: int, slot: int) -> int: ...
+    def row(self, bank: int, src_rank: int, slot: int) -> int: ...
+
+class NormalRank:
+    def __init__(
+        self,
+        config: NormalConfig,
+        self_rank: int,
+        bases: list[int],
+        *,
+        timeout_ns: int,
+        spin_ns: int,
+    ) -> None: ...
+    def exchange_counts(
+        self,
+        topk_idx: int,
+        topk_idx_is_int64: bool,
+        num_tokens: int,
+        num_messages: int,
+        messages: int,
+        num_rounds: int,
+        num_rows: int,
+        num_recv_tokens_per_expert: int,
+    ) -> OpResult: ...
+    def dispatch(
+        self,
+        x: int,
+        is_cached: bool,
+        topk_idx: int,
+        topk_idx_is_int64: bool,
+        topk_weights: int,
+        num_tokens: int,
+        num_messages: int,
+        messages: int,
+        num_rounds: int,
+        num_rows: int,
+        per_round: int,
+        recv_x: int,
+        recv_topk_idx: int,
+        recv_topk_weights: int,
+    ) -> OpResult: ...
+    def combine(
+        self,
+        x: int,
+        num_tokens: int,
+        num_messages: int,
+        messages: int,
+        num_rounds: int,
+        num_rows: int,
+        per_round: int,
+        out: int,
+    ) -> OpResult: ...
+    def epoch(self, phase: Phase) -> int: ...
+
 # Only where has_cuda is true.
 CUDA_MAX_EXPERTS: int
 

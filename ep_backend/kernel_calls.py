@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ep_backend import _native
 from ep_backend.errors import EPBackendError, PeerTimeout, ProtocolError
 from ep_backend.kernel_errors import exception_for
-from ep_backend.kernels import RankKernels
 from ep_backend.observe.trace import TraceWriter
+
+
+class Kernels(Protocol):
+    """Kernels of a rank, whatever their family: its other attributes are kernels, by name."""
+
+    def report(self) -> _native.OpResult:
+        """What has failed since, where kernels run asynchronously; else OK."""
 
 
 class KernelCalls:
@@ -23,7 +29,7 @@ class KernelCalls:
 
     def __init__(
         self,
-        kernels: RankKernels,
+        kernels: Kernels,
         num_experts: int,
         device: torch.device,
         trace: TraceWriter | None,
@@ -53,6 +59,11 @@ class KernelCalls:
                 result = kernel(*args)
                 span.wait_ns = result.wait_ns
         self._raise_unless_ok(result)
+
+    def fail(self, error: Exception) -> None:
+        """Between two kernels something went wrong that peers do not know of: every later call
+        raises `error`."""
+        self._failure = error
 
     def raise_if_failed(self) -> None:
         """Raises what kernels have reported so far."""

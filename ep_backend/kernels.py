@@ -53,6 +53,12 @@ class RankKernels(Protocol):
         """What has failed since, where kernels run asynchronously; else OK."""
 
 
+def default_spin_us(num_ranks: int) -> float:
+    """With a core for every rank, polling saves the two context switches of a sleep; with fewer, it
+    would hold the core that the peer needs."""
+    return 50.0 if num_ranks <= (os.cpu_count() or 1) else 0.0
+
+
 class CpuKernels:
     """They run in the calling thread and wait there, without the interpreter lock.
 
@@ -69,9 +75,7 @@ class CpuKernels:
         spin_us: float | None,
     ) -> None:
         if spin_us is None:
-            # With a core for every rank, polling saves the two context switches of a sleep; with
-            # fewer, it would hold the core that the peer needs.
-            spin_us = 50.0 if config.num_ranks <= (os.cpu_count() or 1) else 0.0
+            spin_us = default_spin_us(config.num_ranks)
         rank = _native.LowLatencyRank(
             config,
             self_rank,

@@ -80,11 +80,11 @@ class BufferSettings:
         check_int("hidden", self.hidden, 1, 1 << 20)
         check_int("top_k", self.top_k, 1, _native.MAX_TOP_K)
         check_int("num_banks", self.num_banks, 2, _native.MAX_BANKS)
-        _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("scale_format", self.scale_format, SCALE_FORMATS)
-        _check_choice("output_layout", self.output_layout, OUTPUT_LAYOUTS)
-        _check_choice("reduction", self.reduction, REDUCTIONS)
-        _check_choice("transfer", self.transfer, TRANSFERS)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("scale_format", self.scale_format, SCALE_FORMATS)
+        check_choice("output_layout", self.output_layout, OUTPUT_LAYOUTS)
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        check_choice("transfer", self.transfer, TRANSFERS)
         self._check_dispatch_dtype()
         if self.num_max_tagged_tokens is not None:
             check_int(
@@ -122,7 +122,7 @@ class BufferSettings:
 
     def _check_workspaces(self) -> None:
         check_int("num_workspaces", self.num_workspaces, 0, _native.MAX_BANKS)
-        _check_choice("expert_ids", self.expert_ids, dict.fromkeys(EXPERT_IDS))
+        check_choice("expert_ids", self.expert_ids, dict.fromkeys(EXPERT_IDS))
         if self.num_workspaces == 0:
             if self.expert_ids != "local":
                 raise ValueError(
@@ -187,7 +187,7 @@ def default_tagged_tokens(num_ranks: int) -> int:
     return max(1, 256 // num_ranks)
 
 
-def _check_choice(name: str, value: Any, choices: dict[Any, Any]) -> None:
+def check_choice(name: str, value: Any, choices: dict[Any, Any]) -> None:
     if value not in choices:
         got = repr(value) if isinstance(value, str) else value
         allowed = " or ".join(repr(c) if isinstance(c, str) else str(c) for c in choices)

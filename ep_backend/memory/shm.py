@@ -80,7 +80,7 @@ def _create(path: Path, num_bytes: int) -> tuple[mmap.mmap | None, str | None]:
             free = os.statvfs(SHM_DIR).f_bavail * os.statvfs(SHM_DIR).f_frsize
             remedy = (
                 f" {free} bytes are free there. Enlarge it (docker: --shm-size or --ipc=host) or "
-                "lower num_max_tokens_per_rank."
+                "lower num_max_tokens_per_rank (normal kernels: num_bytes)."
             )
         return None, f"cannot create {num_bytes} bytes in {SHM_DIR}: {e}.{remedy}"
 

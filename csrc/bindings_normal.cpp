@@ -1,0 +1,121 @@
+#include "bindings_normal.h"
+
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "bindings.h"
+#include "bindings_run.h"
+#include "cpu/normal.h"
+#include "protocol/normal_layout.h"
+#include "protocol/normal_op.h"
+
+namespace py = pybind11;
+using namespace ep;
+using namespace ep::protocol;
+
+namespace {
+
+void bind_layout(py::module_& m) {
+  m.attr("NORMAL_PROTOCOL_VERSION") = kNormalProtocolVersion;
+  m.attr("NUM_ROUND_BANKS") = kNumRoundBanks;
+  py::class_<NormalConfig>(m, "NormalConfig")
+      .def(py::init([](uint32_t num_ranks, uint32_t num_experts, uint32_t hidden, uint32_t top_k,
+                       DType dtype, uint32_t num_tokens_per_round) {
+             return NormalConfig{num_ranks, num_experts, hidden,
+                                 top_k,     dtype,       num_tokens_per_round};
+           }),
+           py::kw_only(), py::arg("num_ranks"), py::arg("num_experts"), py::arg("hidden"),
+           py::arg("top_k"), py::arg("dtype"), py::arg("num_tokens_per_round"))
+      .def_readwrite("num_tokens_per_round", &NormalConfig::num_tokens_per_round);
+  py::class_<NormalLayout>(m, "NormalLayout")
+      .def(py::init<const NormalConfig&>())
+      .def_static("num_tokens_that_fit", &NormalLayout::num_tokens_that_fit)
+      .def_property_readonly("partition", &NormalLayout::partition)
+      .def_property_readonly("row_bytes", &NormalLayout::row_bytes)
+      .def_property_readonly("num_bytes", &NormalLayout::num_bytes)
+      .def_property_readonly("num_max_messages_per_token",
+                             &NormalLayout::num_max_messages_per_token)
+      .def("num_rounds", &NormalLayout::num_rounds)
+      .def("signal", &NormalLayout::signal)
+      .def("credit", &NormalLayout::credit)
+      .def("signal_sleepers", &NormalLayout::signal_sleepers)
+      .def("credit_sleepers", &NormalLayout::credit_sleepers)
+      .def("counts", &NormalLayout::counts)
+      .def("expert_counts", &NormalLayout::expert_counts)
+      .def("message", &NormalLayout::message)
+      .def("weights", &NormalLayout::weights)
+      .def("row", &NormalLayout::row);
+}
+
+SendRoutes routes(uint64_t num_tokens, uintptr_t num_messages, uintptr_t messages) {
+  return {num_tokens, pointer<uint32_t>(num_messages), pointer<uint32_t>(messages)};
+}
+
+RecvRows rows(uint64_t num_rounds, uintptr_t num_rows, uintptr_t per_round) {
+  return {num_rounds, pointer<uint64_t>(num_rows), pointer<uint32_t>(per_round)};
+}
+
+void bind_rank(py::module_& m) {
+  using cpu::NormalRank;
+  py::class_<NormalRank>(m, "NormalRank")
+      .def(py::init([](const NormalConfig& config, uint32_t self_rank,
+                       const std::vector<uintptr_t>& bases, uint64_t timeout_ns, uint64_t spin_ns) {
+             std::vector<std::byte*> pointers;
+             for (uintptr_t base : bases) pointers.push_back(pointer<std::byte>(base));
+             return std::make_unique<NormalRank>(
+                 config, self_rank, std::move(pointers),
+                 cpu::WaitPolicy{timeout_ns, spin_ns, &python_interrupted});
+           }),
+           py::arg("config"), py::arg("self_rank"), py::arg("bases"), py::kw_only(),
+           py::arg("timeout_ns"), py::arg("spin_ns"))
+      .def("exchange_counts",
+           [](NormalRank& self, uintptr_t topk_idx, bool topk_idx_is_int64, uint64_t num_tokens,
+              uintptr_t num_messages, uintptr_t messages, uintptr_t num_rounds, uintptr_t num_rows,
+              uintptr_t num_recv_tokens_per_expert) {
+             const NormalCountsParams params{pointer<void>(topk_idx),
+                                             topk_idx_is_int64,
+                                             routes(num_tokens, num_messages, messages),
+                                             pointer<uint64_t>(num_rounds),
+                                             pointer<uint64_t>(num_rows),
+                                             pointer<uint64_t>(num_recv_tokens_per_expert)};
+             return run([&] { return self.exchange_counts(params); });
+           })
+      .def("dispatch",
+           [](NormalRank& self, uintptr_t x, bool is_cached, uintptr_t topk_idx,
+              bool topk_idx_is_int64, uintptr_t topk_weights, uint64_t num_tokens,
+              uintptr_t num_messages, uintptr_t messages, uint64_t num_rounds, uintptr_t num_rows,
+              uintptr_t per_round, uintptr_t recv_x, uintptr_t recv_topk_idx,
+              uintptr_t recv_topk_weights) {
+             const NormalDispatchParams params{pointer<std::byte>(x),
+                                               is_cached,
+                                               pointer<void>(topk_idx),
+                                               topk_idx_is_int64,
+                                               pointer<float>(topk_weights),
+                                               routes(num_tokens, num_messages, messages),
+                                               rows(num_rounds, num_rows, per_round),
+                                               pointer<std::byte>(recv_x),
+                                               pointer<int32_t>(recv_topk_idx),
+                                               pointer<float>(recv_topk_weights)};
+             return run([&] { return self.dispatch(params); });
+           })
+      .def("combine",
+           [](NormalRank& self, uintptr_t x, uint64_t num_tokens, uintptr_t num_messages,
+              uintptr_t messages, uint64_t num_rounds, uintptr_t num_rows, uintptr_t per_round,
+              uintptr_t out) {
+             const NormalCombineParams params{
+                 pointer<std::byte>(x), routes(num_tokens, num_messages, messages),
+                 rows(num_rounds, num_rows, per_round), pointer<std::byte>(out)};
+             return run([&] { return self.combine(params); });
+           })
+      .def("epoch", &NormalRank::epoch);
+}
+
+}  // namespace
+
+void bind_normal(py::module_& m) {
+  bind_layout(m);
+  bind_rank(m);
+}

@@ -1,0 +1,308 @@
+"""Normal dispatch and combine, for prefill: batches of any size, through a bounded memory.
+
+T tokens of this rank, N rows received, H hidden, K top_k, E experts, R ranks, L local experts.
+
+    buffer = NormalBuffer(group, hidden=2048, num_experts=64, top_k=8, dtype=torch.bfloat16,
+                          num_bytes=64 << 20)
+    result = buffer.dispatch(x, topk_idx, topk_weights)
+    y = experts(result.recv_x, result.recv_topk_idx, result.recv_topk_weights)  # weighted, summed
+    combined = buffer.combine(y, result.handle)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ep_backend import _native
+from ep_backend.checks import AtMost, check_int, check_tensor
+from ep_backend.errors import OrderError
+from ep_backend.group import Group
+from ep_backend.handles import address_of
+from ep_backend.kernel_calls import KernelCalls
+from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS, INDEX_DTYPES
+from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
+from ep_backend.normal_settings import CpuNormalKernels, NormalSettings, check_cpu
+from ep_backend.observe.trace import TraceWriter
+from ep_backend.settings import check_waits
+
+MAX_TOKENS = (1 << 31) - 1
+"""Of a batch; also the most rows that a rank may ask for."""
+
+
+class NormalBuffer:
+    """Symmetric memory and state for normal dispatch and combine of one MoE shape.
+
+    Creation is collective. Afterwards every rank issues the same sequence of operations, one at a
+    time; the number of tokens may differ between ranks and calls. Every call waits for its peers:
+    when it returns, its results are there. Layers of a model with the same shape share one buffer.
+
+    Args:
+        group: the ranks.
+        hidden: H, any number of elements.
+        num_experts: E, global. Rank r owns a contiguous block of them; where R does not divide E,
+            the first E mod R ranks own one more.
+        top_k: K, experts a token is routed to.
+        dtype: of rows, both ways, `torch.float32` or `torch.bfloat16`. Sums are in float32.
+        num_bytes: symmetric memory that a rank may take. It bounds no batch: larger batches travel
+            in more rounds, with the same results.
+        timeout_secs: how long one wait for a peer may last.
+        device: where tensors live: "cpu".
+        spin_us: how long a wait polls before it sleeps. Default: 50 where every rank has a core,
+            else 0.
+
+    Raises:
+        ValueError: an argument is out of range; the text names the limit.
+        SettingsMismatch: ranks disagree; raised on every rank.
+        RendezvousError: a rank is missing or has no room for its memory.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        *,
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        dtype: torch.dtype,
+        num_bytes: int,
+        timeout_secs: float = DEFAULT_TIMEOUT_SECS,
+        device: str | torch.device = "cpu",
+        spin_us: float | None = None,
+    ) -> None:
+        settings = NormalSettings(hidden, num_experts, top_k, dtype, num_bytes)
+        error: Exception | None = None
+        try:
+            check_cpu(device)
+            settings.check(group.num_ranks)
+            check_waits(timeout_secs, spin_us)
+        except (TypeError, ValueError) as e:
+            error = e
+        group.agree("NormalBuffer", settings.agreed(), error)
+
+        self.group = group
+        self.hidden = hidden
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.dtype = dtype
+        self.device = torch.device("cpu")
+        config = settings.config(group.num_ranks)
+        layout = _native.NormalLayout(config)
+        self.num_local_experts: int = layout.partition.num_local_experts(group.self_rank)
+        self.first_expert: int = layout.partition.first_expert(group.self_rank)
+        self.num_columns: int = layout.num_max_messages_per_token
+        """Ranks that a token can go to."""
+        self.num_tokens_per_round: int = config.num_tokens_per_round
+        """Tokens of a rank that travel at once: what `num_bytes` has room for."""
+        self.num_symmetric_bytes: int = layout.num_bytes
+        """Shared memory this buffer takes on every rank."""
+
+        self._lock = threading.Lock()
+        self._memory = group.allocate(layout.num_bytes, self.device)
+        kernels = CpuNormalKernels(
+            config, group.self_rank, group.num_ranks, self._memory.bases, timeout_secs, spin_us
+        )
+        trace = TraceWriter.from_env(f"rank{group.self_rank}")
+        self._calls = KernelCalls(kernels, num_experts, self.device, trace)
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        handle: NormalDispatchHandle | None = None,
+        num_worst_tokens: int = 0,
+        expert_alignment: int = 1,
+    ) -> NormalDispatchResult:
+        """Brings every token once to each rank that owns one of its experts.
+
+        Args:
+            x: `[T, H]` of the buffer's dtype.
+            topk_idx: `[T, K]` int32 or int64, global expert, -1 = not routed. An expert listed
+                twice for a token receives it once.
+            topk_weights: `[T, K]` float32; they travel along, nothing is multiplied.
+            handle: of an earlier dispatch of as many tokens on every rank, whose routing is used
+                again: counts are not exchanged, only rows travel. In place of the two above.
+            num_worst_tokens: if not 0, rows of the `recv_*` tensors, however few come. Not with a
+                handle, whose dispatch has decided.
+            expert_alignment: `num_recv_tokens_per_expert` is rounded up to multiples of this.
+
+        Raises:
+            ValueError: wrong shape, dtype or expert; nothing was sent. Or more rows came than
+                `num_worst_tokens`: the buffer stays failed.
+            OrderError: another operation of this buffer is running.
+            PeerTimeout: a peer did not come in time. After this, and after a call that was
+                interrupted (Ctrl-C), create a new buffer.
+        """
+        check_tensor("x", x, (AtMost(MAX_TOKENS), self.hidden), (self.dtype,), self.device)
+        check_int("num_worst_tokens", num_worst_tokens, 0, MAX_TOKENS)
+        check_int("expert_alignment", expert_alignment, 1, MAX_TOKENS)
+        is_cached = handle is not None
+        if handle is None:
+            self._check_routing(x.shape[0], topk_idx, topk_weights)
+        else:
+            self._check_cached(x.shape[0], handle, topk_idx, topk_weights, num_worst_tokens)
+        with self._exclusive("dispatch"):
+            if handle is None:
+                handle, recv_x = self._exchange_counts(topk_idx, x.shape[0], num_worst_tokens)
+            else:
+                recv_x = handle.new_rows()
+            self._calls.run(
+                "normal_dispatch",
+                handle.num_tokens,
+                x.data_ptr(),
+                is_cached,
+                address_of(topk_idx),
+                topk_idx is not None and topk_idx.dtype == torch.int64,
+                address_of(topk_weights),
+                *handle.routes(),
+                *handle.rows(),
+                recv_x.data_ptr(),
+                handle.recv_topk_idx.data_ptr(),
+                handle.recv_topk_weights.data_ptr(),
+            )
+        counts = -(-handle.expert_counts // expert_alignment) * expert_alignment
+        return NormalDispatchResult(
+            recv_x,
+            handle.recv_topk_idx,
+            handle.recv_topk_weights,
+            counts.int() if num_worst_tokens > 0 else counts.tolist(),
+            handle,
+        )
+
+    def combine(
+        self, x: torch.Tensor, handle: NormalDispatchHandle, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Sends every row home, where a token adds up its rows, in rank order, in float32.
+
+        Args:
+            x: of the buffer's dtype and the shape of `recv_x`: for each row the sum over its
+                experts, weighted. Rows behind N are not read.
+            handle: of the dispatch that brought them; the same one on every rank.
+            out: `[T, H]`, where the result goes; default: a new tensor. It may share memory with
+                `x`, which is then copied first.
+
+        Returns:
+            `[T, H]`. A token that went nowhere is 0.
+
+        Raises:
+            ValueError: wrong shape or dtype, or a handle of another buffer; nothing was sent.
+            OrderError, PeerTimeout: as `dispatch`.
+        """
+        self._check_handle(handle)
+        rows, dtypes = (handle.num_rows, self.hidden), (self.dtype,)
+        check_tensor("x", x, rows, dtypes, self.device, "It has a row for each row of recv_x.")
+        if out is None:
+            out = torch.empty((handle.num_tokens, self.hidden), dtype=self.dtype)
+        check_tensor("out", out, (handle.num_tokens, self.hidden), dtypes, self.device)
+        # Tokens come home before the last rows have left. vLLM passes the same tensor for both
+        # where N equals T.
+        if _overlap(x, out):
+            x = x.clone()
+        with self._exclusive("combine"):
+            self._calls.run(
+                "normal_combine",
+                handle.num_tokens,
+                x.data_ptr(),
+                *handle.routes(),
+                *handle.rows(),
+                out.data_ptr(),
+            )
+        return out
+
+    def close(self) -> None:
+        """Unmaps this rank's view of the shared memory. Not collective; idempotent. No operation of
+        this rank may be running; tensors that were returned stay valid."""
+        if self._calls.close():
+            self._memory.close()
+
+    def __enter__(self) -> NormalBuffer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _exchange_counts(
+        self, topk_idx: torch.Tensor | None, num_tokens: int, num_worst_tokens: int
+    ) -> tuple[NormalDispatchHandle, torch.Tensor]:
+        """A handle, and memory for the rows that come."""
+        assert topk_idx is not None
+        handle = NormalDispatchHandle(self, num_tokens)
+        self._calls.run(
+            "normal_counts",
+            num_tokens,
+            topk_idx.data_ptr(),
+            topk_idx.dtype == torch.int64,
+            *handle.counts_arguments(),
+        )
+        try:
+            handle.allocate(num_worst_tokens)
+            return handle, handle.new_rows()
+        except Exception as e:
+            self._calls.fail(e)  # peers count on this rank to go on
+            raise
+
+    def _check_routing(
+        self, num_tokens: int, topk_idx: torch.Tensor | None, topk_weights: torch.Tensor | None
+    ) -> None:
+        if topk_idx is None or topk_weights is None:
+            missing = "topk_idx" if topk_idx is None else "topk_weights"
+            raise ValueError(
+                f"{missing} was not given. Pass topk_idx and topk_weights of shape "
+                f"[{num_tokens}, {self.top_k}], or the handle of an earlier dispatch."
+            )
+        shape = (num_tokens, self.top_k)
+        check_tensor("topk_idx", topk_idx, shape, INDEX_DTYPES, self.device)
+        check_tensor("topk_weights", topk_weights, shape, (torch.float32,), self.device)
+
+    def _check_cached(
+        self,
+        num_tokens: int,
+        handle: NormalDispatchHandle,
+        topk_idx: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        num_worst_tokens: int,
+    ) -> None:
+        self._check_handle(handle)
+        if topk_idx is not None or topk_weights is not None:
+            raise ValueError(
+                "topk_idx or topk_weights was given together with a handle, whose routing is used "
+                "again. Leave them out, or leave the handle out."
+            )
+        if num_worst_tokens != 0:
+            raise ValueError(
+                f"num_worst_tokens is {num_worst_tokens}, but the handle's dispatch has decided on "
+                f"{handle.num_rows} rows. Leave it out."
+            )
+        if num_tokens != handle.num_tokens:
+            raise ValueError(
+                f"x has {num_tokens} tokens, but the handle's dispatch had {handle.num_tokens}. "
+                "Pass as many, or leave the handle out."
+            )
+
+    def _check_handle(self, handle: NormalDispatchHandle) -> None:
+        if handle.buffer is not self:
+            raise ValueError(
+                "the handle comes from another buffer. Use the buffer that dispatched the tokens."
+            )
+
+    @contextmanager
+    def _exclusive(self, what: str) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise OrderError(
+                f"{what} was called while another operation of this buffer is running in another "
+                "thread. Call the operations of one buffer one after the other."
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two contiguous tensors share memory."""
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes

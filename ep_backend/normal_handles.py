@@ -1,0 +1,110 @@
+"""What a dispatch of the normal kernels returns.
+
+T tokens of this rank, N rows received, H hidden, K top_k, R ranks, L experts of this rank, D =
+min(K, R), the ranks that a token can go to, I rounds of the largest batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from ep_backend.normal import NormalBuffer
+
+
+class NormalDispatchHandle:
+    """Where every token went and every row came from; what `combine` needs, and a later `dispatch`
+    of as many tokens with the same routing.
+
+    It owns its memory: it may be kept, and used for any number of either.
+
+    Attributes:
+        num_tokens: T.
+        num_rows: rows of `recv_x`: N, or `num_worst_tokens`.
+        num_rounds: I.
+        recv_topk_idx, recv_topk_weights: see `NormalDispatchResult`.
+    """
+
+    def __init__(self, buffer: NormalBuffer, num_tokens: int) -> None:
+        self.buffer = buffer
+        self.num_tokens = num_tokens
+        self.num_messages = torch.empty(num_tokens, dtype=torch.int32)
+        """`[T]`: how many ranks each token went to."""
+        self.messages = torch.empty((num_tokens, buffer.num_columns), dtype=torch.int32)
+        """`[T, D]`: which, ascending, as `rank << 16 | slot`; the slot is the message's number
+        among those to that rank in its round. Behind the first `num_messages` is anything."""
+        self.num_recv_tokens_per_rank = torch.empty(buffer.group.num_ranks, dtype=torch.int64)
+        """`[R]`: rows from each rank; N is their sum."""
+        self.expert_counts = torch.empty(buffer.num_local_experts, dtype=torch.int64)
+        """`[L]`: rows that list each local expert."""
+        self._num_rounds = torch.empty(1, dtype=torch.int64)
+
+    def counts_arguments(self) -> tuple[int, ...]:
+        """What the kernel that exchanges counts fills."""
+        return (
+            *self.routes(),
+            self._num_rounds.data_ptr(),
+            self.num_recv_tokens_per_rank.data_ptr(),
+            self.expert_counts.data_ptr(),
+        )
+
+    def allocate(self, num_worst_tokens: int) -> None:
+        """Takes memory for the rows, once the counts are known.
+
+        Raises:
+            ValueError: more rows come than `num_worst_tokens`, which is not 0.
+        """
+        num_received = int(self.num_recv_tokens_per_rank.sum())
+        if 0 < num_worst_tokens < num_received:
+            raise ValueError(
+                f"num_worst_tokens is {num_worst_tokens}, but rank {self.buffer.group.self_rank} "
+                f"receives {num_received} rows. Pass at least that: the sum of all ranks' tokens "
+                "is always enough. This buffer stays failed: create a new one."
+            )
+        self.num_rows = num_worst_tokens or num_received
+        self.num_rounds = int(self._num_rounds)
+        self.per_round = torch.empty(
+            (self.num_rounds, self.buffer.group.num_ranks), dtype=torch.int32
+        )
+        """`[I, R]`: rows from each rank in each round."""
+        self.recv_topk_idx = torch.empty((self.num_rows, self.buffer.top_k), dtype=torch.int32)
+        self.recv_topk_weights = torch.empty((self.num_rows, self.buffer.top_k))
+        self.recv_topk_idx[num_received:] = -1
+        self.recv_topk_weights[num_received:] = 0
+
+    def new_rows(self) -> torch.Tensor:
+        """`[N or num_worst_tokens, H]`, to be filled."""
+        return torch.empty((self.num_rows, self.buffer.hidden), dtype=self.buffer.dtype)
+
+    def routes(self) -> tuple[int, int, int]:
+        """T, and addresses of `num_messages` and `messages`."""
+        return self.num_tokens, self.num_messages.data_ptr(), self.messages.data_ptr()
+
+    def rows(self) -> tuple[int, int, int]:
+        """I, and addresses of `num_recv_tokens_per_rank` and `per_round`."""
+        per_rank = self.num_recv_tokens_per_rank
+        return self.num_rounds, per_rank.data_ptr(), self.per_round.data_ptr()
+
+
+@dataclass(eq=False)
+class NormalDispatchResult:
+    """What a dispatch has brought. All tensors are the caller's: no later call writes to them."""
+
+    recv_x: torch.Tensor
+    """`[N, H]`: a row for each (token, source) that lists an expert of this rank, ordered by source
+    rank, then token. With `num_worst_tokens` that many rows, of which those behind N hold anything.
+    """
+    recv_topk_idx: torch.Tensor
+    """`[N, K]` int32: the local experts of each row, at the k of its source's `topk_idx`, and -1
+    where that lists another rank's expert or none. Rows behind N: -1. With a handle, that
+    dispatch's tensor."""
+    recv_topk_weights: torch.Tensor
+    """`[N, K]` float32: their weights, 0 where there is no expert. With a handle, that dispatch's
+    tensor."""
+    num_recv_tokens_per_expert: list[int] | torch.Tensor
+    """Rows that list each local expert, rounded up to a multiple of `expert_alignment`: a list of L
+    integers; with `num_worst_tokens` a tensor `[L]` int32."""
+    handle: NormalDispatchHandle

@@ -1,0 +1,107 @@
+"""A normal buffer's settings: their checks, before the ranks agree on them, and their kernels."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ep_backend import _native
+from ep_backend.checks import check_int
+from ep_backend.kernels import default_spin_us
+from ep_backend.settings import DTYPES, check_choice, device_type
+
+MAX_NUM_BYTES = 1 << 46
+"""Of symmetric memory: more than any host has."""
+
+
+@dataclass(frozen=True)
+class NormalSettings:
+    """What all ranks must agree on; see `NormalBuffer`."""
+
+    hidden: int
+    num_experts: int
+    top_k: int
+    dtype: torch.dtype
+    num_bytes: int
+
+    def agreed(self) -> dict[str, Any]:
+        """By name, for `Group.agree`."""
+        return asdict(self) | {"protocol version": _native.NORMAL_PROTOCOL_VERSION}
+
+    def check(self, num_ranks: int) -> None:
+        """Raises `ValueError` for what no kernel could serve."""
+        check_int("num_ranks", num_ranks, 1, _native.MAX_RANKS)
+        check_int("num_experts", self.num_experts, 1, _native.MAX_EXPERTS)
+        check_int("hidden", self.hidden, 1, 1 << 20)
+        check_int("top_k", self.top_k, 1, _native.MAX_TOP_K)
+        check_choice("dtype", self.dtype, DTYPES)
+        layout = _native.NormalLayout(self._config(num_ranks, num_tokens_per_round=1))
+        check_int(
+            "num_bytes",
+            self.num_bytes,
+            layout.num_bytes,
+            MAX_NUM_BYTES,
+            f"With {num_ranks} ranks and rows of {layout.row_bytes} bytes, one token of each rank "
+            f"at a time takes {layout.num_bytes}. Pass at least that; more is faster.",
+        )
+
+    def config(self, num_ranks: int) -> _native.NormalConfig:
+        """With as many tokens a round as the budget has room for."""
+        config = self._config(num_ranks, num_tokens_per_round=0)
+        config.num_tokens_per_round = _native.NormalLayout.num_tokens_that_fit(
+            config, self.num_bytes
+        )
+        return config
+
+    def _config(self, num_ranks: int, num_tokens_per_round: int) -> _native.NormalConfig:
+        return _native.NormalConfig(
+            num_ranks=num_ranks,
+            num_experts=self.num_experts,
+            hidden=self.hidden,
+            top_k=self.top_k,
+            dtype=DTYPES[self.dtype],
+            num_tokens_per_round=num_tokens_per_round,
+        )
+
+
+def check_cpu(device: str | torch.device) -> None:
+    """Raises `ValueError` for another device."""
+    if device_type(device) != "cpu":
+        raise ValueError(
+            f"device is {str(device)!r}, but the normal kernels exist on the CPU only so far. Pass "
+            "device='cpu', or use LowLatencyBuffer, which has CUDA kernels."
+        )
+
+
+class CpuNormalKernels:
+    """They run in the calling thread and wait there, without the interpreter lock. Kernels take
+    addresses and sizes; csrc/bindings_normal.cpp says which.
+
+    Args:
+        spin_us: see `NormalBuffer`.
+    """
+
+    def __init__(
+        self,
+        config: _native.NormalConfig,
+        self_rank: int,
+        num_ranks: int,
+        bases: list[int],
+        timeout_secs: float,
+        spin_us: float | None,
+    ) -> None:
+        rank = _native.NormalRank(
+            config,
+            self_rank,
+            bases,
+            timeout_ns=int(timeout_secs * 1e9),
+            spin_ns=int((default_spin_us(num_ranks) if spin_us is None else spin_us) * 1e3),
+        )
+        self.normal_counts = rank.exchange_counts
+        self.normal_dispatch = rank.dispatch
+        self.normal_combine = rank.combine
+
+    def report(self) -> _native.OpResult:
+        return _native.OpResult()
