@@ -40,6 +40,17 @@ def active_fault() -> Fault | None:
     return fault
 
 
+def drop_remote_rows(
+    x: torch.Tensor, num_rows_per_rank: torch.Tensor, self_rank: int
+) -> torch.Tensor:
+    """A copy of `x` `[N, H]`, rows by source rank, in which those of other ranks' tokens are 0."""
+    faulty = x.clone()
+    first = int(num_rows_per_rank[:self_rank].sum())
+    faulty[:first] = 0
+    faulty[first + int(num_rows_per_rank[self_rank]) :] = 0
+    return faulty
+
+
 def drop_remote_contributions(expert_out: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
     """A copy of `expert_out` in which the rows of other ranks' tokens are 0; in a workspace, which
     peers read themselves, `expert_out` after they were made so."""

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ep_backend import _native
+from ep_backend import _native, faults
 from ep_backend.checks import AtMost, check_int, check_tensor
 from ep_backend.errors import OrderError
 from ep_backend.group import Group
@@ -105,6 +105,7 @@ class NormalBuffer:
         kernels = CpuNormalKernels(
             config, group.self_rank, group.num_ranks, self._memory.bases, timeout_secs, spin_us
         )
+        self._fault = faults.active_fault()
         trace = TraceWriter.from_env(f"rank{group.self_rank}")
         self._calls = KernelCalls(kernels, num_experts, self.device, trace)
 
@@ -199,6 +200,9 @@ class NormalBuffer:
         if out is None:
             out = torch.empty((handle.num_tokens, self.hidden), dtype=self.dtype)
         check_tensor("out", out, (handle.num_tokens, self.hidden), dtypes, self.device)
+        if self._fault is faults.Fault.DROP_REMOTE_CONTRIBUTIONS:
+            rows_per_rank = handle.num_recv_tokens_per_rank
+            x = faults.drop_remote_rows(x, rows_per_rank, self.group.self_rank)
         # Tokens come home before the last rows have left. vLLM passes the same tensor for both
         # where N equals T.
         if _overlap(x, out):

@@ -32,7 +32,10 @@ from ep_backend.bench.server import (
 from ep_backend.faults import FAULT_VARIABLE
 from ep_backend.observe.trace import TRACE_DIR_VARIABLE
 
-BACKENDS = {"low-latency": "ep_backend_low_latency"}
+BACKENDS = {
+    "low-latency": "ep_backend_low_latency",
+    "high-throughput": "ep_backend_high_throughput",
+}
 SUBJECTS = ("alpha", "river", "engine", "lantern", "harbour", "violin", "glacier", "market")
 WARMUP_ROUNDS = 2
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ep_backend.bench.demo import DemoResult, Run
-from ep_backend.bench.exchange import BUFFER_SPANS, PERCENTILES, latency_summary
+from ep_backend.bench.exchange import PERCENTILES, latency_summary
 
 ROW_NAMES = {
     "ttft": "TTFT",
@@ -19,6 +19,9 @@ ROW_NAMES = {
     "dispatch_recv": "dispatch, hook",
     "combine_send": "combine, send",
     "combine_recv": "combine, hook",
+    "normal_counts": "dispatch, counts",
+    "normal_dispatch": "dispatch, rows",
+    "normal_combine": "combine",
 }
 
 
@@ -60,7 +63,7 @@ def _exchange_table(result: DemoResult) -> Table:
     table.add_column("one layer")
     for rank in report.ranks:
         table.add_column(rank.name, justify="right")
-    for name in BUFFER_SPANS:
+    for name in report.ranks[0].wait_us:
         cells = (f"{r.span_us[name]:.0f} ({r.wait_us[name]:.0f})" for r in report.ranks)
         table.add_row(ROW_NAMES[name], *cells)
     table.add_row(

@@ -16,8 +16,11 @@ from ep_backend.bench.client import Completion
 from ep_backend.observe.trace import read_trace
 
 PERCENTILES = (50, 95, 99)
-# In the order of a layer. The adapter's two spans contain the buffer's four.
-BUFFER_SPANS = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
+# In the order of a layer. The adapter's two spans contain the buffer's: of low latency, or normal.
+BUFFER_SPANS = (
+    ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv"),
+    ("normal_counts", "normal_dispatch", "normal_combine"),
+)
 ADAPTER_SPANS = ("prepare", "finalize")
 DECODE_MAX_TOKENS = 1
 """With one request at a time, a decode step has one token on every rank; more is a prefill."""
@@ -32,6 +35,7 @@ class RankExchange:
     num_dispatches: int
     span_us: dict[str, float]
     wait_us: dict[str, float]
+    """Of the buffer's spans."""
     forward_us: float
 
     @property
@@ -102,15 +106,17 @@ def _read_rank(path: Path, window_ns: tuple[int, int]) -> RankExchange:
     in_window = (spans["begin_ns"] >= window_ns[0]) & (spans["begin_ns"] < window_ns[1])
     is_decode = in_window & (spans["num_tokens"] <= DECODE_MAX_TOKENS)
 
+    buffer_spans = next((s for s in BUFFER_SPANS if s[0].encode() in kinds), BUFFER_SPANS[0])
+
     def median_us(kind: str, column: str) -> float:
         return float(np.median(spans[column][is_decode & (kinds == kind.encode())])) / 1e3
 
     return RankExchange(
         name=path.name.split("-")[0],
         num_forwards=int(np.count_nonzero(kinds == b"forward")),
-        num_dispatches=int(np.count_nonzero(kinds == b"dispatch_send")),
-        span_us={kind: median_us(kind, "duration_ns") for kind in ADAPTER_SPANS + BUFFER_SPANS},
-        wait_us={kind: median_us(kind, "wait_ns") for kind in BUFFER_SPANS},
+        num_dispatches=int(np.count_nonzero(kinds == buffer_spans[0].encode())),
+        span_us={kind: median_us(kind, "duration_ns") for kind in ADAPTER_SPANS + buffer_spans},
+        wait_us={kind: median_us(kind, "wait_ns") for kind in buffer_spans},
         forward_us=median_us("forward", "duration_ns"),
     )
 

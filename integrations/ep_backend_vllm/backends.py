@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 
 LOW_LATENCY = "ep_backend_low_latency"
-
-# The prefill adapter, ep_backend_high_throughput, comes with the normal kernels.
-BACKENDS = (LOW_LATENCY,)
+HIGH_THROUGHPUT = "ep_backend_high_throughput"
+BACKENDS = (LOW_LATENCY, HIGH_THROUGHPUT)
 
 FORMAT_VARIABLE = "EP_BACKEND_VLLM_FORMAT"
 FORMATS = ("batched", "standard")
 
 
 def uses_batched_format() -> bool:
-    """Whether experts get rows packed by expert, and counts (vLLM's "batched experts"), or a row a
-    token, and ids (its "standard" format): that on CUDA, where more experts take it.
+    """Of the low-latency backend: whether experts get rows packed by expert, and counts (vLLM's
+    "batched experts"), or a row a token, and ids (its "standard" format): that on CUDA, where more
+    experts take it.
 
     Raises:
         ValueError: `EP_BACKEND_VLLM_FORMAT` is neither.

@@ -6,9 +6,11 @@ import functools
 import os
 from typing import Any
 
-from ep_backend import Group, LowLatencyBuffer
+from ep_backend import Group, LowLatencyBuffer, NormalBuffer
 from ep_backend_vllm.backends import BACKENDS
 from ep_backend_vllm.patching import require, require_parameters
+
+Buffer = LowLatencyBuffer | NormalBuffer
 
 TIMEOUT_VARIABLE = "EP_BACKEND_TIMEOUT_SECS"
 # An engine's ranks may be apart by a compilation or a slow first step.
@@ -89,7 +91,7 @@ def make_manager(cpu_group: Any, backend: str) -> Any:
         def __init__(self) -> None:
             super().__init__(cpu_group)
             self.group = Group.from_process_group(cpu_group)
-            self.buffers: dict[tuple, LowLatencyBuffer] = {}
+            self.buffers: dict[tuple, Buffer] = {}
             logger.info(
                 "ep_backend: %s on rank %d of %d",
                 backend,
@@ -99,14 +101,22 @@ def make_manager(cpu_group: Any, backend: str) -> Any:
 
         def get_handle(self, kwargs: dict[str, Any]) -> LowLatencyBuffer:
             """The buffer for these shapes, shared by all layers that have them. Collective."""
-            key = tuple(sorted(kwargs.items(), key=lambda item: item[0]))
+            return self._get(LowLatencyBuffer, kwargs)
+
+        def get_normal_buffer(self, kwargs: dict[str, Any]) -> NormalBuffer:
+            """The same for normal kernels."""
+            return self._get(NormalBuffer, kwargs)
+
+        def _get(self, buffer_class: Any, kwargs: dict[str, Any]) -> Any:
+            shape = tuple(sorted(kwargs.items(), key=lambda item: item[0]))
+            key = buffer_class, *shape
             if key not in self.buffers:
                 timeout = float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_SECS))
-                buffer = LowLatencyBuffer(self.group, timeout_secs=timeout, **kwargs)
+                buffer = buffer_class(self.group, timeout_secs=timeout, **kwargs)
                 self.buffers[key] = buffer
                 logger.info(
                     "ep_backend: buffer for %s, %.1f MiB a rank",
-                    ", ".join(f"{name}={value}" for name, value in key),
+                    ", ".join(f"{name}={value}" for name, value in shape),
                     buffer.num_symmetric_bytes / 2**20,
                 )
             return self.buffers[key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from ep_backend_vllm.backends import LOW_LATENCY, uses_batched_format
+from ep_backend_vllm.backends import BACKENDS, HIGH_THROUGHPUT, uses_batched_format
 from ep_backend_vllm.patching import rebind_everywhere, require, require_parameters
 
 MODULAR_KERNEL = "FusedMoEKernelModularImpl"
@@ -30,10 +30,11 @@ def install() -> None:
     @functools.wraps(original)
     def maybe_make_prepare_finalize(moe: Any, *args: Any, **kwargs: Any) -> Any:
         parallel = moe.moe_parallel_config
-        if parallel.use_all2all_kernels and parallel.all2all_backend == LOW_LATENCY:
-            quant_config = args[0] if args else kwargs.get("quant_config")
-            return _make_low_latency(moe, quant_config)
-        return original(moe, *args, **kwargs)
+        if not (parallel.use_all2all_kernels and parallel.all2all_backend in BACKENDS):
+            return original(moe, *args, **kwargs)
+        if parallel.all2all_backend == HIGH_THROUGHPUT:
+            return _make_high_throughput(moe)
+        return _make_low_latency(moe, args[0] if args else kwargs.get("quant_config"))
 
     rebind_everywhere(original, maybe_make_prepare_finalize)
     _let_experts_write_to_workspaces(_modular_kernel())
@@ -64,6 +65,25 @@ def _let_experts_write_to_workspaces(kernel: Any) -> None:
         return workspace13, workspace2, output if in_place is None else in_place
 
     kernel._allocate_buffers = allocate
+
+
+def _make_high_throughput(moe: Any) -> Any:
+    import torch
+    from vllm.distributed import get_ep_group
+
+    from ep_backend_vllm.high_throughput import NUM_BYTES, NormalPrepareAndFinalize
+
+    buffer = get_ep_group().device_communicator.all2all_manager.get_normal_buffer(
+        {
+            "hidden": moe.hidden_dim,
+            "num_experts": moe.num_experts,
+            "top_k": moe.experts_per_token,
+            "dtype": moe.in_dtype,
+            "num_bytes": NUM_BYTES,
+            "device": torch.device(moe.device).type,
+        }
+    )
+    return NormalPrepareAndFinalize(buffer)
 
 
 def _make_low_latency(moe: Any, quant_config: Any) -> Any:

@@ -12,10 +12,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import ep_backend_vllm
 from ep_backend_vllm import communicator, config, cpu, kernels, tracing
-from ep_backend_vllm.backends import BACKENDS, LOW_LATENCY
+from ep_backend_vllm.backends import BACKENDS, HIGH_THROUGHPUT, LOW_LATENCY
 from ep_backend_vllm.patching import UnsupportedVLLM
 
-from ep_backend import Group, LowLatencyBuffer, reference, virtual_world
+from ep_backend import Group, LowLatencyBuffer, NormalBuffer, reference, virtual_world
 
 NUM_RANKS, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, MAX_TOKENS = 2, 6, 2, 64, 32, 16
 
@@ -53,6 +53,8 @@ def test_config_accepts_the_backend_and_still_refuses_unknown_ones() -> None:
         (LOW_LATENCY, 2, True, 2, True, True),
         (LOW_LATENCY, 2, False, 2, False, False),
         (LOW_LATENCY, 1, True, 2, False, False),
+        (HIGH_THROUGHPUT, 2, True, 1, False, False),
+        (HIGH_THROUGHPUT, 2, True, 2, False, True),
         ("allgather_reducescatter", 2, True, 1, False, False),
         ("allgather_reducescatter", 2, True, 2, False, True),
         ("deepep_low_latency", 2, True, 1, True, False),
@@ -261,7 +263,7 @@ def _run_layer(
     )
 
 
-def moe_config_of(group: Group, buffer: LowLatencyBuffer) -> object:
+def moe_config_of(group: Group, buffer: LowLatencyBuffer | NormalBuffer) -> object:
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.fused_moe.config import (
         FusedMoEConfig,

@@ -124,7 +124,9 @@ class LoopExperts(mk.FusedMoEExpertsModular):
         rows = torch.zeros(len(x), TOP_K, HIDDEN)
         for row in range(len(x)):
             for k in range(TOP_K):
-                local = int(given["expert_map"][given["topk_ids"][row, k]])
+                local = int(given["topk_ids"][row, k])
+                if given["expert_map"] is not None:
+                    local = int(given["expert_map"][local])
                 if local >= 0:
                     gate, up = (w1[local] @ x[row]).chunk(2)
                     rows[row, k] = w2[local] @ (torch.nn.functional.silu(gate) * up)

@@ -42,6 +42,20 @@ async def four_ranks(output: Path, reference: Run) -> DemoResult:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def high_throughput(output: Path, reference: Run) -> DemoResult:
+    settings = DemoSettings(output, ranks=2, mode="high-throughput")
+    return DemoResult(settings, reference, await serve_ours(settings, Progress()))
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def broken_high_throughput(output: Path, reference: Run) -> DemoResult:
+    settings = DemoSettings(
+        output, ranks=2, mode="high-throughput", fault=Fault.DROP_REMOTE_CONTRIBUTIONS.value
+    )
+    return DemoResult(settings, reference, await serve_ours(settings, Progress()))
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def broken(output: Path, reference: Run) -> DemoResult:
     """Two ranks that answer each other's tokens with zeros."""
     settings = DemoSettings(output, ranks=2, fault=Fault.DROP_REMOTE_CONTRIBUTIONS.value)

@@ -38,10 +38,15 @@ async def test_four_ranks_give_the_tokens_of_one(four_ranks: DemoResult) -> None
     assert four_ranks.tokens_equal("concurrent")
 
 
+async def test_normal_kernels_give_the_tokens_of_one_rank(high_throughput: DemoResult) -> None:
+    assert high_throughput.tokens_equal("sequential")
+    assert high_throughput.tokens_equal("concurrent")
+
+
 async def test_every_layer_of_every_step_is_dispatched(
-    two_ranks: DemoResult, four_ranks: DemoResult
+    two_ranks: DemoResult, four_ranks: DemoResult, high_throughput: DemoResult
 ) -> None:
-    for result in (two_ranks, four_ranks):
+    for result in (two_ranks, four_ranks, high_throughput):
         assert result.ours.exchange is not None
         assert result.ours.exchange.all_steps_dispatched, result.ours.exchange.as_json()
         # A step makes at most one token a prompt, so no rank can have had fewer steps than this.
@@ -49,11 +54,14 @@ async def test_every_layer_of_every_step_is_dispatched(
         assert all(rank.num_forwards >= least for rank in result.ours.exchange.ranks)
 
 
-async def test_a_broken_combine_is_noticed(broken: DemoResult) -> None:
-    assert not broken.tokens_equal("sequential")
-    assert not broken.is_good
-    assert broken.ours.exchange is not None
-    assert broken.ours.exchange.all_steps_dispatched, "the exchange itself went on"
+async def test_a_broken_combine_is_noticed(
+    broken: DemoResult, broken_high_throughput: DemoResult
+) -> None:
+    for result in (broken, broken_high_throughput):
+        assert not result.tokens_equal("sequential")
+        assert not result.is_good
+        assert result.ours.exchange is not None
+        assert result.ours.exchange.all_steps_dispatched, "the exchange itself went on"
 
 
 async def test_report_says_what_was_served(two_ranks: DemoResult, tmp_path: Path) -> None:
