@@ -38,10 +38,10 @@ def _extend_choices(server_args: Any) -> None:
         original(parser)
         actions = {action.dest: action for action in parser._actions}
         for field in FIELDS:
-            choices = getattr(actions.get(field), "choices", None)
-            require(choices is not None, f"{PLACE}.add_cli_args", f"gives {field!r} no choices")
+            has_choices = field in actions and actions[field].choices is not None
+            require(has_choices, f"{PLACE}.add_cli_args", f"gives {field!r} no choices")
             # A new list: SGLang gives the same one to every parser.
-            actions[field].choices = [*choices, choice.NAME]
+            actions[field].choices = [*(actions[field].choices or ()), choice.NAME]
 
     server_args.add_cli_args = staticmethod(add_cli_args)
 

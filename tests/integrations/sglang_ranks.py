@@ -6,6 +6,7 @@ compared with the reference, bit for bit.
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import ep_backend_sglang
 import torch
 import torch.distributed as dist
 from ep_backend_sglang.buffer import MOST_TOKENS_VARIABLE, Buffer
+from sglang.srt import runtime_context
 from sglang.srt.batch_overlap.operations import execute_overlapped_operations
 from sglang.srt.batch_overlap.operations_strategy import OperationsStrategy
 from sglang.srt.batch_overlap.two_batch_overlap import MaybeTboDeepEPDispatcher
@@ -30,7 +32,6 @@ from sglang.srt.layers.moe.utils import get_deepep_mode, initialize_moe_config
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.models.deepseek_v2 import DeepseekV2MoE
-from sglang.srt.runtime_context import SpawnRanks, publish, reset_context
 from sglang.srt.server_args import ServerArgs
 
 from ep_backend import DispatchResult
@@ -43,16 +44,15 @@ def start(rank: Rank, shape: Shape, has_two_batches: bool) -> MaybeTboDeepEPDisp
     """SGLang's dispatcher of a layer of this shape."""
     ep_backend_sglang.register()
     os.environ[MOST_TOKENS_VARIABLE] = str(shape.num_max_tokens_per_rank)
-    reset_context()
     arguments = ServerArgs(
         model_path="dummy",
+        tp_size=shape.num_ranks,
         moe_a2a_backend="ep_backend",
         deepep_mode="low_latency",
         deepep_dispatcher_output_dtype="fp8" if shape.is_float8 else "bf16",
         enable_two_batch_overlap=has_two_batches,
     )
-    ranks = SpawnRanks(world_rank=rank.group.self_rank, dp_rank=None)
-    publish(arguments, role="test", ranks=ranks)
+    publish_as_rank(arguments, rank.group.self_rank)
     initialize_moe_config()
     set_is_extend_in_batch(False)
     return MaybeTboDeepEPDispatcher(
@@ -67,6 +67,15 @@ def start(rank: Rank, shape: Shape, has_two_batches: bool) -> MaybeTboDeepEPDisp
         async_finish=True,
         return_recv_hook=True,
     )
+
+
+def publish_as_rank(arguments: ServerArgs, self_rank: int) -> None:
+    """What schedulers do with their arguments; up to 0.5.20 without ranks."""
+    placement = {}
+    if "ranks" in inspect.signature(runtime_context.publish).parameters:
+        placement["ranks"] = runtime_context.SpawnRanks(world_rank=self_rank, dp_rank=None)
+    runtime_context.reset_context()
+    runtime_context.publish(arguments, role="test", **placement)
 
 
 @dataclass
@@ -97,7 +106,10 @@ class Experts:
 
 
 def topk_of(variant: Variant, rank: int) -> StandardTopKOutput:
-    weights, ids = variant.topk_weights[rank], variant.topk_idx[rank].int()  # SGLang's routers: int32
+    weights, ids = (
+        variant.topk_weights[rank],
+        variant.topk_idx[rank].int(),
+    )  # SGLang's routers: int32
     return StandardTopKOutput(topk_weights=weights, topk_ids=ids, router_logits=torch.empty(0))
 
 
