@@ -52,9 +52,10 @@ def import_native(unpacked: Path, expression: str) -> str:
 def test_cpu_wheel_says_that_it_is_cpu_only(tmp_path: Path) -> None:
     unpacked, output = build_wheel(tmp_path, "OFF")
     assert "ep_backend: CPU only" in output
-    assert (unpacked / "ep_backend_vllm" / "__init__.py").exists()
     (entry_points,) = unpacked.glob("*.dist-info/entry_points.txt")
-    assert "ep_backend_vllm:register" in entry_points.read_text()
+    for plugin in ("ep_backend_vllm", "ep_backend_sglang"):
+        assert (unpacked / plugin / "__init__.py").exists()
+        assert f"{plugin}:register" in entry_points.read_text()
     assert "torch" not in shared_libraries(unpacked)
     assert import_native(unpacked, "native.has_cuda") == "False"
 

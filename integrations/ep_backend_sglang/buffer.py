@@ -1,0 +1,103 @@
+"""`deep_ep.Buffer` as SGLang's dispatcher makes and calls it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ep_backend import deep_ep
+
+TIMEOUT_VARIABLE = "EP_BACKEND_TIMEOUT_SECS"
+# An engine's ranks may be apart by a compilation or a slow first step.
+DEFAULT_TIMEOUT_SECS = 120.0
+MOST_TOKENS_VARIABLE = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
+MOST_TOKENS_LIMIT = 1024  # SGLang's
+
+
+class Buffer(deep_ep.Buffer):
+    """One per process, of all layers.
+
+    Args:
+        group: SGLang's group of the ranks that exchange, of any backend.
+        arguments, options: of `deep_ep.Buffer`.
+
+    Raises:
+        NotImplementedError, ValueError: see `deep_ep.Buffer`.
+    """
+
+    num_sms = 0
+    """What SGLang keeps from the experts' GEMM: between a send and its hook we occupy none."""
+
+    def __init__(self, group: dist.ProcessGroup, *arguments: Any, **options: Any) -> None:
+        timeout = float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_SECS))
+        super().__init__(gloo_group_of(group), *arguments, timeout_secs=timeout, **options)
+
+    def low_latency_dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        *arguments: Any,
+        use_nvfp4: bool = False,
+        x_global_scale: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """`deep_ep.Buffer.low_latency_dispatch`, and what SGLang knows beside DeepEP.
+
+        Args:
+            use_nvfp4: must be False.
+            x_global_scale: not used: it belongs to nvfp4.
+
+        Raises:
+            NotImplementedError: `use_nvfp4` is True.
+            ValueError: `x` has more rows than the server was started for; nothing was sent.
+        """
+        if use_nvfp4:
+            raise NotImplementedError(
+                "experts want nvfp4 rows, but dispatch sends bfloat16 or float8. Pass "
+                "--deepep-dispatcher-output-dtype bf16, if these experts take that."
+            )
+        num_tokens, most = x.shape[0], num_max_dispatch_tokens_per_rank
+        if num_tokens > most:
+            raise ValueError(
+                f"a step has {num_tokens} tokens on this rank, but dispatch takes at most {most}, "
+                f"as {MOST_TOKENS_VARIABLE} says. Set it to {num_tokens} or more (SGLang allows "
+                f"{MOST_TOKENS_LIMIT}), or make steps smaller: --chunked-prefill-size for prefill, "
+                "--max-running-requests for decode."
+            )
+        return super().low_latency_dispatch(x, topk_idx, most, num_experts, *arguments, **options)
+
+
+class Config:
+    """DeepEP's tuning of normal kernels, which SGLang makes from `--deepep-config`.
+
+    Raises:
+        NotImplementedError: always.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        raise NotImplementedError("a Config tunes normal kernels, but there are none yet.")
+
+
+def gloo_group_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The gloo group of the same ranks, in which ranks meet at set-up.
+
+    Raises:
+        ValueError: SGLang has none.
+    """
+    if dist.get_backend(group) == "gloo":
+        return group
+    from sglang.srt.distributed.parallel_state import get_tp_group
+
+    coordinator = get_tp_group()
+    if coordinator.device_group is not group or dist.get_backend(coordinator.cpu_group) != "gloo":
+        raise ValueError(
+            f"the group has backend {dist.get_backend(group)!r} and is not that of SGLang's tensor "
+            "parallelism, or that has no gloo group beside it: ranks need one to meet. Leave "
+            "--elastic-ep-backend out."
+        )
+    return coordinator.cpu_group

@@ -1,0 +1,51 @@
+"""Our buffer behind SGLang's `DeepEPDispatcher`.
+
+The dispatcher stays SGLang's: its two-batch overlap, graph capture and expert statistics with it.
+Only the names that its module imports from `deep_ep` are replaced, in that module; the package
+`deep_ep`, installed or not, is left alone.
+"""
+
+from __future__ import annotations
+
+from ep_backend_sglang.patching import require, require_global, require_parameters
+
+PLACE = "sglang.srt.layers.moe.token_dispatcher.deepep"
+
+
+def check() -> None:
+    from sglang.srt.distributed.parallel_state import GroupCoordinator, get_tp_group
+    from sglang.srt.layers.moe.token_dispatcher import deepep
+
+    users = (
+        ("DeepEPBuffer", "get_deepep_buffer", "Buffer"),
+        ("DeepEPConfig", "__init__", "Buffer"),
+        ("DeepEPConfig", "__init__", "Config"),
+        ("_DeepEPDispatcherImplBase", "__init__", "use_deepep"),
+        ("_DeepEPDispatcherImplLowLatency", "_dispatch_core", "low_latency_dispatch"),
+        ("_DeepEPDispatcherImplLowLatency", "_combine_core", "low_latency_combine"),
+    )
+    for cls, function, name in users:
+        place = f"{PLACE}.{cls}.{function}"
+        user = getattr(getattr(deepep, cls, None), function, None)
+        require(user is not None, place, "does not exist")
+        require_global(user, place, name)
+    require_parameters(
+        deepep.DeepEPBuffer.get_deepep_buffer,
+        f"{PLACE}.DeepEPBuffer.get_deepep_buffer",
+        "group",
+        "num_max_dispatch_tokens_per_rank",
+    )
+    place = f"{GroupCoordinator.__module__}.GroupCoordinator"
+    for name in ("cpu_group", "device_group"):
+        require(name in GroupCoordinator.__annotations__, place, f"lacks {name!r}")
+    require(callable(get_tp_group), place, "has no get_tp_group beside it")
+
+
+def install() -> None:
+    from sglang.srt.layers.moe.token_dispatcher import deepep
+
+    from ep_backend_sglang.buffer import Buffer, Config
+
+    deepep.Buffer = Buffer
+    deepep.Config = Config
+    deepep.use_deepep = True

@@ -1,0 +1,239 @@
+"""What ranks of `test_sglang_plugin` do in their processes: SGLang's dispatcher over our buffer.
+
+Each process publishes SGLang's arguments as a scheduler does. What the dispatcher returns is
+compared with the reference, bit for bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import ep_backend_sglang
+import torch
+import torch.distributed as dist
+from ep_backend_sglang.buffer import MOST_TOKENS_VARIABLE, Buffer
+from sglang.srt import runtime_context
+from sglang.srt.batch_overlap.operations import execute_overlapped_operations
+from sglang.srt.batch_overlap.operations_strategy import OperationsStrategy
+from sglang.srt.batch_overlap.two_batch_overlap import MaybeTboDeepEPDispatcher
+from sglang.srt.layers.dp_attention import set_is_extend_in_batch
+from sglang.srt.layers.moe.token_dispatcher import DispatchOutputChecker
+from sglang.srt.layers.moe.token_dispatcher.deepep import (
+    DeepEPBuffer,
+    DeepEPLLCombineInput,
+    DeepEPLLDispatchOutput,
+)
+from sglang.srt.layers.moe.topk import StandardTopKOutput
+from sglang.srt.layers.moe.utils import get_deepep_mode, initialize_moe_config
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.models.deepseek_v2 import DeepseekV2MoE
+from sglang.srt.server_args import ServerArgs
+
+from ep_backend import DispatchResult
+from tests.support.processes import Rank
+from tests.support.scenario import Scenario, Variant, check_combined, check_received, run_experts
+from tests.support.shapes import Shape
+
+
+def start(rank: Rank, shape: Shape, has_two_batches: bool) -> MaybeTboDeepEPDispatcher:
+    """SGLang's dispatcher of a layer of this shape."""
+    ep_backend_sglang.register()
+    os.environ[MOST_TOKENS_VARIABLE] = str(shape.num_max_tokens_per_rank)
+    arguments = ServerArgs(
+        model_path="dummy",
+        tp_size=shape.num_ranks,
+        moe_a2a_backend="ep_backend",
+        deepep_mode="low_latency",
+        deepep_dispatcher_output_dtype="fp8" if shape.is_float8 else "bf16",
+        enable_two_batch_overlap=has_two_batches,
+    )
+    publish_as_rank(arguments, rank.group.self_rank)
+    initialize_moe_config()
+    set_is_extend_in_batch(False)
+    return MaybeTboDeepEPDispatcher(
+        group=dist.group.WORLD,
+        router_topk=shape.top_k,
+        permute_fusion=True,
+        num_experts=shape.num_experts,
+        num_local_experts=shape.num_experts // shape.num_ranks,
+        hidden_size=shape.hidden,
+        params_dtype=shape.dtype,
+        deepep_mode=get_deepep_mode(),
+        async_finish=True,
+        return_recv_hook=True,
+    )
+
+
+def publish_as_rank(arguments: ServerArgs, self_rank: int) -> None:
+    """What schedulers do with their arguments; up to 0.5.20 without ranks."""
+    placement = {}
+    if "ranks" in inspect.signature(runtime_context.publish).parameters:
+        placement["ranks"] = runtime_context.SpawnRanks(world_rank=self_rank, dp_rank=None)
+    runtime_context.reset_context()
+    runtime_context.publish(arguments, role="test", **placement)
+
+
+@dataclass
+class Experts:
+    """What SGLang's layers have as `experts`: a dispatcher, and expert functions that check what
+    they get."""
+
+    dispatcher: MaybeTboDeepEPDispatcher
+    shape: Shape
+    rank: int
+    variants: list[Variant]
+    """Those in flight, in the order of their dispatches."""
+
+    def run_moe_core(self, dispatch_output: DeepEPLLDispatchOutput) -> DeepEPLLCombineInput:
+        assert DispatchOutputChecker.format_is_deepep_ll(dispatch_output)
+        assert not self.shape.is_float8 or dispatch_output.hidden_states_scale is not None
+        result = DispatchResult(
+            None,  # type: ignore[arg-type]  # the dispatcher keeps it
+            dispatch_output.hidden_states,
+            dispatch_output.hidden_states_scale,
+            None,
+            None,
+            dispatch_output.masked_m,
+        )
+        check_received(result, self.variants.pop(0), self.shape, self.rank)
+        rows = run_experts(result, self.shape, self.rank)
+        return DeepEPLLCombineInput(rows, dispatch_output.topk_ids, dispatch_output.topk_weights)
+
+
+def topk_of(variant: Variant, rank: int) -> StandardTopKOutput:
+    weights, ids = (
+        variant.topk_weights[rank],
+        variant.topk_idx[rank].int(),
+    )  # SGLang's routers: int32
+    return StandardTopKOutput(topk_weights=weights, topk_ids=ids, router_logits=torch.empty(0))
+
+
+def exchange(rank: Rank, scenario: Scenario) -> str:
+    """Every variant goes out and comes home; returns the buffer's class."""
+    dispatcher, self_rank = start(rank, scenario.shape, has_two_batches=False), rank.group.self_rank
+    for variant in scenario.variants * 2:
+        experts = Experts(dispatcher, scenario.shape, self_rank, [variant])
+        output = dispatcher.dispatch(
+            hidden_states=variant.x[self_rank], topk_output=topk_of(variant, self_rank)
+        )
+        combined = dispatcher.combine(combine_input=experts.run_moe_core(output))
+        check_combined(combined, variant, self_rank)
+    return _class_of_the_buffer()
+
+
+def too_many_tokens(rank: Rank, scenario: Scenario) -> None:
+    dispatcher = start(rank, scenario.shape, has_two_batches=False)
+    x, topk = scenario.variants[0].x[0], topk_of(scenario.variants[0], 0)
+    twice = StandardTopKOutput(*(torch.cat([part, part]) for part in topk))
+    dispatcher.dispatch(hidden_states=torch.cat([x, x]), topk_output=twice)
+
+
+@dataclass
+class DeepseekV2DecoderLayer:
+    """A layer as SGLang's two-batch overlap sees one, which goes by this name. Exchanging and
+    computing experts are SGLang's own operations; the others do nothing."""
+
+    experts: Experts
+    log: list[str]
+    """The operations of both halves that exchange, in the order they ran."""
+    is_layer_sparse = True
+    layer_id = 0
+    ep_size = 2
+    self_attn: Any = field(init=False)
+    mlp: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.self_attn = self.mlp = self
+
+    def op_comm_prepare_attn(self, state: Any, **inputs: Any) -> None:
+        state.update(inputs)
+
+    def op_prepare(self, state: Any) -> None: ...
+    def op_core(self, state: Any) -> None: ...
+    def op_comm_prepare_mlp(self, state: Any) -> None: ...
+    def op_gate(self, state: Any) -> None: ...
+    def op_shared_experts(self, state: Any) -> None: ...
+
+    def op_select_experts(self, state: Any) -> None:
+        self_rank = self.experts.rank
+        state.hidden_states_mlp_input = state.variant.x[self_rank]
+        state.topk_output = topk_of(state.variant, self_rank)
+
+    def op_dispatch_a(self, state: Any) -> None:
+        self._log("dispatch_a", state)
+        self.experts.variants.append(state.variant)
+        DeepseekV2MoE.op_dispatch_a(self, state)
+
+    def op_dispatch_b(self, state: Any) -> None:
+        self._log("dispatch_b", state)
+        DeepseekV2MoE.op_dispatch_b(self, state)
+
+    def op_experts(self, state: Any) -> None:
+        DeepseekV2MoE.op_experts(self, state)
+
+    def op_combine_a(self, state: Any) -> None:
+        self._log("combine_a", state)
+        DeepseekV2MoE.op_combine_a(self, state)
+
+    def op_combine_b(self, state: Any) -> None:
+        self._log("combine_b", state)
+        DeepseekV2MoE.op_combine_b(self, state)
+
+    def op_output(self, state: Any) -> None:
+        check_combined(state.hidden_states_after_combine, state.variant, self.experts.rank)
+
+    def op_comm_postprocess_layer(self, state: Any) -> dict[str, Any]:
+        """What the next layer gets."""
+        kept = {name: state.get(name) for name in Inputs.__annotations__}
+        state.clear(expect_keys=[*kept, "hidden_states_mlp_input", "hidden_states_after_combine"])
+        return kept
+
+    def _log(self, name: str, state: Any) -> None:
+        self.log.append(f"{name} {'ab'[state.tbo_subbatch_index]}")
+
+
+@dataclass
+class Inputs:
+    """Of one half of a batch."""
+
+    variant: Variant
+    tbo_subbatch_index: int
+    forward_batch: Any
+
+
+def overlap_two_batches(rank: Rank, scenario: Scenario, is_decode: bool) -> list[str]:
+    """Two layers, each variant in a half of its own, in the order that SGLang has for prefill or
+    decode; returns the log."""
+    log: list[str] = []
+    dispatcher = start(rank, scenario.shape, has_two_batches=True)
+    experts = Experts(dispatcher, scenario.shape, rank.group.self_rank, [])
+    layers = [DeepseekV2DecoderLayer(experts, log) for _ in range(2)]
+    strategy = OperationsStrategy.init_new_tbo(
+        layers, ForwardMode.DECODE if is_decode else ForwardMode.EXTEND
+    )
+    assert strategy.tbo_delta_stages is not None
+    batch = SimpleNamespace(
+        moe_num_token_non_padded=None,
+        global_dp_buffer_len=0,
+        tbo_padded_len=0,
+        global_num_tokens_cpu=[0] * scenario.shape.num_ranks,
+        dp_padding_mode=SimpleNamespace(is_max_len=lambda: False),
+    )
+    with forward_context(ForwardContext(attn_backend=None)):
+        execute_overlapped_operations(
+            [vars(Inputs(scenario.variants[half], half, batch)) for half in range(2)],
+            [strategy.operations] * 2,
+            [0, strategy.tbo_delta_stages],
+        )
+    assert _class_of_the_buffer() == f"{Buffer.__module__}.Buffer"
+    return log
+
+
+def _class_of_the_buffer() -> str:
+    cls = type(DeepEPBuffer._state().buffer)
+    return f"{cls.__module__}.{cls.__qualname__}"
