@@ -11,47 +11,20 @@ from typing import Any
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
-from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
-    TopKWeightAndReduceContiguous,
-    TopKWeightAndReduceDelegate,
-)
 
 from ep_backend import NormalBuffer, NormalDispatchHandle
-from ep_backend.observe.trace import TraceWriter
-from ep_backend_vllm.low_latency import Prepared, weighted_input
+from ep_backend_vllm.adapter import Prepared, StandardAdapter, reduced_rows, weighted_input
 
 NUM_BYTES = 64 << 20
 """Of symmetric memory a rank and shape. Larger batches travel in rounds."""
 
 
-class NormalPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
-    """One per layer; layers of one shape share the buffer.
-
-    Args:
-        buffer: created for the layer's shape over the expert-parallel group.
-    """
+class NormalPrepareAndFinalize(StandardAdapter[NormalBuffer]):
+    """A finalize follows each prepare."""
 
     def __init__(self, buffer: NormalBuffer) -> None:
-        super().__init__()
-        self.buffer = buffer
+        super().__init__(buffer)
         self._handle: NormalDispatchHandle | None = None
-        self._trace = TraceWriter.from_env(f"rank{buffer.group.self_rank}")
-
-    @property
-    def activation_format(self) -> mk.FusedMoEActivationFormat:
-        return mk.FusedMoEActivationFormat.Standard
-
-    def topk_indices_dtype(self) -> torch.dtype | None:
-        return torch.int32
-
-    def max_num_tokens_per_rank(self) -> int | None:
-        return None
-
-    def num_dispatchers(self) -> int:
-        return self.buffer.group.num_ranks
-
-    def output_is_reduced(self) -> bool:
-        return True
 
     def supports_async(self) -> bool:
         return False
@@ -95,20 +68,14 @@ class NormalPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
     ) -> None:
         """Sends the experts' rows `[N, H]` home; `output` `[T, H]` is the sum."""
         begin_ns = time.monotonic_ns()
-        if isinstance(weight_and_reduce_impl, TopKWeightAndReduceDelegate):
-            weight_and_reduce_impl = TopKWeightAndReduceContiguous()
-        rows = weight_and_reduce_impl.apply(
-            output=None,
-            fused_expert_output=fused_expert_output,
-            topk_weights=topk_weights,
-            topk_ids=topk_ids,
-            apply_router_weight_on_input=apply_router_weight_on_input,
+        rows = reduced_rows(
+            fused_expert_output,
+            topk_weights,
+            topk_ids,
+            apply_router_weight_on_input,
+            weight_and_reduce_impl,
         )
         handle, self._handle = self._handle, None
         assert handle is not None
         self.buffer.combine(rows, handle, out=output)
         self._record("finalize", output.shape[0], begin_ns)
-
-    def _record(self, kind: str, num_tokens: int, begin_ns: int) -> None:
-        if self._trace is not None:
-            self._trace.add(kind, num_tokens, begin_ns, time.monotonic_ns() - begin_ns)

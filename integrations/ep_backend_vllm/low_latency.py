@@ -17,9 +17,7 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeig
 from vllm.v1.worker.ubatching import dbo_current_ubatch_id, dbo_maybe_run_recv_hook
 
 from ep_backend import DispatchHandle, LowLatencyBuffer
-from ep_backend.observe.trace import TraceWriter
-
-Prepared = tuple[Any, ...]
+from ep_backend_vllm.adapter import Adapter, Prepared, weighted_input
 
 
 def dispatch_dtype_for(quant_config: Any, dtype: torch.dtype) -> torch.dtype:
@@ -34,46 +32,20 @@ def dispatch_dtype_for(quant_config: Any, dtype: torch.dtype) -> torch.dtype:
     return torch.float8_e4m3fn if wants_blocks else dtype
 
 
-def weighted_input(
-    a1: torch.Tensor, topk_weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`a1` times the weights of its only expert, and weights of 1."""
-    if topk_weights.shape[1] != 1:
-        raise NotImplementedError(
-            f"apply_router_weight_on_input needs top_k 1, this layer has {topk_weights.shape[1]}."
-        )
-    return a1 * topk_weights.to(a1.dtype), torch.ones_like(topk_weights)
-
-
-class LowLatencyPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
-    """One per layer; layers of one shape share the buffer.
-
-    Args:
-        buffer: created for the layer's shape over the expert-parallel group.
-    """
+class LowLatencyPrepareAndFinalize(Adapter[LowLatencyBuffer]):
+    """In the batched-experts format."""
 
     def __init__(self, buffer: LowLatencyBuffer) -> None:
-        super().__init__()
-        self.buffer = buffer
+        super().__init__(buffer)
         # By micro-batch: finalize follows prepare, but the other micro-batch may come in between.
         self._handles: dict[int, DispatchHandle] = {}
-        self._trace = TraceWriter.from_env(f"rank{buffer.group.self_rank}")
 
     @property
     def activation_format(self) -> mk.FusedMoEActivationFormat:
         return mk.FusedMoEActivationFormat.BatchedExperts
 
-    def topk_indices_dtype(self) -> torch.dtype | None:
-        return torch.int32
-
     def max_num_tokens_per_rank(self) -> int | None:
         return self.buffer.num_max_tokens_per_rank
-
-    def num_dispatchers(self) -> int:
-        return self.buffer.group.num_ranks
-
-    def output_is_reduced(self) -> bool:
-        return True
 
     def supports_async(self) -> bool:
         return True
@@ -156,7 +128,3 @@ class LowLatencyPrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
                 "unquantised activations: choose experts that take either, or another "
                 "--all2all-backend."
             )
-
-    def _record(self, kind: str, num_tokens: int, begin_ns: int) -> None:
-        if self._trace is not None:
-            self._trace.add(kind, num_tokens, begin_ns, time.monotonic_ns() - begin_ns)

@@ -10,21 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
-    TopKWeightAndReduceContiguous,
-    TopKWeightAndReduceDelegate,
-)
 from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
 from vllm.v1.worker.ubatching import dbo_current_ubatch_id, dbo_maybe_run_recv_hook
 
 from ep_backend import DispatchHandle, DispatchResult, LowLatencyBuffer
-from ep_backend.observe.trace import TraceWriter
-from ep_backend_vllm.low_latency import Prepared, weighted_input
+from ep_backend_vllm.adapter import Prepared, StandardAdapter, reduced_rows, weighted_input
 
 # A micro-batch of vLLM's dual-batch overlap each.
 NUM_WORKSPACES = 2
@@ -37,6 +32,13 @@ def most_tokens_of_a_rank(num_own: int) -> int:
     return max(1, num_own, *(sizes or ()))
 
 
+class _Place(TypedDict):
+    """Of a dispatch: the micro-batch's workspace, and its slots."""
+
+    workspace: int
+    num_slots: int
+
+
 @dataclass
 class _InFlight:
     """What a micro-batch's finalize needs of its prepare."""
@@ -45,38 +47,19 @@ class _InFlight:
     combine_input: torch.Tensor
 
 
-class WorkspacePrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
-    """One per layer; layers of one shape share the buffer.
+class WorkspacePrepareAndFinalize(StandardAdapter[LowLatencyBuffer]):
+    """In the standard format.
 
     Args:
-        buffer: created for the layer's shape over the expert-parallel group, with `NUM_WORKSPACES`
-            workspaces and global expert numbers.
+        buffer: with `NUM_WORKSPACES` workspaces, or one, and global expert numbers.
         is_async: send and receive in two kernels, so that the other micro-batch or shared experts
             overlap with the transfer; else in one, which is faster where nothing overlaps.
     """
 
     def __init__(self, buffer: LowLatencyBuffer, is_async: bool) -> None:
-        super().__init__()
-        self.buffer = buffer
+        super().__init__(buffer)
         self._is_async = is_async
         self._in_flight: dict[int, _InFlight] = {}  # by micro-batch
-        self._trace = TraceWriter.from_env(f"rank{buffer.group.self_rank}")
-
-    @property
-    def activation_format(self) -> mk.FusedMoEActivationFormat:
-        return mk.FusedMoEActivationFormat.Standard
-
-    def topk_indices_dtype(self) -> torch.dtype | None:
-        return torch.int32
-
-    def max_num_tokens_per_rank(self) -> int | None:
-        return None
-
-    def num_dispatchers(self) -> int:
-        return self.buffer.group.num_ranks
-
-    def output_is_reduced(self) -> bool:
-        return True
 
     def supports_async(self) -> bool:
         return self._is_async
@@ -96,14 +79,9 @@ class WorkspacePrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         ids [R * S, K], weights [R * S, K])`, S the most tokens of a rank. Ids are global; a place
         without an expert of this rank has one of another, which `expert_map` says to skip."""
         begin_ns = time.monotonic_ns()
-        if apply_router_weight_on_input:
-            a1, topk_weights = weighted_input(a1, topk_weights)
         result = self.buffer.dispatch_and_receive(
-            a1.contiguous(),
-            topk_ids,
-            topk_weights,
-            workspace=dbo_current_ubatch_id(),
-            num_slots=most_tokens_of_a_rank(a1.shape[0]),
+            *_to_dispatch(a1, topk_weights, topk_ids, apply_router_weight_on_input),
+            **_place(a1),
         )
         self._remember(result)
         return self._prepared(result, quant_config, defer_input_quant, begin_ns)
@@ -121,14 +99,9 @@ class WorkspacePrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
     ) -> tuple[Callable[[], None], Callable[[], Prepared]]:
         """`prepare` in two steps: (hook, receiver)."""
         begin_ns = time.monotonic_ns()
-        if apply_router_weight_on_input:
-            a1, topk_weights = weighted_input(a1, topk_weights)
         result, hook = self.buffer.dispatch(
-            a1.contiguous(),
-            topk_ids,
-            topk_weights,
-            workspace=dbo_current_ubatch_id(),
-            num_slots=most_tokens_of_a_rank(a1.shape[0]),
+            *_to_dispatch(a1, topk_weights, topk_ids, apply_router_weight_on_input),
+            **_place(a1),
         )
         self._remember(result)
         return hook, lambda: self._prepared(result, quant_config, defer_input_quant, begin_ns)
@@ -148,45 +121,24 @@ class WorkspacePrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         rows = in_flight.combine_input.flatten(0, 1)
         return rows if rows.shape == tuple(shape) and rows.dtype == dtype else None
 
-    def finalize(
-        self,
-        output: torch.Tensor,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: mk.TopKWeightAndReduce,
-    ) -> None:
-        """Adds up, for each of this rank's tokens, the rows `[R * S, H]` that ranks have for it."""
+    def finalize(self, output: torch.Tensor, *experts: Any) -> None:
+        """Adds up, for each of this rank's tokens, the rows `[R * S, H]` that ranks have for it.
+
+        Args:
+            output: `[T, H]`, where the sums go.
+            experts: of `reduced_rows`.
+        """
         begin_ns = time.monotonic_ns()
-        combine_input, handle = self._to_combine(
-            fused_expert_output,
-            topk_weights,
-            topk_ids,
-            apply_router_weight_on_input,
-            weight_and_reduce_impl,
-        )
+        combine_input, handle = self._to_combine(*experts)
         self.buffer.combine_and_receive(combine_input, handle, out=output)
         self._record("finalize", output.shape[0], begin_ns)
 
     def finalize_async(
-        self,
-        output: torch.Tensor,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: mk.TopKWeightAndReduce,
+        self, output: torch.Tensor, *experts: Any
     ) -> tuple[Callable[[], None], Callable[[], None]]:
         """`finalize` in two steps: (hook, receiver)."""
         begin_ns = time.monotonic_ns()
-        combine_input, handle = self._to_combine(
-            fused_expert_output,
-            topk_weights,
-            topk_ids,
-            apply_router_weight_on_input,
-            weight_and_reduce_impl,
-        )
+        combine_input, handle = self._to_combine(*experts)
         dbo_maybe_run_recv_hook()  # of the other micro-batch: hooks run in the order of their sends
         _, hook = self.buffer.combine(combine_input, handle, out=output)
         return hook, lambda: self._record("finalize", output.shape[0], begin_ns)
@@ -217,29 +169,29 @@ class WorkspacePrepareAndFinalize(mk.FusedMoEPrepareAndFinalizeModular):
         idx, weights = result.recv_topk_idx, result.recv_topk_weights
         return x, scales, None, idx.flatten(0, 1), weights.flatten(0, 1)
 
-    def _to_combine(
-        self,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: mk.TopKWeightAndReduce,
-    ) -> tuple[torch.Tensor, DispatchHandle]:
+    def _to_combine(self, *experts: Any) -> tuple[torch.Tensor, DispatchHandle]:
         """The workspace's combine input, filled, and the handle it belongs to."""
-        if isinstance(weight_and_reduce_impl, TopKWeightAndReduceDelegate):
-            weight_and_reduce_impl = TopKWeightAndReduceContiguous()
-        rows = weight_and_reduce_impl.apply(
-            output=None,
-            fused_expert_output=fused_expert_output,
-            topk_weights=topk_weights,
-            topk_ids=topk_ids,
-            apply_router_weight_on_input=apply_router_weight_on_input,
-        )
+        rows = reduced_rows(*experts)
         in_flight = self._in_flight.pop(dbo_current_ubatch_id())
         if rows.data_ptr() != in_flight.combine_input.data_ptr():
             in_flight.combine_input.copy_(rows.view_as(in_flight.combine_input))
         return in_flight.combine_input, in_flight.handle
 
-    def _record(self, kind: str, num_tokens: int, begin_ns: int) -> None:
-        if self._trace is not None:
-            self._trace.add(kind, num_tokens, begin_ns, time.monotonic_ns() - begin_ns)
+
+def _to_dispatch(
+    a1: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    apply_router_weight_on_input: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the buffer's dispatch, in its order."""
+    if apply_router_weight_on_input:
+        a1, topk_weights = weighted_input(a1, topk_weights)
+    return a1.contiguous(), topk_ids, topk_weights
+
+
+def _place(a1: torch.Tensor) -> _Place:
+    return {
+        "workspace": dbo_current_ubatch_id(),
+        "num_slots": most_tokens_of_a_rank(a1.shape[0]),
+    }

@@ -1,0 +1,87 @@
+"""What our adapters to vLLM's modular MoE kernel have in common."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Generic, TypeVar
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
+    TopKWeightAndReduceContiguous,
+    TopKWeightAndReduceDelegate,
+)
+
+from ep_backend import LowLatencyBuffer, NormalBuffer
+from ep_backend.observe.trace import TraceWriter
+
+Prepared = tuple[Any, ...]
+B = TypeVar("B", LowLatencyBuffer, NormalBuffer)
+
+
+class Adapter(mk.FusedMoEPrepareAndFinalizeModular, Generic[B]):
+    """One per layer; layers of one shape share the buffer.
+
+    Args:
+        buffer: created for the layer's shape over the expert-parallel group.
+    """
+
+    def __init__(self, buffer: B) -> None:
+        super().__init__()
+        self.buffer: B = buffer
+        self._trace = TraceWriter.from_env(f"rank{buffer.group.self_rank}")
+
+    def topk_indices_dtype(self) -> torch.dtype | None:
+        return torch.int32
+
+    def num_dispatchers(self) -> int:
+        return self.buffer.group.num_ranks
+
+    def output_is_reduced(self) -> bool:
+        return True
+
+    def _record(self, kind: str, num_tokens: int, begin_ns: int) -> None:
+        if self._trace is not None:
+            self._trace.add(kind, num_tokens, begin_ns, time.monotonic_ns() - begin_ns)
+
+
+class StandardAdapter(Adapter[B]):
+    """Of vLLM's standard format: a row a token, with its experts and weights beside it."""
+
+    @property
+    def activation_format(self) -> mk.FusedMoEActivationFormat:
+        return mk.FusedMoEActivationFormat.Standard
+
+    def max_num_tokens_per_rank(self) -> int | None:
+        return None
+
+
+def weighted_input(
+    a1: torch.Tensor, topk_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`a1` times the weights of its only expert, and weights of 1."""
+    if topk_weights.shape[1] != 1:
+        raise NotImplementedError(
+            f"apply_router_weight_on_input needs top_k 1, this layer has {topk_weights.shape[1]}."
+        )
+    return a1 * topk_weights.to(a1.dtype), torch.ones_like(topk_weights)
+
+
+def reduced_rows(
+    fused_expert_output: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    apply_router_weight_on_input: bool,
+    weight_and_reduce_impl: mk.TopKWeightAndReduce,
+) -> torch.Tensor:
+    """Of standard-format experts: their output, weighted and summed over k if they have not done so
+    themselves."""
+    if isinstance(weight_and_reduce_impl, TopKWeightAndReduceDelegate):
+        weight_and_reduce_impl = TopKWeightAndReduceContiguous()
+    return weight_and_reduce_impl.apply(
+        output=None,
+        fused_expert_output=fused_expert_output,
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+    )
