@@ -16,17 +16,18 @@ from vllm.model_executor.layers.fused_moe.config import (
 )
 
 from ep_backend import Group, NormalBuffer, virtual_world
-from tests.integrations.test_vllm_plugin import (
+from tests.integrations.vllm_layer import (
     HIDDEN,
-    INTERMEDIATE,
     NUM_EXPERTS,
     NUM_RANKS,
     TOP_K,
+    LoopExperts,
+    apply_layer,
     batch_of,
     dense_layer,
     moe_config_of,
+    weights_of_experts,
 )
-from tests.integrations.test_vllm_workspace import LoopExperts
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,28 +51,16 @@ def test_the_real_modular_kernel_equals_the_dense_layer(num_tokens: tuple[int, i
     """With (4, 4) a rank may receive as many rows as it has tokens: experts then write to the
     output itself."""
     generator = torch.Generator().manual_seed(0)
-    w1 = torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator) / HIDDEN**0.5
-    w2 = torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=generator) / INTERMEDIATE**0.5
+    w1, w2 = weights_of_experts(generator)
     batches = [batch_of(generator, n) for n in num_tokens]
 
     def rank_main(group: Group) -> torch.Tensor:
         buffer = buffer_of(group)
-        owned = slice(buffer.first_expert, buffer.first_expert + buffer.num_local_experts)
         experts = LoopExperts(
             moe_config=moe_config_of(group, buffer), quant_config=FUSED_MOE_UNQUANTIZED_CONFIG
         )
-        x, ids, weights = batches[group.self_rank]
-        return mk.FusedMoEKernel(NormalPrepareAndFinalize(buffer), experts).apply(
-            hidden_states=x,
-            w1=w1[owned],
-            w2=w2[owned],
-            topk_weights=weights,
-            topk_ids=ids,
-            activation=experts.moe_config.activation,
-            global_num_experts=NUM_EXPERTS,
-            expert_map=None,
-            apply_router_weight_on_input=False,
-        )
+        kernel = mk.FusedMoEKernel(NormalPrepareAndFinalize(buffer), experts)
+        return apply_layer(kernel, buffer, (w1, w2), batches[group.self_rank])
 
     outs = virtual_world(NUM_RANKS).run(rank_main)
     for out, (x, ids, weights) in zip(outs, batches, strict=True):

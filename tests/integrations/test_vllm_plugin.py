@@ -15,9 +15,18 @@ from ep_backend_vllm import communicator, config, cpu, kernels, tracing
 from ep_backend_vllm.backends import BACKENDS, HIGH_THROUGHPUT, LOW_LATENCY
 from ep_backend_vllm.patching import UnsupportedVLLM
 
-from ep_backend import Group, LowLatencyBuffer, NormalBuffer, reference, virtual_world
-
-NUM_RANKS, NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, MAX_TOKENS = 2, 6, 2, 64, 32, 16
+from ep_backend import Group, LowLatencyBuffer, reference, virtual_world
+from tests.integrations.vllm_layer import (
+    MAX_TOKENS,
+    NUM_EXPERTS,
+    NUM_RANKS,
+    apply_layer,
+    batch_of,
+    dense_layer,
+    low_latency_buffer,
+    moe_config_of,
+    weights_of_experts,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -129,12 +138,11 @@ def test_vllm_chooses_our_experts_for_the_batched_format_only() -> None:
 def test_real_modular_kernel_equals_the_dense_layer() -> None:
     """FusedMoEKernel, our adapter and our experts on two ranks against a per-token loop."""
     generator = torch.Generator().manual_seed(0)
-    w1 = torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator) / HIDDEN**0.5
-    w2 = torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=generator) / INTERMEDIATE**0.5
+    w1, w2 = weights_of_experts(generator)
     batches = [batch_of(generator, num_tokens) for num_tokens in (5, 0)]
 
     def rank_main(group: Group) -> torch.Tensor:
-        return _run_layer(group, w1, w2, *batches[group.self_rank])
+        return _run_layer(group, w1, w2, batches[group.self_rank])
 
     outs = virtual_world(NUM_RANKS).run(rank_main)
     for out, (x, ids, weights) in zip(outs, batches, strict=True):
@@ -143,8 +151,7 @@ def test_real_modular_kernel_equals_the_dense_layer() -> None:
 
 def test_shared_experts_run_between_the_combine_and_its_hook() -> None:
     generator = torch.Generator().manual_seed(1)
-    w1 = torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator)
-    w2 = torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=generator)
+    w1, w2 = weights_of_experts(generator)
     batch = batch_of(generator, 3)
     seen: list[tuple[int, int]] = []
 
@@ -153,7 +160,7 @@ def test_shared_experts_run_between_the_combine_and_its_hook() -> None:
             counters = buffer.counters()
             seen.append((counters["combine_send"].num_ops, counters["combine_recv"].num_ops))
 
-        _run_layer(group, w1, w2, *batch, shared_experts=watch)
+        _run_layer(group, w1, w2, batch, shared_experts=watch)
 
     virtual_world(1).run(rank_main)
     assert seen == [(1, 0)], "the send had happened, the hook had not"
@@ -173,7 +180,7 @@ def test_experts_that_want_float8_blocks_get_rows_and_scales() -> None:
     x = x.to(torch.bfloat16)
 
     def rank_main(group: Group) -> None:
-        buffer = _buffer(group, torch.bfloat16, dispatch_dtype)
+        buffer = low_latency_buffer(group, torch.bfloat16, dispatch_dtype)
         adapter = LowLatencyPrepareAndFinalize(buffer)
         arguments = (x, weights, ids, NUM_EXPERTS, None, False)
         rows, scales, meta, _, _ = adapter.prepare(*arguments, blocks)
@@ -190,48 +197,11 @@ def test_experts_that_want_float8_blocks_get_rows_and_scales() -> None:
     virtual_world(1).run(rank_main)
 
 
-def _buffer(
-    group: Group, dtype: torch.dtype, dispatch_dtype: torch.dtype | None = None
-) -> LowLatencyBuffer:
-    return LowLatencyBuffer(
-        group,
-        num_max_tokens_per_rank=MAX_TOKENS,
-        hidden=HIDDEN,
-        num_experts=NUM_EXPERTS,
-        top_k=TOP_K,
-        dtype=dtype,
-        dispatch_dtype=dispatch_dtype,
-    )
-
-
-def batch_of(
-    generator: torch.Generator, num_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x = torch.randn(num_tokens, HIDDEN, generator=generator)
-    scores = torch.rand(num_tokens, NUM_EXPERTS, generator=generator)
-    weights, ids = scores.topk(TOP_K, dim=-1)
-    return x, ids.to(torch.int32), weights
-
-
-def dense_layer(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor
-) -> torch.Tensor:
-    out = torch.zeros_like(x)
-    for token in range(x.shape[0]):
-        for k in range(TOP_K):
-            expert = int(ids[token, k])
-            gate, up = (w1[expert] @ x[token]).chunk(2)
-            out[token] += weights[token, k] * (w2[expert] @ (torch.nn.functional.silu(gate) * up))
-    return out
-
-
 def _run_layer(
     group: Group,
     w1: torch.Tensor,
     w2: torch.Tensor,
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
+    batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     shared_experts: object = None,
 ) -> torch.Tensor:
     from ep_backend_vllm.cpu_experts import BatchedCPUExperts
@@ -239,8 +209,7 @@ def _run_layer(
     from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
     from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 
-    buffer = _buffer(group, torch.float32)
-    owned = slice(buffer.first_expert, buffer.first_expert + buffer.num_local_experts)
+    buffer = low_latency_buffer(group, torch.float32)
     experts = BatchedCPUExperts(
         moe_config=moe_config_of(group, buffer),
         quant_config=FUSED_MOE_UNQUANTIZED_CONFIG,
@@ -250,52 +219,4 @@ def _run_layer(
     kernel = FusedMoEKernel(LowLatencyPrepareAndFinalize(buffer), experts)
     if shared_experts is not None:
         kernel.impl._maybe_apply_shared_experts = lambda *_: shared_experts(buffer)  # type: ignore[operator]
-    return kernel.apply(
-        hidden_states=x,
-        w1=w1[owned],
-        w2=w2[owned],
-        topk_weights=weights,
-        topk_ids=ids,
-        activation=experts.moe_config.activation,
-        global_num_experts=NUM_EXPERTS,
-        expert_map=None,
-        apply_router_weight_on_input=False,
-    )
-
-
-def moe_config_of(group: Group, buffer: LowLatencyBuffer | NormalBuffer) -> object:
-    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-    from vllm.model_executor.layers.fused_moe.config import (
-        FusedMoEConfig,
-        FusedMoEParallelConfig,
-        RoutingMethodType,
-    )
-
-    parallel = FusedMoEParallelConfig(
-        tp_size=1,
-        pcp_size=1,
-        dp_size=group.num_ranks,
-        ep_size=group.num_ranks,
-        tp_rank=0,
-        pcp_rank=0,
-        dp_rank=group.self_rank,
-        ep_rank=group.self_rank,
-        sp_size=1,
-        use_ep=True,
-        all2all_backend=LOW_LATENCY,
-        enable_eplb=False,
-    )
-    return FusedMoEConfig(
-        num_experts=NUM_EXPERTS,
-        experts_per_token=TOP_K,
-        hidden_dim=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_local_experts=buffer.num_local_experts,
-        num_logical_experts=NUM_EXPERTS,
-        activation=MoEActivation.SILU,
-        device="cpu",
-        routing_method=RoutingMethodType.Renormalize,
-        moe_parallel_config=parallel,
-        in_dtype=torch.float32,
-        max_num_tokens=MAX_TOKENS,
-    )
+    return apply_layer(kernel, buffer, (w1, w2), batch)

@@ -14,19 +14,20 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 import ep_backend_vllm
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from ep_backend_vllm import backends, workspace
-from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
 from ep_backend import Group, LowLatencyBuffer, reference, virtual_world
-from tests.integrations.test_vllm_plugin import (
+from tests.integrations.vllm_layer import (
     HIDDEN,
-    INTERMEDIATE,
     MAX_TOKENS,
     NUM_EXPERTS,
     NUM_RANKS,
-    TOP_K,
+    LoopExperts,
+    apply_layer,
     batch_of,
     dense_layer,
+    low_latency_buffer,
     moe_config_of,
+    weights_of_experts,
 )
 
 
@@ -86,67 +87,19 @@ class PlayedWorkspaces:
         return out, lambda: self.combine_and_receive(rows, handle, out)
 
 
-class LoopExperts(mk.FusedMoEExpertsModular):
-    """Standard-format experts, row by row."""
-
-    @staticmethod
-    def activation_format() -> mk.FusedMoEActivationFormat:
-        return mk.FusedMoEActivationFormat.Standard
-
-    @staticmethod
-    def _supports_current_device() -> bool:
-        return True
-
-    @staticmethod
-    def _supports_no_act_and_mul() -> bool:
-        return False
-
-    @staticmethod
-    def _supports_quant_scheme(*args: Any) -> bool:
-        return True
-
-    @staticmethod
-    def _supports_activation(*args: Any) -> bool:
-        return True
-
-    @staticmethod
-    def _supports_parallel_config(*args: Any) -> bool:
-        return True
-
-    def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
-        return TopKWeightAndReduceNoOP()
-
-    def workspace_shapes(self, m: int, n: int, k: int, topk: int, *args: Any, **_: Any) -> Any:
-        return (0,), (0,), (m, k)
-
-    def apply(self, output: torch.Tensor, **given: Any) -> None:
-        x, w1, w2 = given["hidden_states"], given["w1"], given["w2"]
-        rows = torch.zeros(len(x), TOP_K, HIDDEN)
-        for row in range(len(x)):
-            for k in range(TOP_K):
-                local = int(given["topk_ids"][row, k])
-                if given["expert_map"] is not None:
-                    local = int(given["expert_map"][local])
-                if local >= 0:
-                    gate, up = (w1[local] @ x[row]).chunk(2)
-                    rows[row, k] = w2[local] @ (torch.nn.functional.silu(gate) * up)
-        output.copy_((rows * given["topk_weights"][:, :, None]).sum(1))
-
-
 @pytest.mark.parametrize("is_async", [False, True], ids=["one-kernel", "hooks"])
 def test_the_real_modular_kernel_equals_the_dense_layer(
     is_async: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    w1 = torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator) / HIDDEN**0.5
-    w2 = torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=generator) / INTERMEDIATE**0.5
+    w1, w2 = weights_of_experts(generator)
     batches = [batch_of(generator, num_tokens) for num_tokens in (5, 2)]
     set_tokens_of_ranks(monkeypatch, [5, 2])
 
     def rank_main(group: Group) -> torch.Tensor:
         from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
 
-        inner = rank_major_buffer(group, torch.float32)
+        inner = low_latency_buffer(group, torch.float32, output_layout="rank_major")
         buffer: Any = PlayedWorkspaces(inner)
         owned = slice(inner.first_expert, inner.first_expert + inner.num_local_experts)
         expert_map = torch.full((NUM_EXPERTS,), -1, dtype=torch.int32)
@@ -159,18 +112,8 @@ def test_the_real_modular_kernel_equals_the_dense_layer(
         given: list[torch.Tensor | None] = []
         ask = adapter.allocate_fused_expert_output
         adapter.allocate_fused_expert_output = lambda *a: given.append(ask(*a)) or given[-1]
-        x, ids, weights = batches[group.self_rank]
-        out = mk.FusedMoEKernel(adapter, experts).apply(
-            hidden_states=x,
-            w1=w1[owned],
-            w2=w2[owned],
-            topk_weights=weights,
-            topk_ids=ids,
-            activation=experts.moe_config.activation,
-            global_num_experts=NUM_EXPERTS,
-            expert_map=expert_map,
-            apply_router_weight_on_input=False,
-        )
+        kernel = mk.FusedMoEKernel(adapter, experts)
+        out = apply_layer(kernel, inner, (w1, w2), batches[group.self_rank], expert_map)
         # vLLM asked where the experts shall write. (On a CPU it then does not care.)
         assert [t.data_ptr() for t in given if t is not None] == [
             buffer.combine_input(0, 5).data_ptr()
@@ -194,7 +137,7 @@ def test_experts_that_want_float8_blocks_get_rows_and_scales(
     set_tokens_of_ranks(monkeypatch, [4])  # another rank would have one more
 
     def rank_main(group: Group) -> None:
-        inner = rank_major_buffer(group, torch.bfloat16, torch.float8_e4m3fn)
+        inner = low_latency_buffer(group, torch.bfloat16, torch.float8_e4m3fn, "rank_major")
         adapter = workspace.WorkspacePrepareAndFinalize(PlayedWorkspaces(inner), is_async=False)
         rows, scales, meta, got_ids, got_weights = adapter.prepare(
             x, weights, ids, NUM_EXPERTS, None, False, blocks
@@ -215,21 +158,6 @@ def set_tokens_of_ranks(monkeypatch: pytest.MonkeyPatch, num_tokens: list[int]) 
     metadata = SimpleNamespace(get_chunk_sizes_across_dp_rank=lambda: num_tokens)
     context = SimpleNamespace(dp_metadata=metadata)
     monkeypatch.setattr(workspace, "get_forward_context", lambda: context)
-
-
-def rank_major_buffer(
-    group: Group, dtype: torch.dtype, dispatch_dtype: torch.dtype | None = None
-) -> LowLatencyBuffer:
-    return LowLatencyBuffer(
-        group,
-        num_max_tokens_per_rank=MAX_TOKENS,
-        hidden=HIDDEN,
-        num_experts=NUM_EXPERTS,
-        top_k=TOP_K,
-        dtype=dtype,
-        dispatch_dtype=dispatch_dtype,
-        output_layout="rank_major",
-    )
 
 
 def test_all_that_vllm_declares_abstract_is_there() -> None:
