@@ -10,16 +10,6 @@ namespace ep::cpu {
 using protocol::Half;
 using protocol::Phase;
 
-namespace {
-
-bool signal_arrived(uint64_t seen, uint64_t expected_epoch) {
-  return protocol::signal_epoch(seen) >= expected_epoch;  // a newer one ends the wait, as an error
-}
-
-bool credit_arrived(uint64_t seen, uint64_t expected_credit) { return seen >= expected_credit; }
-
-}  // namespace
-
 LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_t self_rank,
                                std::vector<std::byte*> bases, WaitPolicy policy)
     : self_rank_(self_rank),

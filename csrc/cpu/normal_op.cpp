@@ -11,16 +11,6 @@ using protocol::Half;
 using protocol::OpResult;
 using protocol::Phase;
 
-namespace {
-
-bool signal_arrived(uint64_t seen, uint64_t expected_epoch) {
-  return protocol::signal_epoch(seen) >= expected_epoch;  // a newer one ends the wait, as an error
-}
-
-bool credit_arrived(uint64_t seen, uint64_t expected_credit) { return seen >= expected_credit; }
-
-}  // namespace
-
 NormalRank::NormalRank(const protocol::NormalConfig& config, uint32_t self_rank,
                        std::vector<std::byte*> bases, WaitPolicy policy)
     : self_rank_(self_rank),

@@ -9,6 +9,7 @@
 #include <ctime>
 
 #include "cpu/atomics.h"
+#include "protocol/signals.h"
 
 namespace ep::cpu {
 namespace {
@@ -92,5 +93,11 @@ void publish(uint64_t* word, uint64_t value, uint32_t* sleepers) {
   st_seq_cst(word, value);
   if (ld_seq_cst(sleepers) != 0) futex_wake_all(word);
 }
+
+bool signal_arrived(uint64_t seen, uint64_t expected_epoch) {
+  return protocol::signal_epoch(seen) >= expected_epoch;
+}
+
+bool credit_arrived(uint64_t seen, uint64_t expected_credit) { return seen >= expected_credit; }
 
 }  // namespace ep::cpu

@@ -48,6 +48,11 @@ class Deadline {
   uint64_t waited_ns_ = 0;
 };
 
+// For wait_until: of a signal, whose expected value is an epoch (a newer one ends the wait, as an
+// error), and of a credit.
+bool signal_arrived(uint64_t seen, uint64_t expected_epoch);
+bool credit_arrived(uint64_t seen, uint64_t expected_credit);
+
 // Publishes: `value`, and everything this thread wrote before, to whoever waits on `word`.
 void publish(uint64_t* word, uint64_t value, uint32_t* sleepers);
 

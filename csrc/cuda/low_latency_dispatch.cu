@@ -70,18 +70,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 }
 
 template <typename Rows>
-void prepare_forms() {
+void prepare_sending_forms() {
   Launch::prepare(dispatch_kernel<Rows, true, false>);
   Launch::prepare(dispatch_kernel<Rows, true, true>);
-  Launch::prepare(dispatch_kernel<CopyRow, false, true>);
 }
 
 }  // namespace
 
 void prepare_dispatch() {
-  prepare_forms<CopyRow>();
-  prepare_forms<QuantizeRow<__nv_bfloat16>>();
-  prepare_forms<QuantizeRow<float>>();
+  prepare_sending_forms<CopyRow>();
+  prepare_sending_forms<QuantizeRow<__nv_bfloat16>>();
+  prepare_sending_forms<QuantizeRow<float>>();
+  Launch::prepare(dispatch_kernel<CopyRow, false, true>);
 }
 
 uint64_t dispatch_shared_bytes(const LowLatencyLayout& layout, uint32_t self_rank,

@@ -328,18 +328,18 @@ uint64_t send_bytes(const LowLatencyLayout& layout, uint32_t num_tokens) {
 }
 
 template <typename Rows>
-void prepare_forms() {
+void prepare_sending_forms() {
   Launch::prepare(workspace_dispatch_kernel<Rows, true, false>);
   Launch::prepare(workspace_dispatch_kernel<Rows, true, true>);
-  Launch::prepare(workspace_dispatch_kernel<CopyRow, false, true>);
 }
 
 }  // namespace
 
 void prepare_workspace_dispatch() {
-  prepare_forms<CopyRow>();
-  prepare_forms<QuantizeRow<__nv_bfloat16>>();
-  prepare_forms<QuantizeRow<float>>();
+  prepare_sending_forms<CopyRow>();
+  prepare_sending_forms<QuantizeRow<__nv_bfloat16>>();
+  prepare_sending_forms<QuantizeRow<float>>();
+  Launch::prepare(workspace_dispatch_kernel<CopyRow, false, true>);
 }
 
 uint64_t workspace_dispatch_shared_bytes(const LowLatencyLayout& layout, uint32_t num_tokens) {

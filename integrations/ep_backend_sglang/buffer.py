@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ep_backend import deep_ep
+from ep_backend import deep_ep, plugins
 
-TIMEOUT_VARIABLE = "EP_BACKEND_TIMEOUT_SECS"
-# An engine's ranks may be apart by a compilation or a slow first step.
-DEFAULT_TIMEOUT_SECS = 120.0
 MOST_TOKENS_VARIABLE = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
 MOST_TOKENS_LIMIT = 1024  # SGLang's
 
@@ -32,8 +28,8 @@ class Buffer(deep_ep.Buffer):
     """What SGLang keeps from the experts' GEMM: between a send and its hook we occupy none."""
 
     def __init__(self, group: dist.ProcessGroup, *arguments: Any, **options: Any) -> None:
-        timeout = float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_SECS))
-        super().__init__(gloo_group_of(group), *arguments, timeout_secs=timeout, **options)
+        group = gloo_group_of(group)
+        super().__init__(group, *arguments, timeout_secs=plugins.timeout_secs(), **options)
 
     def low_latency_dispatch(
         self,

@@ -7,34 +7,31 @@ without it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
-SUPPORTED = "0.5.19 to 0.5.23"
-TESTED = "0.5.19, 0.5.23"
+from ep_backend.plugins import Guard
 
 
 class UnsupportedSGLang(RuntimeError):
     """The installed SGLang does not look as a patch expects."""
 
 
-def require(condition: bool, place: str, expectation: str) -> None:
-    """Raises `UnsupportedSGLang` unless `condition`."""
-    if not condition:
-        from importlib.metadata import version
+def _version() -> str:
+    from importlib.metadata import version
 
-        raise UnsupportedSGLang(
-            f"ep_backend cannot plug into SGLang {version('sglang')}: {place} {expectation}. "
-            f"Supported: SGLang {SUPPORTED} (tested: {TESTED}). Install one of these, or keep the "
-            "plugin out of this SGLang by listing the plugins you want in SGLANG_PLUGINS."
-        )
+    return version("sglang")
 
 
-def require_parameters(function: Callable[..., Any], place: str, *names: str) -> None:
-    """Requires that `function` has parameters of these names."""
-    parameters = inspect.signature(function).parameters
-    for name in names:
-        require(name in parameters, place, f"has no parameter {name!r}")
+_guard = Guard(
+    engine="SGLang",
+    installed_version=_version,
+    supported="0.5.19 to 0.5.23",
+    tested="0.5.19, 0.5.23",
+    plugins_variable="SGLANG_PLUGINS",
+    error=UnsupportedSGLang,
+)
+require = _guard.require
+require_parameters = _guard.require_parameters
 
 
 def require_global(function: Any, place: str, name: str) -> None:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
-from ep_backend import Group, LowLatencyBuffer, NormalBuffer
+from ep_backend import Group, LowLatencyBuffer, NormalBuffer, plugins
 from ep_backend_vllm.backends import BACKENDS
 from ep_backend_vllm.patching import require, require_parameters
 
 Buffer = LowLatencyBuffer | NormalBuffer
-
-TIMEOUT_VARIABLE = "EP_BACKEND_TIMEOUT_SECS"
-# An engine's ranks may be apart by a compilation or a slow first step.
-DEFAULT_TIMEOUT_SECS = 120.0
 
 PLACE = "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase"
 
@@ -111,7 +106,7 @@ def make_manager(cpu_group: Any, backend: str) -> Any:
             shape = tuple(sorted(kwargs.items(), key=lambda item: item[0]))
             key = buffer_class, *shape
             if key not in self.buffers:
-                timeout = float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_SECS))
+                timeout = plugins.timeout_secs()
                 buffer = buffer_class(self.group, timeout_secs=timeout, **kwargs)
                 self.buffers[key] = buffer
                 logger.info(

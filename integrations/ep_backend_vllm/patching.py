@@ -6,36 +6,32 @@ fails stops the process with a text that names the place.
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable
 from typing import Any
 
-SUPPORTED = "0.26 to 0.33"
-TESTED = "0.32.0"
+from ep_backend.plugins import Guard
 
 
 class UnsupportedVLLM(RuntimeError):
     """The installed vLLM does not look as a patch expects."""
 
 
-def require(condition: bool, place: str, expectation: str) -> None:
-    """Raises `UnsupportedVLLM` unless `condition`."""
-    if not condition:
-        import vllm
+def _version() -> str:
+    import vllm
 
-        raise UnsupportedVLLM(
-            f"ep_backend cannot plug into vLLM {vllm.__version__}: {place} {expectation}. "
-            f"Supported: vLLM {SUPPORTED} (tested: {TESTED}). Install one of these, or keep the "
-            "plugin out of this vLLM by listing the plugins you want in VLLM_PLUGINS."
-        )
+    return vllm.__version__
 
 
-def require_parameters(function: Callable[..., Any], place: str, *names: str) -> None:
-    """Requires that `function` has parameters of these names."""
-    parameters = inspect.signature(function).parameters
-    for name in names:
-        require(name in parameters, place, f"has no parameter {name!r}")
+_guard = Guard(
+    engine="vLLM",
+    installed_version=_version,
+    supported="0.26 to 0.33",
+    tested="0.26.0, 0.32.0",
+    plugins_variable="VLLM_PLUGINS",
+    error=UnsupportedVLLM,
+)
+require = _guard.require
+require_parameters = _guard.require_parameters
 
 
 def rebind_everywhere(original: Any, replacement: Any) -> None:

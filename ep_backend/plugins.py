@@ -1,0 +1,49 @@
+"""What our plug-ins for inference engines have in common: how long they wait, and checks that an
+engine looks as their patches expect."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+TIMEOUT_VARIABLE = "EP_BACKEND_TIMEOUT_SECS"
+# An engine's ranks may be apart by a compilation or a slow first step.
+DEFAULT_TIMEOUT_SECS = 120.0
+
+
+def timeout_secs() -> float:
+    """How long an engine's rank waits for a peer."""
+    return float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_SECS))
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Checks of one engine, before it is changed."""
+
+    engine: str
+    """Its name for messages."""
+    installed_version: Callable[[], str]
+    supported: str
+    tested: str
+    plugins_variable: str
+    """In which users list the plug-ins that the engine loads."""
+    error: type[Exception]
+
+    def require(self, condition: bool, place: str, expectation: str) -> None:
+        """Raises the guard's error unless `condition`."""
+        if not condition:
+            raise self.error(
+                f"ep_backend cannot plug into {self.engine} {self.installed_version()}: {place} "
+                f"{expectation}. Supported: {self.engine} {self.supported} (tested: "
+                f"{self.tested}). Install one of these, or keep the plugin out of this "
+                f"{self.engine} by listing the plugins you want in {self.plugins_variable}."
+            )
+
+    def require_parameters(self, function: Callable[..., Any], place: str, *names: str) -> None:
+        """Requires that `function` has parameters of these names."""
+        parameters = inspect.signature(function).parameters
+        for name in names:
+            self.require(name in parameters, place, f"has no parameter {name!r}")
