@@ -44,7 +44,8 @@ class KernelStatistics:
     """Of "dispatch_send", "dispatch_recv", "combine_send", "combine_recv": nanoseconds that signals
     and credits of each rank were waited for. Waits for tagged words are not among them."""
     num_expert_rows: list[int]
-    """Rows that each local expert has received; those that came to workspaces are not counted."""
+    """Rows that each local expert has received; those that came to rank-major workspaces are not
+    counted."""
 
 
 class DispatchHandle:
@@ -74,7 +75,7 @@ class DispatchHandle:
         # One allocation: this runs in every layer of every step.
         self._sizes = (
             num_tokens,
-            num_tokens * buffer.num_outcome_columns,
+            num_tokens * buffer.num_answer_words,
             num_ranks,
             4 * num_slots,
             2 * num_slots * buffer.top_k,
@@ -107,8 +108,8 @@ class DispatchHandle:
         return self.storage.split(self._sizes)[4].view(-1, 2)
 
     def pointers(self) -> tuple[int, int, int, int, int]:
-        """Addresses of `num_partials`, the kernels' `answers` `[T, C]`, `num_messages`, `messages`
-        and `entries`."""
+        """Addresses of `num_partials`, the kernels' `answers`, `num_messages`, `messages` and
+        `entries`."""
         return self._pointers
 
     def _addresses(self) -> tuple[int, int, int, int, int]:

@@ -88,9 +88,11 @@ class LowLatencyBuffer:
         num_max_tagged_tokens: CUDA: batches of up to so many tokens travel with an epoch in every
             16 bytes, so that a receiver need not wait for a signal. Default: 256 / ranks,
             and 0 where a row has more than 32 KiB.
-        num_workspaces: CUDA, rank-major: if not 0, every exchange is in one of so many workspaces,
-            sets of tensors in symmetric memory. Rows are sent straight to the `recv_*` tensors of
-            their receiver, and fetched straight from its `combine_input`: nothing is copied.
+        num_workspaces: CUDA, rank-major, or expert-major with reduction "source": if not 0, every
+            exchange is in one of so many workspaces, sets of tensors in symmetric memory. Rows are
+            sent straight to the `recv_*` tensors of their receiver, and fetched straight from its
+            `combine_input`: nothing is copied. Expert-major, where a row goes depends on all
+            batches: the send of a dispatch waits until every rank has come to its own.
         expert_ids: in workspaces, how received rows list their experts: "local", or "global". See
             `DispatchResult.recv_topk_idx`.
         num_banks: operations in flight, at least 2.
@@ -180,6 +182,7 @@ class LowLatencyBuffer:
         """S, rows that an expert can receive."""
         self.num_outcome_columns: int = layout.num_outcome_columns
         """C, rows that may come home for a token."""
+        self.num_answer_words: int = layout.num_answer_words
         self.num_scales: int = layout.num_scales
         """N, scales of a dispatched row; 0 where it is not float8."""
         self.num_symmetric_bytes: int = layout.num_bytes
@@ -228,7 +231,8 @@ class LowLatencyBuffer:
             workspace: where there are several, the one to use; the same on every rank. What is in
                 it from the dispatch before need not have been combined, but must have been read.
             num_slots: in a workspace, rows that each source has in `recv_*` and `combine_input`,
-                in place of M; T of every rank at most, and the same on every rank.
+                in place of M (expert-major, for every expert); T of every rank at most, and the
+                same on every rank.
 
         Returns:
             The result, and the hook that fills it.
@@ -368,9 +372,10 @@ class LowLatencyBuffer:
         return out
 
     def combine_input(self, workspace: int = 0, num_slots: int | None = None) -> torch.Tensor:
-        """`[R, num_slots, H]` of the buffer's dtype, in symmetric memory: what a combine in that
-        workspace takes. It may be written once a dispatch that was sent after the workspace's last
-        combine was received has been received: peers have read it then.
+        """`[R, num_slots, H]`, expert-major `[L, R * num_slots, H]`, of the buffer's dtype, in
+        symmetric memory: what a combine in that workspace takes. It may be written once a dispatch
+        that was sent after the workspace's last combine was received has been received: peers have
+        read it then.
 
         Args:
             num_slots: as the dispatch was given. Default: M.
@@ -471,7 +476,7 @@ class LowLatencyBuffer:
             )
         shape: tuple[int, ...] = self._expert_out_shape
         if handle.workspace >= 0:
-            shape = (self.group.num_ranks, handle.num_slots, self.hidden)
+            shape = self.combine_input(handle.workspace, handle.num_slots).shape
         check_tensor("expert_out", expert_out, shape, (self.dtype,), self.device)
         check_alignment("expert_out", expert_out, self._row_alignment)
         if handle.workspace >= 0:

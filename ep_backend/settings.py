@@ -28,10 +28,9 @@ REDUCTIONS = {"rank": _native.Reduction.RANK, "source": _native.Reduction.SOURCE
 TRANSFERS = {"push": _native.Transfer.PUSH, "pull": _native.Transfer.PULL}
 
 EXPERT_IDS = ("local", "global")
-# What goes with workspaces.
+# What goes with workspaces. (Rank-major, rows are reduced on their rank in any case.)
 WORKSPACE_SETTINGS = {
     "device": "cuda",
-    "output_layout": "rank_major",
     "transfer": "pull",
     "num_max_tagged_tokens": 0,
 }
@@ -130,6 +129,18 @@ class BufferSettings:
                     "num_workspaces, or leave it out."
                 )
             return
+        if self.output_layout == "expert_major" and self.reduction != "source":
+            raise ValueError(
+                f"num_workspaces is {self.num_workspaces}, output_layout 'expert_major' and "
+                f"reduction {self.reduction!r}, but from workspaces every expert's row is fetched "
+                "as it is. Pass reduction='source', or output_layout='rank_major', or leave "
+                "num_workspaces out."
+            )
+        if self.output_layout == "expert_major" and self.expert_ids != "local":
+            raise ValueError(
+                f"expert_ids is {self.expert_ids!r}, but expert-major rows list no experts. Leave "
+                "it out, or pass output_layout='rank_major'."
+            )
         for name, needed in WORKSPACE_SETTINGS.items():
             value = getattr(self, name)
             if value not in (needed, None):

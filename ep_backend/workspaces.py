@@ -1,24 +1,29 @@
-"""Workspaces of a LowLatencyBuffer: tensors in symmetric memory, in which rank-major exchanges take
-place. Peers write what is received, and read what combine takes.
+"""Workspaces of a LowLatencyBuffer: tensors in symmetric memory, in which exchanges take place.
+Peers write what is received, and read what combine takes.
 
-R ranks, M num_max_tokens_per_rank, S slots of a source in an exchange, H hidden, K top_k.
+R ranks, M num_max_tokens_per_rank, S slots of a source in an exchange, L local experts, H hidden,
+K top_k.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
 from ep_backend import _native
 from ep_backend.checks import check_int
 from ep_backend.errors import OrderError
-from ep_backend.handles import DispatchHandle, DispatchResult
+from ep_backend.handles import DispatchHandle, DispatchResult, address_of
 from ep_backend.memory import cuda
 from ep_backend.outputs import OutputShape
+from ep_backend.settings import OUTPUT_LAYOUTS
 
 
 class Workspace:
     """The tensors of one, as they lie when each source has S slots: `recv_x` and the others as of a
-    rank-major `DispatchResult`, S in place of M, and `combine_input` `[R, S, H]`."""
+    `DispatchResult`, S in place of M, and `combine_input`: `[R, S, H]`, expert-major `[L, R * S,
+    H]`."""
 
     def __init__(
         self,
@@ -30,37 +35,57 @@ class Workspace:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        def tensor(offset: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-            size = (shape.num_ranks, num_slots, last)
+        shape = replace(shape, num_max_tokens_per_rank=num_slots)
+        first, second = shape.rows
+
+        def tensor(offset: int, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             return cuda.tensor_at(base + offset, size, dtype, device)
 
         self._idx = idx
-        self.recv_x = tensor(layout.workspace_row(idx, 0), shape.hidden, shape.dispatch_dtype)
+        self._shape = shape
+        self._device = device
+        rows = layout.workspace_row(idx, 0)
+        self.recv_x = tensor(rows, (first, second, shape.hidden), shape.dispatch_dtype)
         self.recv_scales: torch.Tensor | None = None
         if shape.num_scales > 0:
-            self.recv_scales = tensor(layout.workspace_scales(idx, 0), *shape.scale_words)
-        self.recv_topk_idx = tensor(layout.workspace_topk_idx(idx, 0), shape.top_k, torch.int32)
-        self.recv_topk_weights = tensor(
-            layout.workspace_topk_weights(idx, 0), shape.top_k, torch.float32
-        )
-        self.combine_input = tensor(layout.combine_input(idx, 0), shape.hidden, dtype)
+            num_words, word = shape.scale_words
+            scales = layout.workspace_scales(idx, 0)
+            if shape.is_rank_major:
+                self.recv_scales = tensor(scales, (first, second, num_words), word)
+            else:
+                self.recv_scales = tensor(scales, (first, num_words, second), word).transpose(1, 2)
+        self.recv_topk_idx: torch.Tensor | None = None
+        self.recv_topk_weights: torch.Tensor | None = None
+        if shape.is_rank_major:
+            listed = (first, second, shape.top_k)
+            idx_at, weights_at = layout.workspace_topk_idx, layout.workspace_topk_weights
+            self.recv_topk_idx = tensor(idx_at(idx, 0), listed, torch.int32)
+            self.recv_topk_weights = tensor(weights_at(idx, 0), listed, torch.float32)
+        combine_input = layout.combine_input(idx, 0)
+        self.combine_input = tensor(combine_input, (first, second, shape.hidden), dtype)
 
     def result(self, handle: DispatchHandle) -> DispatchResult:
         """Of a dispatch into this workspace."""
+        counts: torch.Tensor | None = None
+        if not self._shape.is_rank_major:
+            size = self._shape.num_local_experts
+            counts = torch.empty(size, dtype=torch.int32, device=self._device)
         return DispatchResult(
             handle,
             self.recv_x,
             self.recv_scales,
             self.recv_topk_idx,
             self.recv_topk_weights,
-            None,
+            counts,
         )
 
     def arguments(self, result: DispatchResult) -> tuple[_native.OutputLayout | int, ...]:
         """Of the native dispatch_recv."""
         _, _, *received = result.handle.pointers()
+        counts = 0 if self._shape.is_rank_major else address_of(result.num_recv_tokens_per_expert)
+        output = OUTPUT_LAYOUTS[self._shape.output_layout]
         num_slots = result.handle.num_slots
-        return (_native.OutputLayout.RANK_MAJOR, 0, 0, 0, 0, 0, *received, self._idx, num_slots)
+        return (output, 0, 0, counts, 0, 0, *received, self._idx, num_slots)
 
 
 class Workspaces:

@@ -21,28 +21,38 @@ def test_the_cpu_pushes_and_tags_nothing_whatever_it_is_told() -> None:
         assert config.num_max_tagged_tokens == 0
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"output_layout": "rank_major"},
-            "output_layout is 'rank_major', in which the caller weights and sums .* no rows of",
-        ),
-        (
-            {"num_workspaces": 1},
-            "num_workspaces is 1 and output_layout 'expert_major', but in workspaces it is 'rank_m",
-        ),
-    ],
-)
-def test_only_rows_of_single_experts_can_be_reduced_at_home(
-    settings: dict[str, Any], message: str
-) -> None:
+def test_only_rows_of_single_experts_can_be_reduced_at_home() -> None:
     for transfer in ("push", "pull"):
         shape = replace(CUDA, reduction="source", transfer=transfer)
         shape.settings().check(num_ranks=2)
         assert shape.config().reduction == _native.Reduction.SOURCE
+        message = (
+            "output_layout is 'rank_major', in which the caller weights and sums .* no rows of"
+        )
         with pytest.raises(ValueError, match=message):
-            replace(shape, **settings).settings().check(num_ranks=2)
+            replace(shape, output_layout="rank_major").settings().check(num_ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"reduction": "rank"},
+            "num_workspaces is 1, .* and reduction 'rank', but from workspaces",
+        ),
+        ({"expert_ids": "global"}, "expert_ids is 'global', but expert-major rows list no experts"),
+        ({"transfer": "push"}, "num_workspaces is 1 and transfer 'push', .* it is 'pull'"),
+        ({"num_max_tagged_tokens": 3}, "num_max_tagged_tokens 3, but in workspaces it is 0"),
+        ({"device": "cpu"}, "device 'cpu', but in workspaces it is 'cuda'"),
+    ],
+)
+def test_workspaces_by_expert_are_for_rows_that_are_fetched(
+    settings: dict[str, Any], message: str
+) -> None:
+    shape = replace(CUDA, reduction="source", num_workspaces=1)
+    shape.settings().check(num_ranks=2)
+    with pytest.raises(ValueError, match=message):
+        replace(shape, **settings).settings().check(num_ranks=2)
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ is a CPU's, and nobody else reads it; exchanges are in tests/cuda."""
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from ep_backend import OrderError
+from ep_backend import OrderError, _native
 from ep_backend.memory import cuda
 from ep_backend.outputs import OutputShape
 from ep_backend.workspaces import Workspaces
@@ -56,6 +57,39 @@ def workspaces_in(memory: Memory) -> Workspaces:
     group: Any = SimpleNamespace(num_ranks=SHAPE.num_ranks, self_rank=1)
     shape = OutputShape.of(SHAPE.settings(), SHAPE.layout(), group)
     return Workspaces(2, memory.base, SHAPE.layout(), shape, SHAPE.dtype, CPU)
+
+
+def test_by_expert_they_are_what_a_masked_gemm_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = replace(
+        SHAPE, num_ranks=3, num_experts=7, output_layout="expert_major", reduction="source"
+    )
+    layout, group = shape.layout(), SimpleNamespace(num_ranks=3, self_rank=0)
+    memory = Memory(layout.num_bytes)
+    monkeypatch.setattr(cuda, "tensor_at", memory.tensor_at)
+    output = OutputShape.of(shape.settings(), layout, group)  # type: ignore[arg-type]
+    workspaces = Workspaces(2, memory.base, layout, output, shape.dtype, CPU)
+    for idx, num_slots in ((0, 5), (1, 2)):
+        workspace, rows = workspaces.at(idx, num_slots), 3 * num_slots  # of an expert
+        assert workspace.recv_x.shape == workspace.combine_input.shape == (3, rows, 256)
+        assert workspace.recv_topk_idx is None
+        assert workspace.recv_topk_weights is None
+        scales = workspace.recv_scales
+        assert scales is not None
+        assert (scales.shape, scales.stride()) == ((3, rows, 1), (rows, 1, rows))
+        last = rows * 3 - 1
+        for tensor, offset_of in (
+            (workspace.recv_x, layout.workspace_row),
+            (workspace.combine_input, layout.combine_input),
+            (scales, layout.workspace_scales),  # one word a row
+        ):
+            assert tensor[2, rows - 1].data_ptr() - memory.base == offset_of(idx, last)
+        handle = SimpleNamespace(pointers=lambda: (1, 2, 3, 4, 5), num_slots=num_slots)
+        result = workspace.result(handle)  # type: ignore[arg-type]
+        counts = result.num_recv_tokens_per_expert
+        assert (counts.shape, counts.dtype) == ((3,), torch.int32)
+        output_layout, *arguments = workspace.arguments(result)
+        assert output_layout == _native.OutputLayout.EXPERT_MAJOR
+        assert arguments == [0, 0, counts.data_ptr(), 0, 0, 3, 4, 5, idx, num_slots]
 
 
 def handle_of(epoch: int, workspace: int, num_slots: int) -> Any:

@@ -59,15 +59,11 @@ struct Launch {
 // Of all kernels of a file, see Launch::prepare.
 void prepare_dispatch();
 void prepare_combine();
-void prepare_workspace_dispatch();
 void prepare_workspace_combine();
 
 // Shared memory of a dispatch: a bit for each token, under every expert and rank, and what arrives.
 uint64_t dispatch_shared_bytes(const protocol::LowLatencyLayout& layout, uint32_t self_rank,
                                uint32_t num_tokens);
-
-uint64_t workspace_dispatch_shared_bytes(const protocol::LowLatencyLayout& layout,
-                                         uint32_t num_tokens);
 
 void launch_dispatch_send(const RankView& rank, const DispatchSendParams& send,
                           const Launch& launch);
@@ -80,12 +76,23 @@ void launch_combine_recv(const RankView& rank, const CombineRecvParams& recv, co
 void launch_combine(const RankView& rank, const CombineSendParams& send,
                     const CombineRecvParams& recv, const Launch& launch);
 
-void launch_workspace_dispatch_send(const RankView& rank, const DispatchSendParams& send,
-                                    const Launch& launch);
-void launch_workspace_dispatch_recv(const RankView& rank, const DispatchRecvParams& recv,
-                                    const Launch& launch);
-void launch_workspace_dispatch(const RankView& rank, const DispatchSendParams& send,
-                               const DispatchRecvParams& recv, const Launch& launch);
+// Dispatch into workspaces, whose rows are arranged in one of two ways.
+struct WorkspaceDispatch {
+  void (*prepare)();
+  // Of a kernel that sends so many tokens, and receives.
+  uint64_t (*shared_bytes)(const protocol::LowLatencyLayout& layout, uint32_t num_tokens);
+  void (*send)(const RankView& rank, const DispatchSendParams& send, const Launch& launch);
+  void (*recv)(const RankView& rank, const DispatchRecvParams& recv, const Launch& launch);
+  void (*both)(const RankView& rank, const DispatchSendParams& send, const DispatchRecvParams& recv,
+               const Launch& launch);
+};
+extern const WorkspaceDispatch kRankMajorWorkspaceDispatch;
+extern const WorkspaceDispatch kExpertWorkspaceDispatch;
+
+inline const WorkspaceDispatch& workspace_dispatch(const protocol::LowLatencyLayout& layout) {
+  return layout.has_expert_workspaces() ? kExpertWorkspaceDispatch : kRankMajorWorkspaceDispatch;
+}
+
 void launch_workspace_combine_send(const RankView& rank, const CombineSendParams& send,
                                    const Launch& launch);
 void launch_workspace_combine_recv(const RankView& rank, const CombineRecvParams& recv,

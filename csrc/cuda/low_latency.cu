@@ -39,14 +39,16 @@ bool check_shared_memory(const LowLatencyLayout& layout, uint32_t self_rank) {
   constexpr uint64_t num_declared = Launch::kDeclaredSharedBytes;
   const uint32_t num_tokens = layout.config().num_max_tokens_per_rank;
   const bool has_workspaces = layout.config().num_workspaces > 0;
-  const uint64_t num_wanted = has_workspaces ? workspace_dispatch_shared_bytes(layout, num_tokens)
-                                             : dispatch_shared_bytes(layout, self_rank, num_tokens);
+  const uint64_t num_wanted = has_workspaces
+                                  ? workspace_dispatch(layout).shared_bytes(layout, num_tokens)
+                                  : dispatch_shared_bytes(layout, self_rank, num_tokens);
   if (num_wanted + num_declared > static_cast<uint64_t>(of_block)) {
     throw std::invalid_argument(
         "a dispatch of num_max_tokens_per_rank tokens needs " + std::to_string(num_wanted) +
         " bytes of shared memory, a bit for each token and " +
-        (has_workspaces ? "rank" : "expert") + "; this GPU has " +
-        std::to_string(of_block - num_declared) + ". Lower num_max_tokens_per_rank.");
+        (has_workspaces && !layout.has_expert_workspaces() ? "rank" : "expert") +
+        "; this GPU has " + std::to_string(of_block - num_declared) +
+        ". Lower num_max_tokens_per_rank.");
   }
   return kBlocksPerSM * (num_wanted + num_declared) <= static_cast<uint64_t>(of_sm);
 }
@@ -62,7 +64,7 @@ LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_
   has_room_for_two_ = check_shared_memory(view_.layout, self_rank);
   prepare_dispatch();
   prepare_combine();
-  prepare_workspace_dispatch();
+  workspace_dispatch(view_.layout).prepare();
   prepare_workspace_combine();
   const size_t num_ranks = bases.size();
   bases_ = zeroed_device_array<std::byte*>(num_ranks);
@@ -123,8 +125,9 @@ LowLatencyRank::Plan LowLatencyRank::plan(uint64_t num_items, void* stream) {
 // Of a dispatch into a workspace. With peers, blocks of as many items as they have warps: fewer
 // have to find together at the end.
 LowLatencyRank::Plan LowLatencyRank::plan_workspace(uint32_t num_tokens, void* stream) {
-  const uint64_t num_items =
-      num_tokens * uint64_t{protocol::parts_for(view_.layout.dispatch_row_bytes()) + 1};
+  const uint32_t num_parts = protocol::parts_for(view_.layout.dispatch_row_bytes()) +
+                             (view_.layout.has_expert_workspaces() ? 0 : 1);
+  const uint64_t num_items = uint64_t{num_tokens} * num_parts;
   const bool spreads = view_.layout.config().num_ranks == 1;
   const bool has_much = num_items > uint64_t{num_sms_} * kWarps;
   return plan(spreads || has_much ? num_items : (num_items + kWarps - 1) / kWarps, stream);
@@ -144,7 +147,7 @@ OpResult LowLatencyRank::dispatch_send(const DispatchSendParams& send, void* str
   num_tokens_ = send.num_tokens;
   if (send.workspace >= 0) {
     const Plan p = plan_workspace(send.num_tokens, stream);
-    launch_workspace_dispatch_send(p.view, send, p.launch);
+    workspace_dispatch(view_.layout).send(p.view, send, p.launch);
   } else {
     const uint64_t num_parts = protocol::parts_for(view_.layout.dispatch_row_bytes());
     const Plan p = plan(send.num_tokens * num_parts, stream);
@@ -156,7 +159,7 @@ OpResult LowLatencyRank::dispatch_send(const DispatchSendParams& send, void* str
 OpResult LowLatencyRank::dispatch_recv(const DispatchRecvParams& recv, void* stream) {
   if (recv.workspace >= 0) {
     const Plan p = plan(1, stream);
-    launch_workspace_dispatch_recv(p.view, recv, p.launch);
+    workspace_dispatch(view_.layout).recv(p.view, recv, p.launch);
   } else {
     const Plan p = plan(num_parts_received(), stream);
     launch_dispatch_recv(p.view, recv, p.launch);
@@ -169,7 +172,7 @@ OpResult LowLatencyRank::dispatch(const DispatchSendParams& send, const Dispatch
   num_tokens_ = send.num_tokens;
   if (send.workspace >= 0) {
     const Plan p = plan_workspace(send.num_tokens, stream);
-    launch_workspace_dispatch(p.view, send, recv, p.launch);
+    workspace_dispatch(view_.layout).both(p.view, send, recv, p.launch);
   } else {
     const Plan p = plan(num_parts_received(), stream);
     launch_dispatch(p.view, send, recv, p.launch);

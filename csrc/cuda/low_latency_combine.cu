@@ -238,6 +238,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
                              (num_ranks > 1 && recv.num_tokens <= config.num_max_tagged_tokens);
   const uint32_t skip_rank = kSends && kReceives && !sends_to_self ? rank.self_rank : kNoRank;
   const Sources received(shared, num_ranks);
+  ptx::touch(rank);
+  if (kSends) ptx::touch(send);
+  if (kReceives) ptx::touch(recv);
   const Op op(rank, Phase::kCombine, kSends, kReceives, [&] {
     if (kSends) received.read(send.handle.num_messages);
   });

@@ -32,6 +32,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   typename Rows::Fetched fetched;
   int64_t first_expert = -1;
   if (kSends) sets.clear();
+  ptx::touch(rank);
+  if (kSends) ptx::touch(send);
+  if (kReceives) ptx::touch(recv);
   const Op op(rank, Phase::kDispatch, kSends, kReceives, [&] {
     if (!kSends) return;
     first_expert = TokenSets::first_expert(routing);

@@ -51,8 +51,10 @@ class Op {
       }
       has_failed = ptx::ld_relaxed_gpu(&rank.state->failed) != 0;
     }
+    // Relaxed, because nothing is read behind a credit, and no store goes ahead of the load that
+    // lets it. (An acquire would hold up the loads behind it.)
     if (sends && threadIdx.x < num_ranks()) {
-      credit_ = ptx::ld_acquire_sys(credit_word(threadIdx.x));
+      credit_ = ptx::ld_relaxed_sys(credit_word(threadIdx.x));
     }
     meanwhile();
     __syncthreads();

@@ -106,10 +106,10 @@ class TokenSets {
   }
 
   __device__ uint32_t tokens_of_expert(uint32_t expert) const {
-    return count(tokens_ + expert * num_words_, num_words_ * 32);
+    return count_all(tokens_ + expert * num_words_);
   }
   __device__ uint32_t tokens_of_rank(uint32_t rank) const {
-    return count(tokens_ + (num_experts_ + rank) * num_words_, num_words_ * 32);
+    return count_all(tokens_ + (num_experts_ + rank) * num_words_);
   }
   // Tokens below `token` that go to the expert, or to the rank.
   __device__ uint32_t before_expert(uint32_t expert, uint32_t token) const {
@@ -138,14 +138,19 @@ class TokenSets {
   __host__ __device__ static constexpr uint32_t words(uint32_t num_bits) {
     return (num_bits + 31) / 32;
   }
+  // Bits set of a set of tokens. Most batches need one word.
+  __device__ uint32_t count_all(const uint32_t* words) const {
+    uint32_t num_set = num_words_ > 0 ? __popc(words[0]) : 0;
+#pragma unroll 1
+    for (uint32_t w = 1; w < num_words_; ++w) num_set += __popc(words[w]);
+    return num_set;
+  }
   // Bits set below bit `end`.
   __device__ static uint32_t count(const uint32_t* words, uint32_t end) {
-    const uint32_t num_whole = end / 32;
     uint32_t num_set = 0;
 #pragma unroll 1  // inlined in many places: unrolled, the kernels were 160 KB of instructions
-    for (uint32_t w = 0; w < num_whole; ++w) num_set += __popc(words[w]);
-    if (end % 32 != 0) num_set += __popc(words[num_whole] & ((1u << (end % 32)) - 1));
-    return num_set;
+    for (; end >= 32; end -= 32) num_set += __popc(*words++);
+    return end == 0 ? num_set : num_set + __popc(*words & ((1u << end) - 1));
   }
 
   uint32_t num_words_, num_rank_words_, num_experts_, num_ranks_, num_tokens_;

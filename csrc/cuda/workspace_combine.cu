@@ -1,5 +1,6 @@
-// Combine from workspaces: experts have left their sums in their rank's combine input, and the
-// sources fetch them from there. Nothing is copied on the way; a signal says that they are there.
+// Combine from workspaces: experts have left their rows, or the sums of theirs, in their rank's
+// combine input, and the sources fetch them from there. Nothing is copied on the way; a signal says
+// that they are there.
 //
 // One kernel, three forms, as in low_latency_combine.cu.
 
@@ -29,8 +30,9 @@ class WorkspacePublisher {
   __device__ void run(const Op& op) const {
     for (uint32_t r = threadIdx.x; r < rank_.layout.config().num_ranks; r += blockDim.x) {
       if (r == rank_.self_rank) continue;
-      op.publish_signal(r, 0);
+      // First, because the signal lets the peer go on to where it looks for the credit.
       op.publish_workspace_credit(r, workspace_, epoch_);
+      op.publish_signal(r, 0);
     }
   }
 
@@ -40,16 +42,72 @@ class WorkspacePublisher {
   uint64_t epoch_ = 0;
 };
 
-// Where the rows of a token are. A lane a column, as far as there are lanes.
-struct Answers {
-  uint32_t num_columns, answer;
+// Where the rows of a token are: rank-major, a row for each rank that has answered, of weight 1; by
+// expert, a row for each k that is routed. A lane a column, as far as there are lanes.
+class Answers {
+ public:
+  __device__ Answers(const RankView& rank, const CombineRecvParams& recv)
+      : rank_(rank),
+        layout_(rank.layout),
+        recv_(recv),
+        is_by_expert_(layout_.has_expert_workspaces()) {}
 
-  __device__ void fetch(const RankView& rank, const CombineRecvParams& recv, uint32_t token) {
-    const uint32_t lane = threadIdx.x % kWarp, stride = rank.layout.num_outcome_columns();
+  __device__ void fetch(uint32_t token) {
+    token_ = token;
     // Together, whether they are used or not.
-    num_columns = recv.num_partials[token];
-    answer = lane < stride ? recv.answers[token * stride + lane] : 0;
+    if (!is_by_expert_) num_columns_ = recv_.num_partials[token];
+    if (threadIdx.x % kWarp < layout_.num_outcome_columns()) own_ = column(threadIdx.x % kWarp);
   }
+
+  // The rows of the token fetched last; returns how many. One warp.
+  __device__ uint32_t plan(SumPlan* plan) const {
+    const uint32_t lane = threadIdx.x % kWarp;
+    const uint32_t end = is_by_expert_ ? layout_.config().top_k : num_columns_;
+    uint32_t size = 0;
+    __syncwarp();  // the last plan has been used
+#pragma unroll 1
+    for (uint32_t first = 0; first < end; first += kWarp) {
+      const uint32_t c = first + lane;
+      const Column a = first == 0 || c >= end ? own_ : column(c);
+      const bool is_there = c < end && a.rank != kNoRank;
+      const uint32_t there = __ballot_sync(kAllLanes, is_there);
+      if (is_there) {
+        const uint32_t i = size + __popc(there & ((1u << lane) - 1));
+        const auto workspace = static_cast<uint32_t>(recv_.workspace);
+        std::byte* peer = a.rank < kNumNearRanks ? rank_.near_bases[a.rank] : rank_.bases[a.rank];
+        plan->rows[i] = peer + layout_.combine_input(workspace, a.row);
+        plan->weights[i] = a.weight;
+      }
+      size += __popc(there);
+    }
+    __syncwarp();
+    return size;
+  }
+
+ private:
+  struct Column {
+    uint32_t rank, row;
+    float weight;
+  };
+  __device__ Column column(uint32_t c) const {
+    const uint32_t* answers = recv_.answers + token_ * layout_.num_answer_words();
+    if (is_by_expert_) {
+      const uint32_t top_k = layout_.config().top_k;
+      return {answers[c], answers[top_k + c], recv_.topk_weights[token_ * top_k + c]};
+    }
+    const uint32_t answer = answers[c];
+    return {
+        answer >> 16,
+        LowLatencyLayout::message_in_workspace(recv_.num_slots, rank_.self_rank, answer & 0xffff),
+        1.0f};
+  }
+
+  const RankView& rank_;
+  const LowLatencyLayout& layout_;
+  const CombineRecvParams& recv_;
+  bool is_by_expert_;
+  uint32_t token_ = 0, num_columns_ = 0;
+  Column own_ = {kNoRank, 0, 0.0f};
 };
 
 template <typename T, bool kSends, bool kReceives>
@@ -60,12 +118,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   __shared__ SumPlan plans[kWarps];
   SumPlan& plan = plans[threadIdx.x / kWarp];
   const LowLatencyLayout& layout = rank.layout;
-  const uint32_t lane = threadIdx.x % kWarp;
   Items items(kReceives ? recv.num_tokens : 0, protocol::parts_for(layout.row_bytes()));
   WorkspacePublisher publisher(rank, send.workspace);
-  Answers answers;
+  Answers answers(rank, recv);
+  ptx::touch(rank);
+  if (kReceives) ptx::touch(recv);
   const Op op(rank, Phase::kCombine, kSends, kReceives, [&] {
-    if (items.more()) answers.fetch(rank, recv, items.row());
+    if (items.more()) answers.fetch(items.row());
     if (kSends && blockIdx.x == 0) publisher.fetch();
   });
   if (kSends) {
@@ -78,21 +137,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     while (items.more()) {
       const uint32_t token = items.row(), first_part = items.first_part();
       const uint32_t end_part = items.end_part();
-      const uint32_t num_columns = answers.num_columns;
-      __syncwarp();  // the last plan has been used
-      for (uint32_t c = lane; c < num_columns; c += kWarp) {
-        const uint32_t answer =
-            c == lane ? answers.answer : recv.answers[token * layout.num_outcome_columns() + c];
-        const uint32_t message =
-            LowLatencyLayout::message_in_workspace(recv.num_slots, rank.self_rank, answer & 0xffff);
-        plan.rows[c] = op.peer(answer >> 16) +
-                       layout.combine_input(static_cast<uint32_t>(recv.workspace), message);
-        plan.weights[c] = 1.0f;
-      }
-      __syncwarp();
+      const uint32_t num_rows = answers.plan(&plan);
       items.next();
-      if (items.more()) answers.fetch(rank, recv, items.row());
-      sum_parts<T>(plan, num_columns, static_cast<uint32_t>(layout.row_bytes() / sizeof(uint4)),
+      if (items.more()) answers.fetch(items.row());
+      sum_parts<T>(plan, num_rows, static_cast<uint32_t>(layout.row_bytes() / sizeof(uint4)),
                    first_part, end_part, {recv.out + token * layout.row_bytes(), false, 0});
     }
   }

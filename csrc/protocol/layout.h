@@ -9,6 +9,7 @@
 
 #include "protocol/base.h"
 #include "protocol/epochs.h"
+#include "protocol/expert_counts.h"
 #include "protocol/float8.h"
 #include "protocol/message.h"
 #include "protocol/partition.h"
@@ -18,7 +19,7 @@
 namespace ep::protocol {
 
 // Changes whenever a region, a word or a rule does: ranks of different builds must not meet.
-constexpr uint32_t kProtocolVersion = 5;
+constexpr uint32_t kProtocolVersion = 6;
 
 // What all ranks must agree on.
 struct LowLatencyConfig {
@@ -55,6 +56,7 @@ class LowLatencyLayout {
     const bool is_pull = config.transfer == Transfer::kPull;
     const bool is_partial = config.reduction == Reduction::kRank;
     const bool is_in_place = config.num_workspaces > 0;
+    const bool is_by_expert = has_expert_workspaces();
     num_outcome_columns_ =
         is_partial && config.num_ranks < config.top_k ? config.num_ranks : config.top_k;
     num_scales_ = config.dispatch_dtype == DType::kFloat8E4M3 ? scales_for(config.hidden) : 0;
@@ -75,8 +77,10 @@ class LowLatencyLayout {
     sleepers_offset_ =
         end_of(workspace_credits_offset_, uint64_t{config.num_workspaces} * num_ranks * 8);
     counts_offset_ = end_of(sleepers_offset_, 2 * kNumPhases * num_ranks * 4);
-    const uint64_t num_counts = num_ranks * partition_.num_max_local_experts();
-    headers_offset_ = end_of(counts_offset_, is_in_place ? 0 : num_banks * num_counts * 8);
+    const uint64_t counts_bytes = is_by_expert  ? count_words_for(config.num_experts) * kWordBytes
+                                  : is_in_place ? 0
+                                                : partition_.num_max_local_experts() * uint64_t{8};
+    headers_offset_ = end_of(counts_offset_, num_banks * num_ranks * counts_bytes);
     const uint64_t num_messages = num_ranks * num_tokens;
     inbox_offset_ =
         end_of(headers_offset_, is_in_place ? 0 : num_banks * num_messages * header_bytes_);
@@ -92,14 +96,15 @@ class LowLatencyLayout {
         end_of(tagged_inbox_offset_, num_banks * num_ranks * num_tagged * tagged_message_bytes_);
     workspaces_offset_ = end_of(tagged_outcome_offset_,
                                 num_banks * num_tagged * num_outcome_columns_ * tagged_row_bytes_);
-    recv_scales_in_workspace_ = align_up(num_messages * dispatch_row_bytes_, kSlotAlign);
+    const uint64_t num_rows =
+        num_messages * (is_by_expert ? partition_.num_max_local_experts() : 1);
+    const uint64_t num_listed = is_by_expert ? 0 : num_messages * config.top_k;
+    recv_scales_in_workspace_ = align_up(num_rows * dispatch_row_bytes_, kSlotAlign);
     recv_topk_idx_in_workspace_ =
-        end_of(recv_scales_in_workspace_, num_messages * num_scale_words() * 4);
-    recv_topk_weights_in_workspace_ =
-        end_of(recv_topk_idx_in_workspace_, num_messages * config.top_k * 4);
-    combine_input_in_workspace_ =
-        end_of(recv_topk_weights_in_workspace_, num_messages * config.top_k * 4);
-    workspace_bytes_ = end_of(combine_input_in_workspace_, num_messages * row_bytes_);
+        end_of(recv_scales_in_workspace_, num_rows * num_scale_words() * 4);
+    recv_topk_weights_in_workspace_ = end_of(recv_topk_idx_in_workspace_, num_listed * 4);
+    combine_input_in_workspace_ = end_of(recv_topk_weights_in_workspace_, num_listed * 4);
+    workspace_bytes_ = end_of(combine_input_in_workspace_, num_rows * row_bytes_);
     num_bytes_ = workspaces_offset_ + config.num_workspaces * workspace_bytes_;
   }
 
@@ -120,6 +125,10 @@ class LowLatencyLayout {
   EP_HOST_DEVICE constexpr uint32_t num_outcome_columns() const { return num_outcome_columns_; }
   EP_HOST_DEVICE constexpr uint64_t num_outcome_slots() const {
     return uint64_t{config_.num_max_tokens_per_rank} * num_outcome_columns();
+  }
+  // Words in which a source notes, for each of its tokens, where the rows are that come home.
+  EP_HOST_DEVICE constexpr uint32_t num_answer_words() const {
+    return has_expert_workspaces() ? 2 * config_.top_k : num_outcome_columns_;
   }
   // Rows an expert may receive from all ranks together.
   EP_HOST_DEVICE constexpr uint64_t expert_capacity() const {
@@ -149,6 +158,11 @@ class LowLatencyLayout {
   EP_HOST_DEVICE constexpr uint64_t counts(uint32_t bank, uint32_t src_rank) const {
     return counts_offset_ +
            (bank * config_.num_ranks + src_rank) * uint64_t{partition_.num_max_local_experts()} * 8;
+  }
+  // Expert workspaces: what a source's batch has for every expert, not only for the owner's.
+  EP_HOST_DEVICE constexpr uint64_t all_counts(uint32_t bank, uint32_t src_rank) const {
+    return counts_offset_ + (bank * config_.num_ranks + src_rank) *
+                                (uint64_t{count_words_for(config_.num_experts)} * kWordBytes);
   }
   EP_HOST_DEVICE constexpr uint64_t header(uint32_t bank, uint32_t src_rank, uint32_t slot) const {
     return headers_offset_ + wide(message_idx(bank, src_rank, slot), header_bytes_);
@@ -203,17 +217,25 @@ class LowLatencyLayout {
                : -1;
   }
 
-  // A workspace, by message: rows and their scales as the experts take them, the message's experts
-  // and weights, and the rows that its source fetches. Messages are numbered
-  // source by source, with as many slots each as this exchange has. Not by bank: addresses must not
-  // change when graphs replay.
+  // Whether workspaces hold a row a (token, expert), by expert, and not a row a message.
+  EP_HOST_DEVICE constexpr bool has_expert_workspaces() const {
+    return config_.num_workspaces > 0 && config_.reduction == Reduction::kSource;
+  }
+  // A workspace: rows and their scales as the experts take them, the experts and weights of a
+  // message, and the rows that its source fetches. Messages are numbered source by source, with as
+  // many slots each as this exchange has; rows by expert, expert by expert, with as many for each
+  // as all sources have slots together. Not by bank: addresses must not change when graphs replay.
   EP_HOST_DEVICE static constexpr uint32_t message_in_workspace(uint32_t num_slots,
                                                                 uint32_t src_rank, uint32_t slot) {
     return src_rank * num_slots + slot;
   }
-  EP_HOST_DEVICE constexpr uint64_t workspace_row(uint32_t workspace, uint32_t message) const {
-    return workspace_offset(workspace) + wide(message, dispatch_row_bytes_);
+  EP_HOST_DEVICE constexpr uint32_t rows_of_expert_in_workspace(uint32_t num_slots) const {
+    return config_.num_ranks * num_slots;
   }
+  EP_HOST_DEVICE constexpr uint64_t workspace_row(uint32_t workspace, uint32_t row) const {
+    return workspace_offset(workspace) + wide(row, dispatch_row_bytes_);
+  }
+  // Rank-major, by message. By expert, scales.h says where they lie behind the first.
   EP_HOST_DEVICE constexpr uint64_t workspace_scales(uint32_t workspace, uint32_t message) const {
     return workspace_offset(workspace) + recv_scales_in_workspace_ +
            wide(message, num_scale_words() * 4);
@@ -227,8 +249,8 @@ class LowLatencyLayout {
     return workspace_offset(workspace) + recv_topk_weights_in_workspace_ +
            wide(message, config_.top_k * 4);
   }
-  EP_HOST_DEVICE constexpr uint64_t combine_input(uint32_t workspace, uint32_t message) const {
-    return workspace_offset(workspace) + combine_input_in_workspace_ + wide(message, row_bytes_);
+  EP_HOST_DEVICE constexpr uint64_t combine_input(uint32_t workspace, uint32_t row) const {
+    return workspace_offset(workspace) + combine_input_in_workspace_ + wide(row, row_bytes_);
   }
 
   // The first byte of each region, in order, for tests and for drawing.

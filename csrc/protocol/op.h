@@ -76,13 +76,15 @@ struct DispatchSendParams {
   uint32_t num_tokens;
   // out [T], and [T, C]: rows that will come home for each token, and which they are. Partial rows:
   // in the order of their ranks, rank << 16 | the message's slot (only GPUs read them). All rows
-  // (Reduction::kSource): by ascending k, rank << 16 | k.
+  // (Reduction::kSource): by ascending k, rank << 16 | k. From workspaces by expert, [T, 2 K]: of
+  // each k its rank, ~0 where it is not routed, then of each k the row there.
   uint32_t* num_partials;
   uint32_t* answers;
   int32_t workspace;   // where the rows go on every rank; -1: the buffer has no workspaces
   uint32_t num_slots;  // of each source in the workspace, T of every rank at most
 };
-// Of a workspace only the handle's num_messages are written: the rest is where it came from.
+// Of a workspace only the handle's num_messages are written, and by expert the counts: the rest is
+// where it came from.
 struct DispatchRecvParams {
   OutputLayout output;
   std::byte* recv_x;                    // out [L, S, H] or [R, M, H]

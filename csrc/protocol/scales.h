@@ -13,13 +13,20 @@
 
 namespace ep::protocol {
 
+// Index of word `word` of a row of an expert, where each has room for `capacity` rows.
+EP_HOST_DEVICE constexpr uint64_t expert_scale_word_idx(uint64_t num_words, uint64_t capacity,
+                                                        uint64_t local_expert, uint64_t position,
+                                                        uint64_t word) {
+  return (local_expert * num_words + word) * capacity + position;
+}
+
 // Index of word `word` of row `row`; rows counted over all experts, or over all sources.
 EP_HOST_DEVICE constexpr uint64_t scale_word_idx(const LowLatencyLayout& layout,
                                                  OutputLayout output, uint64_t row, uint32_t word) {
   const uint64_t num_words = layout.num_scale_words();
   if (output == OutputLayout::kRankMajor) return row * num_words + word;
   const uint64_t capacity = layout.expert_capacity();
-  return (row / capacity * num_words + word) * capacity + row % capacity;
+  return expert_scale_word_idx(num_words, capacity, row / capacity, row % capacity, word);
 }
 
 }  // namespace ep::protocol

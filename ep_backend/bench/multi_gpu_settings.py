@@ -44,7 +44,7 @@ class Options:
 
     def cases(self) -> list[Case]:
         """Without those that are another one by a second name: batches above the default limit are
-        not tagged anyway."""
+        not tagged anyway, and nothing is in workspaces."""
         is_default_listed = None in self.settings.num_max_tagged_tokens
         return [
             case
@@ -52,7 +52,7 @@ class Options:
             if not (
                 is_default_listed
                 and case.num_max_tagged_tokens == 0
-                and case.num_tokens > default_tagged_tokens(case.num_ranks)
+                and (case.has_workspace or case.num_tokens > default_tagged_tokens(case.num_ranks))
             )
         ]
 

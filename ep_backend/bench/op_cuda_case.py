@@ -74,8 +74,9 @@ def make_buffer(
     timeout_secs: float = TIMEOUT_SECS,
     device: str = "cuda",
 ) -> LowLatencyBuffer:
-    """One rank's buffer for a case. Rank-major and pulled it has a workspace, on CUDA."""
-    has_workspace = case.output_layout == "rank_major" and case.transfer == "pull"
+    """One rank's buffer for a case. On a CPU, without a workspace."""
+    is_by_expert = case.output_layout != "rank_major"
+    has_workspace = case.has_workspace and device == "cuda"
     return LowLatencyBuffer(
         group,
         num_max_tokens_per_rank=settings.num_max_tokens_per_rank,
@@ -84,10 +85,11 @@ def make_buffer(
         top_k=settings.top_k,
         dtype=torch.bfloat16,
         dispatch_dtype=DISPATCH_DTYPES[case.dispatch_dtype],
-        output_layout=case.output_layout,
+        output_layout="expert_major" if is_by_expert else "rank_major",
+        reduction="source" if case.output_layout == "expert_workspace" else "rank",
         transfer=case.transfer,
         num_max_tagged_tokens=None if has_workspace else case.num_max_tagged_tokens,
-        num_workspaces=int(has_workspace and device == "cuda"),
+        num_workspaces=int(has_workspace),
         timeout_secs=timeout_secs,
         device=device,
         num_sms=case.num_sms,

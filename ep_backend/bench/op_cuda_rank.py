@@ -10,6 +10,9 @@ right. All terms of a sum have the sign of x: nothing cancels, and errors are re
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
 from ep_backend import DispatchHandle, DispatchResult, LowLatencyBuffer, RecvHook
@@ -21,6 +24,9 @@ BF16_TOLERANCE = 4 * 2.0**-8
 # Half a step of e4m3; below its smallest normal number, 2^-10 times the scale, amax / 448.
 FP8_TOLERANCE = BF16_TOLERANCE + 2.0**-4
 FP8_SUBNORMAL = 2.0**-10 / 448
+
+
+T = TypeVar("T")
 
 
 class CheckFailed(RuntimeError):
@@ -36,6 +42,7 @@ class RankOps:
         self._x = inputs.x.to(buffer.device)
         self._topk_idx = inputs.topk_idx.to(buffer.device)
         self._topk_weights = inputs.topk_weights.to(buffer.device)
+        self._combine_weights = self._topk_weights if buffer.reduction == "source" else None
         self._out = torch.empty_like(self._x)
         self._expert_out = torch.empty(0)
 
@@ -51,7 +58,9 @@ class RankOps:
         """A whole dispatch and its combine."""
         result = self.dispatch()
         if self._is_fused:
-            self.buffer.combine_and_receive(self._expert_out, result.handle, self._out)
+            self.buffer.combine_and_receive(
+                self._expert_out, result.handle, self._out, self._combine_weights
+            )
         else:
             self.send_combine(result.handle)()
         return result
@@ -60,7 +69,9 @@ class RankOps:
         return self.buffer.dispatch(self._x, self._topk_idx, self._topk_weights)
 
     def send_combine(self, handle: DispatchHandle) -> RecvHook:
-        _, recv_hook = self.buffer.combine(self._expert_out, handle, self._out)
+        _, recv_hook = self.buffer.combine(
+            self._expert_out, handle, self._out, self._combine_weights
+        )
         return recv_hook
 
     def make_expert_out(self, result: DispatchResult) -> None:
@@ -139,16 +150,26 @@ def _expert_factor(expert: torch.Tensor) -> torch.Tensor:
 
 
 def run_lockstep(ranks: list[RankOps], *, is_first: bool) -> list[DispatchResult]:
-    """One pair of every rank on the current stream: all sends, then all hooks, so that no kernel
-    waits for one behind it. The first makes the experts' output."""
-    dispatched = [rank.send_dispatch() for rank in ranks]
-    for _, recv_hook in dispatched:
-        recv_hook()
-    results = [result for result, _ in dispatched]
+    """One pair of every rank, step by step. The first makes the experts' output."""
+    dispatched = _on_all(ranks, RankOps.send_dispatch)
+    _on_all(ranks, lambda rank: dispatched[rank][1]())
+    results = {rank: result for rank, (result, _) in dispatched.items()}
     if is_first:
-        for rank, result in zip(ranks, results, strict=True):
+        for rank, result in results.items():
             rank.make_expert_out(result)
-    hooks = [rank.send_combine(r.handle) for rank, r in zip(ranks, results, strict=True)]
-    for recv_hook in hooks:
-        recv_hook()
-    return results
+    hooks = _on_all(ranks, lambda rank: rank.send_combine(results[rank].handle))
+    _on_all(ranks, lambda rank: hooks[rank]())
+    return list(results.values())
+
+
+def _on_all(ranks: list[RankOps], step: Callable[[RankOps], T]) -> dict[RankOps, T]:
+    """A step of every rank; each on a stream of its own, because one may wait for another."""
+    if ranks[0].buffer.device.type == "cpu":
+        return {rank: step(rank) for rank in ranks}
+    torch.cuda.synchronize()
+    outcomes = {}
+    for rank in ranks:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            outcomes[rank] = step(rank)
+    torch.cuda.synchronize()
+    return outcomes

@@ -18,7 +18,10 @@ import torch
 PROGRAM = "ep-backend bench op --device cuda"
 
 DISPATCH_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-OUTPUT_LAYOUTS = ("expert_major", "rank_major")
+OUTPUT_LAYOUTS = ("expert_major", "expert_workspace", "rank_major")
+"""Rows by expert, unpacked from an inbox, of which a partial sum a rank goes home. By expert in a
+workspace, where every row is fetched from its expert. A row a (token, rank), in a workspace where
+it is pulled."""
 FORMS = ("fused", "hook")
 TRANSFERS = ("pull", "push")
 
@@ -33,6 +36,7 @@ class Case:
     dispatch_dtype: str
     """Of `DISPATCH_DTYPES`."""
     output_layout: str
+    """Of `OUTPUT_LAYOUTS`."""
     form: str
     """"fused": send and receive in one call; "hook": a send, then its hook."""
     transfer: str
@@ -40,6 +44,11 @@ class Case:
     """Blocks of a kernel; None: the GPU's SMs, shared by the ranks."""
     num_max_tagged_tokens: int | None
     """None: the buffer's default; 0: never tagged."""
+
+    @property
+    def has_workspace(self) -> bool:
+        """On CUDA. Nothing is tagged there."""
+        return self.output_layout != "expert_major" and self.transfer == "pull"
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,9 @@ class CudaBenchSettings:
             self.num_sms,
             self.num_max_tagged_tokens,
         ):
-            yield Case(*values)
+            case = Case(*values)
+            if case.output_layout != "expert_workspace" or case.transfer == "pull":
+                yield case
 
 
 QUICK = CudaBenchSettings(
@@ -178,7 +189,7 @@ def add_case_options(
         add("--ranks", "num_ranks", _numbers, "List: virtual ranks, all on this GPU.")
     add("--tokens", "num_tokens", _numbers, "List: tokens of every rank.")
     add("--dispatch-dtype", "dispatch_dtypes", _words, "List of bf16, fp8: rows of dispatch.")
-    add("--layout", "output_layouts", _words, "List of expert_major, rank_major.")
+    add("--layout", "output_layouts", _words, "List of expert_major, expert_workspace, rank_major.")
     add("--form", "forms", _words, "List of fused, hook: one call, or a send and its hook.")
     add("--transfer", "transfers", _words, "List of pull, push.")
     add("--num-sms", "num_sms", _numbers_or_default, "List: blocks of a kernel.")

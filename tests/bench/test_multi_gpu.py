@@ -34,9 +34,11 @@ def test_off_is_left_out_where_default_is_off_already() -> None:
     assert options.num_gpus == 8
     cases = options.cases()
     assert {case.num_ranks for case in cases} == {8}
-    tagged = {(case.num_tokens, case.num_max_tagged_tokens) for case in cases}
+    by_expert = [case for case in cases if case.output_layout == "expert_major"]
+    tagged = {(case.num_tokens, case.num_max_tagged_tokens) for case in by_expert}
     assert tagged == {(1, None), (1, 0), (16, None), (16, 0), (64, None), (128, None)}
-    assert len(cases) == 2 * len(tagged)
+    in_workspaces = {(c.num_tokens, c.output_layout) for c in cases if c not in by_expert}
+    assert len(cases) == len(tagged) + len(in_workspaces) == 6 + 2 * 4
     cases = parse_arguments(["--tagged", "off", "--tokens", "128"], 2).cases()
     assert {case.num_max_tagged_tokens for case in cases} == {0}
 
@@ -44,7 +46,7 @@ def test_off_is_left_out_where_default_is_off_already() -> None:
 def test_lists_are_swept_and_the_rest_is_default() -> None:
     line = "--tokens 4,32 --dispatch-dtype bf16,fp8 --form hook --transfer pull,push --tagged 8"
     options = parse_arguments([*line.split(), "--no-nccl", "--limit", "50", "--json", "x.json"], 8)
-    assert len(options.cases()) == 2 * 2 * 2 * 2
+    assert len(options.cases()) == 2 * 2 * (2 * 3 - 1)  # expert workspaces are not pushed
     assert options.settings.chain == 100
     assert (options.with_nccl, options.with_copy) == (False, True)
     assert (options.num_gpus, options.limit_secs, options.output) == (8, 50.0, Path("x.json"))
@@ -60,7 +62,7 @@ def test_lists_are_swept_and_the_rest_is_default() -> None:
         ([], 1, "needs two GPUs"),
         (["--gpus", "3"], 2, "--gpus is 3; 2 visible"),
         (["--gpus", "0"], 2, "--gpus is 0"),
-        (["--layout", "row_major"], 2, "expert_major or rank_major"),
+        (["--layout", "row_major"], 2, "expert_major or expert_workspace or rank_major"),
         (["--tokens", "256"], 2, "at least the largest number of tokens, 256"),
     ],
 )

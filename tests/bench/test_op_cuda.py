@@ -20,7 +20,12 @@ from ep_backend.bench.op_cuda_floors import GemmTimes
 from ep_backend.bench.op_cuda_graph import Spread
 from ep_backend.bench.op_cuda_rank import CheckFailed, RankOps, run_lockstep
 from ep_backend.bench.op_cuda_report import CaseRow, GemmRow, print_table, roofline_us, table_rows
-from ep_backend.bench.op_cuda_settings import Case, CudaBenchSettings, parse_arguments
+from ep_backend.bench.op_cuda_settings import (
+    OUTPUT_LAYOUTS,
+    Case,
+    CudaBenchSettings,
+    parse_arguments,
+)
 from ep_backend.cli import app
 
 HAS_GPU = _native.has_cuda and torch.cuda.is_available()
@@ -57,7 +62,7 @@ def test_lists_are_swept_and_the_rest_is_default() -> None:
     settings, output = parse_arguments([*line.split(), "--output", "x.json"])
     assert output == Path("x.json")
     cases = list(settings.cases())
-    assert len(cases) == len(set(cases)) == 2 * 2 * 3 * 2 * 2
+    assert len(cases) == len(set(cases)) == 2 * 2 * 3 * 2 * 3
     assert {case.num_ranks for case in cases} == {2, 64}
     assert {case.num_sms for case in cases} == {None, 16}
     assert {case.num_max_tagged_tokens for case in cases} == {0, None, 8}
@@ -77,7 +82,7 @@ def test_quick_is_a_start_that_other_options_change() -> None:
     ("arguments", "expected"),
     [
         (["--dispatch-dtype", "fp4"], "'fp4', expected bf16 or fp8"),
-        (["--layout", "row_major"], "expert_major or rank_major"),
+        (["--layout", "row_major"], "expert_major or expert_workspace or rank_major"),
         (["--tokens", "1,x"], "--tokens"),
         (["--tokens", "256"], "at least the largest number of tokens, 256"),
         (["--ranks", "0"], "positive"),
@@ -152,7 +157,7 @@ def test_spread_is_of_one_operation() -> None:
 
 
 @pytest.mark.parametrize("dispatch_dtype", ["bf16", "fp8"])
-@pytest.mark.parametrize("output_layout", ["expert_major", "rank_major"])
+@pytest.mark.parametrize("output_layout", OUTPUT_LAYOUTS)
 def test_a_right_pair_passes_its_check(dispatch_dtype: str, output_layout: str) -> None:
     case = replace(CASE, dispatch_dtype=dispatch_dtype, output_layout=output_layout)
     with open_buffers(SMALL, case, device="cpu") as buffers:
@@ -180,7 +185,7 @@ def test_both_forms_of_a_pair_pass(form: str) -> None:
         rank.check("second", rank.pair())
 
 
-@pytest.mark.parametrize("output_layout", ["expert_major", "rank_major"])
+@pytest.mark.parametrize("output_layout", OUTPUT_LAYOUTS)
 def test_a_wrong_pair_does_not(output_layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(CASE, output_layout=output_layout)
     with open_buffers(SMALL, case, device="cpu") as buffers:

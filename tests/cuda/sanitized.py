@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.cuda.streams import exchange_in_one_kernel_each
+from tests.cuda.streams import exchange
 from tests.support.programs import Interpreter, plain_loop
 from tests.support.scenario import mixed_scenario
 from tests.support.shapes import Shape
@@ -25,6 +25,8 @@ SETTINGS: list[dict[str, Any]] = [
     FLOAT8 | {"num_max_tagged_tokens": 2},
     FLOAT8 | {"output_layout": "rank_major", "num_workspaces": 2},
 ]
+# Sends of all ranks wait for each other.
+ON_STREAMS: list[dict[str, Any]] = [FLOAT8 | {"reduction": "source", "num_workspaces": 2}]
 TIMEOUT_SECS = 120.0
 
 
@@ -41,8 +43,15 @@ def main() -> None:
                 rank.step(*step)
         num_exchanges += 3
         if "--one-stream" not in sys.argv:
-            exchange_in_one_kernel_each(ranks, op=0)
+            exchange(ranks, op=0, is_fused=True)
             num_exchanges += 1
+    for settings in ON_STREAMS if "--one-stream" not in sys.argv else []:
+        scenario = mixed_scenario(replace(SHAPE, **settings), num_variants=3)
+        buffers = scenario.shape.virtual_buffers(timeout_secs=TIMEOUT_SECS)
+        ranks = [Interpreter(buffer, scenario) for buffer in buffers]
+        for op in range(3):
+            exchange(ranks, op, is_fused=op > 0)
+        num_exchanges += 3
     print(f"{num_exchanges} exchanges checked")
 
 

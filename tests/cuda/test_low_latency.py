@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ep_backend import DispatchResult, LowLatencyBuffer, OrderError, PeerTimeout, reference
-from tests.cuda.streams import exchange_in_one_kernel_each
+from tests.cuda.streams import exchange
 from tests.support.programs import STEPWISE_PROGRAMS, Interpreter
 from tests.support.scenario import Scenario, mixed_scenario
 from tests.support.shapes import Shape
@@ -38,7 +38,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "workspaces": RANK_MAJOR | {"num_workspaces": 5},
     "float8_workspaces": FLOAT8 | RANK_MAJOR | {"num_workspaces": 5, "expert_ids": "global"},
 }
+# Their sends wait for their peers': not for ranks that share a stream.
+EXPERT_WORKSPACES: dict[str, dict[str, Any]] = {
+    "expert_workspaces": SOURCE | {"num_workspaces": 5},
+    "float8_expert_workspaces": FLOAT8 | SOURCE | {"num_workspaces": 5},
+}
+ON_STREAMS = SETTINGS | EXPERT_WORKSPACES
 with_settings = pytest.mark.parametrize("settings_of", SETTINGS.values(), ids=SETTINGS.keys())
+with_settings_on_streams = pytest.mark.parametrize(
+    "settings_of", ON_STREAMS.values(), ids=ON_STREAMS.keys()
+)
 
 
 def drive(scenario: Scenario, program: str, num_ops: int) -> None:
@@ -77,13 +86,36 @@ def test_banks_are_reused_over_many_operations(program: str, num_banks: int) -> 
     drive(mixed_scenario(shape), program, num_ops=40)
 
 
-@with_settings
+def drive_on_streams(scenario: Scenario, num_ops: int) -> None:
+    """Exchanges in one kernel each and in halves, by turns."""
+    buffers = scenario.shape.virtual_buffers(timeout_secs=10.0)
+    ranks = [Interpreter(b, scenario) for b in buffers]
+    for op in range(num_ops):
+        exchange(ranks, op, is_fused=op % 2 == 0)
+    for buffer in buffers:
+        buffer.close()
+
+
+@with_settings_on_streams
 def test_both_halves_in_one_kernel_equal_the_reference(settings_of: dict[str, Any]) -> None:
     shape = replace(CUDA_SHAPE, num_ranks=3, **settings_of)
-    scenario = mixed_scenario(shape, num_variants=7)
-    ranks = [Interpreter(b, scenario) for b in shape.virtual_buffers(timeout_secs=10.0)]
-    for op in range(20):
-        exchange_in_one_kernel_each(ranks, op)
+    drive_on_streams(mixed_scenario(shape, num_variants=7), num_ops=20)
+
+
+@settings(max_examples=30)
+@given(scenarios(max_ranks=9, device="cuda", in_expert_workspaces=True))
+def test_drawn_shapes_in_expert_workspaces_equal_the_reference(scenario: Scenario) -> None:
+    drive_on_streams(scenario, num_ops=4)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 3])
+def test_many_experts_and_ranks_in_expert_workspaces(num_tokens: int) -> None:
+    """More experts than a block has threads, more ranks than are looked at together."""
+    shape = Shape(
+        11, num_tokens + 1, 32, num_experts=700, top_k=40, device="cuda",
+        reduction="source", num_workspaces=1,
+    )  # fmt: skip
+    drive_on_streams(Scenario(shape).add("uniform", [num_tokens] * 11, seed=1), num_ops=2)
 
 
 def test_more_tokens_than_threads_of_a_block() -> None:
@@ -91,7 +123,7 @@ def test_more_tokens_than_threads_of_a_block() -> None:
     drive(Scenario(shape).add("skewed", [700, 650], seed=1), "plain_loop", num_ops=2)
 
 
-@with_settings
+@with_settings_on_streams
 @pytest.mark.parametrize("is_fused", [False, True], ids=["halves", "fused"])
 @pytest.mark.parametrize("num_ranks", [2, 8])
 def test_ranks_on_streams_of_their_own_wait_for_each_other(

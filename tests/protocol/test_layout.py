@@ -18,6 +18,7 @@ PHASES = (_native.Phase.DISPATCH, _native.Phase.COMBINE)
 SLOT_ALIGN, HEADER_ALIGN, SCALES_ALIGN = 128, 64, 16
 WORD_BYTES, PART_BYTES = 16, 1024
 TAGGED_PART_BYTES = 3 * 32 * WORD_BYTES  # three words a lane
+COUNTS_PER_WORD = 6
 
 num_tokens = st.shared(st.integers(1, 6), key="tokens")
 dispatch_dtypes = st.shared(st.sampled_from([None, torch.float8_e4m3fn]), key="dispatch dtype")
@@ -37,17 +38,17 @@ shapes = st.builds(
     num_max_tagged_tokens=num_tokens.flatmap(lambda n: st.integers(0, n)),
 )
 
-# Rank-major exchanges in workspaces, which have no inbox and no outcome.
-workspace_shapes = shapes.flatmap(
-    lambda shape: st.builds(
-        replace,
-        st.just(shape),
-        output_layout=st.just("rank_major"),
-        transfer=st.just("pull"),
-        reduction=st.just("rank"),
-        num_max_tagged_tokens=st.just(0),
-        num_workspaces=st.integers(1, 3),
-    )
+# Exchanges in workspaces, which have no inbox and no outcome.
+workspace_shapes = st.builds(
+    lambda shape, num_workspaces: replace(
+        shape,
+        output_layout="rank_major" if shape.reduction == "rank" else "expert_major",
+        transfer="pull",
+        num_max_tagged_tokens=0,
+        num_workspaces=num_workspaces,
+    ),
+    shapes,
+    st.integers(1, 3),
 )
 all_shapes = st.one_of(shapes, workspace_shapes)
 
@@ -100,10 +101,15 @@ def words_of(shape: Shape) -> Iterator[tuple[str, Part]]:
         yield "sleepers", (at, 4, f"signal sleepers {phase} {rank}")
         at = layout.credit_sleepers(phase, rank)
         yield "sleepers", (at, 4, f"credit sleepers {phase} {rank}")
-    for bank, rank in product(banks if shape.num_workspaces == 0 else (), ranks):
-        at = layout.counts(bank, rank)
-        for local in range(layout.partition.num_max_local_experts()):
-            yield "counts", (at + 8 * local, 8, f"count {bank} {rank} {local}")
+    for bank, rank in product(banks, ranks):
+        if shape.num_workspaces == 0:
+            at = layout.counts(bank, rank)
+            for local in range(layout.partition.num_max_local_experts()):
+                yield "counts", (at + 8 * local, 8, f"count {bank} {rank} {local}")
+        elif shape.reduction == "source":
+            for word in range(-(-shape.num_experts // COUNTS_PER_WORD)):
+                at = layout.all_counts(bank, rank) + WORD_BYTES * word
+                yield "counts", (at, WORD_BYTES, f"counts {bank} {rank} {word}")
 
 
 def messages_of(shape: Shape) -> Iterator[tuple[str, Part]]:
@@ -142,8 +148,12 @@ def messages_of(shape: Shape) -> Iterator[tuple[str, Part]]:
 
 
 def workspaces_of(shape: Shape) -> Iterator[tuple[str, Part]]:
-    """Rows, scales, experts and weights, and combine's rows."""
-    layout = shape.layout()
+    """Rows, scales, experts and weights, and combine's rows. By expert, a row for each expert that
+    a rank may own and each message that may list it, and no experts and weights."""
+    layout, is_by_expert = shape.layout(), shape.reduction == "source"
+    num_rows = shape.num_ranks * shape.num_max_tokens_per_rank
+    num_rows *= layout.partition.num_max_local_experts() if is_by_expert else 1
+    listed_bytes = 0 if is_by_expert else 4 * shape.top_k
     scale_bytes = 4 * num_scales(shape)
     if shape.scale_format == "ue8m0":
         scale_bytes = align_up(num_scales(shape), 4)
@@ -151,16 +161,16 @@ def workspaces_of(shape: Shape) -> Iterator[tuple[str, Part]]:
         for part_of, num_bytes in (
             (layout.workspace_row, dispatch_row_bytes(shape)),
             (layout.workspace_scales, scale_bytes),
-            (layout.workspace_topk_idx, 4 * shape.top_k),
-            (layout.workspace_topk_weights, 4 * shape.top_k),
+            (layout.workspace_topk_idx, listed_bytes),
+            (layout.workspace_topk_weights, listed_bytes),
             (layout.combine_input, shape.hidden * shape.dtype.itemsize),
         ):
             # Tensors without gaps, from an aligned address.
             assert part_of(workspace, 0) % SLOT_ALIGN == 0
-            for message in range(shape.num_ranks * shape.num_max_tokens_per_rank):
-                at = part_of(workspace, message)
-                assert at == part_of(workspace, 0) + message * num_bytes
-                yield "workspaces", (at, num_bytes, f"{part_of} {workspace} {message}")
+            for row in range(num_rows if num_bytes > 0 else 0):
+                at = part_of(workspace, row)
+                assert at == part_of(workspace, 0) + row * num_bytes
+                yield "workspaces", (at, num_bytes, f"{part_of} {workspace} {row}")
 
 
 @given(all_shapes)
@@ -180,7 +190,8 @@ def test_no_two_parts_overlap_and_the_size_is_the_end_of_the_last(shape: Shape) 
 def test_regions_lie_in_the_documented_order_and_share_no_slot_line(shape: Shape) -> None:
     regions, layout = parts_by_region(shape), shape.layout()
     if shape.num_workspaces > 0:
-        names = ["signals", "credits", "workspace_credits", "sleepers", "workspaces"]
+        names = ["signals", "credits", "workspace_credits", "sleepers"]
+        names += ["counts"] * (shape.reduction == "source") + ["workspaces"]
     else:
         names = ["signals", "credits", "sleepers", "counts", "headers", "inbox"]
         names += ["scales"] * shape.is_float8 + ["outcome"]
@@ -324,8 +335,17 @@ def test_memory_does_not_grow_with_the_number_of_experts() -> None:
         Shape(9, 5, 33, 7, 32, torch.float32, 3, "cuda", torch.float8_e4m3fn, "ue8m0"),
         Shape(4, 128, 7168, 256, 8, device="cuda", reduction="source"),
         Shape(4, 9, 256, device="cuda", output_layout="rank_major", num_workspaces=2),
+        Shape(4, 9, 256, device="cuda", reduction="source", num_workspaces=2),
     ],
-    ids=["R1", "R8", "R8-push", "R9-float8", "R4-source", "R4-workspaces"],
+    ids=[
+        "R1",
+        "R8",
+        "R8-push",
+        "R9-float8",
+        "R4-source",
+        "R4-workspaces",
+        "R4-expert-workspaces",
+    ],
 )
 def test_a_gpu_computes_the_same_layout_as_the_host(shape: Shape) -> None:
     if not _native.has_cuda:

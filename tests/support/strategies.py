@@ -18,7 +18,9 @@ REDUCTIONS = ("rank", "source")
 
 
 @st.composite
-def shapes(draw: st.DrawFn, max_ranks: int = 5, device: str = "cpu") -> Shape:
+def shapes(
+    draw: st.DrawFn, max_ranks: int = 5, device: str = "cpu", in_expert_workspaces: bool = False
+) -> Shape:
     dtype = draw(st.sampled_from(DTYPES))
     is_float8 = draw(st.booleans())
     cpu = dict(
@@ -42,13 +44,19 @@ def shapes(draw: st.DrawFn, max_ranks: int = 5, device: str = "cpu") -> Shape:
         # Batches on both sides of the limit, all of them, none.
         some = st.sampled_from([None, 0, (settings["num_max_tokens_per_rank"] + 1) // 2])
         settings["num_max_tagged_tokens"] = draw(some)
-    output_layout = draw(st.sampled_from(OUTPUT_LAYOUTS))
+    output_layout = (
+        "expert_major" if in_expert_workspaces else draw(st.sampled_from(OUTPUT_LAYOUTS))
+    )
+    if in_expert_workspaces:
+        settings |= dict(num_workspaces=3, transfer="pull", num_max_tagged_tokens=None)
     if device == "cuda" and output_layout == "rank_major" and draw(st.booleans()):
         # One for each operation that the programs have in flight.
         settings |= dict(num_workspaces=5, transfer="pull", num_max_tagged_tokens=None)
         settings["expert_ids"] = draw(st.sampled_from(["local", "global"]))
     # Rank-major, the caller reduces.
     reductions = REDUCTIONS if output_layout == "expert_major" else ("rank",)
+    if in_expert_workspaces:
+        reductions = ("source",)
     return Shape(
         num_ranks=draw(st.integers(1, max_ranks)),
         top_k=draw(st.integers(1, 32)),
@@ -64,8 +72,11 @@ def shapes(draw: st.DrawFn, max_ranks: int = 5, device: str = "cpu") -> Shape:
 
 
 @st.composite
-def scenarios(draw: st.DrawFn, max_ranks: int = 5, device: str = "cpu") -> Scenario:
-    shape = draw(shapes(max_ranks, device))
+def scenarios(
+    draw: st.DrawFn, max_ranks: int = 5, device: str = "cpu", in_expert_workspaces: bool = False
+) -> Scenario:
+    """`in_expert_workspaces`: nothing else, whose ranks must not share a stream."""
+    shape = draw(shapes(max_ranks, device, in_expert_workspaces))
     scenario = Scenario(shape)
     tokens = st.integers(0, shape.num_max_tokens_per_rank)
     for _ in range(draw(st.integers(1, 3))):

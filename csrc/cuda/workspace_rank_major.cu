@@ -1,19 +1,13 @@
-// Dispatch into a workspace: rows, scales, and the experts and weights of each message go straight
-// to where the receiver's experts read them. Nothing is left to unpack: the hook waits, and counts.
-//
-// One kernel, three forms, as in low_latency_dispatch.cu. A warp moves some parts of a token's row
-// to all its ranks; the token's experts and weights count as one more part. The block that finishes
-// last speaks for the rank: it signals, and waits for the others' signals.
+// Workspaces of a row a message, with its experts and weights beside it: they go where the
+// receiver's experts read them, too. The token's experts and weights count as one more part of its
+// row.
 
-#include "cuda/launch.cuh"
-#include "cuda/part.cuh"
-#include "cuda/routing.cuh"
+#include "cuda/workspace_dispatch.cuh"
 
 namespace ep::cuda {
 namespace {
 
-using protocol::DispatchRecvParams;
-using protocol::DispatchSendParams;
+using protocol::LowLatencyConfig;
 
 // Where a token goes, rank by rank in ascending order. In shared memory, one for each warp.
 struct Receivers {
@@ -24,21 +18,23 @@ struct Receivers {
 };
 
 template <typename Rows>
-class WorkspaceSender {
+class RankMajorSender {
  public:
-  __device__ WorkspaceSender(const RankView& rank, const Op& op, const Routing& routing,
-                             const TokenSets& sets, const Rows& rows,
-                             const DispatchSendParams& params, Receivers* receivers)
-      : rank_(rank),
-        layout_(rank.layout),
-        op_(op),
-        routing_(routing),
-        sets_(sets),
-        rows_(rows),
-        params_(params),
+  __device__ RankMajorSender(const WorkspaceSend<Rows>& send, Receivers* receivers, bool)
+      : rank_(send.rank),
+        layout_(rank_.layout),
+        op_(send.op),
+        routing_(send.routing),
+        sets_(send.sets),
+        rows_(send.rows),
+        params_(send.params),
         receivers_(receivers),
-        workspace_(static_cast<uint32_t>(params.workspace)),
+        workspace_(static_cast<uint32_t>(params_.workspace)),
         num_parts_(protocol::parts_for(layout_.dispatch_row_bytes())) {}
+  __host__ __device__ static uint32_t num_words(const LowLatencyConfig&) { return 0; }
+
+  // A message's place depends on this rank's batch only.
+  __device__ bool agree() const { return true; }
 
   // `fetched`: the first part of the first item.
   __device__ void run(Items items, typename Rows::Fetched fetched) const {
@@ -172,49 +168,11 @@ class WorkspaceSender {
   uint32_t workspace_, num_parts_;
 };
 
-// Whether every peer is done with what the last dispatch has put into its workspace.
-class WorkspaceCredits {
- public:
-  __device__ WorkspaceCredits(const RankView& rank, int32_t workspace)
-      : rank_(rank), workspace_(static_cast<uint32_t>(workspace)) {}
-
-  // While the epochs are on their way.
-  __device__ void fetch() {
-    if (threadIdx.x >= num_ranks()) return;
-    last_epoch_ = ptx::ld_relaxed_gpu(rank_.workspace_epochs + workspace_);
-    credit_ = ptx::ld_acquire_sys(word(threadIdx.x));
-  }
-  // Gives this rank's own credit, which a combine has given already if there was one: earlier
-  // kernels were the last to read. Then waits for the peers'. False on threads that gave up.
-  __device__ bool exchange(const Op& op) const {
-    const OpId id = {Phase::kDispatch, Half::kSend, op.epoch()};
-    bool ok = true;
-#pragma unroll 1
-    for (uint32_t r = threadIdx.x; r < num_ranks() && ok; r += blockDim.x) {
-      if (r == rank_.self_rank) continue;
-      if (blockIdx.x == 0) op.publish_workspace_credit(r, workspace_, last_epoch_);
-      if (r == threadIdx.x && credit_ >= last_epoch_) continue;
-      ok = wait_for_word(rank_, id, r, word(r), last_epoch_, 0, blockIdx.x == 0) >= last_epoch_;
-    }
-    return ok;
-  }
-
- private:
-  __device__ uint32_t num_ranks() const { return rank_.layout.config().num_ranks; }
-  __device__ const uint64_t* word(uint32_t r) const {
-    return at<uint64_t>(rank_.self_base, rank_.layout.workspace_credit(workspace_, r));
-  }
-
-  const RankView& rank_;
-  uint32_t workspace_;
-  uint64_t last_epoch_ = 0, credit_ = 0;
-};
-
 // The hook: how many messages each source has sent, and no experts in the slots behind them.
-class WorkspaceReceiver {
+class RankMajorReceiver {
  public:
   // `shared`: num_words().
-  __device__ WorkspaceReceiver(const RankView& rank, const DispatchRecvParams& params,
+  __device__ RankMajorReceiver(const RankView& rank, const DispatchRecvParams& params,
                                uint32_t* shared)
       : rank_(rank),
         params_(params),
@@ -222,17 +180,24 @@ class WorkspaceReceiver {
         num_ranks_(rank.layout.config().num_ranks),
         counts_(shared),
         old_counts_(shared + num_ranks_) {}
-  __host__ __device__ static uint32_t num_words(uint32_t num_ranks) { return 2 * num_ranks; }
+  __host__ __device__ static uint32_t num_words(const LowLatencyConfig& config) {
+    return 2 * config.num_ranks;
+  }
 
-  // One block. `own_count()`: messages to itself, where no signal says it.
-  template <typename OwnCount>
-  __device__ bool run(const Op& op, uint32_t skip_rank, OwnCount own_count) const {
+  // One block. `skip_rank`: this one, whose messages to itself no signal counts, but `sets`.
+  __device__ bool run(const Op& op, uint32_t skip_rank, const TokenSets& sets) const {
     uint32_t* counted = rank_.workspace_counts + workspace_ * (num_ranks_ + 1);
     const bool is_alike = counted[num_ranks_] == params_.num_slots;
     for (uint32_t r = threadIdx.x; r < num_ranks_; r += blockDim.x) {
       old_counts_[r] = is_alike ? counted[r] : params_.num_slots;
     }
-    const bool ok = op.start_recv(skip_rank, counts_, own_count, true);
+    bool ok =
+        op.start_recv(skip_rank, counts_, [&] { return sets.tokens_of_rank(skip_rank); }, true);
+    // A source that was told of other slots has written elsewhere.
+#pragma unroll 1
+    for (uint32_t r = threadIdx.x; r < num_ranks_ && ok; r += blockDim.x) {
+      if (counts_[r] > params_.num_slots) ok = op.corrupt(r, params_.num_slots, counts_[r]);
+    }
     if (!__syncthreads_and(ok)) return false;
     for (uint32_t r = threadIdx.x; r < num_ranks_; r += blockDim.x) {
       params_.handle.num_messages[r] = counts_[r];
@@ -264,109 +229,20 @@ class WorkspaceReceiver {
   uint32_t *counts_, *old_counts_;
 };
 
-template <typename Rows, bool kSends, bool kReceives>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-    workspace_dispatch_kernel(const __grid_constant__ RankView rank,
-                              const __grid_constant__ Rows rows,
-                              const __grid_constant__ DispatchSendParams send,
-                              const __grid_constant__ DispatchRecvParams recv) {
-  extern __shared__ uint32_t shared[];
-  __shared__ Receivers receivers[kWarps];
-  const uint32_t num_ranks = rank.layout.config().num_ranks;
-  const bool is_alone = num_ranks == 1;
-  const Routing routing(rank, send);
-  TokenSets sets(shared, routing, false);
-  const Items items(kSends ? send.num_tokens : 0,
-                    protocol::parts_for(rank.layout.dispatch_row_bytes()) + 1);
-  typename Rows::Fetched fetched;
-  int64_t first_expert = -1;
-  WorkspaceCredits credits(rank, send.workspace);
-  if (kSends) sets.clear();
-  const Op op(rank, Phase::kDispatch, kSends, kReceives, [&] {
-    if (!kSends) return;
-    first_expert = TokenSets::first_expert(routing);
-    if (items.more()) fetched = rows.fetch(items.row(), items.first_part());
-    if (!is_alone) credits.fetch();
-  });
-  bool speaks = is_alone && blockIdx.x == 0;
-  if (kSends) {
-    const bool ok = sets.fill(rank, routing, first_expert);
-    if (!op.start_send(ok, [&] { return is_alone || credits.exchange(op); })) return;
-    Receivers* own_receivers = &receivers[threadIdx.x / kWarp];
-    WorkspaceSender(rank, op, routing, sets, rows, send, own_receivers).run(items, fetched);
-    if (!is_alone) {
-      if (!op.is_last_block()) return;
-      speaks = true;
-      for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
-        if (kReceives && r == rank.self_rank) continue;
-        // In every publishing thread: a release is a fence and its own store.
-        ptx::fence_acq_rel_sys();
-        op.publish_signal(r, sets.tokens_of_rank(r));
-      }
-    } else if (!kReceives && speaks && threadIdx.x == 0) {
-      op.publish_signal(0, sets.tokens_of_rank(0));
-    }
-    if (speaks && threadIdx.x == 0) rank.workspace_epochs[send.workspace] = op.epoch();
+struct RankMajor {
+  static constexpr bool kByExpert = false;
+  using Places = Receivers;
+  template <typename Rows>
+  using Sender = RankMajorSender<Rows>;
+  using Receiver = RankMajorReceiver;
+  // Of an item's row: one more than the row has.
+  __device__ static uint32_t num_parts(const LowLatencyLayout& layout) {
+    return protocol::parts_for(layout.dispatch_row_bytes()) + 1;
   }
-  bool ok = true;
-  if (kReceives && (speaks || !kSends)) {
-    const uint32_t num_sets_words =
-        kSends ? TokenSets::num_bytes(rank.layout.config(), send.num_tokens, false) / 4 : 0;
-    ok = WorkspaceReceiver(rank, recv, shared + num_sets_words)
-             .run(op, kSends ? rank.self_rank : kNoRank,
-                  [&] { return sets.tokens_of_rank(rank.self_rank); });
-  }
-  op.complete(ok, !is_alone || !kSends);
-}
-
-uint64_t recv_bytes(const LowLatencyLayout& layout) {
-  return uint64_t{WorkspaceReceiver::num_words(layout.config().num_ranks)} * sizeof(uint32_t);
-}
-
-uint64_t send_bytes(const LowLatencyLayout& layout, uint32_t num_tokens) {
-  return TokenSets::num_bytes(layout.config(), num_tokens, false);
-}
-
-template <typename Rows>
-void prepare_sending_forms() {
-  Launch::prepare(workspace_dispatch_kernel<Rows, true, false>);
-  Launch::prepare(workspace_dispatch_kernel<Rows, true, true>);
-}
+};
 
 }  // namespace
 
-void prepare_workspace_dispatch() {
-  prepare_sending_forms<CopyRow>();
-  prepare_sending_forms<QuantizeRow<__nv_bfloat16>>();
-  prepare_sending_forms<QuantizeRow<float>>();
-  Launch::prepare(workspace_dispatch_kernel<CopyRow, false, true>);
-}
-
-uint64_t workspace_dispatch_shared_bytes(const LowLatencyLayout& layout, uint32_t num_tokens) {
-  return send_bytes(layout, num_tokens) + recv_bytes(layout);
-}
-
-void launch_workspace_dispatch_send(const RankView& rank, const DispatchSendParams& send,
-                                    const Launch& launch) {
-  with_rows(rank.layout, send, [&](auto rows) {
-    launch.run(workspace_dispatch_kernel<decltype(rows), true, false>,
-               send_bytes(rank.layout, send.num_tokens), rank, rows, send, DispatchRecvParams{});
-  });
-}
-
-void launch_workspace_dispatch_recv(const RankView& rank, const DispatchRecvParams& recv,
-                                    const Launch& launch) {
-  launch.run(workspace_dispatch_kernel<CopyRow, false, true>, recv_bytes(rank.layout), rank,
-             CopyRow{}, DispatchSendParams{}, recv);
-}
-
-void launch_workspace_dispatch(const RankView& rank, const DispatchSendParams& send,
-                               const DispatchRecvParams& recv, const Launch& launch) {
-  with_rows(rank.layout, send, [&](auto rows) {
-    launch.run(workspace_dispatch_kernel<decltype(rows), true, true>,
-               workspace_dispatch_shared_bytes(rank.layout, send.num_tokens), rank, rows, send,
-               recv);
-  });
-}
+const WorkspaceDispatch kRankMajorWorkspaceDispatch = make_workspace_dispatch<RankMajor>();
 
 }  // namespace ep::cuda

@@ -1,0 +1,186 @@
+// Dispatch into a workspace, whichever way its rows are arranged: rows and scales go straight to
+// where the receiver's experts read them. Nothing is left to unpack: the hook waits, and counts.
+//
+// One kernel, three forms, as in low_latency_dispatch.cu. A warp moves some parts of a token's row
+// to all its places. The block that finishes last speaks for the rank: it signals, and waits for
+// the others' signals. What a `Format` is, workspace_rank_major.cu shows.
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "cuda/part.cuh"
+#include "cuda/routing.cuh"
+
+namespace ep::cuda {
+
+using protocol::DispatchRecvParams;
+using protocol::DispatchSendParams;
+
+// What a sending block knows. `words`: its own part of shared memory, Sender::num_words().
+template <typename Rows>
+struct WorkspaceSend {
+  const RankView& rank;
+  const Op& op;
+  const Routing& routing;
+  const TokenSets& sets;
+  const Rows& rows;
+  const DispatchSendParams& params;
+  uint32_t* words;
+};
+
+// Whether every peer is done with what the last dispatch has put into its workspace.
+class WorkspaceCredits {
+ public:
+  __device__ WorkspaceCredits(const RankView& rank, int32_t workspace)
+      : rank_(rank), workspace_(static_cast<uint32_t>(workspace)) {}
+
+  // While the epochs are on their way.
+  __device__ void fetch() {
+    if (threadIdx.x >= num_ranks()) return;
+    last_epoch_ = ptx::ld_relaxed_gpu(rank_.workspace_epochs + workspace_);
+    credit_ = ptx::ld_relaxed_sys(word(threadIdx.x));
+  }
+  // Gives this rank's own credit, which a combine has given already if there was one: earlier
+  // kernels were the last to read. Then waits for the peers'. False on threads that gave up.
+  __device__ bool exchange(const Op& op) const {
+    const OpId id = {Phase::kDispatch, Half::kSend, op.epoch()};
+    bool ok = true;
+#pragma unroll 1
+    for (uint32_t r = threadIdx.x; r < num_ranks() && ok; r += blockDim.x) {
+      if (r == rank_.self_rank) continue;
+      if (blockIdx.x == 0) op.publish_workspace_credit(r, workspace_, last_epoch_);
+      if (r == threadIdx.x && credit_ >= last_epoch_) continue;
+      ok = wait_for_word(rank_, id, r, word(r), last_epoch_, 0, blockIdx.x == 0) >= last_epoch_;
+    }
+    return ok;
+  }
+
+ private:
+  __device__ uint32_t num_ranks() const { return rank_.layout.config().num_ranks; }
+  __device__ const uint64_t* word(uint32_t r) const {
+    return at<uint64_t>(rank_.self_base, rank_.layout.workspace_credit(workspace_, r));
+  }
+
+  const RankView& rank_;
+  uint32_t workspace_;
+  uint64_t last_epoch_ = 0, credit_ = 0;
+};
+
+template <typename Format, typename Rows, bool kSends, bool kReceives>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+    workspace_dispatch_kernel(const __grid_constant__ RankView rank,
+                              const __grid_constant__ Rows rows,
+                              const __grid_constant__ DispatchSendParams send,
+                              const __grid_constant__ DispatchRecvParams recv) {
+  using Sender = typename Format::template Sender<Rows>;
+  using Receiver = typename Format::Receiver;
+  extern __shared__ uint32_t shared[];
+  __shared__ typename Format::Places places[kWarps];
+  const auto& config = rank.layout.config();
+  const uint32_t num_ranks = config.num_ranks;
+  const bool is_alone = num_ranks == 1;
+  const Routing routing(rank, send);
+  TokenSets sets(shared, routing, Format::kByExpert);
+  uint32_t* behind_sets =
+      shared + (kSends ? TokenSets::num_bytes(config, send.num_tokens, Format::kByExpert) / 4 : 0);
+  const Items items(kSends ? send.num_tokens : 0, Format::num_parts(rank.layout));
+  typename Rows::Fetched fetched;
+  int64_t first_expert = -1;
+  WorkspaceCredits credits(rank, send.workspace);
+  if (kSends) sets.clear();
+  ptx::touch(rank);
+  if (kSends) ptx::touch(send);
+  if (kReceives) ptx::touch(recv);
+  const Op op(rank, Phase::kDispatch, kSends, kReceives, [&] {
+    if (!kSends) return;
+    first_expert = TokenSets::first_expert(routing);
+    if (items.more()) fetched = rows.fetch(items.row(), items.first_part());
+    if (!is_alone) credits.fetch();
+  });
+  bool speaks = is_alone && blockIdx.x == 0;
+  if (kSends) {
+    const bool ok = sets.fill(rank, routing, first_expert);
+    if (!op.start_send(ok, [&] { return is_alone || credits.exchange(op); })) return;
+    const Sender sender({rank, op, routing, sets, rows, send, behind_sets},
+                        &places[threadIdx.x / kWarp], is_alone && kReceives);
+    if (!sender.agree()) return;
+    sender.run(items, fetched);
+    if (!is_alone) {
+      if (!op.is_last_block()) return;
+      speaks = true;
+      for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
+        if (kReceives && r == rank.self_rank) continue;
+        // In every publishing thread: a release is a fence and its own store.
+        ptx::fence_acq_rel_sys();
+        op.publish_signal(r, sets.tokens_of_rank(r));
+      }
+    } else if (!kReceives && speaks && threadIdx.x == 0) {
+      op.publish_signal(0, sets.tokens_of_rank(0));
+    }
+    if (speaks && threadIdx.x == 0) rank.workspace_epochs[send.workspace] = op.epoch();
+  }
+  bool ok = true;
+  if (kReceives && (speaks || !kSends)) {
+    uint32_t* words = behind_sets + (kSends ? Sender::num_words(config) : 0);
+    ok = Receiver(rank, recv, words).run(op, kSends ? rank.self_rank : kNoRank, sets);
+  }
+  op.complete(ok, !is_alone || !kSends);
+}
+
+// --- on the host -----------------------------------------------------------------------------
+
+template <typename Format>
+uint64_t workspace_send_bytes(const LowLatencyLayout& layout, uint32_t num_tokens) {
+  using Sender = typename Format::template Sender<CopyRow>;
+  return TokenSets::num_bytes(layout.config(), num_tokens, Format::kByExpert) +
+         uint64_t{Sender::num_words(layout.config())} * sizeof(uint32_t);
+}
+
+template <typename Format>
+uint64_t workspace_recv_bytes(const LowLatencyLayout& layout) {
+  return uint64_t{Format::Receiver::num_words(layout.config())} * sizeof(uint32_t);
+}
+
+template <typename Format, typename Rows>
+void prepare_workspace_sends() {
+  Launch::prepare(workspace_dispatch_kernel<Format, Rows, true, false>);
+  Launch::prepare(workspace_dispatch_kernel<Format, Rows, true, true>);
+}
+
+template <typename Format>
+constexpr WorkspaceDispatch make_workspace_dispatch() {
+  return {
+      [] {
+        prepare_workspace_sends<Format, CopyRow>();
+        prepare_workspace_sends<Format, QuantizeRow<__nv_bfloat16>>();
+        prepare_workspace_sends<Format, QuantizeRow<float>>();
+        Launch::prepare(workspace_dispatch_kernel<Format, CopyRow, false, true>);
+      },
+      [](const LowLatencyLayout& layout, uint32_t num_tokens) {
+        return workspace_send_bytes<Format>(layout, num_tokens) +
+               workspace_recv_bytes<Format>(layout);
+      },
+      [](const RankView& rank, const DispatchSendParams& send, const Launch& launch) {
+        with_rows(rank.layout, send, [&](auto rows) {
+          launch.run(workspace_dispatch_kernel<Format, decltype(rows), true, false>,
+                     workspace_send_bytes<Format>(rank.layout, send.num_tokens), rank, rows, send,
+                     DispatchRecvParams{});
+        });
+      },
+      [](const RankView& rank, const DispatchRecvParams& recv, const Launch& launch) {
+        launch.run(workspace_dispatch_kernel<Format, CopyRow, false, true>,
+                   workspace_recv_bytes<Format>(rank.layout), rank, CopyRow{}, DispatchSendParams{},
+                   recv);
+      },
+      [](const RankView& rank, const DispatchSendParams& send, const DispatchRecvParams& recv,
+         const Launch& launch) {
+        with_rows(rank.layout, send, [&](auto rows) {
+          launch.run(workspace_dispatch_kernel<Format, decltype(rows), true, true>,
+                     workspace_send_bytes<Format>(rank.layout, send.num_tokens) +
+                         workspace_recv_bytes<Format>(rank.layout),
+                     rank, rows, send, recv);
+        });
+      },
+  };
+}
+
+}  // namespace ep::cuda

@@ -1,0 +1,272 @@
+// Workspaces of a row a (token, expert), by expert, packed: by source rank, then token. Where a row
+// goes depends on how many the ranks before have for its expert. So every rank first tells every
+// other what its batch has for each expert, in words that nobody has to wait behind, and waits for
+// those of the ranks before: a send ends only when all ranks have come to it.
+
+#include "cuda/workspace_dispatch.cuh"
+#include "protocol/scales.h"
+
+namespace ep::cuda {
+namespace {
+
+using protocol::count_words_for;
+using protocol::kCountsPerWord;
+using protocol::LowLatencyConfig;
+
+// The counts of every rank's batch.
+class ExpertCounts {
+ public:
+  __device__ ExpertCounts(const RankView& rank, const Op& op) : rank_(rank), op_(op) {}
+
+  // This rank's to every rank; a block tells some of them.
+  __device__ void publish(const TokenSets& sets) const {
+    const auto& config = rank_.layout.config();
+    if (blockIdx.x >= config.num_ranks) return;
+    const uint32_t num_words = count_words_for(config.num_experts);
+#pragma unroll 1
+    for (uint32_t w = threadIdx.x; w < num_words; w += blockDim.x) {
+      uint32_t pairs[kCountsPerWord / 2] = {};
+#pragma unroll
+      for (uint32_t i = 0; i < kCountsPerWord; ++i) {
+        const uint32_t expert = w * kCountsPerWord + i;
+        if (expert < config.num_experts) {
+          pairs[i / 2] |= sets.tokens_of_expert(expert) << (i % 2 * 16);
+        }
+      }
+#pragma unroll 1
+      for (uint32_t r = blockIdx.x; r < config.num_ranks; r += gridDim.x) {
+        ptx::st_relaxed_sys_b128(word(op_.peer(r), rank_.self_rank, w),
+                                 {pairs[0], pairs[1], pairs[2], op_.tag()});
+      }
+    }
+  }
+
+  // The sum of what ranks first .. end - 1 have for an expert. False: one did not come, which is
+  // reported.
+  __device__ bool sum(uint32_t expert, uint32_t first, uint32_t end, uint32_t* sum) const {
+    constexpr uint32_t kBatch = 8;  // words on their way at the same time
+    const uint32_t w = expert / kCountsPerWord, i = expert % kCountsPerWord;
+    *sum = 0;
+#pragma unroll 1
+    for (; first < end; first += kBatch) {
+      uint4 words[kBatch];
+#pragma unroll
+      for (uint32_t j = 0; j < kBatch; ++j) {
+        if (first + j < end) words[j] = ptx::ld_relaxed_sys_b128(word(op_.self(), first + j, w));
+      }
+#pragma unroll
+      for (uint32_t j = 0; j < kBatch; ++j) {
+        if (first + j >= end) break;
+        if (!op_.have_tag(word(op_.self(), first + j, w), first + j, &words[j])) return false;
+        const uint32_t pair = i < 2 ? words[j].x : i < 4 ? words[j].y : words[j].z;
+        *sum += pair >> (i % 2 * 16) & 0xffff;
+      }
+    }
+    return true;
+  }
+
+ private:
+  __device__ uint4* word(std::byte* base, uint32_t src_rank, uint32_t w) const {
+    return at<uint4>(base, rank_.layout.all_counts(op_.bank(), src_rank)) + w;
+  }
+
+  const RankView& rank_;
+  const Op& op_;
+};
+
+// Where a token's row goes, in the order of k. In shared memory, one for each warp.
+struct ExpertPlaces {
+  std::byte* rows[kMaxTopK];
+  uint32_t* scales[kMaxTopK];
+  uint32_t size;
+};
+
+template <typename Rows>
+class ExpertMajorSender {
+ public:
+  // `keeps_counts`: nobody needs the counts but this kernel itself.
+  __device__ ExpertMajorSender(const WorkspaceSend<Rows>& send, ExpertPlaces* places,
+                               bool keeps_counts)
+      : rank_(send.rank),
+        layout_(rank_.layout),
+        op_(send.op),
+        routing_(send.routing),
+        sets_(send.sets),
+        rows_(send.rows),
+        params_(send.params),
+        places_(places),
+        keeps_counts_(keeps_counts),
+        workspace_(static_cast<uint32_t>(params_.workspace)),
+        capacity_(layout_.rows_of_expert_in_workspace(params_.num_slots)),
+        num_before_(send.words) {}
+  __host__ __device__ static uint32_t num_words(const LowLatencyConfig& config) {
+    return config.num_experts;
+  }
+
+  // Rows of each expert from the ranks before. Whole block, which ends where it is false.
+  __device__ bool agree() const {
+    if (keeps_counts_) return true;
+    const ExpertCounts counts(rank_, op_);
+    counts.publish(sets_);
+    bool ok = true;
+#pragma unroll 1
+    for (uint32_t e = threadIdx.x; e < routing_.num_experts && ok; e += blockDim.x) {
+      uint32_t before;
+      ok = counts.sum(e, 0, rank_.self_rank, &before);
+      // Memory that contradicts itself must not choose where we write.
+      if (ok && before + sets_.tokens_of_expert(e) > capacity_) {
+        ok = op_.corrupt(0, capacity_, before + sets_.tokens_of_expert(e));
+      }
+      num_before_[e] = before;
+    }
+    return __syncthreads_and(ok);
+  }
+
+  // `fetched`: the first part of the first item.
+  __device__ void run(Items items, typename Rows::Fetched fetched) const {
+    while (items.more()) {
+      const uint32_t token = items.row(), end_part = items.end_part();
+      uint32_t part = items.first_part();
+      find_places(token, part == 0);
+      items.next();
+#pragma unroll 1
+      for (; part < end_part; ++part) {
+        const Part p = rows_.finish(fetched);
+        // The next part is on its way while this one leaves.
+        if (part + 1 < end_part) {
+          fetched = rows_.fetch(token, part + 1);
+        } else if (items.more()) {
+          fetched = rows_.fetch(items.row(), items.first_part());
+        }
+        send_part(p, part);
+      }
+    }
+  }
+
+ private:
+  // A lane an expert of the token. `notes`: what combine wants to know, too.
+  __device__ void find_places(uint32_t token, bool notes) const {
+    const uint32_t lane = threadIdx.x % kWarp, top_k = routing_.top_k;
+    const uint32_t num_scale_words = layout_.num_scale_words();
+    uint32_t* answers = params_.answers + token * layout_.num_answer_words();
+    uint32_t size = 0;
+    __syncwarp();  // those of the last token have been used
+#pragma unroll 1
+    for (uint32_t first_k = 0; first_k < top_k; first_k += kWarp) {
+      const uint32_t k = first_k + lane;
+      const int64_t expert = k < top_k ? routing_.expert(token, k) : -1;
+      const uint32_t routed = __ballot_sync(kAllLanes, expert >= 0);
+      uint32_t owner = kNoRank, row = 0;
+      if (expert >= 0) {
+        const auto e = static_cast<uint32_t>(expert);
+        owner = routing_.owners.owner(e);
+        const uint32_t local_expert = e - routing_.owners.first_expert(owner);
+        const uint32_t position =
+            (keeps_counts_ ? 0 : num_before_[e]) + sets_.before_expert(e, token);
+        row = local_expert * capacity_ + position;
+        std::byte* peer = op_.peer(owner);
+        const uint32_t i = size + __popc(routed & ((1u << lane) - 1));
+        places_->rows[i] = peer + layout_.workspace_row(workspace_, row);
+        places_->scales[i] =
+            at<uint32_t>(peer, layout_.workspace_scales(workspace_, 0)) +
+            protocol::expert_scale_word_idx(num_scale_words, capacity_, local_expert, position, 0);
+      }
+      if (notes && k < top_k) {
+        answers[k] = owner;
+        answers[top_k + k] = row;
+      }
+      size += __popc(routed);
+    }
+    if (lane == 0) {
+      places_->size = size;
+      if (notes) params_.num_partials[token] = size;
+    }
+    __syncwarp();
+  }
+
+  __device__ void send_part(const Part& p, uint32_t part) const {
+    const ScaleWord scale(p, part, layout_);
+    const uint32_t size = places_->size;
+#pragma unroll 4
+    for (uint32_t i = 0; i < size; ++i) {
+      store_vectors(p, places_->rows[i], rows_.shape.num_vectors, part);
+      if (scale.is_there) places_->scales[i][uint64_t{scale.idx} * capacity_] = scale.value;
+    }
+  }
+
+  const RankView& rank_;
+  const LowLatencyLayout& layout_;
+  const Op& op_;
+  const Routing& routing_;
+  const TokenSets& sets_;
+  const Rows& rows_;
+  const DispatchSendParams& params_;
+  ExpertPlaces* places_;
+  bool keeps_counts_;
+  uint32_t workspace_, capacity_;
+  uint32_t* num_before_;  // [E], in shared memory
+};
+
+// The hook: how many rows each expert has, and how many messages came from each source.
+class ExpertMajorReceiver {
+ public:
+  // `shared`: num_words().
+  __device__ ExpertMajorReceiver(const RankView& rank, const DispatchRecvParams& params,
+                                 uint32_t* shared)
+      : rank_(rank), params_(params), num_messages_(shared) {}
+  __host__ __device__ static uint32_t num_words(const LowLatencyConfig& config) {
+    return config.num_ranks;
+  }
+
+  // One block. `skip_rank`: this one, whose messages to itself no signal counts, but `sets`.
+  __device__ bool run(const Op& op, uint32_t skip_rank, const TokenSets& sets) const {
+    const uint32_t num_ranks = rank_.layout.config().num_ranks;
+    const uint32_t first_expert = rank_.owners.first_expert(rank_.self_rank);
+    const bool keeps_counts = num_ranks == 1 && skip_rank != kNoRank;
+    const ExpertCounts counts(rank_, op);
+    bool ok = true;
+    // Counts come long before the signals.
+#pragma unroll 1
+    for (uint32_t e = threadIdx.x; e < rank_.num_local_experts && ok; e += blockDim.x) {
+      uint32_t num_rows;
+      if (keeps_counts) {
+        num_rows = sets.tokens_of_expert(first_expert + e);
+      } else {
+        ok = counts.sum(first_expert + e, 0, num_ranks, &num_rows);
+      }
+      params_.num_recv_tokens_per_expert[e] = static_cast<int32_t>(num_rows);
+      ptx::red_add_relaxed_gpu(rank_.num_expert_rows + e, num_rows);
+    }
+    ok = op.start_recv(
+             skip_rank, num_messages_, [&] { return sets.tokens_of_rank(skip_rank); }, true) &&
+         ok;
+    if (!__syncthreads_and(ok)) return false;
+    for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
+      params_.handle.num_messages[r] = num_messages_[r];
+    }
+    return true;
+  }
+
+ private:
+  const RankView& rank_;
+  const DispatchRecvParams& params_;
+  uint32_t* num_messages_;
+};
+
+struct ExpertMajor {
+  static constexpr bool kByExpert = true;
+  using Places = ExpertPlaces;
+  template <typename Rows>
+  using Sender = ExpertMajorSender<Rows>;
+  using Receiver = ExpertMajorReceiver;
+  // Of an item's row.
+  __device__ static uint32_t num_parts(const LowLatencyLayout& layout) {
+    return protocol::parts_for(layout.dispatch_row_bytes());
+  }
+};
+
+}  // namespace
+
+const WorkspaceDispatch kExpertWorkspaceDispatch = make_workspace_dispatch<ExpertMajor>();
+
+}  // namespace ep::cuda
