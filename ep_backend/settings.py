@@ -29,11 +29,14 @@ TRANSFERS = {"push": _native.Transfer.PUSH, "pull": _native.Transfer.PULL}
 
 EXPERT_IDS = ("local", "global")
 # What goes with workspaces. (Rank-major, rows are reduced on their rank in any case.)
-WORKSPACE_SETTINGS = {
-    "device": "cuda",
-    "transfer": "pull",
+WORKSPACE_SETTINGS = {"device": "cuda", "transfer": "pull"}
+EXPERT_WORKSPACE_SETTINGS = WORKSPACE_SETTINGS | {
+    "reduction": "source",
+    "expert_ids": "local",
     "num_max_tagged_tokens": 0,
 }
+TAGGED_TOKENS_IN_WORKSPACES = 16
+"""Batches up to which tagged words are worth their bytes and a copy."""
 
 CUDA_ROW_ALIGNMENT = 16
 """Bytes: the CUDA kernels move rows in vectors of this size."""
@@ -129,24 +132,15 @@ class BufferSettings:
                     "num_workspaces, or leave it out."
                 )
             return
-        if self.output_layout == "expert_major" and self.reduction != "source":
-            raise ValueError(
-                f"num_workspaces is {self.num_workspaces}, output_layout 'expert_major' and "
-                f"reduction {self.reduction!r}, but from workspaces every expert's row is fetched "
-                "as it is. Pass reduction='source', or output_layout='rank_major', or leave "
-                "num_workspaces out."
-            )
-        if self.output_layout == "expert_major" and self.expert_ids != "local":
-            raise ValueError(
-                f"expert_ids is {self.expert_ids!r}, but expert-major rows list no experts. Leave "
-                "it out, or pass output_layout='rank_major'."
-            )
-        for name, needed in WORKSPACE_SETTINGS.items():
+        is_by_expert = self.output_layout == "expert_major"
+        settings = EXPERT_WORKSPACE_SETTINGS if is_by_expert else WORKSPACE_SETTINGS
+        for name, needed in settings.items():
             value = getattr(self, name)
             if value not in (needed, None):
                 raise ValueError(
-                    f"num_workspaces is {self.num_workspaces} and {name} {value!r}, but in "
-                    f"workspaces it is {needed!r}. Pass that, or leave num_workspaces out."
+                    f"num_workspaces is {self.num_workspaces}, output_layout "
+                    f"{self.output_layout!r} and {name} {value!r}, but in such workspaces it is "
+                    f"{needed!r}. Pass that, or leave num_workspaces out."
                 )
 
     def _check_cuda(self) -> None:
@@ -182,12 +176,14 @@ class BufferSettings:
         )
 
     def _num_tagged_tokens(self, num_ranks: int) -> int:
-        if self.num_workspaces > 0:
+        if self.num_workspaces > 0 and (self.output_layout == "expert_major" or num_ranks == 1):
             return 0
         if self.num_max_tagged_tokens is not None:
             return self.num_max_tagged_tokens
         if self.hidden * self.dtype.itemsize > MAX_TAGGED_ROW_BYTES:
             return 0
+        if self.num_workspaces > 0:
+            return min(self.num_max_tokens_per_rank, TAGGED_TOKENS_IN_WORKSPACES)
         return min(self.num_max_tokens_per_rank, default_tagged_tokens(num_ranks))
 
 

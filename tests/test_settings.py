@@ -38,12 +38,12 @@ def test_only_rows_of_single_experts_can_be_reduced_at_home() -> None:
     [
         (
             {"reduction": "rank"},
-            "num_workspaces is 1, .* and reduction 'rank', but from workspaces",
+            "output_layout 'expert_major' and reduction 'rank', .* it is 'source'",
         ),
-        ({"expert_ids": "global"}, "expert_ids is 'global', but expert-major rows list no experts"),
-        ({"transfer": "push"}, "num_workspaces is 1 and transfer 'push', .* it is 'pull'"),
-        ({"num_max_tagged_tokens": 3}, "num_max_tagged_tokens 3, but in workspaces it is 0"),
-        ({"device": "cpu"}, "device 'cpu', but in workspaces it is 'cuda'"),
+        ({"expert_ids": "global"}, "expert_ids 'global', but in such workspaces it is 'local'"),
+        ({"transfer": "push"}, "transfer 'push', but in such workspaces it is 'pull'"),
+        ({"num_max_tagged_tokens": 3}, "num_max_tagged_tokens 3, but in such workspaces it is 0"),
+        ({"device": "cpu"}, "device 'cpu', but in such workspaces it is 'cuda'"),
     ],
 )
 def test_workspaces_by_expert_are_for_rows_that_are_fetched(
@@ -66,6 +66,10 @@ def test_workspaces_by_expert_are_for_rows_that_are_fetched(
         ({"hidden": 16384 + 16, "dispatch_dtype": torch.float8_e4m3fn}, 0),
         ({"num_max_tagged_tokens": 0}, 0),
         ({"num_max_tagged_tokens": 128}, 128),
+        ({"num_workspaces": 1, "output_layout": "rank_major"}, 16),
+        ({"num_workspaces": 1, "output_layout": "rank_major", "num_max_tagged_tokens": 5}, 5),
+        ({"num_workspaces": 1, "output_layout": "rank_major", "num_ranks": 1}, 0),
+        ({"num_workspaces": 1, "reduction": "source"}, 0),
     ],
 )
 def test_small_batches_of_rows_that_are_not_large_are_tagged(

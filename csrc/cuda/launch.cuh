@@ -87,10 +87,15 @@ struct WorkspaceDispatch {
                const Launch& launch);
 };
 extern const WorkspaceDispatch kRankMajorWorkspaceDispatch;
+extern const WorkspaceDispatch kTaggedWorkspaceDispatch;  // rank-major, too
 extern const WorkspaceDispatch kExpertWorkspaceDispatch;
 
-inline const WorkspaceDispatch& workspace_dispatch(const protocol::LowLatencyLayout& layout) {
-  return layout.has_expert_workspaces() ? kExpertWorkspaceDispatch : kRankMajorWorkspaceDispatch;
+// Of an exchange with so many slots a source, on which all ranks agree.
+inline const WorkspaceDispatch& workspace_dispatch(const protocol::LowLatencyLayout& layout,
+                                                   uint32_t num_slots) {
+  if (layout.has_expert_workspaces()) return kExpertWorkspaceDispatch;
+  return num_slots <= layout.config().num_max_tagged_tokens ? kTaggedWorkspaceDispatch
+                                                            : kRankMajorWorkspaceDispatch;
 }
 
 void launch_workspace_combine_send(const RankView& rank, const CombineSendParams& send,

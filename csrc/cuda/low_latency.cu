@@ -39,9 +39,9 @@ bool check_shared_memory(const LowLatencyLayout& layout, uint32_t self_rank) {
   constexpr uint64_t num_declared = Launch::kDeclaredSharedBytes;
   const uint32_t num_tokens = layout.config().num_max_tokens_per_rank;
   const bool has_workspaces = layout.config().num_workspaces > 0;
-  const uint64_t num_wanted = has_workspaces
-                                  ? workspace_dispatch(layout).shared_bytes(layout, num_tokens)
-                                  : dispatch_shared_bytes(layout, self_rank, num_tokens);
+  const uint64_t num_wanted =
+      has_workspaces ? workspace_dispatch(layout, num_tokens).shared_bytes(layout, num_tokens)
+                     : dispatch_shared_bytes(layout, self_rank, num_tokens);
   if (num_wanted + num_declared > static_cast<uint64_t>(of_block)) {
     throw std::invalid_argument(
         "a dispatch of num_max_tokens_per_rank tokens needs " + std::to_string(num_wanted) +
@@ -64,7 +64,9 @@ LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_
   has_room_for_two_ = check_shared_memory(view_.layout, self_rank);
   prepare_dispatch();
   prepare_combine();
-  workspace_dispatch(view_.layout).prepare();
+  for (const uint32_t num_slots : {1u, config.num_max_tokens_per_rank}) {
+    workspace_dispatch(view_.layout, num_slots).prepare();
+  }
   prepare_workspace_combine();
   const size_t num_ranks = bases.size();
   bases_ = zeroed_device_array<std::byte*>(num_ranks);
@@ -123,12 +125,17 @@ LowLatencyRank::Plan LowLatencyRank::plan(uint64_t num_items, void* stream) {
 }
 
 // Of a dispatch into a workspace. With peers, blocks of as many items as they have warps: fewer
-// have to find together at the end.
-LowLatencyRank::Plan LowLatencyRank::plan_workspace(uint32_t num_tokens, void* stream) {
-  const uint32_t num_parts = protocol::parts_for(view_.layout.dispatch_row_bytes()) +
-                             (view_.layout.has_expert_workspaces() ? 0 : 1);
+// have to find together at the end. Tagged, nothing has to, and all blocks receive.
+LowLatencyRank::Plan LowLatencyRank::plan_workspace(uint32_t num_tokens, uint32_t num_slots,
+                                                    void* stream) {
+  const LowLatencyLayout& layout = view_.layout;
+  const uint32_t num_parts =
+      protocol::parts_for(layout.dispatch_row_bytes()) + (layout.has_expert_workspaces() ? 0 : 1);
+  if (num_slots <= layout.config().num_max_tagged_tokens) {
+    return plan(uint64_t{num_slots} * layout.num_outcome_columns() * num_parts, stream);
+  }
   const uint64_t num_items = uint64_t{num_tokens} * num_parts;
-  const bool spreads = view_.layout.config().num_ranks == 1;
+  const bool spreads = layout.config().num_ranks == 1;
   const bool has_much = num_items > uint64_t{num_sms_} * kWarps;
   return plan(spreads || has_much ? num_items : (num_items + kWarps - 1) / kWarps, stream);
 }
@@ -146,8 +153,8 @@ uint64_t LowLatencyRank::num_parts_answered() const {
 OpResult LowLatencyRank::dispatch_send(const DispatchSendParams& send, void* stream) {
   num_tokens_ = send.num_tokens;
   if (send.workspace >= 0) {
-    const Plan p = plan_workspace(send.num_tokens, stream);
-    workspace_dispatch(view_.layout).send(p.view, send, p.launch);
+    const Plan p = plan_workspace(send.num_tokens, send.num_slots, stream);
+    workspace_dispatch(view_.layout, send.num_slots).send(p.view, send, p.launch);
   } else {
     const uint64_t num_parts = protocol::parts_for(view_.layout.dispatch_row_bytes());
     const Plan p = plan(send.num_tokens * num_parts, stream);
@@ -158,8 +165,9 @@ OpResult LowLatencyRank::dispatch_send(const DispatchSendParams& send, void* str
 
 OpResult LowLatencyRank::dispatch_recv(const DispatchRecvParams& recv, void* stream) {
   if (recv.workspace >= 0) {
-    const Plan p = plan(1, stream);
-    workspace_dispatch(view_.layout).recv(p.view, recv, p.launch);
+    const bool is_tagged = recv.num_slots <= view_.layout.config().num_max_tagged_tokens;
+    const Plan p = is_tagged ? plan_workspace(0, recv.num_slots, stream) : plan(1, stream);
+    workspace_dispatch(view_.layout, recv.num_slots).recv(p.view, recv, p.launch);
   } else {
     const Plan p = plan(num_parts_received(), stream);
     launch_dispatch_recv(p.view, recv, p.launch);
@@ -171,8 +179,8 @@ OpResult LowLatencyRank::dispatch(const DispatchSendParams& send, const Dispatch
                                   void* stream) {
   num_tokens_ = send.num_tokens;
   if (send.workspace >= 0) {
-    const Plan p = plan_workspace(send.num_tokens, stream);
-    workspace_dispatch(view_.layout).both(p.view, send, recv, p.launch);
+    const Plan p = plan_workspace(send.num_tokens, send.num_slots, stream);
+    workspace_dispatch(view_.layout, send.num_slots).both(p.view, send, recv, p.launch);
   } else {
     const Plan p = plan(num_parts_received(), stream);
     launch_dispatch(p.view, send, recv, p.launch);

@@ -109,7 +109,7 @@ class LowLatencyRank {
   // The view and the launch of a kernel with so much to do.
   struct Plan;
   Plan plan(uint64_t num_items, void* stream);
-  Plan plan_workspace(uint32_t num_tokens, void* stream);
+  Plan plan_workspace(uint32_t num_tokens, uint32_t num_slots, void* stream);
   // Parts of rows that the latest dispatch brings, and that its combine sends, at most.
   uint64_t num_parts_received() const;
   uint64_t num_parts_answered() const;

@@ -96,19 +96,37 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     if (items.more()) fetched = rows.fetch(items.row(), items.first_part());
     if (!is_alone) credits.fetch();
   });
+  if (kSends) {
+    bool ok = sets.fill(rank, routing, first_expert);
+    ok = op.start_send(ok, [&] { return is_alone || Format::kTagged || credits.exchange(op); });
+    if (!ok) return;
+  }
+  const Sender sender({rank, op, routing, sets, rows, send, behind_sets},
+                      &places[threadIdx.x / kWarp], is_alone && kReceives);
+  Receiver receiver(rank, recv, behind_sets + (kSends ? Sender::num_words(config) : 0));
+  const uint32_t skip_rank = kSends && kReceives ? rank.self_rank : kNoRank;
+  if constexpr (Format::kTagged) {
+    if (kSends) {
+      if (Op::is_clerk()) {
+        for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
+          if (r != skip_rank) op.publish_signal(r, sets.tokens_of_rank(r) | protocol::kTaggedBit);
+        }
+        if (threadIdx.x == 0) rank.workspace_epochs[send.workspace] = op.epoch();
+      }
+      sender.run(items, fetched);
+    }
+    op.complete(!kReceives || receiver.run(op, skip_rank, sets));
+    return;
+  }
   bool speaks = is_alone && blockIdx.x == 0;
   if (kSends) {
-    const bool ok = sets.fill(rank, routing, first_expert);
-    if (!op.start_send(ok, [&] { return is_alone || credits.exchange(op); })) return;
-    const Sender sender({rank, op, routing, sets, rows, send, behind_sets},
-                        &places[threadIdx.x / kWarp], is_alone && kReceives);
     if (!sender.agree()) return;
     sender.run(items, fetched);
     if (!is_alone) {
       if (!op.is_last_block()) return;
       speaks = true;
       for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
-        if (kReceives && r == rank.self_rank) continue;
+        if (r == skip_rank) continue;
         // In every publishing thread: a release is a fence and its own store.
         ptx::fence_acq_rel_sys();
         op.publish_signal(r, sets.tokens_of_rank(r));
@@ -119,10 +137,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     if (speaks && threadIdx.x == 0) rank.workspace_epochs[send.workspace] = op.epoch();
   }
   bool ok = true;
-  if (kReceives && (speaks || !kSends)) {
-    uint32_t* words = behind_sets + (kSends ? Sender::num_words(config) : 0);
-    ok = Receiver(rank, recv, words).run(op, kSends ? rank.self_rank : kNoRank, sets);
-  }
+  if (kReceives && (speaks || !kSends)) ok = receiver.run(op, skip_rank, sets);
   op.complete(ok, !is_alone || !kSends);
 }
 

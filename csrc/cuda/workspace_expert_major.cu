@@ -255,6 +255,7 @@ class ExpertMajorReceiver {
 
 struct ExpertMajor {
   static constexpr bool kByExpert = true;
+  static constexpr bool kTagged = false;
   using Places = ExpertPlaces;
   template <typename Rows>
   using Sender = ExpertMajorSender<Rows>;

@@ -94,8 +94,9 @@ class LowLatencyLayout {
     const uint64_t num_tagged = config.num_max_tagged_tokens;
     tagged_outcome_offset_ =
         end_of(tagged_inbox_offset_, num_banks * num_ranks * num_tagged * tagged_message_bytes_);
-    workspaces_offset_ = end_of(tagged_outcome_offset_,
-                                num_banks * num_tagged * num_outcome_columns_ * tagged_row_bytes_);
+    const uint64_t num_tagged_rows = is_in_place ? 0 : num_tagged * num_outcome_columns_;
+    workspaces_offset_ =
+        end_of(tagged_outcome_offset_, num_banks * num_tagged_rows * tagged_row_bytes_);
     const uint64_t num_rows =
         num_messages * (is_by_expert ? partition_.num_max_local_experts() : 1);
     const uint64_t num_listed = is_by_expert ? 0 : num_messages * config.top_k;

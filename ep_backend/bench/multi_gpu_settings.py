@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ep_backend.bench.op_cuda_settings import Case, CudaBenchSettings, add_case_options
-from ep_backend.settings import default_tagged_tokens
 
 PROGRAM = "python -m ep_backend.bench.multi_gpu"
 MAX_GPUS = 8
@@ -44,7 +43,7 @@ class Options:
 
     def cases(self) -> list[Case]:
         """Without those that are another one by a second name: batches above the default limit are
-        not tagged anyway, and nothing is in workspaces."""
+        not tagged anyway."""
         is_default_listed = None in self.settings.num_max_tagged_tokens
         return [
             case
@@ -52,7 +51,7 @@ class Options:
             if not (
                 is_default_listed
                 and case.num_max_tagged_tokens == 0
-                and (case.has_workspace or case.num_tokens > default_tagged_tokens(case.num_ranks))
+                and case.num_tokens > case.default_tagged_tokens
             )
         ]
 

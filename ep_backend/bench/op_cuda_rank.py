@@ -43,13 +43,17 @@ class RankOps:
         self._topk_idx = inputs.topk_idx.to(buffer.device)
         self._topk_weights = inputs.topk_weights.to(buffer.device)
         self._combine_weights = self._topk_weights if buffer.reduction == "source" else None
+        # All ranks have as many tokens.
+        self._num_slots = len(self._x) if buffer.num_workspaces > 0 else None
         self._out = torch.empty_like(self._x)
         self._expert_out = torch.empty(0)
 
     def dispatch(self) -> DispatchResult:
         """A whole dispatch, in the case's form."""
         if self._is_fused:
-            return self.buffer.dispatch_and_receive(self._x, self._topk_idx, self._topk_weights)
+            return self.buffer.dispatch_and_receive(
+                self._x, self._topk_idx, self._topk_weights, num_slots=self._num_slots
+            )
         result, recv_hook = self.send_dispatch()
         recv_hook()
         return result
@@ -66,7 +70,9 @@ class RankOps:
         return result
 
     def send_dispatch(self) -> tuple[DispatchResult, RecvHook]:
-        return self.buffer.dispatch(self._x, self._topk_idx, self._topk_weights)
+        return self.buffer.dispatch(
+            self._x, self._topk_idx, self._topk_weights, num_slots=self._num_slots
+        )
 
     def send_combine(self, handle: DispatchHandle) -> RecvHook:
         _, recv_hook = self.buffer.combine(
@@ -77,7 +83,7 @@ class RankOps:
     def make_expert_out(self, result: DispatchResult) -> None:
         """From the rows of a received dispatch. What combine must not read is NaN."""
         if self.buffer.num_workspaces > 0:
-            self._expert_out = self.buffer.combine_input(0).fill_(torch.nan)
+            self._expert_out = self.buffer.combine_input(num_slots=self._num_slots).fill_(torch.nan)
         else:
             self._expert_out = torch.full(
                 result.recv_x.shape, torch.nan, dtype=torch.bfloat16, device=self.buffer.device

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ep_backend.settings import TAGGED_TOKENS_IN_WORKSPACES, default_tagged_tokens
+
 PROGRAM = "ep-backend bench op --device cuda"
 
 DISPATCH_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
@@ -47,8 +49,17 @@ class Case:
 
     @property
     def has_workspace(self) -> bool:
-        """On CUDA. Nothing is tagged there."""
+        """On CUDA."""
         return self.output_layout != "expert_major" and self.transfer == "pull"
+
+    @property
+    def default_tagged_tokens(self) -> int:
+        """Batches of up to so many tokens are tagged where `num_max_tagged_tokens` is None."""
+        if self.output_layout == "expert_workspace" or self.num_ranks == 1:
+            return 0
+        if self.has_workspace:
+            return TAGGED_TOKENS_IN_WORKSPACES
+        return default_tagged_tokens(self.num_ranks)
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,11 @@ def test_off_is_left_out_where_default_is_off_already() -> None:
     assert options.num_gpus == 8
     cases = options.cases()
     assert {case.num_ranks for case in cases} == {8}
-    by_expert = [case for case in cases if case.output_layout == "expert_major"]
-    tagged = {(case.num_tokens, case.num_max_tagged_tokens) for case in by_expert}
-    assert tagged == {(1, None), (1, 0), (16, None), (16, 0), (64, None), (128, None)}
-    in_workspaces = {(c.num_tokens, c.output_layout) for c in cases if c not in by_expert}
-    assert len(cases) == len(tagged) + len(in_workspaces) == 6 + 2 * 4
+    small = {(1, None), (1, 0), (16, None), (16, 0), (64, None), (128, None)}
+    for layout in ("expert_major", "rank_major"):
+        of_layout = [case for case in cases if case.output_layout == layout]
+        assert {(case.num_tokens, case.num_max_tagged_tokens) for case in of_layout} == small
+    assert len(cases) == 2 * len(small) + 4  # in expert workspaces nothing is tagged
     cases = parse_arguments(["--tagged", "off", "--tokens", "128"], 2).cases()
     assert {case.num_max_tagged_tokens for case in cases} == {0}
 

@@ -23,7 +23,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"num_max_tagged_tokens": 0},
     {"num_max_tagged_tokens": 2, "transfer": "push"},
     FLOAT8 | {"num_max_tagged_tokens": 2},
-    FLOAT8 | {"output_layout": "rank_major", "num_workspaces": 2},
+    FLOAT8 | {"output_layout": "rank_major", "num_workspaces": 2, "num_max_tagged_tokens": 0},
+    FLOAT8 | {"output_layout": "rank_major", "num_workspaces": 2, "num_max_tagged_tokens": 4},
 ]
 # Sends of all ranks wait for each other.
 ON_STREAMS: list[dict[str, Any]] = [FLOAT8 | {"reduction": "source", "num_workspaces": 2}]

@@ -27,11 +27,16 @@ FORMS = {
     "both": {"num_max_tagged_tokens": 12},
     "pull": {"num_max_tagged_tokens": 0},
     "push": {"num_max_tagged_tokens": 0, "transfer": "push"},
-    "workspaces": {"output_layout": "rank_major", "num_workspaces": 2},
+    "workspaces": {"output_layout": "rank_major", "num_workspaces": 2, "num_max_tagged_tokens": 0},
+    "tagged_workspaces": {
+        "output_layout": "rank_major",
+        "num_workspaces": 2,
+        "num_max_tagged_tokens": 12,
+    },
     "expert_workspaces": {"reduction": "source", "num_workspaces": 2},
 }
 with_forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-NUM_PAIRS = 900  # a form: two operations a pair, six forms, more than 10,000 in all
+NUM_PAIRS = 800  # a form: two operations a pair, seven forms, more than 10,000 in all
 NUM_REPLAYED_PAIRS = 1_000_000
 PAIRS_PER_GRAPH = 50
 
@@ -49,6 +54,8 @@ class Expected:
     inputs: list[torch.Tensor]
     received: list[torch.Tensor]
     combined: torch.Tensor
+    most_tokens: int
+    """Of a rank."""
 
     @classmethod
     def of(cls, scenario: Scenario, variant_idx: int, rank: int) -> Expected:
@@ -61,13 +68,18 @@ class Expected:
             [t.cuda() for t in variant.inputs(rank)],
             [r.cuda() for r in received],
             variant.combined[rank].cuda(),
+            max(len(x) for x in variant.x),
         )
 
 
 def dispatch_arguments(buffer: LowLatencyBuffer, expected: Expected, op: int) -> dict[str, Any]:
     x, topk_idx, topk_weights = expected.inputs
     weights = topk_weights if buffer.reduction == "rank" else None
-    place = {"workspace": op % buffer.num_workspaces} if buffer.num_workspaces > 0 else {}
+    place = {}
+    if buffer.num_workspaces > 0:
+        most = buffer.num_max_tokens_per_rank
+        num_slots = most if op % 3 == 0 else max(1, expected.most_tokens)
+        place = {"workspace": op % buffer.num_workspaces, "num_slots": num_slots}
     return {"x": x, "topk_idx": topk_idx, "topk_weights": weights, **place}
 
 
@@ -81,7 +93,8 @@ def combine_arguments(
         idx, weights = result.recv_topk_idx.flatten(0, 1), result.recv_topk_weights.flatten(0, 1)
         rows = sum_of_experts(rows.flatten(0, 1), idx, weights, experts, same).view_as(rows)
     if buffer.num_workspaces > 0:
-        rows = buffer.combine_input(result.handle.workspace).copy_(rows)
+        handle = result.handle
+        rows = buffer.combine_input(handle.workspace, handle.num_slots).copy_(rows)
     weights = expected.inputs[2] if buffer.reduction == "source" else None
     return {"expert_out": rows, "handle": result.handle, "topk_weights": weights}
 

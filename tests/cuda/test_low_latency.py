@@ -35,7 +35,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "source": SOURCE | {"transfer": "push", "num_max_tagged_tokens": 0},
     "source_pull": SOURCE | {"num_max_tagged_tokens": 0},
     "source_tagged": SOURCE | {"num_max_tagged_tokens": 3},
-    "workspaces": RANK_MAJOR | {"num_workspaces": 5},
+    "workspaces": RANK_MAJOR | {"num_workspaces": 5, "num_max_tagged_tokens": 0},
+    "tagged_workspaces": RANK_MAJOR | {"num_workspaces": 5, "num_max_tagged_tokens": 5},
     "float8_workspaces": FLOAT8 | RANK_MAJOR | {"num_workspaces": 5, "expert_ids": "global"},
 }
 # Their sends wait for their peers': not for ranks that share a stream.

@@ -44,7 +44,7 @@ workspace_shapes = st.builds(
         shape,
         output_layout="rank_major" if shape.reduction == "rank" else "expert_major",
         transfer="pull",
-        num_max_tagged_tokens=0,
+        num_max_tagged_tokens=shape.num_max_tagged_tokens if shape.reduction == "rank" else 0,
         num_workspaces=num_workspaces,
     ),
     shapes,
@@ -154,6 +154,10 @@ def workspaces_of(shape: Shape) -> Iterator[tuple[str, Part]]:
     num_rows = shape.num_ranks * shape.num_max_tokens_per_rank
     num_rows *= layout.partition.num_max_local_experts() if is_by_expert else 1
     listed_bytes = 0 if is_by_expert else 4 * shape.top_k
+    tagged = range(shape.config().num_max_tagged_tokens)
+    for place in product(range(shape.num_banks), range(shape.num_ranks), tagged):
+        at = layout.tagged_message(*place)
+        yield "tagged_inbox", (at, layout.tagged_message_bytes, f"tagged message {place}")
     scale_bytes = 4 * num_scales(shape)
     if shape.scale_format == "ue8m0":
         scale_bytes = align_up(num_scales(shape), 4)
@@ -191,7 +195,8 @@ def test_regions_lie_in_the_documented_order_and_share_no_slot_line(shape: Shape
     regions, layout = parts_by_region(shape), shape.layout()
     if shape.num_workspaces > 0:
         names = ["signals", "credits", "workspace_credits", "sleepers"]
-        names += ["counts"] * (shape.reduction == "source") + ["workspaces"]
+        names += ["counts"] * (shape.reduction == "source")
+        names += ["tagged_inbox"] * (shape.config().num_max_tagged_tokens > 0) + ["workspaces"]
     else:
         names = ["signals", "credits", "sleepers", "counts", "headers", "inbox"]
         names += ["scales"] * shape.is_float8 + ["outcome"]
@@ -303,6 +308,7 @@ def test_a_workspace_is_all_the_memory_there_is() -> None:
         device="cuda",
         dispatch_dtype=torch.float8_e4m3fn,
         output_layout="rank_major",
+        num_max_tagged_tokens=0,
         num_workspaces=1,
     )
     num_messages, words = 8 * 128, 2048

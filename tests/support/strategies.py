@@ -51,7 +51,7 @@ def shapes(
         settings |= dict(num_workspaces=3, transfer="pull", num_max_tagged_tokens=None)
     if device == "cuda" and output_layout == "rank_major" and draw(st.booleans()):
         # One for each operation that the programs have in flight.
-        settings |= dict(num_workspaces=5, transfer="pull", num_max_tagged_tokens=None)
+        settings |= dict(num_workspaces=5, transfer="pull")
         settings["expert_ids"] = draw(st.sampled_from(["local", "global"]))
     # Rank-major, the caller reduces.
     reductions = REDUCTIONS if output_layout == "expert_major" else ("rank",)

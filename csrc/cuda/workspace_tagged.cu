@@ -1,0 +1,7 @@
+#include "cuda/workspace_rank_major.cuh"
+
+namespace ep::cuda {
+
+const WorkspaceDispatch kTaggedWorkspaceDispatch = make_workspace_dispatch<RankMajor<true>>();
+
+}  // namespace ep::cuda
