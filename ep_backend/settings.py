@@ -36,7 +36,9 @@ EXPERT_WORKSPACE_SETTINGS = WORKSPACE_SETTINGS | {
     "num_max_tagged_tokens": 0,
 }
 TAGGED_TOKENS_IN_WORKSPACES = 16
-"""Batches up to which tagged words are worth their bytes and a copy."""
+"""Batches up to which tagged words are worth their bytes and a copy. Two H200s over NVLink, hidden
+7168, top-8, one kernel each way: a pair of 1 token takes 8.7 us instead of 10.0, of 16 tokens 10.8
+instead of 11.2, of 32 the same; with hooks it gains at 1 token only and loses 1 us at 16."""
 
 CUDA_ROW_ALIGNMENT = 16
 """Bytes: the CUDA kernels move rows in vectors of this size."""

@@ -56,7 +56,7 @@ def test_nvlink_numbers_are_those_of_the_results() -> None:
     measured = results("multi-gpu-2-h200.json")
     nccl_us = {p["num_tokens"]: p["pair"]["median_us"] for p in measured["nccl"]["pairs"]}
     cases = [case for case in measured["cases"] if case["num_max_tagged_tokens"] is None]
-    assert len(cases) == 8
+    assert len(cases) == 12
     for case in cases:
         num_tokens, pair_us = case["num_tokens"], case["pair"]["median_us"]
         assert (
@@ -76,7 +76,7 @@ def test_one_gpu_numbers_are_those_of_the_results() -> None:
         }
         for form in ("fused", "hook")
     }
-    assert len(by_form["fused"]) == 12
+    assert len(by_form["fused"]) == 18
     for key, fused in by_form["fused"].items():
         num_ranks, num_tokens, layout = key
         hook_us = by_form["hook"][key]["pair"]["median_us"]
