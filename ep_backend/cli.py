@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.status import Status
 
-from ep_backend.bench import op, op_cuda, serve
+from ep_backend.bench import decode, op, op_cuda, serve
 from ep_backend.bench.demo import BACKENDS, DemoSettings, Progress, ServerFailed, run_demo
 from ep_backend.bench.demo_report import plot_latencies, print_report
 from ep_backend.bench.model import TinyMoE, make_model
@@ -56,6 +56,16 @@ def op_command(
 def serve_command(context: typer.Context) -> None:
     """Latency of a served model, by all-to-all backend."""
     raise typer.Exit(serve.main(context.args))
+
+
+@bench.command(
+    "decode",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def decode_command(context: typer.Context) -> None:
+    """Time of a decode step's MoE layers, without an engine."""
+    raise typer.Exit(decode.main(context.args))
 
 
 @app.command("make-model")
