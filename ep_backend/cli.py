@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.status import Status
 
 from ep_backend.bench import op, op_cuda, serve
-from ep_backend.bench.demo import BACKENDS, DemoSettings, Progress, ServerFailed, run_demo
+from ep_backend.bench.demo import DemoSettings, Progress, ServerFailed, run_demo
+from ep_backend.bench.demo_engines import ENGINES
 from ep_backend.bench.demo_report import plot_latencies, print_report
 from ep_backend.bench.model import TinyMoE, make_model
 
@@ -24,6 +25,7 @@ app.add_typer(bench, name="bench")
 op_cpu = typer.Typer(pretty_exceptions_enable=False)
 op_cpu.command()(op.op)
 
+MODES_HELP = "; ".join(f"{name}: {', '.join(engine.modes)}" for name, engine in ENGINES.items())
 Experts = Annotated[int, typer.Option(min=1, help="Routed experts a layer.")]
 TopK = Annotated[int, typer.Option(min=1, help="Experts a token.")]
 Layers = Annotated[int, typer.Option(min=1)]
@@ -74,8 +76,8 @@ def make_model_command(
 
 @app.command()
 def demo(
-    engine: Annotated[str, typer.Option(help="vllm")] = "vllm",
-    mode: Annotated[str, typer.Option(help=", ".join(BACKENDS))] = "low-latency",
+    engine: Annotated[str, typer.Option(help=", ".join(ENGINES))] = "vllm",
+    mode: Annotated[str, typer.Option(help=MODES_HELP)] = "low-latency",
     ranks: Annotated[int, typer.Option(min=2, help="Expert-parallel ranks.")] = 2,
     prompts: Annotated[int, typer.Option(min=2)] = 8,
     tokens: Annotated[int, typer.Option(min=2, help="Greedy tokens a prompt.")] = 32,
@@ -93,11 +95,10 @@ def demo(
     ] = None,
 ) -> None:
     """Serves a tiny MoE model with a real engine, on one rank and on several; compares tokens."""
-    if engine != "vllm":
-        raise typer.BadParameter(f"engine is {engine!r}, expected 'vllm'")
     try:
         settings = DemoSettings(
             output=output,
+            engine_name=engine,
             ranks=ranks,
             mode=mode,
             shape=_shape(layers, hidden, experts, top_k, seed),

@@ -106,7 +106,11 @@ def _read_rank(path: Path, window_ns: tuple[int, int]) -> RankExchange:
     in_window = (spans["begin_ns"] >= window_ns[0]) & (spans["begin_ns"] < window_ns[1])
     is_decode = in_window & (spans["num_tokens"] <= DECODE_MAX_TOKENS)
 
-    buffer_spans = next((s for s in BUFFER_SPANS if s[0].encode() in kinds), BUFFER_SPANS[0])
+    def num_dispatches(buffer_spans: tuple[str, ...], among: np.ndarray) -> int:
+        return int(np.count_nonzero(among & (kinds == buffer_spans[0].encode())))
+
+    # An engine may prefill with one and decode with the other.
+    buffer_spans = max(BUFFER_SPANS, key=lambda spans: num_dispatches(spans, is_decode))
 
     def median_us(kind: str, column: str) -> float:
         return float(np.median(spans[column][is_decode & (kinds == kind.encode())])) / 1e3
@@ -114,7 +118,9 @@ def _read_rank(path: Path, window_ns: tuple[int, int]) -> RankExchange:
     return RankExchange(
         name=path.name.split("-")[0],
         num_forwards=int(np.count_nonzero(kinds == b"forward")),
-        num_dispatches=int(np.count_nonzero(kinds == buffer_spans[0].encode())),
+        num_dispatches=sum(
+            num_dispatches(spans, np.ones(len(kinds), dtype=bool)) for spans in BUFFER_SPANS
+        ),
         span_us={kind: median_us(kind, "duration_ns") for kind in ADAPTER_SPANS + buffer_spans},
         wait_us={kind: median_us(kind, "wait_ns") for kind in buffer_spans},
         forward_us=median_us("forward", "duration_ns"),

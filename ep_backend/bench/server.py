@@ -9,7 +9,6 @@ import secrets
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -37,48 +36,6 @@ class Server:
     base_url: str
     log: Path
     start_secs: float
-
-
-def vllm_command(
-    model: Path, *, num_ranks: int, backend: str | None, max_num_batched_tokens: int
-) -> list[str]:
-    """`vllm serve` for a CPU in float32: one rank, or `num_ranks` data-parallel ranks that share
-    the experts through `backend`."""
-    command = [
-        str(Path(sys.executable).parent / "vllm"),
-        "serve",
-        str(model),
-        *("--dtype", "float32"),
-        *("--max-model-len", "512"),
-        *("--max-num-seqs", "16"),
-        *("--max-num-batched-tokens", str(max_num_batched_tokens)),
-        "--enforce-eager",
-        "--no-enable-prefix-caching",
-        *("--api-server-count", "1"),
-    ]
-    if num_ranks > 1:
-        assert backend is not None
-        command += ["--data-parallel-size", str(num_ranks)]
-        command += ["--enable-expert-parallel", "--all2all-backend", backend]
-    return command
-
-
-VLLM_ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes half of the machine for each rank
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    # Two cores for at least four processes. Left to poll without a pause, they hold back the thread
-    # that sends tokens: whole answers came in one burst, up to a second late. With 50 us polling
-    # itself takes a core; 200 us cost 0.3 ms a step of one rank.
-    "EP_BACKEND_VLLM_POLL_US": "200",
-}
-
-
-def core_binding(num_ranks: int) -> str:
-    """`VLLM_CPU_OMP_THREADS_BIND` with a core for each rank, in turn. Left to itself, vLLM binds
-    every data-parallel rank of a host with one NUMA node to the same core."""
-    cores = sorted(os.sched_getaffinity(0))
-    return "|".join(str(cores[rank % len(cores)]) for rank in range(num_ranks))
 
 
 @contextlib.asynccontextmanager

@@ -29,9 +29,10 @@ def make_ours() -> None:
 
 def install() -> None:
     """Puts our buffer behind SGLang's dispatcher. Idempotent."""
-    from ep_backend_sglang import cpu, dispatcher
+    from ep_backend_sglang import cpu_only, dispatcher, tracing
 
-    for part in (dispatcher, cpu):  # both first: a half-applied plugin would be worse than none
+    parts = (dispatcher, cpu_only, tracing)
+    for part in parts:  # all first: a half-applied plugin would be worse than none
         part.check()
-    for part in (dispatcher, cpu):
+    for part in parts:
         part.install()
