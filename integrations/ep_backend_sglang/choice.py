@@ -11,6 +11,7 @@ BUILT_IN = "deepep"
 
 # Schedulers get the resolved arguments, where our name stands no more; environments are inherited.
 VARIABLE = "EP_BACKEND_SGLANG_CHOSEN"
+_is_installed = False
 
 
 def is_ours() -> bool:
@@ -29,6 +30,9 @@ def make_ours() -> None:
 
 def install() -> None:
     """Puts our buffer behind SGLang's dispatcher. Idempotent."""
+    global _is_installed
+    if _is_installed:
+        return
     from ep_backend_sglang import cpu_only, dispatcher, tracing
 
     parts = (dispatcher, cpu_only, tracing)
@@ -36,3 +40,4 @@ def install() -> None:
         part.check()
     for part in parts:
         part.install()
+    _is_installed = True

@@ -21,6 +21,9 @@ def check() -> None:
         ("DeepEPConfig", "__init__", "Buffer"),
         ("DeepEPConfig", "__init__", "Config"),
         ("_DeepEPDispatcherImplBase", "__init__", "use_deepep"),
+        ("_DeepEPDispatcherImplNormal", "dispatch_a", "Buffer"),
+        ("_DeepEPDispatcherImplNormal", "_dispatch_core", "get_dispatch_layout"),
+        ("_DeepEPDispatcherImplNormal", "_combine_core", "combine"),
         ("_DeepEPDispatcherImplLowLatency", "_dispatch_core", "low_latency_dispatch"),
         ("_DeepEPDispatcherImplLowLatency", "_combine_core", "low_latency_combine"),
     )

@@ -30,7 +30,7 @@ def check() -> None:
         (DeepEPDispatcher, DISPATCHER, "dispatch", "hidden_states"),
         (DeepEPDispatcher, DISPATCHER, "combine", "combine_input"),
     ):
-        require(hasattr(cls, name), place, f"lacks {name!r}")
+        require(name in vars(cls), place, f"lacks {name!r}")
         require_parameters(getattr(cls, name), f"{place}.{name}", parameter)
 
 

@@ -13,22 +13,34 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("sglang", reason="SGLang is not installed")
 
 import ep_backend_sglang
-from ep_backend_sglang import arguments, buffer, choice, cpu, dispatcher
+from ep_backend_sglang import arguments, buffer, choice, cpu_experts, cpu_only, dispatcher, tracing
 from ep_backend_sglang.patching import UnsupportedSGLang
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE
 from sglang.srt.layers.moe.token_dispatcher import deepep
+from sglang.srt.model_executor import forward_batch_info
 from sglang.srt.server_args import ServerArgs
 
 from ep_backend import Group, deep_ep, virtual_world
+from ep_backend.observe.trace import TRACE_DIR_VARIABLE
 from tests.integrations import sglang_ranks
 from tests.support.processes import RankProcesses
 from tests.support.scenario import Scenario
 from tests.support.shapes import Shape
 
 FLOAT8 = torch.float8_e4m3fn
+REPLACED_ON_A_CPU = (
+    (torch.cuda, "get_device_properties"),
+    (DeepEPMoE, "run_moe_core"),
+    (forward_batch_info, "_is_cpu"),
+    (TorchNativeAttnBackend, "get_cpu_graph_seq_len_fill_value"),
+    (deepep._DeepEPDispatcherImplNormal, "combine_a"),
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,9 +53,11 @@ def _registered() -> None:
 def _not_chosen_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Choosing lasts as long as a process; here it ends with each test."""
     monkeypatch.delenv(choice.VARIABLE, raising=False)
+    monkeypatch.setattr(choice, "_is_installed", False)
     for name in ("Buffer", "Config", "use_deepep"):
         monkeypatch.setattr(deepep, name, None, raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", torch.cuda.get_device_properties)
+    for owner, name in REPLACED_ON_A_CPU:
+        monkeypatch.setattr(owner, name, getattr(owner, name, None), raising=False)
 
 
 def arguments_of(**fields: Any) -> Any:
@@ -131,13 +145,19 @@ def test_deepep_after_ours_in_one_process_is_refused() -> None:
         (dispatcher, f"{dispatcher.PLACE}.DeepEPConfig.__init__"),
         (dispatcher, f"{dispatcher.PLACE}._DeepEPDispatcherImplBase.__init__"),
         (dispatcher, f"{dispatcher.PLACE}._DeepEPDispatcherImplLowLatency"),
-        (cpu, f"{dispatcher.PLACE}.DeepEPBuffer.get_deepep_buffer"),
+        (cpu_only, f"{dispatcher.PLACE}.DeepEPBuffer.get_deepep_buffer"),
+        (cpu_only, f"{dispatcher.PLACE}._DeepEPDispatcherImplNormal.combine_a"),
+        (cpu_only, f"{cpu_only.MOE}.ep_moe.layer.DeepEPMoE.run_moe_core"),
+        (cpu_only, f"{cpu_only.BATCH}.ForwardBatch.prepare_mlp_sync_batch"),
+        (tracing, f"{tracing.RUNNER}.forward"),
+        (tracing, f"{tracing.DISPATCHER}.combine"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_a_vanished_target_stops_the_plugin_with_the_supported_versions(
     part: Any, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(TRACE_DIR_VARIABLE, "anywhere")
     monkeypatch.delattr(target)
     with pytest.raises(UnsupportedSGLang, match=r"Supported: SGLang 0\.5\.19 to 0\.5\.23") as e:
         part.check()
@@ -187,12 +207,71 @@ def test_a_child_of_a_server_has_our_buffer() -> None:
     assert child.stdout.split() == ["ep_backend_sglang.buffer", "True"], child.stderr
 
 
-def test_on_a_gpu_the_cpu_module_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch.cuda.get_device_properties
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    cpu.check()
-    cpu.install()
-    assert torch.cuda.get_device_properties is before
+@pytest.mark.parametrize("has_accelerator", [True, False])
+def test_cpu_patches_are_for_cpus_alone(
+    has_accelerator: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def now() -> list[Any]:
+        return [getattr(owner, name) for owner, name in REPLACED_ON_A_CPU]
+
+    before = now()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
+    arguments_of().resolve_once()
+    are_same = [a is b for a, b in zip(before, now(), strict=True)]
+    assert are_same == [has_accelerator] * len(before)
+
+
+class Layer:
+    """Three experts, as SGLang loads them."""
+
+    quant_config = None
+    moe_runner_config = SimpleNamespace(activation="silu")
+    w13_weight = torch.randn(3, 16, 6, generator=torch.Generator().manual_seed(0))
+    w2_weight = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(1))
+
+    def expert(self, expert: int, row: torch.Tensor) -> torch.Tensor:
+        gate, up = self.w13_weight[expert, :8] @ row, self.w13_weight[expert, 8:] @ row
+        return self.w2_weight[expert] @ (F.silu(gate) * up)
+
+
+def test_experts_on_a_cpu_weigh_and_add_what_combine_will_not() -> None:
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    ids = torch.tensor([[0, 2], [-1, 1], [-1, -1], [2, 0]])
+    weights = torch.rand(4, 2, generator=torch.Generator().manual_seed(3))
+    output = deepep.DeepEPNormalDispatchOutput(x, None, ids, weights, [2, 1, 2])
+    result = cpu_experts.run_experts(Layer(), output)
+    assert isinstance(result, deepep.DeepEPNormalCombineInput)
+    for row in range(4):
+        terms = [
+            weights[row, k] * Layer().expert(int(ids[row, k]), x[row])
+            for k in range(2)
+            if ids[row, k] >= 0
+        ]
+        expected = sum(terms, torch.zeros(6))
+        torch.testing.assert_close(result.hidden_states[row], expected)
+
+
+def test_experts_on_a_cpu_leave_rows_that_did_not_arrive() -> None:
+    x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(2))
+    counts = torch.tensor([5, 0, 1], dtype=torch.int32)
+    output = deepep.DeepEPLLDispatchOutput(x, None, torch.empty(0), torch.empty(0), counts, 2)
+    result = cpu_experts.run_experts(Layer(), output)
+    assert isinstance(result, deepep.DeepEPLLCombineInput)
+    for expert, num_rows in enumerate(counts.tolist()):
+        for row in range(num_rows):
+            expected = Layer().expert(expert, x[expert, row])
+            torch.testing.assert_close(result.hidden_states[expert, row], expected)
+
+
+def test_quantized_experts_on_a_cpu_stay_those_of_sglang() -> None:
+    arguments_of().resolve_once()
+    layer = SimpleNamespace(quant_config="fp8", deprecate_flag=False, use_w4afp8=False)
+    output = deepep.DeepEPLLDispatchOutput(*(torch.empty(0),) * 5, 0)
+    with pytest.raises(AssertionError, match="deprecated"):
+        DeepEPMoE.run_moe_core(layer, output)
+    relu = SimpleNamespace(quant_config=None, moe_runner_config=SimpleNamespace(activation="relu"))
+    with pytest.raises(NotImplementedError, match="'relu', but on a CPU only 'silu'"):
+        DeepEPMoE.run_moe_core(relu, output)
 
 
 def test_a_group_of_gpus_meets_through_its_gloo_group(monkeypatch: pytest.MonkeyPatch) -> None:
