@@ -1,13 +1,11 @@
-"""The plugin against SGLang's real classes: the flag, the guards, the real `DeepEPDispatcher`."""
+"""The plugin in SGLang: the flag, what it checks, what it replaces on a CPU."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,12 +26,7 @@ from sglang.srt.server_args import ServerArgs
 
 from ep_backend import Group, deep_ep, virtual_world
 from ep_backend.observe.trace import TRACE_DIR_VARIABLE
-from tests.integrations import sglang_ranks
-from tests.support.processes import RankProcesses
-from tests.support.scenario import Scenario
-from tests.support.shapes import Shape
 
-FLOAT8 = torch.float8_e4m3fn
 REPLACED_ON_A_CPU = (
     (torch.cuda, "get_device_properties"),
     (DeepEPMoE, "run_moe_core"),
@@ -117,9 +110,6 @@ def test_a_draft_model_may_be_the_only_one_that_exchanges() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"deepep_mode": "auto"}, "'auto', which needs normal kernels .* --deepep-mode low_lat"),
-        ({"deepep_mode": "normal"}, "'normal', which needs normal kernels"),
-        ({"deepep_config": "{}"}, "--deepep-config tunes normal kernels"),
         ({"enable_single_batch_overlap": True}, "--enable-single-batch-overlap .* Leave it out"),
         ({"speculative_moe_a2a_backend": choice.BUILT_IN}, "one buffer for both"),
     ],
@@ -128,6 +118,16 @@ def test_what_is_missing_stops_the_server(fields: dict[str, Any], message: str) 
     with pytest.raises(ValueError, match=message):
         arguments_of(**fields).resolve_once()
     assert not choice.is_ours()
+
+
+@pytest.mark.parametrize("deepep_mode", ["auto", "normal"])
+def test_normal_kernels_are_for_cpus_alone(
+    deepep_mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments_of(deepep_mode=deepep_mode).resolve_once()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=f"{deepep_mode!r}, which needs normal kernels"):
+        arguments_of(deepep_mode=deepep_mode).resolve_once()
 
 
 def test_deepep_after_ours_in_one_process_is_refused() -> None:
@@ -298,61 +298,3 @@ def test_what_sglang_knows_beside_deepep_is_refused(monkeypatch: pytest.MonkeyPa
             ours.low_latency_dispatch(x, idx, 2, 2, use_fp8=False, use_nvfp4=True)
 
     virtual_world(1).run(rank_main)
-    with pytest.raises(NotImplementedError, match="normal kernels"):
-        buffer.Config(num_sms=20)
-
-
-SHAPES = {
-    "bf16": Shape(2, reduction="source"),
-    "float32": Shape(2, dtype=torch.float32, hidden=33, reduction="source"),
-    "fp8": Shape(2, hidden=256, dispatch_dtype=FLOAT8, reduction="source"),
-}
-
-
-def scenario_of(shape: Shape) -> Scenario:
-    """Every rank has tokens, then the last has none, then some slots are masked."""
-    most = shape.num_max_tokens_per_rank
-    return (
-        Scenario(shape)
-        .add("uniform", [most, most - 2], seed=0)
-        .add("skewed", [most - 1, 0], seed=1)
-        .add("masked", [1, most], seed=2)
-    )
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankProcesses]:
-    with RankProcesses(2) as processes:
-        yield processes
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_real_dispatcher_equals_the_reference(ranks: RankProcesses, shape: Shape) -> None:
-    buffers = ranks.run(sglang_ranks.exchange, scenario_of(shape))
-    assert buffers == ["ep_backend_sglang.buffer.Buffer"] * 2
-
-
-def test_a_step_with_too_many_tokens_says_what_to_set(ranks: RankProcesses) -> None:
-    ranks.start(sglang_ranks.too_many_tokens, scenario_of(SHAPES["bf16"]))
-    for answer in ranks.answers():
-        assert answer.error_type == "ValueError"
-        assert "a step has 12 tokens on this rank, but dispatch takes at most 6" in answer.error
-        assert "--chunked-prefill-size" in answer.error
-
-
-def most_in_flight(log: list[str], operation: str) -> int:
-    sends = [f"{operation}_a" in line for line in log if operation in line]
-    return max(itertools.accumulate(1 if is_send else -1 for is_send in sends))
-
-
-@pytest.mark.parametrize(("is_decode", "most"), [(False, 2), (True, 1)], ids=["prefill", "decode"])
-def test_two_batch_overlap_in_the_order_of_sglang(
-    ranks: RankProcesses, is_decode: bool, most: int
-) -> None:
-    logs = ranks.run(sglang_ranks.overlap_two_batches, scenario_of(SHAPES["bf16"]), is_decode)
-    assert logs[0] == logs[1]
-    for operation in ("dispatch", "combine"):
-        assert most_in_flight(logs[0], operation) == most
-        for half in "ab":
-            parts = [line for line in logs[0] if operation in line and line.endswith(half)]
-            assert parts == [f"{operation}_a {half}", f"{operation}_b {half}"] * 2, "two layers"
