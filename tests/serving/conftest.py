@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +66,19 @@ async def broken_high_throughput(output: Path, reference: Run) -> DemoResult:
     return await _served(output, reference, mode="high-throughput", fault=DROP)
 
 
+@pytest.fixture(scope="session")
+def sglang_segments() -> Callable[[], set[str]]:
+    """What SGLang has in /dev/shm now, without what was there before the first server of ours."""
+
+    def names() -> set[str]:
+        return {name for name in os.listdir("/dev/shm") if name.startswith(("sgl_", "sglang_"))}
+
+    before = names()
+    return lambda: names() - before
+
+
 @session_fixture
-async def sglang_reference(output: Path) -> Run:
+async def sglang_reference(output: Path, sglang_segments: Callable[[], set[str]]) -> Run:
     """The same prompts on one rank, with SGLang's own experts."""
     return await serve_reference(DemoSettings(output, "sglang"), Progress())
 

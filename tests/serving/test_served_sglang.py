@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,12 @@ async def test_report_says_what_was_served(sglang_low_latency: DemoResult) -> No
     console = Console(record=True, width=120)
     print_report(sglang_low_latency, console)
     assert "all 512 tokens equal" in console.export_text()
+
+
+async def test_servers_that_ended_leave_no_shared_memory(
+    sglang_segments: Callable[[], set[str]], sglang_low_latency: DemoResult
+) -> None:
+    assert sglang_segments() == set()
 
 
 def test_a_mode_of_another_engine_is_refused(tmp_path: Path) -> None:
