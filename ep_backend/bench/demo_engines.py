@@ -121,7 +121,7 @@ VLLM = Engine(
 SGLANG = Engine(
     title="SGLang",
     program="sglang serve",
-    modes={"low-latency": "low_latency"},
+    modes={"auto": "auto", "normal": "normal", "low-latency": "low_latency"},
     command=sglang_command,
     environment={
         "HF_HUB_OFFLINE": "1",

@@ -47,8 +47,9 @@ def check() -> None:
 def install() -> None:
     from sglang.srt.layers.moe.token_dispatcher import deepep
 
-    from ep_backend_sglang.buffer import Buffer, Config
+    from ep_backend import deep_ep
+    from ep_backend_sglang.buffer import Buffer
 
     deepep.Buffer = Buffer
-    deepep.Config = Config
+    deepep.Config = deep_ep.Config
     deepep.use_deepep = True

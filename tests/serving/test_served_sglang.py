@@ -64,7 +64,7 @@ async def test_servers_that_ended_leave_no_shared_memory(
 
 
 def test_a_mode_of_another_engine_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected for SGLang one of low-latency"):
+    with pytest.raises(ValueError, match="expected for SGLang one of auto, normal, low-latency"):
         DemoSettings(tmp_path, "sglang", mode="high-throughput")
     with pytest.raises(ValueError, match="expected one of vllm, sglang"):
         DemoSettings(tmp_path, "tgi")
