@@ -20,7 +20,7 @@ demo: $(VENV)/.package
 
 demo-sglang: $(VENV)/.package $(VENV)/.sglang
 	@echo "== demo: two servers, one after the other; about one minute"
-	$(BIN)/ep-backend demo --engine sglang --mode low-latency --ranks 2 --output build/demo-sglang
+	$(BIN)/ep-backend demo --engine sglang --mode auto --ranks 2 --output build/demo-sglang
 
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest

@@ -89,5 +89,20 @@ async def sglang_low_latency(output: Path, sglang_reference: Run) -> DemoResult:
 
 
 @session_fixture
+async def sglang_normal(output: Path, sglang_reference: Run) -> DemoResult:
+    return await _served(output, sglang_reference, engine_name="sglang", mode="normal")
+
+
+@session_fixture
+async def sglang_auto(output: Path, sglang_reference: Run) -> DemoResult:
+    return await _served(output, sglang_reference, engine_name="sglang", mode="auto")
+
+
+@session_fixture
 async def sglang_broken(output: Path, sglang_reference: Run) -> DemoResult:
     return await _served(output, sglang_reference, engine_name="sglang", fault=DROP)
+
+
+@session_fixture
+async def sglang_broken_normal(output: Path, sglang_reference: Run) -> DemoResult:
+    return await _served(output, sglang_reference, engine_name="sglang", mode="normal", fault=DROP)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ep_backend.bench.demo import DemoResult, DemoSettings, Run
 from ep_backend.bench.demo_report import print_report
+from ep_backend.bench.exchange import RankExchange
 
 pytest.importorskip("sglang", reason="SGLang is not installed")
 pytestmark = pytest.mark.engine
@@ -29,25 +30,46 @@ async def test_two_engines_answer_the_same(reference: Run, sglang_reference: Run
     assert [c.token_ids for c in sglang_reference.sequential] == expected
 
 
-async def test_two_ranks_give_the_tokens_of_one(sglang_low_latency: DemoResult) -> None:
-    assert sglang_low_latency.tokens_equal("sequential")
-    assert sglang_low_latency.tokens_equal("concurrent")
+async def test_low_latency_gives_the_tokens_of_one_rank(sglang_low_latency: DemoResult) -> None:
+    check_tokens_and_steps(sglang_low_latency)
+    assert all(rank.num_normal_dispatches == 0 for rank in ranks_of(sglang_low_latency))
 
 
-async def test_every_layer_of_every_step_is_dispatched(sglang_low_latency: DemoResult) -> None:
-    exchange = sglang_low_latency.ours.exchange
-    assert exchange is not None
-    assert exchange.all_steps_dispatched, exchange.as_json()
+async def test_normal_gives_the_tokens_of_one_rank(sglang_normal: DemoResult) -> None:
+    check_tokens_and_steps(sglang_normal)
+    ranks = ranks_of(sglang_normal)
+    assert all(rank.num_normal_dispatches == rank.num_dispatches for rank in ranks)
+
+
+async def test_auto_prefills_with_one_and_decodes_with_the_other(sglang_auto: DemoResult) -> None:
+    check_tokens_and_steps(sglang_auto)
+    for rank in ranks_of(sglang_auto):
+        assert 0 < rank.num_normal_dispatches < rank.num_dispatches / 2, "most steps are decode"
+        assert "dispatch_send" in rank.span_us, "which goes through low-latency kernels"
+
+
+async def test_a_broken_combine_is_noticed(
+    sglang_broken: DemoResult, sglang_broken_normal: DemoResult
+) -> None:
+    for result in (sglang_broken, sglang_broken_normal):
+        assert not result.tokens_equal("sequential")
+        assert not result.is_good
+        assert result.ours.exchange is not None
+        assert result.ours.exchange.all_steps_dispatched, "the exchange itself went on"
+
+
+def ranks_of(result: DemoResult) -> list[RankExchange]:
+    assert result.ours.exchange is not None
+    return result.ours.exchange.ranks
+
+
+def check_tokens_and_steps(result: DemoResult) -> None:
+    assert result.tokens_equal("sequential")
+    assert result.tokens_equal("concurrent")
+    assert result.is_good, "every layer of every step was dispatched"
     # Ranks of data-parallel attention step together, so none can have had fewer steps than this.
-    least = sglang_low_latency.settings.num_prompts * (sglang_low_latency.settings.num_tokens - 1)
-    assert all(rank.num_forwards >= least for rank in exchange.ranks)
-
-
-async def test_a_broken_combine_is_noticed(sglang_broken: DemoResult) -> None:
-    assert not sglang_broken.tokens_equal("sequential")
-    assert not sglang_broken.is_good
-    assert sglang_broken.ours.exchange is not None
-    assert sglang_broken.ours.exchange.all_steps_dispatched, "the exchange itself went on"
+    least = result.settings.num_prompts * (result.settings.num_tokens - 1)
+    assert all(rank.num_forwards >= least for rank in ranks_of(result))
 
 
 async def test_report_says_what_was_served(sglang_low_latency: DemoResult) -> None:
