@@ -16,18 +16,24 @@ from sglang.srt.layers.moe.token_dispatcher.deepep import (
     DeepEPNormalCombineInput,
 )
 
+PLAIN = {
+    "activation": "silu",
+    "is_gated": True,
+    "apply_router_weight_on_input": False,
+    "gemm1_alpha": None,
+    "gemm1_clamp_limit": None,
+    "swiglu_limit": None,
+}
+"""What SGLang says of experts that are SwiGLU and nothing else."""
+
 
 def run_experts(layer: Any, dispatch_output: Any) -> Any:
     """What `DeepEPMoE.run_moe_core` returns.
 
     Raises:
-        NotImplementedError: the layer's experts are not SwiGLU.
+        NotImplementedError: the layer's experts are not plain SwiGLU.
     """
-    activation = layer.moe_runner_config.activation
-    if activation != "silu":
-        raise NotImplementedError(
-            f"experts have activation {activation!r}, but on a CPU only 'silu' can be served."
-        )
+    _check(layer)
     is_normal = DispatchOutputChecker.format_is_deepep_normal(dispatch_output)
     run, combine_input = (
         (_run_normal, DeepEPNormalCombineInput)
@@ -36,6 +42,17 @@ def run_experts(layer: Any, dispatch_output: Any) -> Any:
     )
     rows = run(layer, dispatch_output)
     return combine_input(rows, dispatch_output.topk_ids, dispatch_output.topk_weights)
+
+
+def _check(layer: Any) -> None:
+    for name, plain in PLAIN.items():
+        value = getattr(layer.moe_runner_config, name)
+        if value != plain:
+            raise NotImplementedError(
+                f"experts have {name} {value!r}, but on a CPU only {plain!r} can be served."
+            )
+    if hasattr(layer, "w13_weight_bias") or hasattr(layer, "w2_weight_bias"):
+        raise NotImplementedError("experts have a bias, but on a CPU none can be served.")
 
 
 def _run_normal(layer: Any, dispatch_output: Any) -> torch.Tensor:

@@ -21,7 +21,7 @@ from sglang.srt.batch_overlap.operations import execute_overlapped_operations
 from sglang.srt.batch_overlap.operations_strategy import OperationsStrategy
 from sglang.srt.batch_overlap.two_batch_overlap import MaybeTboDeepEPDispatcher
 from sglang.srt.layers.dp_attention import set_is_extend_in_batch
-from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPBuffer
+from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPBuffer, DeepEPConfig
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.moe.utils import get_deepep_mode, initialize_moe_config
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -29,6 +29,7 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.models.deepseek_v2 import DeepseekV2MoE
 from sglang.srt.server_args import ServerArgs
 
+from ep_backend import deep_ep
 from tests.integrations.sglang_steps import Step
 from tests.support.processes import Rank
 from tests.support.shapes import Shape
@@ -41,6 +42,7 @@ class Plan:
     shape: Shape
     deepep_mode: str
     steps: list[Step]
+    deepep_config: str | None = None
 
 
 def start(rank: Rank, plan: Plan, has_two_batches: bool = False) -> MaybeTboDeepEPDispatcher:
@@ -53,11 +55,13 @@ def start(rank: Rank, plan: Plan, has_two_batches: bool = False) -> MaybeTboDeep
         tp_size=shape.num_ranks,
         moe_a2a_backend="ep_backend",
         deepep_mode=plan.deepep_mode,
+        deepep_config=plan.deepep_config,
         deepep_dispatcher_output_dtype="fp8" if shape.is_float8 else "bf16",
         enable_two_batch_overlap=has_two_batches,
     )
     publish_as_rank(arguments, rank.group.self_rank)
     initialize_moe_config()
+    DeepEPConfig._instance = None  # an earlier plan's
     return MaybeTboDeepEPDispatcher(
         group=dist.group.WORLD,
         router_topk=shape.top_k,
@@ -113,6 +117,12 @@ def exchange(rank: Rank, plan: Plan) -> list[str]:
         combined = dispatcher.combine(combine_input=experts.run_moe_core(output))
         step.check_combined(combined, self_rank)
     return [*log, _class_of_the_buffer()]
+
+
+def config_of_dispatch(rank: Rank, plan: Plan) -> deep_ep.Config:
+    """What SGLang made of `plan.deepep_config`, after its dispatcher was used."""
+    exchange(rank, plan)
+    return DeepEPConfig.get_instance().normal_dispatch_config
 
 
 def too_many_tokens(rank: Rank, plan: Plan) -> None:

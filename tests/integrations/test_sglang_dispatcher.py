@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 pytest.importorskip("sglang", reason="SGLang is not installed")
 
+from ep_backend import deep_ep
 from tests.integrations import sglang_ranks
 from tests.integrations.sglang_ranks import Plan
 from tests.integrations.sglang_steps import LowLatencyStep, NormalStep, Step
@@ -97,6 +99,15 @@ def test_auto_prefills_with_one_and_decodes_with_the_other(
     logs = ranks[num_ranks].run(sglang_ranks.exchange, Plan(shape, "auto", steps))
     expected = ["sent", "deepep_normal", "sent", "deepep_ll"] * 6 + [BUFFER]
     assert logs == [expected] * num_ranks
+
+
+def test_deepep_config_is_read(ranks: dict[int, RankProcesses]) -> None:
+    shape = Shape(2, reduction="source")
+    tuned = {"num_sms": 4, "num_max_nvl_chunked_recv_tokens": 128}
+    config = json.dumps({"normal_dispatch": tuned, "normal_combine": {"num_sms": 4}})
+    plan = Plan(shape, "normal", normal_steps(shape), config)
+    configs = ranks[2].run(sglang_ranks.config_of_dispatch, plan)
+    assert configs == [deep_ep.Config(**tuned)] * 2
 
 
 def test_a_step_with_too_many_tokens_says_what_to_set(ranks: dict[int, RankProcesses]) -> None:

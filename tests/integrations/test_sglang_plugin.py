@@ -20,6 +20,7 @@ from ep_backend_sglang import arguments, buffer, choice, cpu_experts, cpu_only, 
 from ep_backend_sglang.patching import UnsupportedSGLang
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE
+from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
 from sglang.srt.layers.moe.token_dispatcher import deepep
 from sglang.srt.model_executor import forward_batch_info
 from sglang.srt.server_args import ServerArgs
@@ -51,6 +52,10 @@ def _not_chosen_yet(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(deepep, name, None, raising=False)
     for owner, name in REPLACED_ON_A_CPU:
         monkeypatch.setattr(owner, name, getattr(owner, name, None), raising=False)
+
+
+def replaced_on_a_cpu() -> list[Any]:
+    return [getattr(owner, name) for owner, name in REPLACED_ON_A_CPU]
 
 
 def arguments_of(**fields: Any) -> Any:
@@ -93,9 +98,11 @@ def test_the_command_line_resolves_to_deepep_with_our_buffer() -> None:
 
 
 def test_with_another_backend_nothing_is_replaced() -> None:
+    before = replaced_on_a_cpu()
     for backend in ("none", choice.BUILT_IN):
         arguments_of(moe_a2a_backend=backend, deepep_mode="auto").resolve_once()
     assert deepep.Buffer is None
+    assert replaced_on_a_cpu() == before
     assert not choice.is_ours()
 
 
@@ -211,13 +218,10 @@ def test_a_child_of_a_server_has_our_buffer() -> None:
 def test_cpu_patches_are_for_cpus_alone(
     has_accelerator: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def now() -> list[Any]:
-        return [getattr(owner, name) for owner, name in REPLACED_ON_A_CPU]
-
-    before = now()
+    before = replaced_on_a_cpu()
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
     arguments_of().resolve_once()
-    are_same = [a is b for a, b in zip(before, now(), strict=True)]
+    are_same = [a is b for a, b in zip(before, replaced_on_a_cpu(), strict=True)]
     assert are_same == [has_accelerator] * len(before)
 
 
@@ -225,7 +229,7 @@ class Layer:
     """Three experts, as SGLang loads them."""
 
     quant_config = None
-    moe_runner_config = SimpleNamespace(activation="silu")
+    moe_runner_config = MoeRunnerConfig()
     w13_weight = torch.randn(3, 16, 6, generator=torch.Generator().manual_seed(0))
     w2_weight = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(1))
 
@@ -269,9 +273,23 @@ def test_quantized_experts_on_a_cpu_stay_those_of_sglang() -> None:
     output = deepep.DeepEPLLDispatchOutput(*(torch.empty(0),) * 5, 0)
     with pytest.raises(AssertionError, match="deprecated"):
         DeepEPMoE.run_moe_core(layer, output)
-    relu = SimpleNamespace(quant_config=None, moe_runner_config=SimpleNamespace(activation="relu"))
-    with pytest.raises(NotImplementedError, match="'relu', but on a CPU only 'silu'"):
-        DeepEPMoE.run_moe_core(relu, output)
+
+
+@pytest.mark.parametrize(
+    ("config", "bias", "message"),
+    [
+        ({"activation": "gelu"}, {}, "activation 'gelu', but on a CPU only 'silu'"),
+        ({"gemm1_alpha": 1.7}, {}, "gemm1_alpha 1.7, but on a CPU only None"),
+        ({"apply_router_weight_on_input": True}, {}, "on_input True, but on a CPU only False"),
+        ({}, {"w2_weight_bias": torch.zeros(3, 6)}, "a bias"),
+    ],
+)
+def test_experts_on_a_cpu_that_are_not_plain_are_refused(
+    config: dict[str, Any], bias: dict[str, torch.Tensor], message: str
+) -> None:
+    layer = SimpleNamespace(moe_runner_config=MoeRunnerConfig(**config), **bias)
+    with pytest.raises(NotImplementedError, match=message):
+        cpu_experts.run_experts(layer, None)
 
 
 def test_a_group_of_gpus_meets_through_its_gloo_group(monkeypatch: pytest.MonkeyPatch) -> None:
