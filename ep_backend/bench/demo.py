@@ -21,7 +21,7 @@ from ep_backend.bench import exchange
 from ep_backend.bench.client import Completion, stream_all
 from ep_backend.bench.demo_engines import ENGINES, Engine
 from ep_backend.bench.exchange import ExchangeReport
-from ep_backend.bench.model import TinyMoE, make_model
+from ep_backend.bench.model import HEAD_DIM, TinyMoE, make_model
 from ep_backend.bench.server import Server, ServerFailed, running_server
 from ep_backend.faults import FAULT_VARIABLE
 from ep_backend.observe.trace import TRACE_DIR_VARIABLE
@@ -55,6 +55,13 @@ class DemoSettings:
             modes = ", ".join(self.engine.modes)
             raise ValueError(
                 f"mode is {self.mode!r}, expected for {self.engine.title} one of {modes}."
+            )
+        num_heads = self.shape.num_kv_heads
+        if self.engine.shares_kv_heads and num_heads % self.ranks != 0:
+            raise ValueError(
+                f"ranks is {self.ranks}, but a model of hidden {self.shape.hidden} has {num_heads} "
+                f"key heads, which {self.engine.title} shares out on a CPU. Pass hidden "
+                f"{2 * HEAD_DIM * self.ranks} or a multiple of that."
             )
 
     @property

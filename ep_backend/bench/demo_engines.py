@@ -26,6 +26,8 @@ class Engine:
     """Which takes a core for each rank, `0|1`."""
     num_tokens_variable: str | None = None
     """Which takes the tokens of a rank's step at most, where the command line does not say all."""
+    shares_kv_heads: bool = False
+    """On a CPU, ranks must divide the model's key heads, although each computes all of them."""
 
     def environment_of(self, num_ranks: int, max_num_batched_tokens: int) -> dict[str, str]:
         environment = dict(self.environment)
@@ -129,6 +131,7 @@ SGLANG = Engine(
         "OMP_NUM_THREADS": "1",
     },
     binding_variable="SGLANG_CPU_OMP_THREADS_BIND",
+    shares_kv_heads=True,
     num_tokens_variable="SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK",
 )
 ENGINES = {"vllm": VLLM, "sglang": SGLANG}

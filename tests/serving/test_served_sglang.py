@@ -12,6 +12,7 @@ from rich.console import Console
 from ep_backend.bench.demo import DemoResult, DemoSettings, Run
 from ep_backend.bench.demo_report import print_report
 from ep_backend.bench.exchange import RankExchange
+from ep_backend.bench.model import TinyMoE
 
 pytest.importorskip("sglang", reason="SGLang is not installed")
 pytestmark = pytest.mark.engine
@@ -86,7 +87,10 @@ async def test_servers_that_ended_leave_no_shared_memory(
     assert sglang_segments() == set()
 
 
-def test_a_mode_of_another_engine_is_refused(tmp_path: Path) -> None:
+def test_what_an_engine_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2 key heads, which SGLang .* Pass hidden 256 or a"):
+        DemoSettings(tmp_path, "sglang", ranks=4)
+    DemoSettings(tmp_path, "sglang", ranks=4, shape=TinyMoE(hidden=256))
     with pytest.raises(ValueError, match="expected for SGLang one of auto, normal, low-latency"):
         DemoSettings(tmp_path, "sglang", mode="high-throughput")
     with pytest.raises(ValueError, match="expected one of vllm, sglang"):
