@@ -166,7 +166,7 @@ def _table(settings: BenchSettings, machine: dict[str, Any], cases: list[OpBench
         f"torch {versions['torch']}",
         caption=f"Times are of the slowest rank, over {settings.num_iterations} pairs. GB/s = each "
         "row read or written once on the busiest rank: x, messages (written, read), rows for "
-        "experts (written, read), rows home (written, read), result. memcpy moves as many bytes, on "
+        "experts (written, read), rows home (written, read), result. memcpy moves as many, on "
         "all ranks at once. x gloo = the better gloo way / ours.",
         box=rich.box.SIMPLE_HEAD,
         pad_edge=False,
