@@ -25,7 +25,7 @@ from ep_backend.normal import Bias, NormalBuffer
 from ep_backend.normal_settings import NormalSettings
 
 MOST_BYTES = 64 << 20
-"""Of memory that a shape takes; larger batches travel in rounds. More is not faster."""
+"""Of memory that a shape takes; larger batches travel in rounds."""
 
 CPU = torch.device("cpu")
 

@@ -88,7 +88,7 @@ async def test_servers_that_ended_leave_no_shared_memory(
 
 
 def test_what_an_engine_does_not_have_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="2 key heads, which SGLang .* Pass hidden 256 or a"):
+    with pytest.raises(ValueError, match=r"2 key heads, which SGLang .* Pass hidden 256 or a"):
         DemoSettings(tmp_path, "sglang", ranks=4)
     DemoSettings(tmp_path, "sglang", ranks=4, shape=TinyMoE(hidden=256))
     with pytest.raises(ValueError, match="expected for SGLang one of auto, normal, low-latency"):
