@@ -164,15 +164,15 @@ class NormalCalls(BufferBase):
             expert_alignment=expert_alignment,
         )
         new_handle = NormalHandle(self, result.handle, routing.topk_idx.clone(), num_worst_tokens)
-        received, counts = rows.received(result), result.num_recv_tokens_per_expert
+        received = rows.received(result)
         if topk_idx is None:
             assert num_tokens_per_expert is not None
+            # Asked for by every rank, also one with worst tokens, which need not be all.
             counts = expert_counts_of_all(self._group, num_tokens_per_expert, expert_alignment)
-        if num_worst_tokens > 0 or not isinstance(counts, list):
-            counts = []
-        if topk_idx is None:
-            return received, None, None, counts, new_handle, event
+            return received, None, None, [] if num_worst_tokens else counts, new_handle, event
         recv_topk_idx = result.recv_topk_idx.to(topk_idx.dtype)
+        exact = result.num_recv_tokens_per_expert  # a tensor where there are worst tokens
+        counts = exact if isinstance(exact, list) else []
         return received, recv_topk_idx, result.recv_topk_weights, counts, new_handle, event
 
     def combine(
