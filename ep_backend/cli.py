@@ -13,17 +13,21 @@ from rich.console import Console
 from rich.status import Status
 
 from ep_backend.bench import decode, op, op_cuda, serve
-from ep_backend.bench.demo import BACKENDS, DemoSettings, Progress, ServerFailed, run_demo
+from ep_backend.bench.demo import DemoSettings, Progress, ServerFailed, run_demo
+from ep_backend.bench.demo_engines import ENGINES
 from ep_backend.bench.demo_report import plot_latencies, print_report
 from ep_backend.bench.model import TinyMoE, make_model
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each checks its results first.")
 app.add_typer(bench, name="bench")
-# `bench op` parses only --device itself: what it measures has options of its own on each.
+# `bench op` parses only --device and --kind itself: what it measures has options of its own.
 op_cpu = typer.Typer(pretty_exceptions_enable=False)
 op_cpu.command()(op.op)
+op_cpu_normal = typer.Typer(pretty_exceptions_enable=False)
+op_cpu_normal.command()(op.op_normal)
 
+MODES_HELP = "; ".join(f"{name}: {', '.join(engine.modes)}" for name, engine in ENGINES.items())
 Experts = Annotated[int, typer.Option(min=1, help="Routed experts a layer.")]
 TopK = Annotated[int, typer.Option(min=1, help="Experts a token.")]
 Layers = Annotated[int, typer.Option(min=1)]
@@ -39,13 +43,20 @@ Seed = Annotated[int, typer.Option()]
 def op_command(
     context: typer.Context,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    kind: Annotated[str, typer.Option(help="low-latency or normal")] = "low-latency",
 ) -> None:
     """Time of dispatch + combine: processes on the CPU, or virtual ranks on a GPU."""
+    by_kind = {"low-latency": op_cpu, "normal": op_cpu_normal}
+    if kind not in by_kind:
+        raise typer.BadParameter(f"kind is {kind!r}, expected {' or '.join(by_kind)}")
     if device == "cuda":
+        if kind != "low-latency":
+            raise typer.BadParameter(f"kind is {kind!r}, which is measured with --device cpu only")
         raise typer.Exit(op_cuda.main(context.args))
     if device != "cpu":
         raise typer.BadParameter(f"device is {device!r}, expected cpu or cuda")
-    typer.main.get_command(op_cpu).main(context.args, prog_name="ep-backend bench op")
+    command = typer.main.get_command(by_kind[kind])
+    command.main(context.args, prog_name="ep-backend bench op")
 
 
 @bench.command(
@@ -84,8 +95,8 @@ def make_model_command(
 
 @app.command()
 def demo(
-    engine: Annotated[str, typer.Option(help="vllm")] = "vllm",
-    mode: Annotated[str, typer.Option(help=", ".join(BACKENDS))] = "low-latency",
+    engine: Annotated[str, typer.Option(help=", ".join(ENGINES))] = "vllm",
+    mode: Annotated[str, typer.Option(help=MODES_HELP)] = "low-latency",
     ranks: Annotated[int, typer.Option(min=2, help="Expert-parallel ranks.")] = 2,
     prompts: Annotated[int, typer.Option(min=2)] = 8,
     tokens: Annotated[int, typer.Option(min=2, help="Greedy tokens a prompt.")] = 32,
@@ -103,11 +114,10 @@ def demo(
     ] = None,
 ) -> None:
     """Serves a tiny MoE model with a real engine, on one rank and on several; compares tokens."""
-    if engine != "vllm":
-        raise typer.BadParameter(f"engine is {engine!r}, expected 'vllm'")
     try:
         settings = DemoSettings(
             output=output,
+            engine_name=engine,
             ranks=ranks,
             mode=mode,
             shape=_shape(layers, hidden, experts, top_k, seed),

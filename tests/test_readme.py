@@ -113,8 +113,12 @@ def test_served_numbers_are_those_of_the_results() -> None:
 
 
 def test_numbers_are_those_of_the_results() -> None:
-    for num_ranks in (2, 4, 8):
-        for case in results(f"op-cpu-{num_ranks}-ranks.json")["cases"]:
+    names = [f"op-cpu-{num_ranks}-ranks.json" for num_ranks in (2, 4, 8)]
+    names += [f"op-cpu-normal-{num_ranks}-ranks.json" for num_ranks in (2, 4)]
+    for name in names:
+        measured = results(name)
+        num_ranks = measured["settings"]["num_ranks"]
+        for case in measured["cases"]:
             gloo_us = min(case[way]["p50_us"] for way in ("gloo_all_to_all", "gloo_all_gather"))
             row = (
                 f"| {num_ranks} | {case['num_tokens']} | {case['ours']['p50_us']:.0f} "

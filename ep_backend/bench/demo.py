@@ -19,23 +19,13 @@ from typing import Any
 
 from ep_backend.bench import exchange
 from ep_backend.bench.client import Completion, stream_all
+from ep_backend.bench.demo_engines import ENGINES, Engine
 from ep_backend.bench.exchange import ExchangeReport
-from ep_backend.bench.model import TinyMoE, make_model
-from ep_backend.bench.server import (
-    VLLM_ENVIRONMENT,
-    Server,
-    ServerFailed,
-    core_binding,
-    running_server,
-    vllm_command,
-)
+from ep_backend.bench.model import HEAD_DIM, TinyMoE, make_model
+from ep_backend.bench.server import Server, ServerFailed, running_server
 from ep_backend.faults import FAULT_VARIABLE
 from ep_backend.observe.trace import TRACE_DIR_VARIABLE
 
-BACKENDS = {
-    "low-latency": "ep_backend_low_latency",
-    "high-throughput": "ep_backend_high_throughput",
-}
 SUBJECTS = ("alpha", "river", "engine", "lantern", "harbour", "violin", "glacier", "market")
 WARMUP_ROUNDS = 2
 
@@ -45,6 +35,7 @@ class DemoSettings:
     """What to serve, and where results go."""
 
     output: Path
+    engine_name: str = "vllm"
     ranks: int = 2
     mode: str = "low-latency"
     shape: TinyMoE = field(default_factory=TinyMoE)
@@ -57,8 +48,25 @@ class DemoSettings:
     def __post_init__(self) -> None:
         if self.ranks < 2:
             raise ValueError(f"ranks is {self.ranks}, expected at least 2: one is the reference.")
-        if self.mode not in BACKENDS:
-            raise ValueError(f"mode is {self.mode!r}, expected one of {', '.join(BACKENDS)}.")
+        if self.engine_name not in ENGINES:
+            names = ", ".join(ENGINES)
+            raise ValueError(f"engine is {self.engine_name!r}, expected one of {names}.")
+        if self.mode not in self.engine.modes:
+            modes = ", ".join(self.engine.modes)
+            raise ValueError(
+                f"mode is {self.mode!r}, expected for {self.engine.title} one of {modes}."
+            )
+        num_heads = self.shape.num_kv_heads
+        if self.engine.shares_kv_heads and num_heads % self.ranks != 0:
+            raise ValueError(
+                f"ranks is {self.ranks}, but a model of hidden {self.shape.hidden} has {num_heads} "
+                f"key heads, which {self.engine.title} shares out on a CPU. Pass hidden "
+                f"{2 * HEAD_DIM * self.ranks} or a multiple of that."
+            )
+
+    @property
+    def engine(self) -> Engine:
+        return ENGINES[self.engine_name]
 
     @property
     def prompts(self) -> list[str]:
@@ -113,7 +121,7 @@ class DemoResult:
         settings = dataclasses.asdict(self.settings)
         settings["output"] = str(self.settings.output)
         return {
-            "engine": "vllm",
+            "engine": settings.pop("engine_name"),
             "settings": settings,
             "good": self.is_good,
             "num_distinct_answers": self.num_distinct_answers,
@@ -152,10 +160,7 @@ async def serve_ours(settings: DemoSettings, progress: Progress) -> Run:
     trace_dir = settings.output / f"trace-{settings.ranks}-ranks"
     shutil.rmtree(trace_dir, ignore_errors=True)
     trace_dir.mkdir(parents=True)
-    environment = {
-        TRACE_DIR_VARIABLE: str(trace_dir.resolve()),
-        "VLLM_CPU_OMP_THREADS_BIND": core_binding(settings.ranks),
-    }
+    environment = {TRACE_DIR_VARIABLE: str(trace_dir.resolve())}
     if settings.fault:
         environment[FAULT_VARIABLE] = settings.fault
     return await _serve(settings, settings.ranks, environment, progress, trace_dir)
@@ -186,18 +191,16 @@ async def _serve(
 ) -> Run:
     model = make_model(settings.output / "model", settings.shape)
     name = "1 rank" if ranks == 1 else f"{ranks} ranks, ep_backend"
-    command = vllm_command(
-        model,
-        num_ranks=ranks,
-        backend=BACKENDS[settings.mode],
-        max_num_batched_tokens=settings.max_num_batched_tokens,
+    engine = settings.engine
+    command = engine.command(
+        model, ranks, engine.modes[settings.mode], settings.max_num_batched_tokens
     )
-    log = settings.output / f"vllm-{ranks}-ranks.log"
-    progress.stage(f"vllm serve, {name}: starting (log: {log})")
+    log = settings.output / f"{settings.engine_name}-{ranks}-ranks.log"
+    progress.stage(f"{engine.program}, {name}: starting (log: {log})")
     async with running_server(
         command,
         log,
-        environment=VLLM_ENVIRONMENT | environment,
+        environment=engine.environment_of(ranks, settings.max_num_batched_tokens) | environment,
         on_wait=lambda seconds: progress.update(f"{seconds:.0f} s"),
     ) as server:
         return await _stream(settings, server, str(model), ranks, name, progress, trace_dir)
@@ -222,11 +225,12 @@ async def _stream(
             on_done=on_done,
         )
 
-    progress.stage(f"vllm serve, {name}: up after {server.start_secs:.0f} s, warming up")
+    program = settings.engine.program
+    progress.stage(f"{program}, {name}: up after {server.start_secs:.0f} s, warming up")
     for _ in range(WARMUP_ROUNDS):  # the first decode steps of every rank take seconds
         await ask(concurrency=settings.num_prompts)
 
-    progress.stage(f"vllm serve, {name}: streaming {settings.num_prompts} prompts one by one")
+    progress.stage(f"{program}, {name}: streaming {settings.num_prompts} prompts one by one")
     num_done = 0
 
     def count() -> None:

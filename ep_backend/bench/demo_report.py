@@ -103,7 +103,7 @@ def plot_latencies(result: DemoResult, path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("inter-token latency (ms)")
     axes.set_ylabel("share of tokens")
-    axes.set_title("vLLM on CPU, one request at a time")
+    axes.set_title(f"{result.settings.engine.title} on CPU, one request at a time")
     axes.grid(alpha=0.3, which="both")
     axes.legend(loc="lower right")
     figure.tight_layout()

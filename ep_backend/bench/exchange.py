@@ -17,10 +17,8 @@ from ep_backend.observe.trace import read_trace
 
 PERCENTILES = (50, 95, 99)
 # In the order of a layer. The adapter's two spans contain the buffer's: of low latency, or normal.
-BUFFER_SPANS = (
-    ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv"),
-    ("normal_counts", "normal_dispatch", "normal_combine"),
-)
+LOW_LATENCY_SPANS = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
+NORMAL_SPANS = ("normal_counts", "normal_dispatch", "normal_combine")
 ADAPTER_SPANS = ("prepare", "finalize")
 DECODE_MAX_TOKENS = 1
 """With one request at a time, a decode step has one token on every rank; more is a prefill."""
@@ -33,6 +31,8 @@ class RankExchange:
     name: str
     num_forwards: int
     num_dispatches: int
+    num_normal_dispatches: int
+    """Of those, the ones by normal kernels."""
     span_us: dict[str, float]
     wait_us: dict[str, float]
     """Of the buffer's spans."""
@@ -106,7 +106,14 @@ def _read_rank(path: Path, window_ns: tuple[int, int]) -> RankExchange:
     in_window = (spans["begin_ns"] >= window_ns[0]) & (spans["begin_ns"] < window_ns[1])
     is_decode = in_window & (spans["num_tokens"] <= DECODE_MAX_TOKENS)
 
-    buffer_spans = next((s for s in BUFFER_SPANS if s[0].encode() in kinds), BUFFER_SPANS[0])
+    def num_dispatches(buffer_spans: tuple[str, ...], among: Any = True) -> int:
+        return int(np.count_nonzero(among & (kinds == buffer_spans[0].encode())))
+
+    # An engine may prefill with one kind and decode with the other.
+    buffer_spans: tuple[str, ...] = max(
+        LOW_LATENCY_SPANS, NORMAL_SPANS, key=lambda spans: num_dispatches(spans, is_decode)
+    )
+    num_normal = num_dispatches(NORMAL_SPANS)
 
     def median_us(kind: str, column: str) -> float:
         return float(np.median(spans[column][is_decode & (kinds == kind.encode())])) / 1e3
@@ -114,7 +121,8 @@ def _read_rank(path: Path, window_ns: tuple[int, int]) -> RankExchange:
     return RankExchange(
         name=path.name.split("-")[0],
         num_forwards=int(np.count_nonzero(kinds == b"forward")),
-        num_dispatches=int(np.count_nonzero(kinds == buffer_spans[0].encode())),
+        num_dispatches=num_dispatches(LOW_LATENCY_SPANS) + num_normal,
+        num_normal_dispatches=num_normal,
         span_us={kind: median_us(kind, "duration_ns") for kind in ADAPTER_SPANS + buffer_spans},
         wait_us={kind: median_us(kind, "wait_ns") for kind in buffer_spans},
         forward_us=median_us("forward", "duration_ns"),

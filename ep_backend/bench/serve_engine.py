@@ -14,10 +14,12 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from ep_backend.bench.demo_engines import VLLM as VLLM_ON_CPU
+from ep_backend.bench.demo_engines import core_binding, vllm_command
 from ep_backend.bench.model import TinyMoE, make_model
 from ep_backend.bench.serve_model import RandomMoE
 from ep_backend.bench.serve_settings import DEFAULT, SINGLE, Options
-from ep_backend.bench.server import SHM_DIR, VLLM_ENVIRONMENT, core_binding, vllm_command
+from ep_backend.bench.server import SHM_DIR
 
 # As a module: the `vllm` script is not there where vLLM is only on PYTHONPATH.
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
@@ -67,8 +69,8 @@ def server_environment(options: Options, backend: str) -> dict[str, str]:
     if util.find_spec("flashinfer") is None:
         environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # else vLLM imports it, and ends
     if options.device == "cpu":
-        environment |= VLLM_ENVIRONMENT
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = core_binding(
+        environment |= VLLM_ON_CPU.environment
+        environment[VLLM_ON_CPU.binding_variable] = core_binding(
             1 if backend == SINGLE else options.num_ranks
         )
     return environment | options.environment

@@ -9,7 +9,6 @@ import secrets
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 import httpx
 
 RUN_VARIABLE = "EP_BACKEND_RUN_ID"
-"""Marks every process of a server, so that none can be overlooked when it ends."""
+"""Marks the processes of a server that leave its session."""
 SHM_DIR = Path("/dev/shm")
 START_TIMEOUT_SECS = 300.0
 STOP_TIMEOUT_SECS = 20.0
@@ -37,48 +36,6 @@ class Server:
     base_url: str
     log: Path
     start_secs: float
-
-
-def vllm_command(
-    model: Path, *, num_ranks: int, backend: str | None, max_num_batched_tokens: int
-) -> list[str]:
-    """`vllm serve` for a CPU in float32: one rank, or `num_ranks` data-parallel ranks that share
-    the experts through `backend`."""
-    command = [
-        str(Path(sys.executable).parent / "vllm"),
-        "serve",
-        str(model),
-        *("--dtype", "float32"),
-        *("--max-model-len", "512"),
-        *("--max-num-seqs", "16"),
-        *("--max-num-batched-tokens", str(max_num_batched_tokens)),
-        "--enforce-eager",
-        "--no-enable-prefix-caching",
-        *("--api-server-count", "1"),
-    ]
-    if num_ranks > 1:
-        assert backend is not None
-        command += ["--data-parallel-size", str(num_ranks)]
-        command += ["--enable-expert-parallel", "--all2all-backend", backend]
-    return command
-
-
-VLLM_ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes half of the machine for each rank
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    # Two cores for at least four processes. Left to poll without a pause, they hold back the thread
-    # that sends tokens: whole answers came in one burst, up to a second late. With 50 us polling
-    # itself takes a core; 200 us cost 0.3 ms a step of one rank.
-    "EP_BACKEND_VLLM_POLL_US": "200",
-}
-
-
-def core_binding(num_ranks: int) -> str:
-    """`VLLM_CPU_OMP_THREADS_BIND` with a core for each rank, in turn. Left to itself, vLLM binds
-    every data-parallel rank of a host with one NUMA node to the same core."""
-    cores = sorted(os.sched_getaffinity(0))
-    return "|".join(str(cores[rank % len(cores)]) for rank in range(num_ranks))
 
 
 @contextlib.asynccontextmanager
@@ -158,12 +115,12 @@ def _stop(process: subprocess.Popen, run_id: str) -> None:
 
 
 def _end_processes(process: subprocess.Popen, run_id: str) -> None:
-    """SIGTERM, then SIGKILL to whatever still carries the run's mark."""
-    segments = _mapped_segments(processes_of_run(run_id))
+    """SIGTERM, then SIGKILL to whatever of the run is left."""
+    segments = _mapped_segments(_processes_of_run(run_id, process.pid))
     if process.poll() is None:
         process.terminate()
     deadline = time.monotonic() + STOP_TIMEOUT_SECS
-    while (pids := processes_of_run(run_id)) and time.monotonic() < deadline:
+    while (pids := _processes_of_run(run_id, process.pid)) and time.monotonic() < deadline:
         segments |= _mapped_segments(pids)
         process.poll()
         time.sleep(0.1)
@@ -171,7 +128,8 @@ def _end_processes(process: subprocess.Popen, run_id: str) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
-    # vLLM leaves message queues and semaphores behind when it is ended during start-up.
+    # vLLM leaves message queues and semaphores behind when it is ended during start-up, SGLang
+    # always.
     for path in SHM_DIR.iterdir():
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_ino in segments:
@@ -191,16 +149,24 @@ def _mapped_segments(pids: Sequence[int]) -> set[int]:
     return inodes
 
 
-def processes_of_run(run_id: str) -> list[int]:
-    """Ids of the living processes that were started with this mark in their environment."""
+def _processes_of_run(run_id: str, session: int) -> list[int]:
+    """Ids of the living processes of a run. Two signs, since a process may leave the session, and
+    one that changes its title, as SGLang's do, may write it over its environment."""
     mark = f"{RUN_VARIABLE}={run_id}".encode()
     pids = []
     for directory in Path("/proc").iterdir():
         if not directory.name.isdigit():
             continue
-        # Gone in between, or not ours: not a process of this run. A zombie has no environment.
+        # Gone in between, or not ours: not a process of this run.
         with contextlib.suppress(OSError):
-            if mark in (directory / "environ").read_bytes().split(b"\0"):
+            # "pid (name) state parent group session ...": a name may hold anything.
+            state, _, _, its_session = (
+                (directory / "stat").read_text().rpartition(")")[2].split()[:4]
+            )
+            if state == "Z":
+                continue
+            environment = (directory / "environ").read_bytes().split(b"\0")
+            if int(its_session) == session or mark in environment:
                 pids.append(int(directory.name))
     return pids
 

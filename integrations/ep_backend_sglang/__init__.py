@@ -1,4 +1,4 @@
-"""ep_backend in SGLang: `--moe-a2a-backend ep_backend --deepep-mode low_latency`.
+"""ep_backend in SGLang: `--moe-a2a-backend ep_backend --deepep-mode auto`.
 
 SGLang loads `register` as a general plugin in every process: before the command line is parsed, in
 schedulers, in the detokenizer. To SGLang our backend is its own `deepep`, in every model, overlap

@@ -6,7 +6,7 @@ import argparse
 import functools
 from typing import Any
 
-from ep_backend_sglang import choice
+from ep_backend_sglang import choice, cpu_only
 from ep_backend_sglang.patching import require, require_parameters
 
 FIELDS = ("moe_a2a_backend", "speculative_moe_a2a_backend")
@@ -16,7 +16,7 @@ PLACE = "sglang.srt.server_args.ServerArgs"
 def check() -> None:
     from sglang.srt.server_args import ServerArgs
 
-    read = ("deepep_mode", "deepep_config", "enable_single_batch_overlap")
+    read = ("deepep_mode", "enable_single_batch_overlap")
     for name in (*FIELDS, *read, "add_cli_args", "resolve_once"):
         require(hasattr(ServerArgs, name), PLACE, f"lacks {name!r}")
     require_parameters(ServerArgs.add_cli_args, f"{PLACE}.add_cli_args", "parser")
@@ -87,15 +87,11 @@ def _choose(record: Any) -> None:
 
 
 def _refuse_what_is_missing(record: Any) -> None:
-    if record.deepep_mode != "low_latency":
+    if record.deepep_mode != "low_latency" and not cpu_only.is_active():
         raise ValueError(
             f"--deepep-mode is {record.deepep_mode!r}, which needs normal kernels for prefill, but "
-            f"--moe-a2a-backend {choice.NAME} has none yet. Pass --deepep-mode low_latency: "
-            "prefill then goes through the low-latency kernels."
-        )
-    if record.deepep_config:
-        raise ValueError(
-            "--deepep-config tunes normal kernels, but there are none yet. Leave it out."
+            f"--moe-a2a-backend {choice.NAME} has them on CPUs only so far. Pass --deepep-mode "
+            "low_latency: prefill then goes through the low-latency kernels."
         )
     if record.enable_single_batch_overlap:
         raise ValueError(

@@ -68,17 +68,6 @@ class Buffer(deep_ep.Buffer):
         return super().low_latency_dispatch(x, topk_idx, most, num_experts, *arguments, **options)
 
 
-class Config:
-    """DeepEP's tuning of normal kernels, which SGLang makes from `--deepep-config`.
-
-    Raises:
-        NotImplementedError: always.
-    """
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        raise NotImplementedError("a Config tunes normal kernels, but there are none yet.")
-
-
 def gloo_group_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """The gloo group of the same ranks, in which ranks meet at set-up.
 

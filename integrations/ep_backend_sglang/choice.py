@@ -11,6 +11,7 @@ BUILT_IN = "deepep"
 
 # Schedulers get the resolved arguments, where our name stands no more; environments are inherited.
 VARIABLE = "EP_BACKEND_SGLANG_CHOSEN"
+_is_installed = False
 
 
 def is_ours() -> bool:
@@ -29,9 +30,14 @@ def make_ours() -> None:
 
 def install() -> None:
     """Puts our buffer behind SGLang's dispatcher. Idempotent."""
-    from ep_backend_sglang import cpu, dispatcher
+    global _is_installed
+    if _is_installed:
+        return
+    from ep_backend_sglang import cpu_only, dispatcher, tracing
 
-    for part in (dispatcher, cpu):  # both first: a half-applied plugin would be worse than none
+    parts = (dispatcher, cpu_only, tracing)
+    for part in parts:  # all first: a half-applied plugin would be worse than none
         part.check()
-    for part in (dispatcher, cpu):
+    for part in parts:
         part.install()
+    _is_installed = True

@@ -21,6 +21,9 @@ def check() -> None:
         ("DeepEPConfig", "__init__", "Buffer"),
         ("DeepEPConfig", "__init__", "Config"),
         ("_DeepEPDispatcherImplBase", "__init__", "use_deepep"),
+        ("_DeepEPDispatcherImplNormal", "dispatch_a", "Buffer"),
+        ("_DeepEPDispatcherImplNormal", "_dispatch_core", "get_dispatch_layout"),
+        ("_DeepEPDispatcherImplNormal", "_combine_core", "combine"),
         ("_DeepEPDispatcherImplLowLatency", "_dispatch_core", "low_latency_dispatch"),
         ("_DeepEPDispatcherImplLowLatency", "_combine_core", "low_latency_combine"),
     )
@@ -44,8 +47,9 @@ def check() -> None:
 def install() -> None:
     from sglang.srt.layers.moe.token_dispatcher import deepep
 
-    from ep_backend_sglang.buffer import Buffer, Config
+    from ep_backend import deep_ep
+    from ep_backend_sglang.buffer import Buffer
 
     deepep.Buffer = Buffer
-    deepep.Config = Config
+    deepep.Config = deep_ep.Config
     deepep.use_deepep = True

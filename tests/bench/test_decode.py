@@ -1,4 +1,4 @@
-"""The decode benchmark: what it is asked for, what it measures, and that it notices wrong results."""
+"""The decode benchmark: what it is asked for, what it measures, and that wrong results show."""
 
 from __future__ import annotations
 

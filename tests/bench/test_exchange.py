@@ -8,7 +8,7 @@ import pytest
 
 from ep_backend.bench.client import Completion
 from ep_backend.bench.exchange import latency_summary, read_exchange
-from ep_backend.observe.trace import TraceWriter
+from ep_backend.observe.trace import TraceWriter, read_trace
 
 WINDOW_NS = (1_000_000, 2_000_000)
 NUM_LAYERS = 2
@@ -46,6 +46,7 @@ def test_medians_are_of_decode_steps_in_the_window(tmp_path: Path) -> None:
     assert report.share_of_forward == pytest.approx(2 * 0.150)
     assert report.ranks[0].wait_us["dispatch_recv"] == pytest.approx(1.0)
     assert report.ranks[0].num_forwards == 4, "counts are of the whole trace"
+    assert report.ranks[0].num_normal_dispatches == 0
     assert report.all_steps_dispatched
 
 
@@ -54,6 +55,21 @@ def test_a_layer_that_went_round_us_is_noticed(tmp_path: Path) -> None:
     write_steps(tmp_path / "rank1-2.trace", num_steps=3, skip_layer=True)
     report = read_exchange(tmp_path, num_layers=NUM_LAYERS, num_ranks=2, window_ns=WINDOW_NS)
     assert not report.all_steps_dispatched
+
+
+def test_prefill_may_use_other_kernels_than_decode(tmp_path: Path) -> None:
+    path = tmp_path / "rank0-1.trace"
+    write_steps(path, num_steps=3)
+    trace = TraceWriter(tmp_path / "rank1-2.trace")
+    for span in read_trace(path):
+        kind = span["kind"].decode()
+        if span["num_tokens"] > 1 and kind == "dispatch_send":
+            kind = "normal_counts"
+        trace.add(kind, *(int(span[name]) for name in span.dtype.names[1:]))
+    report = read_exchange(tmp_path, num_layers=NUM_LAYERS, num_ranks=2, window_ns=WINDOW_NS)
+    assert report.all_steps_dispatched
+    assert [rank.num_normal_dispatches for rank in report.ranks] == [0, NUM_LAYERS]
+    assert "dispatch_send" in report.ranks[1].span_us
 
 
 def test_a_rank_without_a_trace_is_an_error(tmp_path: Path) -> None:

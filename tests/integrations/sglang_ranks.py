@@ -1,4 +1,4 @@
-"""What ranks of `test_sglang_plugin` do in their processes: SGLang's dispatcher over our buffer.
+"""What ranks of `test_sglang_dispatcher` do in their processes: its dispatcher over our buffer.
 
 Each process publishes SGLang's arguments as a scheduler does. What the dispatcher returns is
 compared with the reference, bit for bit.
@@ -21,12 +21,7 @@ from sglang.srt.batch_overlap.operations import execute_overlapped_operations
 from sglang.srt.batch_overlap.operations_strategy import OperationsStrategy
 from sglang.srt.batch_overlap.two_batch_overlap import MaybeTboDeepEPDispatcher
 from sglang.srt.layers.dp_attention import set_is_extend_in_batch
-from sglang.srt.layers.moe.token_dispatcher import DispatchOutputChecker
-from sglang.srt.layers.moe.token_dispatcher.deepep import (
-    DeepEPBuffer,
-    DeepEPLLCombineInput,
-    DeepEPLLDispatchOutput,
-)
+from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPBuffer, DeepEPConfig
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.moe.utils import get_deepep_mode, initialize_moe_config
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -34,27 +29,39 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.models.deepseek_v2 import DeepseekV2MoE
 from sglang.srt.server_args import ServerArgs
 
-from ep_backend import DispatchResult
+from ep_backend import deep_ep
+from tests.integrations.sglang_steps import Step
 from tests.support.processes import Rank
-from tests.support.scenario import Scenario, Variant, check_combined, check_received, run_experts
 from tests.support.shapes import Shape
 
 
-def start(rank: Rank, shape: Shape, has_two_batches: bool) -> MaybeTboDeepEPDispatcher:
+@dataclass
+class Plan:
+    """What to start SGLang with, and what goes through its dispatcher."""
+
+    shape: Shape
+    deepep_mode: str
+    steps: list[Step]
+    deepep_config: str | None = None
+
+
+def start(rank: Rank, plan: Plan, has_two_batches: bool = False) -> MaybeTboDeepEPDispatcher:
     """SGLang's dispatcher of a layer of this shape."""
     ep_backend_sglang.register()
+    shape = plan.shape
     os.environ[MOST_TOKENS_VARIABLE] = str(shape.num_max_tokens_per_rank)
     arguments = ServerArgs(
         model_path="dummy",
         tp_size=shape.num_ranks,
         moe_a2a_backend="ep_backend",
-        deepep_mode="low_latency",
+        deepep_mode=plan.deepep_mode,
+        deepep_config=plan.deepep_config,
         deepep_dispatcher_output_dtype="fp8" if shape.is_float8 else "bf16",
         enable_two_batch_overlap=has_two_batches,
     )
     publish_as_rank(arguments, rank.group.self_rank)
     initialize_moe_config()
-    set_is_extend_in_batch(False)
+    DeepEPConfig._instance = None  # an earlier plan's
     return MaybeTboDeepEPDispatcher(
         group=dist.group.WORLD,
         router_topk=shape.top_k,
@@ -84,51 +91,44 @@ class Experts:
     they get."""
 
     dispatcher: MaybeTboDeepEPDispatcher
-    shape: Shape
     rank: int
-    variants: list[Variant]
+    steps: list[Step]
     """Those in flight, in the order of their dispatches."""
 
-    def run_moe_core(self, dispatch_output: DeepEPLLDispatchOutput) -> DeepEPLLCombineInput:
-        assert DispatchOutputChecker.format_is_deepep_ll(dispatch_output)
-        assert not self.shape.is_float8 or dispatch_output.hidden_states_scale is not None
-        result = DispatchResult(
-            None,  # type: ignore[arg-type]  # the dispatcher keeps it
-            dispatch_output.hidden_states,
-            dispatch_output.hidden_states_scale,
-            None,
-            None,
-            dispatch_output.masked_m,
-        )
-        check_received(result, self.variants.pop(0), self.shape, self.rank)
-        rows = run_experts(result, self.shape, self.rank)
-        return DeepEPLLCombineInput(rows, dispatch_output.topk_ids, dispatch_output.topk_weights)
+    def run_moe_core(self, dispatch_output: Any) -> Any:
+        return self.steps.pop(0).run_experts(dispatch_output, self.rank)
 
 
-def topk_of(variant: Variant, rank: int) -> StandardTopKOutput:
-    weights, ids = (
-        variant.topk_weights[rank],
-        variant.topk_idx[rank].int(),
-    )  # SGLang's routers: int32
-    return StandardTopKOutput(topk_weights=weights, topk_ids=ids, router_logits=torch.empty(0))
-
-
-def exchange(rank: Rank, scenario: Scenario) -> str:
-    """Every variant goes out and comes home; returns the buffer's class."""
-    dispatcher, self_rank = start(rank, scenario.shape, has_two_batches=False), rank.group.self_rank
-    for variant in scenario.variants * 2:
-        experts = Experts(dispatcher, scenario.shape, self_rank, [variant])
+def exchange(rank: Rank, plan: Plan) -> list[str]:
+    """Every step goes out and comes home, twice; returns what SGLang's hooks saw, and the buffer's
+    class."""
+    log: list[str] = []
+    dispatcher, self_rank = start(rank, plan), rank.group.self_rank
+    dispatcher.register_deepep_dispatch_hook(lambda _: log.append("sent"))
+    dispatcher.register_post_dispatch_hook(
+        lambda _, output: log.append(output.format.value)  # type: ignore[func-returns-value]
+    )
+    for step in plan.steps * 2:
+        set_is_extend_in_batch(step.is_extend)
+        experts = Experts(dispatcher, self_rank, [step])
         output = dispatcher.dispatch(
-            hidden_states=variant.x[self_rank], topk_output=topk_of(variant, self_rank)
+            hidden_states=step.x(self_rank), topk_output=step.topk(self_rank)
         )
         combined = dispatcher.combine(combine_input=experts.run_moe_core(output))
-        check_combined(combined, variant, self_rank)
-    return _class_of_the_buffer()
+        step.check_combined(combined, self_rank)
+    return [*log, _class_of_the_buffer()]
 
 
-def too_many_tokens(rank: Rank, scenario: Scenario) -> None:
-    dispatcher = start(rank, scenario.shape, has_two_batches=False)
-    x, topk = scenario.variants[0].x[0], topk_of(scenario.variants[0], 0)
+def config_of_dispatch(rank: Rank, plan: Plan) -> deep_ep.Config:
+    """What SGLang made of `plan.deepep_config`, after its dispatcher was used."""
+    exchange(rank, plan)
+    return DeepEPConfig.get_instance().normal_dispatch_config
+
+
+def too_many_tokens(rank: Rank, plan: Plan) -> None:
+    dispatcher = start(rank, plan)
+    set_is_extend_in_batch(False)
+    x, topk = plan.steps[0].x(0), plan.steps[0].topk(0)
     twice = StandardTopKOutput(*(torch.cat([part, part]) for part in topk))
     dispatcher.dispatch(hidden_states=torch.cat([x, x]), topk_output=twice)
 
@@ -161,12 +161,12 @@ class DeepseekV2DecoderLayer:
 
     def op_select_experts(self, state: Any) -> None:
         self_rank = self.experts.rank
-        state.hidden_states_mlp_input = state.variant.x[self_rank]
-        state.topk_output = topk_of(state.variant, self_rank)
+        state.hidden_states_mlp_input = state.step.x(self_rank)
+        state.topk_output = state.step.topk(self_rank)
 
     def op_dispatch_a(self, state: Any) -> None:
         self._log("dispatch_a", state)
-        self.experts.variants.append(state.variant)
+        self.experts.steps.append(state.step)
         DeepseekV2MoE.op_dispatch_a(self, state)
 
     def op_dispatch_b(self, state: Any) -> None:
@@ -185,7 +185,7 @@ class DeepseekV2DecoderLayer:
         DeepseekV2MoE.op_combine_b(self, state)
 
     def op_output(self, state: Any) -> None:
-        check_combined(state.hidden_states_after_combine, state.variant, self.experts.rank)
+        state.step.check_combined(state.hidden_states_after_combine, self.experts.rank)
 
     def op_comm_postprocess_layer(self, state: Any) -> dict[str, Any]:
         """What the next layer gets."""
@@ -201,17 +201,18 @@ class DeepseekV2DecoderLayer:
 class Inputs:
     """Of one half of a batch."""
 
-    variant: Variant
+    step: Step
     tbo_subbatch_index: int
     forward_batch: Any
 
 
-def overlap_two_batches(rank: Rank, scenario: Scenario, is_decode: bool) -> list[str]:
-    """Two layers, each variant in a half of its own, in the order that SGLang has for prefill or
+def overlap_two_batches(rank: Rank, plan: Plan, is_decode: bool) -> list[str]:
+    """Two layers, each step in a half of its own, in the order that SGLang has for prefill or
     decode; returns the log."""
     log: list[str] = []
-    dispatcher = start(rank, scenario.shape, has_two_batches=True)
-    experts = Experts(dispatcher, scenario.shape, rank.group.self_rank, [])
+    dispatcher = start(rank, plan, has_two_batches=True)
+    set_is_extend_in_batch(not is_decode)
+    experts = Experts(dispatcher, rank.group.self_rank, [])
     layers = [DeepseekV2DecoderLayer(experts, log) for _ in range(2)]
     strategy = OperationsStrategy.init_new_tbo(
         layers, ForwardMode.DECODE if is_decode else ForwardMode.EXTEND
@@ -221,12 +222,12 @@ def overlap_two_batches(rank: Rank, scenario: Scenario, is_decode: bool) -> list
         moe_num_token_non_padded=None,
         global_dp_buffer_len=0,
         tbo_padded_len=0,
-        global_num_tokens_cpu=[0] * scenario.shape.num_ranks,
+        global_num_tokens_cpu=[0] * plan.shape.num_ranks,
         dp_padding_mode=SimpleNamespace(is_max_len=lambda: False),
     )
     with forward_context(ForwardContext(attn_backend=None)):
         execute_overlapped_operations(
-            [vars(Inputs(scenario.variants[half], half, batch)) for half in range(2)],
+            [vars(Inputs(plan.steps[half], half, batch)) for half in range(2)],
             [strategy.operations] * 2,
             [0, strategy.tbo_delta_stages],
         )

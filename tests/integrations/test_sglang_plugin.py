@@ -1,34 +1,40 @@
-"""The plugin against SGLang's real classes: the flag, the guards, the real `DeepEPDispatcher`."""
+"""The plugin in SGLang: the flag, what it checks, what it replaces on a CPU."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("sglang", reason="SGLang is not installed")
 
 import ep_backend_sglang
-from ep_backend_sglang import arguments, buffer, choice, cpu, dispatcher
+from ep_backend_sglang import arguments, buffer, choice, cpu_experts, cpu_only, dispatcher, tracing
 from ep_backend_sglang.patching import UnsupportedSGLang
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE
+from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
 from sglang.srt.layers.moe.token_dispatcher import deepep
+from sglang.srt.model_executor import forward_batch_info
 from sglang.srt.server_args import ServerArgs
 
 from ep_backend import Group, deep_ep, virtual_world
-from tests.integrations import sglang_ranks
-from tests.support.processes import RankProcesses
-from tests.support.scenario import Scenario
-from tests.support.shapes import Shape
+from ep_backend.observe.trace import TRACE_DIR_VARIABLE
 
-FLOAT8 = torch.float8_e4m3fn
+REPLACED_ON_A_CPU = (
+    (torch.cuda, "get_device_properties"),
+    (DeepEPMoE, "run_moe_core"),
+    (forward_batch_info, "_is_cpu"),
+    (TorchNativeAttnBackend, "get_cpu_graph_seq_len_fill_value"),
+    (deepep._DeepEPDispatcherImplNormal, "combine_a"),
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,9 +47,15 @@ def _registered() -> None:
 def _not_chosen_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Choosing lasts as long as a process; here it ends with each test."""
     monkeypatch.delenv(choice.VARIABLE, raising=False)
+    monkeypatch.setattr(choice, "_is_installed", False)
     for name in ("Buffer", "Config", "use_deepep"):
         monkeypatch.setattr(deepep, name, None, raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", torch.cuda.get_device_properties)
+    for owner, name in REPLACED_ON_A_CPU:
+        monkeypatch.setattr(owner, name, getattr(owner, name, None), raising=False)
+
+
+def replaced_on_a_cpu() -> list[Any]:
+    return [getattr(owner, name) for owner, name in REPLACED_ON_A_CPU]
 
 
 def arguments_of(**fields: Any) -> Any:
@@ -86,9 +98,11 @@ def test_the_command_line_resolves_to_deepep_with_our_buffer() -> None:
 
 
 def test_with_another_backend_nothing_is_replaced() -> None:
+    before = replaced_on_a_cpu()
     for backend in ("none", choice.BUILT_IN):
         arguments_of(moe_a2a_backend=backend, deepep_mode="auto").resolve_once()
     assert deepep.Buffer is None
+    assert replaced_on_a_cpu() == before
     assert not choice.is_ours()
 
 
@@ -103,9 +117,6 @@ def test_a_draft_model_may_be_the_only_one_that_exchanges() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"deepep_mode": "auto"}, "'auto', which needs normal kernels .* --deepep-mode low_lat"),
-        ({"deepep_mode": "normal"}, "'normal', which needs normal kernels"),
-        ({"deepep_config": "{}"}, "--deepep-config tunes normal kernels"),
         ({"enable_single_batch_overlap": True}, "--enable-single-batch-overlap .* Leave it out"),
         ({"speculative_moe_a2a_backend": choice.BUILT_IN}, "one buffer for both"),
     ],
@@ -114,6 +125,16 @@ def test_what_is_missing_stops_the_server(fields: dict[str, Any], message: str) 
     with pytest.raises(ValueError, match=message):
         arguments_of(**fields).resolve_once()
     assert not choice.is_ours()
+
+
+@pytest.mark.parametrize("deepep_mode", ["auto", "normal"])
+def test_normal_kernels_are_for_cpus_alone(
+    deepep_mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments_of(deepep_mode=deepep_mode).resolve_once()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=f"{deepep_mode!r}, which needs normal kernels"):
+        arguments_of(deepep_mode=deepep_mode).resolve_once()
 
 
 def test_deepep_after_ours_in_one_process_is_refused() -> None:
@@ -131,13 +152,19 @@ def test_deepep_after_ours_in_one_process_is_refused() -> None:
         (dispatcher, f"{dispatcher.PLACE}.DeepEPConfig.__init__"),
         (dispatcher, f"{dispatcher.PLACE}._DeepEPDispatcherImplBase.__init__"),
         (dispatcher, f"{dispatcher.PLACE}._DeepEPDispatcherImplLowLatency"),
-        (cpu, f"{dispatcher.PLACE}.DeepEPBuffer.get_deepep_buffer"),
+        (cpu_only, f"{dispatcher.PLACE}.DeepEPBuffer.get_deepep_buffer"),
+        (cpu_only, f"{dispatcher.PLACE}._DeepEPDispatcherImplNormal.combine_a"),
+        (cpu_only, f"{cpu_only.MOE}.ep_moe.layer.DeepEPMoE.run_moe_core"),
+        (cpu_only, f"{cpu_only.BATCH}.ForwardBatch.prepare_mlp_sync_batch"),
+        (tracing, f"{tracing.RUNNER}.forward"),
+        (tracing, f"{tracing.DISPATCHER}.combine"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_a_vanished_target_stops_the_plugin_with_the_supported_versions(
     part: Any, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(TRACE_DIR_VARIABLE, "anywhere")
     monkeypatch.delattr(target)
     with pytest.raises(UnsupportedSGLang, match=r"Supported: SGLang 0\.5\.19 to 0\.5\.23") as e:
         part.check()
@@ -187,12 +214,82 @@ def test_a_child_of_a_server_has_our_buffer() -> None:
     assert child.stdout.split() == ["ep_backend_sglang.buffer", "True"], child.stderr
 
 
-def test_on_a_gpu_the_cpu_module_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch.cuda.get_device_properties
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    cpu.check()
-    cpu.install()
-    assert torch.cuda.get_device_properties is before
+@pytest.mark.parametrize("has_accelerator", [True, False])
+def test_cpu_patches_are_for_cpus_alone(
+    has_accelerator: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = replaced_on_a_cpu()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
+    arguments_of().resolve_once()
+    are_same = [a is b for a, b in zip(before, replaced_on_a_cpu(), strict=True)]
+    assert are_same == [has_accelerator] * len(before)
+
+
+class Layer:
+    """Three experts, as SGLang loads them."""
+
+    quant_config = None
+    moe_runner_config = MoeRunnerConfig()
+    w13_weight = torch.randn(3, 16, 6, generator=torch.Generator().manual_seed(0))
+    w2_weight = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(1))
+
+    def expert(self, expert: int, row: torch.Tensor) -> torch.Tensor:
+        gate, up = self.w13_weight[expert, :8] @ row, self.w13_weight[expert, 8:] @ row
+        return self.w2_weight[expert] @ (F.silu(gate) * up)
+
+
+def test_experts_on_a_cpu_weigh_and_add_what_combine_will_not() -> None:
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    ids = torch.tensor([[0, 2], [-1, 1], [-1, -1], [2, 0]])
+    weights = torch.rand(4, 2, generator=torch.Generator().manual_seed(3))
+    output = deepep.DeepEPNormalDispatchOutput(x, None, ids, weights, [2, 1, 2])
+    result = cpu_experts.run_experts(Layer(), output)
+    assert isinstance(result, deepep.DeepEPNormalCombineInput)
+    for row in range(4):
+        terms = [
+            weights[row, k] * Layer().expert(int(ids[row, k]), x[row])
+            for k in range(2)
+            if ids[row, k] >= 0
+        ]
+        expected = sum(terms, torch.zeros(6))
+        torch.testing.assert_close(result.hidden_states[row], expected)
+
+
+def test_experts_on_a_cpu_leave_rows_that_did_not_arrive() -> None:
+    x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(2))
+    counts = torch.tensor([5, 0, 1], dtype=torch.int32)
+    output = deepep.DeepEPLLDispatchOutput(x, None, torch.empty(0), torch.empty(0), counts, 2)
+    result = cpu_experts.run_experts(Layer(), output)
+    assert isinstance(result, deepep.DeepEPLLCombineInput)
+    for expert, num_rows in enumerate(counts.tolist()):
+        for row in range(num_rows):
+            expected = Layer().expert(expert, x[expert, row])
+            torch.testing.assert_close(result.hidden_states[expert, row], expected)
+
+
+def test_quantized_experts_on_a_cpu_stay_those_of_sglang() -> None:
+    arguments_of().resolve_once()
+    layer = SimpleNamespace(quant_config="fp8", deprecate_flag=False, use_w4afp8=False)
+    output = deepep.DeepEPLLDispatchOutput(*(torch.empty(0),) * 5, 0)
+    with pytest.raises(AssertionError, match="deprecated"):
+        DeepEPMoE.run_moe_core(layer, output)
+
+
+@pytest.mark.parametrize(
+    ("config", "bias", "message"),
+    [
+        ({"activation": "gelu"}, {}, "activation 'gelu', but on a CPU only 'silu'"),
+        ({"gemm1_alpha": 1.7}, {}, "gemm1_alpha 1.7, but on a CPU only None"),
+        ({"apply_router_weight_on_input": True}, {}, "on_input True, but on a CPU only False"),
+        ({}, {"w2_weight_bias": torch.zeros(3, 6)}, "a bias"),
+    ],
+)
+def test_experts_on_a_cpu_that_are_not_plain_are_refused(
+    config: dict[str, Any], bias: dict[str, torch.Tensor], message: str
+) -> None:
+    layer = SimpleNamespace(moe_runner_config=MoeRunnerConfig(**config), **bias)
+    with pytest.raises(NotImplementedError, match=message):
+        cpu_experts.run_experts(layer, None)
 
 
 def test_a_group_of_gpus_meets_through_its_gloo_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,61 +316,3 @@ def test_what_sglang_knows_beside_deepep_is_refused(monkeypatch: pytest.MonkeyPa
             ours.low_latency_dispatch(x, idx, 2, 2, use_fp8=False, use_nvfp4=True)
 
     virtual_world(1).run(rank_main)
-    with pytest.raises(NotImplementedError, match="normal kernels"):
-        buffer.Config(num_sms=20)
-
-
-SHAPES = {
-    "bf16": Shape(2, reduction="source"),
-    "float32": Shape(2, dtype=torch.float32, hidden=33, reduction="source"),
-    "fp8": Shape(2, hidden=256, dispatch_dtype=FLOAT8, reduction="source"),
-}
-
-
-def scenario_of(shape: Shape) -> Scenario:
-    """Every rank has tokens, then the last has none, then some slots are masked."""
-    most = shape.num_max_tokens_per_rank
-    return (
-        Scenario(shape)
-        .add("uniform", [most, most - 2], seed=0)
-        .add("skewed", [most - 1, 0], seed=1)
-        .add("masked", [1, most], seed=2)
-    )
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankProcesses]:
-    with RankProcesses(2) as processes:
-        yield processes
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_real_dispatcher_equals_the_reference(ranks: RankProcesses, shape: Shape) -> None:
-    buffers = ranks.run(sglang_ranks.exchange, scenario_of(shape))
-    assert buffers == ["ep_backend_sglang.buffer.Buffer"] * 2
-
-
-def test_a_step_with_too_many_tokens_says_what_to_set(ranks: RankProcesses) -> None:
-    ranks.start(sglang_ranks.too_many_tokens, scenario_of(SHAPES["bf16"]))
-    for answer in ranks.answers():
-        assert answer.error_type == "ValueError"
-        assert "a step has 12 tokens on this rank, but dispatch takes at most 6" in answer.error
-        assert "--chunked-prefill-size" in answer.error
-
-
-def most_in_flight(log: list[str], operation: str) -> int:
-    sends = [f"{operation}_a" in line for line in log if operation in line]
-    return max(itertools.accumulate(1 if is_send else -1 for is_send in sends))
-
-
-@pytest.mark.parametrize(("is_decode", "most"), [(False, 2), (True, 1)], ids=["prefill", "decode"])
-def test_two_batch_overlap_in_the_order_of_sglang(
-    ranks: RankProcesses, is_decode: bool, most: int
-) -> None:
-    logs = ranks.run(sglang_ranks.overlap_two_batches, scenario_of(SHAPES["bf16"]), is_decode)
-    assert logs[0] == logs[1]
-    for operation in ("dispatch", "combine"):
-        assert most_in_flight(logs[0], operation) == most
-        for half in "ab":
-            parts = [line for line in logs[0] if operation in line and line.endswith(half)]
-            assert parts == [f"{operation}_a {half}", f"{operation}_b {half}"] * 2, "two layers"

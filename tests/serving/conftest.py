@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -17,46 +20,89 @@ from ep_backend.bench.demo import (
 )
 from ep_backend.faults import Fault
 
+DROP = Fault.DROP_REMOTE_CONTRIBUTIONS.value
+session_fixture = pytest_asyncio.fixture(scope="session", loop_scope="session")
+
 
 @pytest.fixture(scope="session")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("serving")
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def _served(output: Path, reference: Run, **settings: Any) -> DemoResult:
+    of_demo = DemoSettings(output, **settings)
+    return DemoResult(of_demo, reference, await serve_ours(of_demo, Progress()))
+
+
+@session_fixture
 async def reference(output: Path) -> Run:
     """The same prompts on one rank, with vLLM's own experts."""
     return await serve_reference(DemoSettings(output), Progress())
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@session_fixture
 async def two_ranks(output: Path, reference: Run) -> DemoResult:
-    settings = DemoSettings(output, ranks=2)
-    return DemoResult(settings, reference, await serve_ours(settings, Progress()))
+    return await _served(output, reference)
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@session_fixture
 async def four_ranks(output: Path, reference: Run) -> DemoResult:
-    settings = DemoSettings(output, ranks=4)
-    return DemoResult(settings, reference, await serve_ours(settings, Progress()))
+    return await _served(output, reference, ranks=4)
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@session_fixture
 async def high_throughput(output: Path, reference: Run) -> DemoResult:
-    settings = DemoSettings(output, ranks=2, mode="high-throughput")
-    return DemoResult(settings, reference, await serve_ours(settings, Progress()))
+    return await _served(output, reference, mode="high-throughput")
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def broken_high_throughput(output: Path, reference: Run) -> DemoResult:
-    settings = DemoSettings(
-        output, ranks=2, mode="high-throughput", fault=Fault.DROP_REMOTE_CONTRIBUTIONS.value
-    )
-    return DemoResult(settings, reference, await serve_ours(settings, Progress()))
-
-
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@session_fixture
 async def broken(output: Path, reference: Run) -> DemoResult:
     """Two ranks that answer each other's tokens with zeros."""
-    settings = DemoSettings(output, ranks=2, fault=Fault.DROP_REMOTE_CONTRIBUTIONS.value)
-    return DemoResult(settings, reference, await serve_ours(settings, Progress()))
+    return await _served(output, reference, fault=DROP)
+
+
+@session_fixture
+async def broken_high_throughput(output: Path, reference: Run) -> DemoResult:
+    return await _served(output, reference, mode="high-throughput", fault=DROP)
+
+
+@pytest.fixture(scope="session")
+def sglang_segments() -> Callable[[], set[str]]:
+    """What SGLang has in /dev/shm now, without what was there before the first server of ours."""
+
+    def names() -> set[str]:
+        return {name for name in os.listdir("/dev/shm") if name.startswith(("sgl_", "sglang_"))}
+
+    before = names()
+    return lambda: names() - before
+
+
+@session_fixture
+async def sglang_reference(output: Path, sglang_segments: Callable[[], set[str]]) -> Run:
+    """The same prompts on one rank, with SGLang's own experts."""
+    return await serve_reference(DemoSettings(output, "sglang"), Progress())
+
+
+@session_fixture
+async def sglang_low_latency(output: Path, sglang_reference: Run) -> DemoResult:
+    return await _served(output, sglang_reference, engine_name="sglang")
+
+
+@session_fixture
+async def sglang_normal(output: Path, sglang_reference: Run) -> DemoResult:
+    return await _served(output, sglang_reference, engine_name="sglang", mode="normal")
+
+
+@session_fixture
+async def sglang_auto(output: Path, sglang_reference: Run) -> DemoResult:
+    return await _served(output, sglang_reference, engine_name="sglang", mode="auto")
+
+
+@session_fixture
+async def sglang_broken(output: Path, sglang_reference: Run) -> DemoResult:
+    return await _served(output, sglang_reference, engine_name="sglang", fault=DROP)
+
+
+@session_fixture
+async def sglang_broken_normal(output: Path, sglang_reference: Run) -> DemoResult:
+    return await _served(output, sglang_reference, engine_name="sglang", mode="normal", fault=DROP)

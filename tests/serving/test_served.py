@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +10,6 @@ from rich.console import Console
 
 from ep_backend.bench.demo import DemoResult, Run
 from ep_backend.bench.demo_report import plot_latencies, print_report
-from ep_backend.bench.server import RUN_VARIABLE
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine
@@ -76,40 +70,3 @@ async def test_report_says_what_was_served(two_ranks: DemoResult, tmp_path: Path
     plot = tmp_path / "plot.png"
     plot_latencies(two_ranks, plot)
     assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-def test_ctrl_c_leaves_no_process_and_no_shared_memory(tmp_path: Path) -> None:
-    before = set(os.listdir("/dev/shm"))
-    demo = subprocess.Popen(
-        [sys.executable, "-m", "ep_backend.cli", "demo", "--output", str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    log = tmp_path / "vllm-1-ranks.log"
-    deadline = time.monotonic() + 120
-    # Engine processes exist by then, so there is something to leave behind.
-    while time.monotonic() < deadline and not (log.exists() and "EngineCore" in log.read_text()):
-        assert demo.poll() is None
-        time.sleep(0.5)
-    demo.send_signal(signal.SIGINT)
-    output, _ = demo.communicate(timeout=60)
-    assert demo.returncode == 130, output
-    assert _served_processes(tmp_path) == []
-    assert set(os.listdir("/dev/shm")) <= before
-
-
-def _served_processes(model_parent: Path) -> list[str]:
-    """Command lines of living processes of a demo that writes to this directory."""
-    found = []
-    for directory in Path("/proc").iterdir():
-        if not directory.name.isdigit() or int(directory.name) == os.getpid():
-            continue
-        try:
-            command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            environment = (directory / "environ").read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if str(model_parent) in command and RUN_VARIABLE in environment:
-            found.append(command)
-    return found

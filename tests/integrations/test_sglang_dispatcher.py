@@ -1,0 +1,144 @@
+"""SGLang's real `DeepEPDispatcher` over our buffer, between processes, in each of its modes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("sglang", reason="SGLang is not installed")
+
+from ep_backend import deep_ep
+from tests.integrations import sglang_ranks
+from tests.integrations.sglang_ranks import Plan
+from tests.integrations.sglang_steps import LowLatencyStep, NormalStep, Step
+from tests.support.normal import NormalShape, make_case
+from tests.support.processes import RankProcesses
+from tests.support.scenario import Scenario
+from tests.support.shapes import Shape
+
+FLOAT8 = torch.float8_e4m3fn
+NUM_RANKS = (1, 2)
+BUFFER = "ep_backend_sglang.buffer.Buffer"
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[dict[int, RankProcesses]]:
+    """By their number."""
+    with RankProcesses(1) as one, RankProcesses(2) as two:
+        yield {1: one, 2: two}
+
+
+def low_latency_steps(shape: Shape) -> list[Step]:
+    """Every rank has tokens, then the last has none, then some slots are masked."""
+    most = shape.num_max_tokens_per_rank
+    scenario = (
+        Scenario(shape)
+        .add("uniform", [most, most - 2][: shape.num_ranks], seed=0)
+        .add("skewed", [most - 1, 0][-shape.num_ranks :], seed=1)
+        .add("masked", [1, most][-shape.num_ranks :], seed=2)
+    )
+    return [LowLatencyStep(shape, variant) for variant in scenario.variants]
+
+
+def normal_steps(shape: Shape) -> list[Step]:
+    """The same of prefills, which are larger than a decode step may be."""
+    like = NormalShape(shape.num_ranks, shape.hidden, shape.num_experts, shape.top_k, shape.dtype)
+    most = 5 * shape.num_max_tokens_per_rank
+    return [
+        NormalStep(make_case(like, routing, num_tokens[-shape.num_ranks :], seed))
+        for seed, (routing, num_tokens) in enumerate(
+            (("uniform", [most - 2, most]), ("skewed", [most, 0]), ("masked", [1, most]))
+        )
+    ]
+
+
+LOW_LATENCY_SHAPES = {
+    "bf16": {},
+    "float32": {"dtype": torch.float32, "hidden": 33},
+    "fp8": {"hidden": 256, "dispatch_dtype": FLOAT8},
+}
+
+
+@pytest.mark.parametrize("num_ranks", NUM_RANKS)
+@pytest.mark.parametrize("kind", LOW_LATENCY_SHAPES)
+def test_low_latency_equals_the_reference(
+    ranks: dict[int, RankProcesses], kind: str, num_ranks: int
+) -> None:
+    shape = Shape(num_ranks, reduction="source", **LOW_LATENCY_SHAPES[kind])
+    steps = low_latency_steps(shape)
+    for step in steps[1:]:  # in this mode prefills go the same way
+        step.is_extend = True
+    logs = ranks[num_ranks].run(sglang_ranks.exchange, Plan(shape, "low_latency", steps))
+    assert logs == [["sent", "deepep_ll"] * 6 + [BUFFER]] * num_ranks
+
+
+@pytest.mark.parametrize("num_ranks", NUM_RANKS)
+@pytest.mark.parametrize("kind", ["bf16", "float32"])
+def test_normal_equals_the_reference(
+    ranks: dict[int, RankProcesses], kind: str, num_ranks: int
+) -> None:
+    shape = Shape(num_ranks, reduction="source", **LOW_LATENCY_SHAPES[kind])
+    steps = normal_steps(shape)
+    steps[1].is_extend = False  # in this mode decode goes the same way
+    logs = ranks[num_ranks].run(sglang_ranks.exchange, Plan(shape, "normal", steps))
+    assert logs == [["sent", "deepep_normal"] * 6 + [BUFFER]] * num_ranks
+
+
+@pytest.mark.parametrize("num_ranks", NUM_RANKS)
+@pytest.mark.parametrize("kind", ["bf16", "float32"])
+def test_auto_prefills_with_one_and_decodes_with_the_other(
+    ranks: dict[int, RankProcesses], kind: str, num_ranks: int
+) -> None:
+    shape = Shape(num_ranks, reduction="source", **LOW_LATENCY_SHAPES[kind])
+    pairs = zip(normal_steps(shape), low_latency_steps(shape), strict=True)
+    steps = [step for pair in pairs for step in pair]
+    logs = ranks[num_ranks].run(sglang_ranks.exchange, Plan(shape, "auto", steps))
+    expected = ["sent", "deepep_normal", "sent", "deepep_ll"] * 6 + [BUFFER]
+    assert logs == [expected] * num_ranks
+
+
+def test_deepep_config_is_read(ranks: dict[int, RankProcesses]) -> None:
+    shape = Shape(2, reduction="source")
+    tuned = {"num_sms": 4, "num_max_nvl_chunked_recv_tokens": 128}
+    config = json.dumps({"normal_dispatch": tuned, "normal_combine": {"num_sms": 4}})
+    plan = Plan(shape, "normal", normal_steps(shape), config)
+    configs = ranks[2].run(sglang_ranks.config_of_dispatch, plan)
+    assert configs == [deep_ep.Config(**tuned)] * 2
+
+
+def test_a_step_with_too_many_tokens_says_what_to_set(ranks: dict[int, RankProcesses]) -> None:
+    shape = Shape(2, reduction="source")
+    plan = Plan(shape, "low_latency", low_latency_steps(shape))
+    ranks[2].start(sglang_ranks.too_many_tokens, plan)
+    for answer in ranks[2].answers():
+        assert answer.error_type == "ValueError"
+        assert "a step has 12 tokens on this rank, but dispatch takes at most 6" in answer.error
+        assert "--chunked-prefill-size" in answer.error
+
+
+def most_in_flight(log: list[str], operation: str) -> int:
+    sends = [f"{operation}_a" in line for line in log if operation in line]
+    return max(itertools.accumulate(1 if is_send else -1 for is_send in sends))
+
+
+@pytest.mark.parametrize(
+    ("deepep_mode", "is_decode", "most"),
+    [("low_latency", False, 2), ("low_latency", True, 1), ("normal", False, 2), ("auto", False, 2)],
+)
+def test_two_batch_overlap_in_the_order_of_sglang(
+    ranks: dict[int, RankProcesses], deepep_mode: str, is_decode: bool, most: int
+) -> None:
+    shape = Shape(2, reduction="source")
+    steps = (low_latency_steps if deepep_mode == "low_latency" else normal_steps)(shape)
+    plan = Plan(shape, deepep_mode, steps)
+    logs = ranks[2].run(sglang_ranks.overlap_two_batches, plan, is_decode)
+    assert logs[0] == logs[1]
+    for operation in ("dispatch", "combine"):
+        assert most_in_flight(logs[0], operation) == most
+        for half in "ab":
+            parts = [line for line in logs[0] if operation in line and line.endswith(half)]
+            assert parts == [f"{operation}_a {half}", f"{operation}_b {half}"] * 2, "two layers"
