@@ -17,6 +17,7 @@ from ep_backend.bench.demo import DemoSettings, Progress, ServerFailed, run_demo
 from ep_backend.bench.demo_engines import ENGINES
 from ep_backend.bench.demo_report import plot_latencies, print_report
 from ep_backend.bench.model import TinyMoE, make_model
+from ep_backend.doctor.report import examine, print_examination
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each checks its results first.")
@@ -77,6 +78,29 @@ def serve_command(context: typer.Context) -> None:
 def decode_command(context: typer.Context) -> None:
     """Time of a decode step's MoE layers, without an engine."""
     raise typer.Exit(decode.main(context.args))
+
+
+@app.command("doctor")
+def doctor_command(
+    config: Annotated[
+        str, typer.Option(help="What is to run: cpu, cuda (GPUs of this host), rdma (hosts).")
+    ] = "cpu",
+    ranks: Annotated[int, typer.Option(min=1, help="Expert-parallel ranks.")] = 2,
+    ranks_per_host: Annotated[
+        int | None, typer.Option(min=1, help="Default: all on this host.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What runs here, over which links, and what is missing. Status 1: the config cannot run."""
+    try:
+        examination = examine(config, ranks, ranks if ranks_per_host is None else ranks_per_host)
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from e
+    if as_json:
+        typer.echo(json.dumps(examination.to_json(), indent=2))
+    else:
+        print_examination(examination, Console())
+    raise typer.Exit(0 if examination.can_run else 1)
 
 
 @app.command("make-model")
