@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     if (!kSends) return;
     first_expert = TokenSets::first_expert(routing);
     if (items.more()) fetched = rows.fetch(items.row(), items.first_part());
-    if (!is_alone) credits.fetch();
+    if (!is_alone && !Format::kTagged) credits.fetch();
   });
   if (kSends) {
     bool ok = sets.fill(rank, routing, first_expert);
