@@ -21,7 +21,11 @@ LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_
       quantized_row_(layout_.num_scales() > 0 ? layout_.dispatch_row_bytes() : 0),
       row_scales_(layout_.num_scales()),
       next_row_(layout_.partition().num_local_experts(self_rank)),
-      first_message_of_(config.num_ranks) {}
+      first_message_of_(config.num_ranks),
+      sum_(is_combine_float8() ? config.hidden : 0),
+      travelling_row_(is_combine_float8()
+                          ? layout_.combine_scales_in_row() + 4 * layout_.num_combine_scales()
+                          : 0) {}
 
 LowLatencyRank::Op::Op(LowLatencyRank& rank, Phase phase, Half half)
     : rank_(rank),

@@ -73,8 +73,8 @@ bool NormalRank::add_up(Op& op, uint64_t round, const NormalCombineParams& param
     for (uint32_t i = 0; i < num_messages; ++i) {
       rows[i] = self + layout_.row(op.bank(round), messages[i] >> 16, messages[i] & 0xffff);
     }
-    weighted_sum(config.dtype, params.out + token * layout_.row_bytes(), rows, nullptr,
-                 num_messages, config.hidden, Store::kCached);
+    weighted_sum({config.dtype}, config.dtype, params.out + token * layout_.row_bytes(), rows,
+                 nullptr, num_messages, config.hidden, Store::kCached);
   }
   return true;
 }
