@@ -386,8 +386,8 @@ class Buffer:
         refuse_both(async_finish, return_recv_hook)
         if use_logfmt:
             raise NotImplementedError(
-                "use_logfmt is True, but here combine sends rows in the dtype of x only. Leave it out; "
-                "for rows of float8 use ep_backend.LowLatencyBuffer with "
+                "use_logfmt is True, but here combine sends rows in the dtype of x only. Leave it "
+                "out, or, for rows of float8, use ep_backend.LowLatencyBuffer with "
                 "combine_dtype=torch.float8_e4m3fn."
             )
         if combine_wait_recv_cost_stats is not None:
