@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.status import Status
 
-from ep_backend.bench import op, op_cuda, serve
+from ep_backend.bench import op, op_cuda, precision, serve
 from ep_backend.bench.demo import BACKENDS, DemoSettings, Progress, ServerFailed, run_demo
 from ep_backend.bench.demo_report import plot_latencies, print_report
 from ep_backend.bench.model import TinyMoE, make_model
@@ -20,6 +20,7 @@ from ep_backend.bench.model import TinyMoE, make_model
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each checks its results first.")
 app.add_typer(bench, name="bench")
+bench.command()(precision.precision)
 # `bench op` parses only --device itself: what it measures has options of its own on each.
 op_cpu = typer.Typer(pretty_exceptions_enable=False)
 op_cpu.command()(op.op)

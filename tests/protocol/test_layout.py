@@ -248,7 +248,9 @@ def test_the_documented_sizes(shape: Shape) -> None:
     assert layout.dispatch_row_bytes == dispatch_row_bytes(shape)
     assert layout.num_scales == num_scales(shape)
     assert layout.combine_row_bytes == combine_row_bytes(shape)
-    assert layout.num_combine_scales == (0 if shape.combine_dtype is None else -(-shape.hidden // 128))
+    assert layout.num_combine_scales == (
+        0 if shape.combine_dtype is None else -(-shape.hidden // 128)
+    )
     if shape.combine_dtype is not None:
         scales_end = layout.combine_scales_in_row + 4 * layout.num_combine_scales
         assert scales_end == outcome_bytes(shape)
