@@ -49,8 +49,8 @@ class PrecisionSettings:
         at_least = max(self.num_ranks, self.top_k)
         if self.num_experts < at_least:
             raise ValueError(
-                f"num_experts is {self.num_experts}, expected at least {at_least}, one for each "
-                "rank and each of a token's"
+                f"num_experts is {self.num_experts}, expected at least {at_least}, the number of "
+                "ranks or of a token's experts"
             )
 
 
