@@ -75,12 +75,12 @@ class LowLatencyBuffer:
             default, or `torch.float8_e4m3fn`, with a scale for every 128 channels.
         combine_dtype: of combine's rows as they travel, a rank's partial sum or an expert's row:
             `dtype`, the default, or `torch.float8_e4m3fn`, with a float32 scale (amax / 448) for
-            every 128 channels: half the bytes of bfloat16, and errors that `ep-backend bench
-            precision` measures. A partial sum is quantised from float32; what arrives is added in
-            float32. A value that is not finite makes all 128 channels NaN if it is infinite, and
-            itself if it is NaN. Not with workspaces, from which rows are read as they are.
-        scale_format: of dispatch's scales: "float32" (amax / 448), "power_of_two" (the next one), or
-            "ue8m0", a power of two as its exponent byte.
+            every 128 channels: half the bytes of bfloat16, and errors that
+            `ep-backend bench precision` measures. Quantised from float32, added in float32. A NaN
+            stays alone; an infinity makes its 128 channels NaN. Not with workspaces, from which
+            rows are read as the experts wrote them.
+        scale_format: of dispatch's scales: "float32" (amax / 448), "power_of_two" (the next one),
+            or "ue8m0", a power of two as its exponent byte.
         output_layout: of what is received, and of what combine takes. "expert_major": a row for
             each (token, expert), packed by expert. "rank_major": a row for each (token, source),
             its experts beside it; the caller weights and sums the experts of a row itself.

@@ -30,7 +30,7 @@ def test_rows_of_combine_travel_as_the_dtype_or_as_float8() -> None:
     rank_major = replace(
         CUDA, output_layout="rank_major", num_workspaces=1, combine_dtype=torch.float8_e4m3fn
     )
-    with pytest.raises(ValueError, match="nobody quantises them. Leave one of the two out"):
+    with pytest.raises(ValueError, match=r"nobody quantises them\. Leave one of the two out"):
         rank_major.settings().check(num_ranks=2)
 
 

@@ -207,7 +207,7 @@ OpResult LowLatencyRank::combine_recv(const CombineRecvParams& recv, void* strea
 OpResult LowLatencyRank::combine(const CombineSendParams& send, const CombineRecvParams& recv,
                                  void* stream) {
   if (send.workspace >= 0) {
-    const uint64_t num_parts = protocol::parts_for(view_.layout.combine_row_bytes());
+    const uint64_t num_parts = protocol::parts_for(view_.layout.row_bytes());
     const Plan p = plan(recv.num_tokens * num_parts, stream);
     launch_workspace_combine(p.view, send, recv, p.launch);
   } else {

@@ -171,7 +171,7 @@ class Combiner {
     auto column_of = [&](uint32_t c) { return is_source_ ? answers[c] & 0xffff : c; };
 #pragma unroll 1
     for (uint32_t part = items.first_part(); part < items.end_part(); ++part) {
-      typename Rows::PartSum sum;
+      typename Rows::PartSum sum(num_columns);
 #pragma unroll 1
       for (uint32_t first = 0; first < num_columns; first += kBatch) {
         TaggedPart batch[kBatch];

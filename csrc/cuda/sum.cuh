@@ -19,9 +19,6 @@ struct Sum {
   __device__ void add(const uint4& vector, float weight, bool is_first) {
     float values[kWidth];
     widen(vector, values);
-    add_values(values, weight, is_first);
-  }
-  __device__ void add_values(const float (&values)[kWidth], float weight, bool is_first) {
 #pragma unroll
     for (uint32_t c = 0; c < kWidth; ++c) {
       const float product = __fmul_rn(weight, values[c]);

@@ -74,7 +74,10 @@ def test_the_rows_have_the_tails_that_they_are_named_after() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--experts", "4", "--ranks", "5", "--top-k", "2"], "4, expected at least 5, the number of"),
+        (
+            ["--experts", "4", "--ranks", "5", "--top-k", "2"],
+            "4, expected at least 5, the number of",
+        ),
         (["--top-k", "65"], "64, expected at least 65, the number of"),
         (["--tokens", "0"], "num_tokens is 0"),
     ],
