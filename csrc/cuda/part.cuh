@@ -199,7 +199,7 @@ __device__ inline void widen(const uint4& vector, float (&out)[4]) {
 // Channels of a vector of float8. Eight lanes hold those that share a scale.
 constexpr uint32_t kChannelsPerVector = 16;
 
-// Of all eight lanes; `amax` of this lane's channels, NaN left out.
+// Of the channels that eight lanes hold together; `amax`: of this lane's, NaN left out.
 __device__ inline protocol::Scale scale_of_lanes(float amax, protocol::ScaleFormat format) {
 #pragma unroll
   for (uint32_t step = 1; step < 8; step *= 2) {

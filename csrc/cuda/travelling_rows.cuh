@@ -88,7 +88,7 @@ class ChannelSum {
       add_channel(c + 1, __fmul_rn(pair.y, scale), weight);
     }
   }
-  // Eight lanes together, which hold the channels of a scale.
+  // With the scale of the channels that eight lanes hold together.
   __device__ uint4 to_float8(uint32_t* scale_bits) const {
     float amax = 0.0f;
 #pragma unroll

@@ -1,5 +1,5 @@
-"""`ep-backend bench precision`: how far combine is from the exact sum, by the type in which its rows
-travel.
+"""`ep-backend bench precision`: how far combine is from the exact sum, by the type of its rows on
+their way.
 
 Experts' rows are drawn as bfloat16 (precision_rows.py); buffers of virtual ranks on the CPU combine
 them. The exact result is the float64 sum of the same rows with the same weights, so that only what
