@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <utility>
 
 #include "protocol/layout.h"
@@ -36,7 +37,7 @@ void bind_config(py::module_& m) {
                        uint32_t hidden, uint32_t top_k, uint32_t num_banks, DType dtype,
                        DType dispatch_dtype, ScaleFormat scale_format, Transfer transfer,
                        uint32_t num_max_tagged_tokens, uint32_t num_workspaces, Reduction reduction,
-                       bool global_expert_ids) {
+                       bool global_expert_ids, std::optional<DType> combine_dtype) {
              return LowLatencyConfig{num_ranks,
                                      num_experts,
                                      num_max_tokens_per_rank,
@@ -50,14 +51,15 @@ void bind_config(py::module_& m) {
                                      reduction,
                                      num_max_tagged_tokens,
                                      num_workspaces,
-                                     global_expert_ids};
+                                     global_expert_ids,
+                                     combine_dtype.value_or(dtype)};
            }),
            py::kw_only(), py::arg("num_ranks"), py::arg("num_experts"),
            py::arg("num_max_tokens_per_rank"), py::arg("hidden"), py::arg("top_k"),
            py::arg("num_banks"), py::arg("dtype"), py::arg("dispatch_dtype"),
            py::arg("scale_format"), py::arg("transfer"), py::arg("num_max_tagged_tokens"),
            py::arg("num_workspaces") = 0, py::arg("reduction") = Reduction::kRank,
-           py::arg("global_expert_ids") = false)
+           py::arg("global_expert_ids") = false, py::arg("combine_dtype") = py::none())
       .def_readonly("num_ranks", &LowLatencyConfig::num_ranks)
       .def_readonly("num_experts", &LowLatencyConfig::num_experts)
       .def_readonly("num_max_tokens_per_rank", &LowLatencyConfig::num_max_tokens_per_rank)
@@ -66,6 +68,7 @@ void bind_config(py::module_& m) {
       .def_readonly("num_banks", &LowLatencyConfig::num_banks)
       .def_readonly("dtype", &LowLatencyConfig::dtype)
       .def_readonly("dispatch_dtype", &LowLatencyConfig::dispatch_dtype)
+      .def_readonly("combine_dtype", &LowLatencyConfig::combine_dtype)
       .def_readonly("scale_format", &LowLatencyConfig::scale_format)
       .def_readonly("transfer", &LowLatencyConfig::transfer)
       .def_readonly("num_max_tagged_tokens", &LowLatencyConfig::num_max_tagged_tokens)
@@ -96,6 +99,9 @@ void bind_layout(py::module_& m) {
       .def_property_readonly("row_bytes", &LowLatencyLayout::row_bytes)
       .def_property_readonly("dispatch_row_bytes", &LowLatencyLayout::dispatch_row_bytes)
       .def_property_readonly("num_scales", &LowLatencyLayout::num_scales)
+      .def_property_readonly("combine_row_bytes", &LowLatencyLayout::combine_row_bytes)
+      .def_property_readonly("num_combine_scales", &LowLatencyLayout::num_combine_scales)
+      .def_property_readonly("combine_scales_in_row", &LowLatencyLayout::combine_scales_in_row)
       .def_property_readonly("num_bytes", &LowLatencyLayout::num_bytes)
       .def_property_readonly("num_outcome_columns", &LowLatencyLayout::num_outcome_columns)
       .def_property_readonly("num_outcome_slots", &LowLatencyLayout::num_outcome_slots)
@@ -155,6 +161,7 @@ void bind_protocol(py::module_& m) {
   m.def("may_send", &may_send);
   m.def("may_hook", &may_hook);
   m.def("to_e4m3", &to_e4m3);
+  m.def("from_e4m3", &from_e4m3);
   m.def("scale_for", [](float amax, ScaleFormat format) {
     const Scale scale = scale_for(amax, format);
     return std::pair(scale.scale, scale.inverse);

@@ -65,6 +65,7 @@ class LowLatencyConfig:
     num_workspaces: int
     global_expert_ids: bool
     reduction: Reduction
+    combine_dtype: DType
     def __init__(
         self,
         *,
@@ -82,6 +83,7 @@ class LowLatencyConfig:
         num_workspaces: int = 0,
         reduction: Reduction = ...,
         global_expert_ids: bool = False,
+        combine_dtype: DType | None = None,
     ) -> None: ...
 
 class ExpertPartition:
@@ -96,6 +98,9 @@ class LowLatencyLayout:
     row_bytes: int
     dispatch_row_bytes: int
     num_scales: int
+    combine_row_bytes: int
+    num_combine_scales: int
+    combine_scales_in_row: int
     tagged_row_in_message: int
     tagged_message_bytes: int
     num_bytes: int
@@ -147,6 +152,7 @@ def credit_admits(credit: int, epoch: int, num_banks: int) -> bool: ...
 def may_send(num_sent: int, num_hooked: int, num_banks: int) -> bool: ...
 def may_hook(num_sent: int, num_hooked: int) -> bool: ...
 def to_e4m3(value: float) -> int: ...
+def from_e4m3(value: int) -> float: ...
 def scale_for(amax: float, format: ScaleFormat) -> tuple[float, float]: ...
 def tagged_row_bytes(row_bytes: int) -> int: ...
 

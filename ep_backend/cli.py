@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.status import Status
 
-from ep_backend.bench import decode, op, op_cuda, serve
+from ep_backend.bench import decode, op, op_cuda, precision, serve
 from ep_backend.bench.demo import DemoSettings, Progress, ServerFailed, run_demo
 from ep_backend.bench.demo_engines import ENGINES
 from ep_backend.bench.demo_report import plot_latencies, print_report
@@ -22,6 +22,7 @@ from ep_backend.doctor.report import examine, print_examination
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each checks its results first.")
 app.add_typer(bench, name="bench")
+bench.command()(precision.precision)
 # `bench op` parses only --device and --kind itself: what it measures has options of its own.
 op_cpu = typer.Typer(pretty_exceptions_enable=False)
 op_cpu.command()(op.op)

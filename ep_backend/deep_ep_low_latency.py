@@ -75,6 +75,7 @@ class LowLatencyCalls(BufferBase):
                 top_k=top_k,
                 dtype=torch.bfloat16,
                 dispatch_dtype=dispatch_dtype,
+                combine_dtype=torch.bfloat16,
                 scale_format="float32",
                 output_layout="expert_major",
                 reduction=reduction,
@@ -261,7 +262,9 @@ class LowLatencyCalls(BufferBase):
         refuse_both(async_finish, return_recv_hook)
         if use_logfmt:
             raise NotImplementedError(
-                "use_logfmt is True, but combine sends rows in the dtype of x only. Leave it out."
+                "use_logfmt is True, but here combine sends rows in the dtype of x only. Leave it "
+                "out, or, for rows of float8, use ep_backend.LowLatencyBuffer with "
+                "combine_dtype=torch.float8_e4m3fn."
             )
         if combine_wait_recv_cost_stats is not None:
             refuse_wait_stats("combine_wait_recv_cost_stats")

@@ -69,12 +69,18 @@ class LowLatencyBuffer:
         num_experts: E, global. Rank r owns a contiguous block of them; where R does not divide E,
             the first E mod R ranks own one more.
         top_k: K, experts a token is routed to.
-        dtype: of `x` and of combine's rows, `torch.float32` or `torch.bfloat16`. Sums are in
-            float32 either way; a rank's partial sum, or an expert's row, travels as `dtype`.
+        dtype: of `x` and of what combine takes and gives, `torch.float32` or `torch.bfloat16`. Sums
+            are in float32 either way.
         dispatch_dtype: of dispatch's rows as they travel and as the experts get them: `dtype`, the
             default, or `torch.float8_e4m3fn`, with a scale for every 128 channels.
-        scale_format: of those scales: "float32" (amax / 448), "power_of_two" (the next one), or
-            "ue8m0", a power of two as its exponent byte.
+        combine_dtype: of combine's rows as they travel, a rank's partial sum or an expert's row:
+            `dtype`, the default, or `torch.float8_e4m3fn`, with a float32 scale (amax / 448) for
+            every 128 channels: half the bytes of bfloat16, and errors that
+            `ep-backend bench precision` measures. Quantised from float32, added in float32. A NaN
+            stays alone; an infinity makes its 128 channels NaN. Not with workspaces, from which
+            rows are read as the experts wrote them.
+        scale_format: of dispatch's scales: "float32" (amax / 448), "power_of_two" (the next one),
+            or "ue8m0", a power of two as its exponent byte.
         output_layout: of what is received, and of what combine takes. "expert_major": a row for
             each (token, expert), packed by expert. "rank_major": a row for each (token, source),
             its experts beside it; the caller weights and sums the experts of a row itself.
@@ -122,6 +128,7 @@ class LowLatencyBuffer:
         top_k: int,
         dtype: torch.dtype,
         dispatch_dtype: torch.dtype | None = None,
+        combine_dtype: torch.dtype | None = None,
         scale_format: str = "float32",
         output_layout: str = "expert_major",
         reduction: str = "rank",
@@ -142,6 +149,7 @@ class LowLatencyBuffer:
             top_k=top_k,
             dtype=dtype,
             dispatch_dtype=dtype if dispatch_dtype is None else dispatch_dtype,
+            combine_dtype=dtype if combine_dtype is None else combine_dtype,
             scale_format=scale_format,
             output_layout=output_layout,
             reduction=reduction,
@@ -169,6 +177,7 @@ class LowLatencyBuffer:
         self.top_k = top_k
         self.dtype = dtype
         self.dispatch_dtype = settings.dispatch_dtype
+        self.combine_dtype = settings.combine_dtype
         self.scale_format = scale_format
         self.output_layout = output_layout
         self.reduction = reduction

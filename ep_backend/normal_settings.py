@@ -11,9 +11,9 @@ from ep_backend import _native
 from ep_backend.checks import check_int
 from ep_backend.kernels import default_spin_us
 from ep_backend.settings import (
-    DISPATCH_DTYPES,
     DTYPES,
     SCALE_FORMATS,
+    TRAVELLING_DTYPES,
     check_choice,
     check_dispatch_dtype,
     device_type,
@@ -79,7 +79,7 @@ class NormalSettings:
             hidden=self.hidden,
             top_k=self.top_k,
             dtype=DTYPES[self.dtype],
-            dispatch_dtype=DISPATCH_DTYPES[self.dispatch_dtype],
+            dispatch_dtype=TRAVELLING_DTYPES[self.dispatch_dtype],
             scale_format=SCALE_FORMATS[self.scale_format],
             num_tokens_per_round=num_tokens_per_round,
         )

@@ -3,8 +3,8 @@
 Every kernel must equal these functions bit for bit: rows are ordered by source rank, then token;
 each product and each sum is rounded to float32; a rank adds its experts in k order and its partial
 sum is rounded to the payload's dtype; a token adds its ranks in rank order, or, where all rows come
-home, those in k order. Where rows travel as
-float8, `quantize` says what becomes of them; `dispatch` then takes its result as `x`.
+home, those in k order. Where rows of dispatch travel as float8, `quantize` says what becomes of
+them; `dispatch` then takes its result as `x`. Rows of combine that do are quantised from float32.
 
 R ranks, T_r tokens of rank r, H hidden, K top_k, N = ceil(H / 128) scales a float8 row.
 """
@@ -64,6 +64,13 @@ def quantize(x: torch.Tensor, scale_format: str = "float32") -> tuple[torch.Tens
 def dequantize(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """`[..., H]` float32 of float8 rows `[..., H]` and their float32 scales `[..., N]`."""
     return rows.float() * scales.repeat_interleave(CHANNELS_PER_SCALE, -1)[..., : rows.shape[-1]]
+
+
+def travelled(rows: torch.Tensor, combine_dtype: torch.dtype) -> torch.Tensor:
+    """`[n, H]` float32: what arrives of rows of combine, float32 before they are sent."""
+    if combine_dtype == torch.float8_e4m3fn:
+        return dequantize(*quantize(rows))
+    return rows.to(combine_dtype).float()
 
 
 def unpack_ue8m0(words: torch.Tensor, num_scales: int) -> torch.Tensor:
@@ -189,6 +196,7 @@ def combine(
     topk_idx: list[torch.Tensor],
     topk_weights: list[torch.Tensor],
     dtype: torch.dtype,
+    combine_dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
     """What every rank gets back.
 
@@ -196,6 +204,7 @@ def combine(
         expert_out: of each expert, `[n, H]` in the order of `received`.
         received: what `dispatch` returned.
         topk_weights: of each rank, `[T_r, K]` float32.
+        combine_dtype: of the rows that travel; default: `dtype`.
 
     Returns:
         Of each rank, `[T_r, H]` of `dtype`.
@@ -209,8 +218,8 @@ def combine(
         for of_rank in owned:
             of_rank_terms = [term for k, term in terms.items() if experts[k] in of_rank]
             if of_rank_terms:
-                partials.append(_ordered_sum(of_rank_terms).to(dtype))
-        return _ordered_sum([p.float() for p in partials])
+                partials.append(_ordered_sum(of_rank_terms))
+        return _ordered_sum(list(travelled(torch.stack(partials), combine_dtype or dtype)))
 
     return _combine_tokens(expert_out, received, topk_idx, topk_weights, dtype, add_up)
 
@@ -221,6 +230,7 @@ def combine_source(
     topk_idx: list[torch.Tensor],
     topk_weights: list[torch.Tensor],
     dtype: torch.dtype,
+    combine_dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
     """What every rank gets back with reduction "source": all rows go home, where a token adds them
     in k order, each times its weight, whichever ranks they come from.
@@ -228,7 +238,7 @@ def combine_source(
     Args, Returns: as `combine`.
     """
     return _combine_tokens(
-        expert_out,
+        [travelled(rows.float(), combine_dtype or dtype) for rows in expert_out],
         received,
         topk_idx,
         topk_weights,
@@ -268,6 +278,7 @@ def combine_rank_major(
     received: list[list[SourceRows]],
     num_tokens: list[int],
     dtype: torch.dtype,
+    combine_dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
     """What every rank gets back in the rank-major layout.
 
@@ -276,17 +287,22 @@ def combine_rank_major(
             rank's experts make of each message, weighted and summed.
         received: what `dispatch_rank_major` returned.
         num_tokens: T_r of each rank.
+        combine_dtype: as in `combine`.
 
     Returns:
         Of each rank, `[T_r, H]` of `dtype`.
     """
+    arrived = [
+        [travelled(rows.float(), combine_dtype or dtype) for rows in of_rank]
+        for of_rank in expert_out
+    ]
     outs = []
     for src_rank, n in enumerate(num_tokens):
         out = torch.zeros((n, expert_out[0][0].shape[1]), dtype=dtype)
         for token in range(n):
             partials = [
-                rows[src_rank][sources[src_rank].tokens.index(token)].float()
-                for rows, sources in zip(expert_out, received, strict=True)
+                rows[src_rank][sources[src_rank].tokens.index(token)]
+                for rows, sources in zip(arrived, received, strict=True)
                 if token in sources[src_rank].tokens
             ]
             if partials:

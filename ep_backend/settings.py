@@ -14,7 +14,7 @@ DTYPES = {
     torch.float32: _native.DType.FLOAT32,
     torch.bfloat16: _native.DType.BFLOAT16,
 }
-DISPATCH_DTYPES = DTYPES | {torch.float8_e4m3fn: _native.DType.FLOAT8_E4M3}
+TRAVELLING_DTYPES = DTYPES | {torch.float8_e4m3fn: _native.DType.FLOAT8_E4M3}
 SCALE_FORMATS = {
     "float32": _native.ScaleFormat.FLOAT32,
     "power_of_two": _native.ScaleFormat.POWER_OF_TWO,
@@ -55,6 +55,7 @@ class BufferSettings:
     top_k: int
     dtype: torch.dtype
     dispatch_dtype: torch.dtype
+    combine_dtype: torch.dtype
     scale_format: str
     output_layout: str
     reduction: str
@@ -89,6 +90,7 @@ class BufferSettings:
         check_choice("reduction", self.reduction, REDUCTIONS)
         check_choice("transfer", self.transfer, TRANSFERS)
         check_dispatch_dtype(self.dtype, self.dispatch_dtype, self.scale_format)
+        self._check_combine_dtype()
         if self.num_max_tagged_tokens is not None:
             check_int(
                 "num_max_tagged_tokens",
@@ -101,6 +103,13 @@ class BufferSettings:
         self._check_workspaces()
         if self.device == "cuda" and _native.has_cuda:
             self._check_cuda()
+
+    def _check_combine_dtype(self) -> None:
+        if self.combine_dtype not in (self.dtype, torch.float8_e4m3fn):
+            raise ValueError(
+                f"combine_dtype is {self.combine_dtype}, expected {self.dtype}, which is the "
+                "dtype, or torch.float8_e4m3fn."
+            )
 
     def _check_reduction(self) -> None:
         if self.reduction == "source" and self.output_layout != "expert_major":
@@ -121,6 +130,12 @@ class BufferSettings:
                     "num_workspaces, or leave it out."
                 )
             return
+        if self.combine_dtype != self.dtype:
+            raise ValueError(
+                f"num_workspaces is {self.num_workspaces} and combine_dtype {self.combine_dtype}, "
+                f"but from workspaces rows are read as the experts wrote them, in {self.dtype}: "
+                "nobody quantises them. Leave one of the two out."
+            )
         is_by_expert = self.output_layout == "expert_major"
         settings = EXPERT_WORKSPACE_SETTINGS if is_by_expert else WORKSPACE_SETTINGS
         for name, needed in settings.items():
@@ -135,7 +150,7 @@ class BufferSettings:
     def _check_cuda(self) -> None:
         why = "The CUDA kernels count rows by expert in shared memory."
         check_int("num_experts", self.num_experts, 1, _native.CUDA_MAX_EXPERTS, why)
-        for dtype in (self.dtype, self.dispatch_dtype):
+        for dtype in (self.dtype, self.dispatch_dtype, self.combine_dtype):
             row_bytes = self.hidden * dtype.itemsize
             if row_bytes % CUDA_ROW_ALIGNMENT != 0:
                 raise ValueError(
@@ -155,7 +170,8 @@ class BufferSettings:
             top_k=self.top_k,
             num_banks=self.num_banks,
             dtype=DTYPES[self.dtype],
-            dispatch_dtype=DISPATCH_DTYPES[self.dispatch_dtype],
+            dispatch_dtype=TRAVELLING_DTYPES[self.dispatch_dtype],
+            combine_dtype=TRAVELLING_DTYPES[self.combine_dtype],
             scale_format=SCALE_FORMATS[self.scale_format],
             transfer=TRANSFERS[self.transfer] if is_cuda else _native.Transfer.PUSH,
             num_max_tagged_tokens=self._num_tagged_tokens(num_ranks) if is_cuda else 0,

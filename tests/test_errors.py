@@ -246,6 +246,7 @@ def create_on_threads(settings_of_rank: list[dict[str, Any]]) -> list[Answer]:
         ("dtype", torch.float32, torch.bfloat16),
         ("num_banks", 3, 2),
         ("dispatch_dtype", torch.float8_e4m3fn, torch.bfloat16),
+        ("combine_dtype", torch.float8_e4m3fn, torch.bfloat16),
         ("output_layout", "rank_major", "expert_major"),
         ("reduction", "source", "rank"),
         ("transfer", "push", "pull"),
@@ -276,6 +277,12 @@ BAD_SETTINGS: list[tuple[str, Any, str]] = [
         "dispatch_dtype",
         torch.float32,
         "dispatch_dtype is torch.float32, expected torch.bfloat16, which is the dtype, or torch."
+        "float8_e4m3fn",
+    ),
+    (
+        "combine_dtype",
+        torch.float8_e5m2,
+        "combine_dtype is torch.float8_e5m2, expected torch.bfloat16, which is the dtype, or torch."
         "float8_e4m3fn",
     ),
     ("scale_format", "float8", "scale_format is 'float8', expected 'float32' or 'power_of_two' or"),

@@ -87,6 +87,18 @@ def test_one_gpu_numbers_are_those_of_the_results() -> None:
         ) in README
 
 
+def test_precision_numbers_are_those_of_the_results() -> None:
+    cases = results("precision-cpu.json")["cases"]
+    errors = {(c["distribution"], c["reduction"], c["combine_dtype"]): c["errors"] for c in cases}
+    assert len(errors) == 20
+    for distribution, reduction, combine_dtype in errors:
+        if combine_dtype == "bf16":
+            of_both = [errors[distribution, reduction, dtype] for dtype in ("bf16", "fp8")]
+            cells = [f"{100 * e:.2f}" for of_dtype in of_both for e in of_dtype.values()]
+            row = [distribution.replace("_", " "), reduction, *cells]
+            assert f"| {' | '.join(row)} |" in README
+
+
 def test_served_numbers_are_those_of_the_results() -> None:
     def tpot(run: dict) -> str:
         ms = run["tpot_mean_ms"]

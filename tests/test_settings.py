@@ -21,6 +21,19 @@ def test_the_cpu_pushes_and_tags_nothing_whatever_it_is_told() -> None:
         assert config.num_max_tagged_tokens == 0
 
 
+def test_rows_of_combine_travel_as_the_dtype_or_as_float8() -> None:
+    assert CUDA.config().combine_dtype == _native.DType.BFLOAT16
+    for reduction in ("rank", "source"):
+        shape = replace(CUDA, combine_dtype=torch.float8_e4m3fn, reduction=reduction)
+        shape.settings().check(num_ranks=2)
+        assert shape.config().combine_dtype == _native.DType.FLOAT8_E4M3
+    rank_major = replace(
+        CUDA, output_layout="rank_major", num_workspaces=1, combine_dtype=torch.float8_e4m3fn
+    )
+    with pytest.raises(ValueError, match=r"nobody quantises them\. Leave one of the two out"):
+        rank_major.settings().check(num_ranks=2)
+
+
 def test_only_rows_of_single_experts_can_be_reduced_at_home() -> None:
     for transfer in ("push", "pull"):
         shape = replace(CUDA, reduction="source", transfer=transfer)
@@ -44,6 +57,10 @@ def test_only_rows_of_single_experts_can_be_reduced_at_home() -> None:
         ({"transfer": "push"}, "transfer 'push', but in such workspaces it is 'pull'"),
         ({"num_max_tagged_tokens": 3}, "num_max_tagged_tokens 3, but in such workspaces it is 0"),
         ({"device": "cpu"}, "device 'cpu', but in such workspaces it is 'cuda'"),
+        (
+            {"combine_dtype": torch.float8_e4m3fn},
+            "combine_dtype torch.float8_e4m3fn, but from workspaces rows are read as the experts",
+        ),
     ],
 )
 def test_workspaces_by_expert_are_for_rows_that_are_fetched(
@@ -88,6 +105,7 @@ def test_small_batches_of_rows_that_are_not_large_are_tagged(
         ({"hidden": 20}, "a multiple of 16. Pass a multiple of 8, with zeros behind the row"),
         ({"hidden": 18, "dtype": torch.float32}, "Pass a multiple of 4"),
         ({"hidden": 24, "dispatch_dtype": torch.float8_e4m3fn}, "e4m3fn have 24 bytes.*of 16"),
+        ({"hidden": 24, "combine_dtype": torch.float8_e4m3fn}, "e4m3fn have 24 bytes.*of 16"),
         ({"num_experts": 4097}, "num_experts is 4097, expected an integer in 1..4096"),
     ],
 )

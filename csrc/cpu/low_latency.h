@@ -61,6 +61,7 @@ class LowLatencyRank {
   bool is_reduced_at_source() const {
     return layout_.config().reduction == protocol::Reduction::kSource;
   }
+  bool is_combine_float8() const { return layout_.num_combine_scales() > 0; }
 
   template <typename E>
   static uint32_t index(E value) {
@@ -78,6 +79,9 @@ class LowLatencyRank {
   bool check_counts(Op& op, uint32_t src_rank) const;
   void copy_rows(Op& op, uint32_t src_rank, uint32_t first_message, uint64_t num_rows,
                  const DispatchRecvParams& params) const;
+  Store store_for(uint32_t src_rank, uint64_t num_rows) const;
+  void send_sum(const Op& op, uint32_t src_rank, uint32_t outcome_slot,
+                const std::byte* const* rows, const float* weights, uint32_t num_rows, Store store);
   void send_partials(Op& op, uint32_t src_rank, const CombineSendParams& params);
   void send_rows(Op& op, uint32_t src_rank, const CombineSendParams& params);
 
@@ -104,6 +108,9 @@ class LowLatencyRank {
   uint32_t next_entry_ = 0;
   // Scratch of combine_send: where each source's messages begin in the handle.
   std::vector<uint32_t> first_message_of_;
+  // And, where rows travel as float8, a sum, and its row as it lies in an outcome.
+  std::vector<float> sum_;
+  std::vector<std::byte> travelling_row_;
 };
 
 }  // namespace ep::cpu

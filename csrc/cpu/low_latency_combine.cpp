@@ -10,12 +10,16 @@
 //
 // Reduction::kSource: an expert rank sends the rows as they are, and the token's rank weights and
 // adds them (k order). In the example rank 1 sends expert_3(b) and expert_2(b), for k 0 and 1.
+//
+// Either row may travel as float8. A partial row is quantised as it was added up, in float32; the
+// token's rank takes the values that arrive, e4m3 * scale.
 
 #include "cpu/low_latency_op.h"
 #include "cpu/rows.h"
 
 namespace ep::cpu {
 
+using protocol::DType;
 using protocol::Half;
 using protocol::Phase;
 
@@ -40,23 +44,45 @@ OpResult LowLatencyRank::combine_send(const CombineSendParams& params) {
   return op.complete(num_rows);
 }
 
+// A weighted sum of rows of experts, as it travels, to where `src_rank` looks for it.
+void LowLatencyRank::send_sum(const Op& op, uint32_t src_rank, uint32_t outcome_slot,
+                              const std::byte* const* rows, const float* weights, uint32_t num_rows,
+                              Store store) {
+  const auto& config = layout_.config();
+  std::byte* out = bases_[src_rank] + layout_.outcome(op.bank(), outcome_slot);
+  if (!is_combine_float8()) {
+    weighted_sum({config.dtype}, config.dtype, out, rows, weights, num_rows, config.hidden, store);
+    return;
+  }
+  auto* sum = reinterpret_cast<std::byte*>(sum_.data());
+  weighted_sum({config.dtype}, DType::kFloat32, sum, rows, weights, num_rows, config.hidden,
+               Store::kCached);
+  std::byte* scales = travelling_row_.data() + layout_.combine_scales_in_row();
+  quantize_row(DType::kFloat32, protocol::ScaleFormat::kFloat32, sum, config.hidden,
+               travelling_row_.data(), reinterpret_cast<float*>(scales));
+  copy_row(out, travelling_row_.data(), travelling_row_.size(), store);
+}
+
+// How to write so many rows of combine for `src_rank`.
+Store LowLatencyRank::store_for(uint32_t src_rank, uint64_t num_rows) const {
+  return src_rank == self_rank_ ? Store::kCached
+                                : store_for_peer(num_rows * layout_.combine_row_bytes());
+}
+
 // One partial row to `src_rank` for each message that came from it, then the signal.
 void LowLatencyRank::send_partials(Op& op, uint32_t src_rank, const CombineSendParams& params) {
   const std::byte* rows[protocol::kMaxTopK];
   float weights[protocol::kMaxTopK];
   const HandleMessage* messages = params.handle.messages + first_message_of_[src_rank];
   const uint32_t num_messages = params.handle.num_messages[src_rank];
-  const Store store =
-      src_rank == self_rank_ ? Store::kCached : store_for_peer(num_messages * layout_.row_bytes());
+  const Store store = store_for(src_rank, num_messages);
   for (uint32_t i = 0; i < num_messages; ++i) {
     const HandleEntry* entries = params.handle.entries + messages[i].first_entry;
     for (uint32_t j = 0; j < messages[i].num_entries; ++j) {
       rows[j] = params.expert_out + entries[j].row * layout_.row_bytes();
       weights[j] = entries[j].weight;
     }
-    weighted_sum(layout_.config().dtype,
-                 bases_[src_rank] + layout_.outcome(op.bank(), messages[i].outcome_slot), rows,
-                 weights, messages[i].num_entries, layout_.config().hidden, store);
+    send_sum(op, src_rank, messages[i].outcome_slot, rows, weights, messages[i].num_entries, store);
   }
   op.publish_signal(src_rank, num_messages);
 }
@@ -69,14 +95,18 @@ void LowLatencyRank::send_rows(Op& op, uint32_t src_rank, const CombineSendParam
   const uint32_t num_messages = params.handle.num_messages[src_rank];
   uint64_t num_rows = 0;
   for (uint32_t i = 0; i < num_messages; ++i) num_rows += messages[i].num_entries;
-  const Store store =
-      src_rank == self_rank_ ? Store::kCached : store_for_peer(num_rows * row_bytes);
+  const Store store = store_for(src_rank, num_rows);
   for (uint32_t i = 0; i < num_messages; ++i) {
     const HandleEntry* entries = params.handle.entries + messages[i].first_entry;
     for (uint32_t j = 0; j < messages[i].num_entries; ++j) {
       const uint32_t outcome_slot = messages[i].outcome_slot + protocol::bits_of(entries[j].weight);
-      copy_row(bases_[src_rank] + layout_.outcome(op.bank(), outcome_slot),
-               params.expert_out + entries[j].row * row_bytes, row_bytes, store);
+      const std::byte* row = params.expert_out + entries[j].row * row_bytes;
+      if (is_combine_float8()) {
+        send_sum(op, src_rank, outcome_slot, &row, nullptr, 1, store);
+      } else {
+        copy_row(bases_[src_rank] + layout_.outcome(op.bank(), outcome_slot), row, row_bytes,
+                 store);
+      }
     }
   }
   op.publish_signal(src_rank, num_messages);
@@ -96,6 +126,7 @@ OpResult LowLatencyRank::combine_recv(const CombineRecvParams& params) {
   const std::byte* rows[protocol::kMaxTopK];
   float weights[protocol::kMaxTopK];
   const std::byte* self = bases_[self_rank_];
+  const auto& config = layout_.config();
   for (uint32_t token = 0; token < params.num_tokens; ++token) {
     const uint32_t num_partials = params.num_partials[token];
     const uint64_t first_slot = uint64_t{token} * layout_.num_outcome_columns();
@@ -104,8 +135,9 @@ OpResult LowLatencyRank::combine_recv(const CombineRecvParams& params) {
       rows[i] = self + layout_.outcome(op.bank(), first_slot + column);
       if (is_reduced_at_source()) weights[i] = params.topk_weights[first_slot + column];
     }
-    weighted_sum(layout_.config().dtype, params.out + token * layout_.row_bytes(), rows,
-                 is_reduced_at_source() ? weights : nullptr, num_partials, layout_.config().hidden,
+    weighted_sum({config.combine_dtype, layout_.combine_scales_in_row()}, config.dtype,
+                 params.out + token * layout_.row_bytes(), rows,
+                 is_reduced_at_source() ? weights : nullptr, num_partials, config.hidden,
                  Store::kCached);
   }
   op.publish_credits();

@@ -20,7 +20,11 @@ LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_
       num_rows_for_expert_(config.num_experts),
       outgoing_(config.dtype, config.dispatch_dtype, config.scale_format, config.hidden),
       next_row_(layout_.partition().num_local_experts(self_rank)),
-      first_message_of_(config.num_ranks) {}
+      first_message_of_(config.num_ranks),
+      sum_(is_combine_float8() ? config.hidden : 0),
+      travelling_row_(is_combine_float8()
+                          ? layout_.combine_scales_in_row() + 4 * layout_.num_combine_scales()
+                          : 0) {}
 
 LowLatencyRank::Op::Op(LowLatencyRank& rank, Phase phase, Half half)
     : rank_(rank),

@@ -94,8 +94,8 @@ bool NormalRank::add_up(Op& op, uint64_t round, const NormalCombineParams& param
     for (const std::byte* bias : params.bias) {
       if (bias != nullptr) rows[num_terms++] = bias + token * layout_.row_bytes();
     }
-    weighted_sum(config.dtype, params.out + token * layout_.row_bytes(), rows, nullptr, num_terms,
-                 config.hidden, Store::kCached);
+    weighted_sum({config.dtype}, config.dtype, params.out + token * layout_.row_bytes(), rows,
+                 nullptr, num_terms, config.hidden, Store::kCached);
     if (params.has_topk_weights) add_up_weights(op.bank(round), token, params);
   }
   return true;

@@ -77,12 +77,37 @@ EP_INLINE void store(uint16_t* out, float value) {
   *out = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
+// kBlock elements of a row, as numbers.
 template <typename T>
-EP_INLINE void add_block(float* acc, const T* row, float weight, bool is_first, uint32_t length) {
+struct Block {
+  const T* values;
+
+  EP_INLINE Block(const std::byte* row, uint32_t begin, uint64_t)
+      : values(reinterpret_cast<const T*>(row) + begin) {}
+  EP_INLINE float operator[](uint32_t i) const { return to_float(values[i]); }
+};
+
+struct Float8 {};
+template <>
+struct Block<Float8> {
+  const uint8_t* values;
+  float scale;
+  static_assert(protocol::kChannelsPerScale % kBlock == 0);
+
+  EP_INLINE Block(const std::byte* row, uint32_t begin, uint64_t scales_in_row)
+      : values(reinterpret_cast<const uint8_t*>(row) + begin),
+        scale(reinterpret_cast<const float*>(row +
+                                             scales_in_row)[begin / protocol::kChannelsPerScale]) {}
+  EP_INLINE float operator[](uint32_t i) const { return protocol::from_e4m3(values[i]) * scale; }
+};
+
+template <typename T>
+EP_INLINE void add_block(float* acc, const Block<T>& row, float weight, bool is_first,
+                         uint32_t length) {
   if (is_first) {
-    for (uint32_t i = 0; i < length; ++i) acc[i] = weight * to_float(row[i]);
+    for (uint32_t i = 0; i < length; ++i) acc[i] = weight * row[i];
   } else {
-    for (uint32_t i = 0; i < length; ++i) acc[i] += weight * to_float(row[i]);
+    for (uint32_t i = 0; i < length; ++i) acc[i] += weight * row[i];
   }
 }
 
@@ -98,14 +123,15 @@ EP_INLINE void store_block(T* out, const float* acc, uint32_t length, Store how)
                 length * sizeof(T));
 }
 
-template <typename T>
-EP_INLINE void weighted_sum_impl(T* out, const std::byte* const* rows, const float* weights,
-                                 uint32_t num_rows, uint32_t hidden, Store how) {
+template <typename T, typename Out>
+EP_INLINE void weighted_sum_impl(Out* out, const std::byte* const* rows, uint64_t scales_in_row,
+                                 const float* weights, uint32_t num_rows, uint32_t hidden,
+                                 Store how) {
   alignas(64) float acc[kBlock] = {};
   for (uint32_t begin = 0; begin < hidden; begin += kBlock) {
     const uint32_t length = std::min(kBlock, hidden - begin);
     for (uint32_t r = 0; r < num_rows; ++r) {
-      const T* row = reinterpret_cast<const T*>(rows[r]) + begin;
+      const Block<T> row(rows[r], begin, scales_in_row);
       const float weight = weights == nullptr ? 1.0f : weights[r];
       // A full block has a length the compiler knows, so its loops need no tail.
       if (length == kBlock) {
@@ -118,16 +144,30 @@ EP_INLINE void weighted_sum_impl(T* out, const std::byte* const* rows, const flo
   }
 }
 
-EP_VECTOR_CLONES void weighted_sum_f32(float* out, const std::byte* const* rows,
-                                       const float* weights, uint32_t num_rows, uint32_t hidden,
-                                       Store how) {
-  weighted_sum_impl(out, rows, weights, num_rows, hidden, how);
+template <typename Out>
+EP_INLINE void weighted_sum_as(Out* out, RowFormat format, const std::byte* const* rows,
+                               const float* weights, uint32_t num_rows, uint32_t hidden,
+                               Store how) {
+  const uint64_t scales_in_row = format.scales_in_row;
+  if (format.dtype == protocol::DType::kFloat32) {
+    weighted_sum_impl<float>(out, rows, scales_in_row, weights, num_rows, hidden, how);
+  } else if (format.dtype == protocol::DType::kBFloat16) {
+    weighted_sum_impl<uint16_t>(out, rows, scales_in_row, weights, num_rows, hidden, how);
+  } else {
+    weighted_sum_impl<Float8>(out, rows, scales_in_row, weights, num_rows, hidden, how);
+  }
 }
 
-EP_VECTOR_CLONES void weighted_sum_bf16(uint16_t* out, const std::byte* const* rows,
-                                        const float* weights, uint32_t num_rows, uint32_t hidden,
-                                        Store how) {
-  weighted_sum_impl(out, rows, weights, num_rows, hidden, how);
+EP_VECTOR_CLONES void weighted_sum_f32(float* out, RowFormat format, const std::byte* const* rows,
+                                       const float* weights, uint32_t num_rows, uint32_t hidden,
+                                       Store how) {
+  weighted_sum_as(out, format, rows, weights, num_rows, hidden, how);
+}
+
+EP_VECTOR_CLONES void weighted_sum_bf16(uint16_t* out, RowFormat format,
+                                        const std::byte* const* rows, const float* weights,
+                                        uint32_t num_rows, uint32_t hidden, Store how) {
+  weighted_sum_as(out, format, rows, weights, num_rows, hidden, how);
 }
 
 // `group`, at most kChannelsPerScale elements, as float8. Returns its scale.
@@ -195,12 +235,15 @@ void copy_row(std::byte* out, const std::byte* row, uint64_t row_bytes, Store st
   }
 }
 
-void weighted_sum(protocol::DType dtype, std::byte* out, const std::byte* const* rows,
-                  const float* weights, uint32_t num_rows, uint32_t hidden, Store store) {
+void weighted_sum(RowFormat format, protocol::DType dtype, std::byte* out,
+                  const std::byte* const* rows, const float* weights, uint32_t num_rows,
+                  uint32_t hidden, Store store) {
   if (dtype == protocol::DType::kFloat32) {
-    weighted_sum_f32(reinterpret_cast<float*>(out), rows, weights, num_rows, hidden, store);
+    auto* as_dtype = reinterpret_cast<float*>(out);
+    weighted_sum_f32(as_dtype, format, rows, weights, num_rows, hidden, store);
   } else {
-    weighted_sum_bf16(reinterpret_cast<uint16_t*>(out), rows, weights, num_rows, hidden, store);
+    auto* as_dtype = reinterpret_cast<uint16_t*>(out);
+    weighted_sum_bf16(as_dtype, format, rows, weights, num_rows, hidden, store);
   }
 }
 

@@ -28,10 +28,18 @@ void fence_streamed_rows();
 
 void copy_row(std::byte* out, const std::byte* row, uint64_t row_bytes, Store store);
 
+// How the rows of a sum lie in memory.
+struct RowFormat {
+  protocol::DType dtype;
+  uint64_t scales_in_row = 0;  // bytes; float8 only, float32 scales
+};
+
 // out[i] = weights[0] * rows[0][i] + weights[1] * rows[1][i] + ..., float32 inside, stored as
-// `dtype`. `weights` null adds the rows up. No rows: zeros.
-void weighted_sum(protocol::DType dtype, std::byte* out, const std::byte* const* rows,
-                  const float* weights, uint32_t num_rows, uint32_t hidden, Store store);
+// `dtype`, which is that of the rows, or float32, or with rows of float8 any other. `weights` null
+// adds the rows up. No rows: zeros.
+void weighted_sum(RowFormat format, protocol::DType dtype, std::byte* out,
+                  const std::byte* const* rows, const float* weights, uint32_t num_rows,
+                  uint32_t hidden, Store store);
 
 // A row of `dtype` as float8: `values` [hidden] and a scale for every 128 of them, as
 // protocol/float8.h defines them.

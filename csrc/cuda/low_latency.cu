@@ -147,7 +147,7 @@ uint64_t LowLatencyRank::num_parts_received() const {
 
 uint64_t LowLatencyRank::num_parts_answered() const {
   const uint64_t num_messages = uint64_t{num_tokens_} * view_.layout.num_outcome_columns();
-  return num_messages * protocol::parts_for(view_.layout.row_bytes());
+  return num_messages * protocol::parts_for(view_.layout.combine_row_bytes());
 }
 
 OpResult LowLatencyRank::dispatch_send(const DispatchSendParams& send, void* stream) {
@@ -200,7 +200,8 @@ OpResult LowLatencyRank::combine_send(const CombineSendParams& send, void* strea
 }
 
 OpResult LowLatencyRank::combine_recv(const CombineRecvParams& recv, void* stream) {
-  const uint64_t num_items = recv.num_tokens * protocol::parts_for(view_.layout.row_bytes());
+  const uint32_t num_parts = protocol::parts_for(view_.layout.combine_row_bytes());
+  const uint64_t num_items = uint64_t{recv.num_tokens} * num_parts;
   if (recv.workspace >= 0) {
     const Plan p = plan(num_items, stream);
     launch_workspace_combine_recv(p.view, recv, p.launch);

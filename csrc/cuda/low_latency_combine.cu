@@ -6,7 +6,7 @@
 // own token when it adds up the token, and nobody waits for it.
 
 #include "cuda/launch.cuh"
-#include "cuda/sum.cuh"
+#include "cuda/travelling_rows.cuh"
 
 namespace ep::cuda {
 namespace {
@@ -16,7 +16,8 @@ using protocol::HandleMessage;
 using protocol::Reduction;
 using protocol::Transfer;
 
-template <typename T>
+// `Rows`: PlainRows or Float8Rows.
+template <typename Rows>
 class Combiner {
  public:
   // `skip_rank`: whose partial rows are not sent, because this kernel receives them itself.
@@ -31,8 +32,8 @@ class Combiner {
         plan_(plan),
         is_source_(layout_.config().reduction == Reduction::kSource),
         is_pull_(layout_.config().transfer == Transfer::kPull && !is_source_),
-        num_vectors_(static_cast<uint32_t>(layout_.row_bytes() / sizeof(uint4))),
-        num_parts_(protocol::parts_for(layout_.row_bytes())) {}
+        rows_(layout_),
+        num_parts_(protocol::parts_for(layout_.combine_row_bytes())) {}
 
   // A partial row for every message. Whole block.
   __device__ void send() const {
@@ -83,8 +84,7 @@ class Combiner {
         plan_->weights[c] = is_source_ ? recv.topk_weights[first_column + slot] : 1.0f;
       }
       __syncwarp();
-      sum_parts<T>(*plan_, num_columns, num_vectors_, items.first_part(), items.end_part(),
-                   {out, false, 0});
+      rows_.add_up(*plan_, num_columns, items.first_part(), items.end_part(), out);
     }
     return true;
   }
@@ -118,15 +118,14 @@ class Combiner {
 #pragma unroll 1
       for (uint32_t j = 0; j < message.num_entries; ++j) {
         const uint32_t k = __float_as_uint(plan_->weights[j]);
-        copy_parts(plan_->rows[j], num_vectors_, items.first_part(), items.end_part(),
-                   sink_at(src_rank, slot, message.outcome_slot + k));
+        rows_.send_row(plan_->rows[j], items.first_part(), items.end_part(),
+                       sink_at(src_rank, slot, message.outcome_slot + k));
       }
       return;
     }
     const Sink sink =
         out != nullptr ? Sink{out, false, 0} : sink_at(src_rank, slot, message.outcome_slot);
-    sum_parts<T>(*plan_, message.num_entries, num_vectors_, items.first_part(), items.end_part(),
-                 sink);
+    rows_.send_sum(*plan_, message.num_entries, items.first_part(), items.end_part(), sink);
   }
 
   // Where `src_rank` looks for the row of an outcome slot, that of its message `slot`.
@@ -139,9 +138,9 @@ class Combiner {
     return {op_.peer(src_rank) + layout_.outcome(op_.bank(), outcome_slot), false, 0};
   }
 
-  // Where this kernel makes the token's own partial row: that, beside the peers' rows, or as the
-  // result if there are no others. False: nothing is left to add. One warp; `answer`: of the lane's
-  // column.
+  // Where this kernel makes the token's own partial row: that, beside the peers' rows, or, where
+  // rows travel as they are, as the result if there are no others. False: nothing is left to add.
+  // One warp; `answer`: of the lane's column.
   __device__ bool make_own(const CombineRecvParams& recv, uint32_t first_column,
                            uint32_t num_columns, uint32_t answer, std::byte* out,
                            const Items& items) const {
@@ -154,8 +153,8 @@ class Combiner {
     }
     own = __reduce_max_sync(kAllLanes, own);
     if (own == 0) return true;
-    const bool is_only = num_columns == 1;
-    // Each lane reads back what it has written itself.
+    const bool is_only = Rows::kLonePartialIsResult && num_columns == 1;
+    // Lanes of this warp read it back.
     make_partial(received_.prefix[skip_rank_] + own - 1, skip_rank_, own - 1,
                  is_only ? out : nullptr, items);
     return !is_only;
@@ -163,15 +162,16 @@ class Combiner {
 
   __device__ bool add_tagged(const CombineRecvParams& recv, uint32_t first_column,
                              uint32_t num_columns, std::byte* out, const Items& items) const {
-    constexpr uint32_t kBatch = 4;  // columns on their way at the same time
-    const uint64_t row_bytes = protocol::tagged_row_bytes(layout_.row_bytes());
+    constexpr uint32_t kBatch = Rows::kTaggedBatch;
+    const uint64_t row_bytes = protocol::tagged_row_bytes(layout_.combine_row_bytes());
+    const uint32_t num_vectors = rows_.num_vectors();
     std::byte* rows = op_.self() + layout_.tagged_outcome(op_.bank(), first_column);
     const uint32_t* answers = recv.answers + first_column;
     // All rows lie by their k, partial rows side by side.
     auto column_of = [&](uint32_t c) { return is_source_ ? answers[c] & 0xffff : c; };
 #pragma unroll 1
     for (uint32_t part = items.first_part(); part < items.end_part(); ++part) {
-      Sum<T> sums[2];
+      typename Rows::PartSum sum(num_columns);
 #pragma unroll 1
       for (uint32_t first = 0; first < num_columns; first += kBatch) {
         TaggedPart batch[kBatch];
@@ -181,8 +181,7 @@ class Combiner {
           for (uint32_t i = 0; i < kBatch; ++i) {
             const bool is_coming = first + i < num_columns;
             const uint32_t column = is_coming ? column_of(first + i) : 0;
-            batch[i].begin(rows + column * row_bytes, is_coming ? num_vectors_ : 0, part,
-                           op_.tag());
+            batch[i].begin(rows + column * row_bytes, is_coming ? num_vectors : 0, part, op_.tag());
           }
 #pragma unroll
           for (uint32_t i = 0; i < kBatch; ++i) is_here &= batch[i].is_here(op_.tag());
@@ -191,22 +190,20 @@ class Combiner {
 #pragma unroll 1
           for (uint32_t c = first; c < min(first + kBatch, num_columns) && ok; ++c) {
             ok = wait_for_part(rank_, op_.receiving(), answers[c] >> 16,
-                               rows + column_of(c) * row_bytes, num_vectors_, part);
+                               rows + column_of(c) * row_bytes, num_vectors, part);
           }
           if (!__all_sync(kAllLanes, ok)) return false;
         }
 #pragma unroll
         for (uint32_t i = 0; i < kBatch; ++i) {
           if (first + i < num_columns) {
-            const Part p = batch[i].part();
             const float weight =
                 is_source_ ? recv.topk_weights[first_column + column_of(first + i)] : 1.0f;
-            sums[0].add(p.vectors[0], weight, first + i == 0);
-            sums[1].add(p.vectors[1], weight, first + i == 0);
+            sum.add(batch[i].part(), weight, first + i == 0);
           }
         }
       }
-      store_vectors({{sums[0].rounded(), sums[1].rounded()}, 0}, out, num_vectors_, part);
+      sum.store(out, num_vectors, part);
     }
     return true;
   }
@@ -220,10 +217,11 @@ class Combiner {
   SumPlan* plan_;
   bool is_source_;
   bool is_pull_;  // all rows, and tagged ones, are pushed in any case
-  uint32_t num_vectors_, num_parts_;
+  Rows rows_;
+  uint32_t num_parts_;
 };
 
-template <typename T, bool kSends, bool kReceives>
+template <typename Rows, bool kSends, bool kReceives>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     combine_kernel(const __grid_constant__ RankView rank,
                    const __grid_constant__ CombineSendParams send,
@@ -244,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   const Op op(rank, Phase::kCombine, kSends, kReceives, [&] {
     if (kSends) received.read(send.handle.num_messages);
   });
-  const Combiner<T> combiner(rank, op, send, received, skip_rank, &plans[threadIdx.x / kWarp]);
+  const Combiner<Rows> combiner(rank, op, send, received, skip_rank, &plans[threadIdx.x / kWarp]);
   if (kSends) {
     received.count_up();
     if (!op.start_send(true)) return;
@@ -263,40 +261,43 @@ uint64_t shared_bytes(const LowLatencyLayout& layout) {
   return uint64_t{Sources::num_words(layout.config().num_ranks)} * sizeof(uint32_t);
 }
 
-template <typename T>
+template <typename Rows>
 void prepare_forms() {
-  Launch::prepare(combine_kernel<T, true, false>);
-  Launch::prepare(combine_kernel<T, false, true>);
-  Launch::prepare(combine_kernel<T, true, true>);
+  Launch::prepare(combine_kernel<Rows, true, false>);
+  Launch::prepare(combine_kernel<Rows, false, true>);
+  Launch::prepare(combine_kernel<Rows, true, true>);
 }
 
 }  // namespace
 
 void prepare_combine() {
-  prepare_forms<__nv_bfloat16>();
-  prepare_forms<float>();
+  prepare_forms<PlainRows<__nv_bfloat16>>();
+  prepare_forms<PlainRows<float>>();
+  prepare_forms<Float8Rows<__nv_bfloat16>>();
+  prepare_forms<Float8Rows<float>>();
 }
 
 void launch_combine_send(const RankView& rank, const CombineSendParams& send,
                          const Launch& launch) {
-  with_type(rank.layout, [&](auto value) {
-    launch.run(combine_kernel<decltype(value), true, false>, shared_bytes(rank.layout), rank, send,
-               CombineRecvParams{});
+  with_travelling_rows(rank.layout, [&](auto rows) {
+    launch.run(combine_kernel<typename decltype(rows)::type, true, false>,
+               shared_bytes(rank.layout), rank, send, CombineRecvParams{});
   });
 }
 
 void launch_combine_recv(const RankView& rank, const CombineRecvParams& recv,
                          const Launch& launch) {
-  with_type(rank.layout, [&](auto value) {
-    launch.run(combine_kernel<decltype(value), false, true>, 0, rank, CombineSendParams{}, recv);
+  with_travelling_rows(rank.layout, [&](auto rows) {
+    launch.run(combine_kernel<typename decltype(rows)::type, false, true>, 0, rank,
+               CombineSendParams{}, recv);
   });
 }
 
 void launch_combine(const RankView& rank, const CombineSendParams& send,
                     const CombineRecvParams& recv, const Launch& launch) {
-  with_type(rank.layout, [&](auto value) {
-    launch.run(combine_kernel<decltype(value), true, true>, shared_bytes(rank.layout), rank, send,
-               recv);
+  with_travelling_rows(rank.layout, [&](auto rows) {
+    launch.run(combine_kernel<typename decltype(rows)::type, true, true>, shared_bytes(rank.layout),
+               rank, send, recv);
   });
 }
 

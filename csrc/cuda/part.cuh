@@ -196,7 +196,31 @@ __device__ inline void widen(const uint4& vector, float (&out)[4]) {
   out[2] = __uint_as_float(vector.z), out[3] = __uint_as_float(vector.w);
 }
 
-// Rows of T that become float8 on the way: 128 channels share a scale, eight lanes hold them.
+// Channels of a vector of float8. Eight lanes hold those that share a scale.
+constexpr uint32_t kChannelsPerVector = 16;
+
+// Of the channels that eight lanes hold together; `amax`: of this lane's, NaN left out.
+__device__ inline protocol::Scale scale_of_lanes(float amax, protocol::ScaleFormat format) {
+#pragma unroll
+  for (uint32_t step = 1; step < 8; step *= 2) {
+    amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, step));
+  }
+  return protocol::scale_for(amax, format);
+}
+
+__device__ inline uint4 quantized(const float (&values)[kChannelsPerVector],
+                                  const protocol::Scale& scale) {
+  uint32_t words[4] = {};
+#pragma unroll
+  for (uint32_t c = 0; c < kChannelsPerVector; c += 2) {
+    words[c / 4] |=
+        ptx::to_e4m3x2(__fmul_rn(values[c], scale.inverse), __fmul_rn(values[c + 1], scale.inverse))
+        << (c % 4 * 8);
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// Rows of T that become float8 on the way.
 template <typename T>
 struct QuantizeRow {
   const std::byte* x;  // [T, H]
@@ -204,8 +228,8 @@ struct QuantizeRow {
   RowShape shape;
   protocol::ScaleFormat format;
 
-  static constexpr uint32_t kWidth = sizeof(uint4) / sizeof(T);  // elements of an input vector
-  static constexpr uint32_t kInputs = 16 / kWidth;               // input vectors an output vector
+  static constexpr uint32_t kWidth = sizeof(uint4) / sizeof(T);     // elements of an input vector
+  static constexpr uint32_t kInputs = kChannelsPerVector / kWidth;  // of an output vector
 
   struct Fetched {
     uint4 inputs[2][kInputs];
@@ -263,27 +287,12 @@ struct QuantizeRow {
   }
 
   __device__ uint4 quantize(const uint4 (&inputs)[kInputs], uint32_t* scale_bits) const {
-    float amax = largest(inputs);
-#pragma unroll
-    for (uint32_t step = 1; step < 8; step *= 2) {
-      amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, step));
-    }
-    const protocol::Scale scale = protocol::scale_for(amax, format);
+    const protocol::Scale scale = scale_of_lanes(largest(inputs), format);
     *scale_bits = __float_as_uint(scale.scale);
-    uint32_t words[4] = {};
+    float values[kInputs][kWidth];
 #pragma unroll
-    for (uint32_t j = 0; j < kInputs; ++j) {
-      float values[kWidth];
-      widen(inputs[j], values);
-#pragma unroll
-      for (uint32_t c = 0; c < kWidth; c += 2) {
-        const uint32_t element = j * kWidth + c;
-        words[element / 4] |= ptx::to_e4m3x2(__fmul_rn(values[c], scale.inverse),
-                                             __fmul_rn(values[c + 1], scale.inverse))
-                              << (element % 4 * 8);
-      }
-    }
-    return {words[0], words[1], words[2], words[3]};
+    for (uint32_t j = 0; j < kInputs; ++j) widen(inputs[j], values[j]);
+    return quantized(reinterpret_cast<const float (&)[kChannelsPerVector]>(values), scale);
   }
 };
 

@@ -11,7 +11,7 @@ namespace {
 using protocol::Phase;
 
 constexpr uint32_t kNumCases = 4096;
-constexpr uint32_t kNumWords = 13;
+constexpr uint32_t kNumWords = 15;
 
 // The same function on both sides; case numbers walk through epochs, ranks, tokens and experts.
 EP_HOST_DEVICE void evaluate(const protocol::LowLatencyConfig& config, uint32_t case_idx,
@@ -38,6 +38,7 @@ EP_HOST_DEVICE void evaluate(const protocol::LowLatencyConfig& config, uint32_t 
               layout.workspace_topk_weights(workspace, token) +
               layout.combine_input(workspace, layout.message_in_workspace(
                                                   config.num_max_tokens_per_rank, rank, token));
+  words[13] = layout.outcome(bank, token) + layout.combine_scales_in_row();
   // Every 32-bit pattern once in a while: the hardware's conversion against the protocol's.
   const float value = protocol::float_of(case_idx * 1048583u);
 #if defined(__CUDA_ARCH__)
@@ -48,6 +49,13 @@ EP_HOST_DEVICE void evaluate(const protocol::LowLatencyConfig& config, uint32_t 
   words[12] |= uint64_t{protocol::bits_of(
                    protocol::scale_for(value, protocol::ScaleFormat::kPowerOfTwo).inverse)}
                << 8;
+  // NaN by itself: its bits are nobody's business.
+#if defined(__CUDA_ARCH__)
+  const float of_float8 = ptx::from_e4m3x2(case_idx).x;
+#else
+  const float of_float8 = protocol::from_e4m3(static_cast<uint8_t>(case_idx));
+#endif
+  words[14] = of_float8 != of_float8 ? 1 : protocol::bits_of(of_float8);
 }
 
 __global__ void evaluate_kernel(const __grid_constant__ protocol::LowLatencyConfig config,

@@ -68,6 +68,17 @@ EP_HOST_DEVICE inline uint8_t to_e4m3(float value) {
   return sign | static_cast<uint8_t>(value8 > 0x7e ? 0x7e : value8);
 }
 
+// What an e4m3 number stands for, exactly; 0x7f and 0xff are NaN.
+EP_HOST_DEVICE inline float from_e4m3(uint8_t value) {
+  const uint32_t magnitude = value & 0x7f;
+  // The exponent's bias 7 becomes 127. Below 2^-6 the mantissa counts multiples of 2^-9: behind the
+  // bits of 2^-6 it is that much too much.
+  const uint32_t normal = (magnitude << 20) + ((127 - 7) << 23);
+  const float subnormal = float_of(normal + (1 << 23)) - 0.015625f;
+  const uint32_t finite = magnitude < 8 ? bits_of(subnormal) : normal;
+  return float_of((magnitude == 0x7f ? 0x7fc00000 : finite) | uint32_t{value} >> 7 << 31);
+}
+
 EP_HOST_DEVICE inline uint32_t scales_for(uint32_t hidden) { return (hidden + 127) / 128; }
 
 }  // namespace ep::protocol

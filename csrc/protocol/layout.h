@@ -19,7 +19,7 @@
 namespace ep::protocol {
 
 // Changes whenever a region, a word or a rule does: ranks of different builds must not meet.
-constexpr uint32_t kProtocolVersion = 6;
+constexpr uint32_t kProtocolVersion = 7;
 
 // What all ranks must agree on.
 struct LowLatencyConfig {
@@ -29,7 +29,7 @@ struct LowLatencyConfig {
   uint32_t hidden;
   uint32_t top_k;
   uint32_t num_banks;
-  DType dtype;           // of combine's rows, kFloat32 or kBFloat16
+  DType dtype;           // of what combine takes and gives, kFloat32 or kBFloat16
   DType dispatch_dtype;  // of dispatch's rows: the same, or kFloat8E4M3
   ScaleFormat scale_format = ScaleFormat::kFloat32;
   Transfer transfer = Transfer::kPush;  // of dispatch's rows, and of combine's partial rows
@@ -37,6 +37,9 @@ struct LowLatencyConfig {
   uint32_t num_max_tagged_tokens = 0;  // batches up to this size travel as tagged words
   uint32_t num_workspaces = 0;         // 0: none. Else every exchange is in one, see README.md
   bool global_expert_ids = false;      // in workspaces: experts are listed by their global number
+  // Of combine's rows as they travel: dtype, or kFloat8E4M3 with scales of ScaleFormat::kFloat32.
+  // Not float8 in workspaces, where they do not travel but are read where experts wrote them.
+  DType combine_dtype = dtype;
 };
 
 // Limits that the widths of the wire words set.
@@ -61,13 +64,18 @@ class LowLatencyLayout {
         is_partial && config.num_ranks < config.top_k ? config.num_ranks : config.top_k;
     num_scales_ = config.dispatch_dtype == DType::kFloat8E4M3 ? scales_for(config.hidden) : 0;
     row_bytes_ = narrow(config.hidden * element_bytes(config.dtype));
-    row_stride_ = narrow(align_up(row_bytes_, kSlotAlign));
+    combine_row_bytes_ = narrow(config.hidden * element_bytes(config.combine_dtype));
+    num_combine_scales_ =
+        config.combine_dtype == DType::kFloat8E4M3 ? scales_for(config.hidden) : 0;
+    combine_scales_in_row_ = narrow(align_up(combine_row_bytes_, kScalesAlign));
+    const uint32_t combine_scales_end = combine_scales_in_row_ + num_combine_scales_ * 4;
+    outcome_stride_ = narrow(align_up(combine_scales_end, kSlotAlign));
     dispatch_row_bytes_ = narrow(config.hidden * element_bytes(config.dispatch_dtype));
     dispatch_row_stride_ = narrow(align_up(dispatch_row_bytes_, kSlotAlign));
     scales_stride_ = narrow(align_up(num_scales_ * 4, kScalesAlign));
     header_bytes_ = narrow(protocol::header_bytes(config.top_k));
     tagged_header_bytes_ = narrow(protocol::tagged_header_bytes(config.top_k));
-    tagged_row_bytes_ = narrow(protocol::tagged_row_bytes(row_bytes_));
+    tagged_row_bytes_ = narrow(protocol::tagged_row_bytes(combine_row_bytes_));
     tagged_message_bytes_ =
         tagged_header_bytes_ + narrow(protocol::tagged_row_bytes(dispatch_row_bytes_));
 
@@ -90,7 +98,7 @@ class LowLatencyLayout {
     const uint64_t num_outcome_rows = is_in_place             ? 0
                                       : is_pull && is_partial ? num_messages
                                                               : num_outcome_slots();
-    tagged_inbox_offset_ = end_of(outcome_offset_, num_banks * num_outcome_rows * row_stride_);
+    tagged_inbox_offset_ = end_of(outcome_offset_, num_banks * num_outcome_rows * outcome_stride_);
     const uint64_t num_tagged = config.num_max_tagged_tokens;
     tagged_outcome_offset_ =
         end_of(tagged_inbox_offset_, num_banks * num_ranks * num_tagged * tagged_message_bytes_);
@@ -111,13 +119,19 @@ class LowLatencyLayout {
 
   EP_HOST_DEVICE constexpr const LowLatencyConfig& config() const { return config_; }
   EP_HOST_DEVICE constexpr const ExpertPartition& partition() const { return partition_; }
-  // Of a row of combine, of a row of dispatch.
+  // Of a row that combine takes or gives; of a row of dispatch, and of combine, that travels,
+  // without its scales.
   EP_HOST_DEVICE constexpr uint64_t row_bytes() const { return row_bytes_; }
   EP_HOST_DEVICE constexpr uint64_t dispatch_row_bytes() const { return dispatch_row_bytes_; }
+  EP_HOST_DEVICE constexpr uint64_t combine_row_bytes() const { return combine_row_bytes_; }
   EP_HOST_DEVICE constexpr uint64_t num_bytes() const { return num_bytes_; }
   // Scales of a dispatched row: one for 128 channels where it is float8, else none.
   EP_HOST_DEVICE constexpr uint32_t num_scales() const { return num_scales_; }
-  // Words in which the receiver hands them on: scales.h.
+  // The same of a row of combine, and where in the row they begin, in bytes. (Tagged rows have them
+  // in their parts.)
+  EP_HOST_DEVICE constexpr uint32_t num_combine_scales() const { return num_combine_scales_; }
+  EP_HOST_DEVICE constexpr uint64_t combine_scales_in_row() const { return combine_scales_in_row_; }
+  // Words in which the receiver hands on dispatch's: scales.h.
   EP_HOST_DEVICE constexpr uint32_t num_scale_words() const {
     return config_.scale_format == ScaleFormat::kUE8M0 ? (num_scales_ + 3) / 4 : num_scales_;
   }
@@ -185,14 +199,14 @@ class LowLatencyLayout {
   EP_HOST_DEVICE constexpr uint64_t staged_scales(uint32_t bank, uint32_t token) const {
     return scales_offset_ + wide(token_idx(bank, token), scales_stride_);
   }
-  // Push: a partial row in the token's rank's memory.
+  // Push: a row of combine in the token's rank's memory, and its scales.
   EP_HOST_DEVICE constexpr uint64_t outcome(uint32_t bank, uint32_t outcome_slot) const {
     const uint32_t num_slots = config_.num_max_tokens_per_rank * num_outcome_columns_;
-    return outcome_offset_ + wide(bank * num_slots + outcome_slot, row_stride_);
+    return outcome_offset_ + wide(bank * num_slots + outcome_slot, outcome_stride_);
   }
   // Pull: the same in the memory of the rank that made it, by message.
   EP_HOST_DEVICE constexpr uint64_t outbox(uint32_t bank, uint32_t src_rank, uint32_t slot) const {
-    return outcome_offset_ + wide(message_idx(bank, src_rank, slot), row_stride_);
+    return outcome_offset_ + wide(message_idx(bank, src_rank, slot), outcome_stride_);
   }
 
   // A tagged message: its header's unit, then the parts of its row.
@@ -299,7 +313,8 @@ class LowLatencyLayout {
   LowLatencyConfig config_;
   ExpertPartition partition_;
   uint32_t num_outcome_columns_ = 0, num_scales_ = 0;
-  uint32_t header_bytes_ = 0, row_bytes_ = 0, row_stride_ = 0;
+  uint32_t header_bytes_ = 0, row_bytes_ = 0, combine_row_bytes_ = 0, outcome_stride_ = 0;
+  uint32_t num_combine_scales_ = 0, combine_scales_in_row_ = 0;
   uint32_t dispatch_row_bytes_ = 0, dispatch_row_stride_ = 0, scales_stride_ = 0;
   uint32_t tagged_header_bytes_ = 0, tagged_message_bytes_ = 0, tagged_row_bytes_ = 0;
   uint64_t signals_offset_ = 0, credits_offset_ = 0, workspace_credits_offset_ = 0;

@@ -16,8 +16,8 @@ __device__ inline void let_next_kernel_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// Reads a word of every line of a kernel's parameter, so that it need not be awaited where it is used
-// first: launches start with nothing of it in the constant cache. For the time before
+// Reads a word of every line of a kernel's parameter, so that it need not be awaited where it is
+// used first: launches start with nothing of it in the constant cache. For the time before
 // `wait_for_earlier_kernels`.
 template <typename Param>
 __device__ void touch(const Param& param) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from ep_backend.bench.multi_gpu_world import RankedSpread, World, time_chain
-from ep_backend.bench.op_cuda_bytes import BF16_BYTES, dispatch_row_bytes
-from ep_backend.bench.op_cuda_settings import DISPATCH_DTYPES, CudaBenchSettings
+from ep_backend.bench.op_cuda_bytes import travelling_row_bytes
+from ep_backend.bench.op_cuda_settings import TRAVELLING_DTYPES, CudaBenchSettings
 
 COPY_BYTES = 256 << 20
 NUM_COPIES = 20
@@ -45,30 +46,35 @@ def copy_gbs() -> float:
 def time_nccl(
     world: World, settings: CudaBenchSettings, report: Callable[[dict[str, Any]], None]
 ) -> None:
-    """A pair of NCCL all-to-alls for every number of tokens T and dispatch dtype: T dispatched rows
-    to each rank, itself included, and T bfloat16 rows back. It routes, copies to experts and adds
+    """A pair of NCCL all-to-alls for every number of tokens T and both dtypes: T dispatched rows to
+    each rank, itself included, and T rows of combine back. It routes, copies to experts and adds
     up nothing. Collective.
 
     Args:
         report: takes each result, as it goes into JSON.
     """
     nccl = world.step(lambda: dist.new_group(backend="nccl", timeout=NCCL_TIMEOUT))
-    for dtype in settings.dispatch_dtypes:
-        for num_tokens in settings.num_tokens:
-            row_bytes = dispatch_row_bytes(DISPATCH_DTYPES[dtype], settings.hidden)
-            times = _time_pair(world, nccl, settings, num_tokens, row_bytes)
-            report(
-                {
-                    "num_tokens": num_tokens,
-                    "dispatch_dtype": dtype,
-                    "pair": asdict(times.spread),
-                    "pair_rank_difference_us": times.rank_difference_us,
-                }
-            )
+    for dispatch_dtype, combine_dtype, num_tokens in itertools.product(
+        settings.dispatch_dtypes, settings.combine_dtypes, settings.num_tokens
+    ):
+        row_bytes = [
+            travelling_row_bytes(TRAVELLING_DTYPES[dtype], settings.hidden)
+            for dtype in (dispatch_dtype, combine_dtype)
+        ]
+        times = _time_pair(world, nccl, settings, num_tokens, row_bytes)
+        report(
+            {
+                "num_tokens": num_tokens,
+                "dispatch_dtype": dispatch_dtype,
+                "combine_dtype": combine_dtype,
+                "pair": asdict(times.spread),
+                "pair_rank_difference_us": times.rank_difference_us,
+            }
+        )
 
 
 def _time_pair(
-    world: World, nccl: Any, settings: CudaBenchSettings, num_tokens: int, row_bytes: int
+    world: World, nccl: Any, settings: CudaBenchSettings, num_tokens: int, row_bytes: list[int]
 ) -> RankedSpread:
     num_rows = world.group.num_ranks * num_tokens
 
@@ -77,7 +83,7 @@ def _time_pair(
         src = torch.full(size, world.group.self_rank, dtype=torch.uint8, device="cuda")
         return torch.empty_like(src), src
 
-    exchanges = [tensors(row_bytes), tensors(settings.hidden * BF16_BYTES)]
+    exchanges = [tensors(num_bytes) for num_bytes in row_bytes]
 
     def pair() -> None:
         for dst, src in exchanges:

@@ -11,7 +11,7 @@ CAPTION = (
     "dispatches alone; combine: their difference; NCCL: two all-to-alls of as many rows to each "
     "rank; ranks: slowest minus fastest."
 )
-SETTING_HEADS = ("tokens", "dtype", "layout", "form", "transfer", "SMs", "tagged")
+SETTING_HEADS = ("tokens", "dtype", "combine dtype", "layout", "form", "transfer", "SMs", "tagged")
 TIME_HEADS = ("pair us", "p10", "p90", "dispatch", "combine", "NCCL", "ranks")
 # What may crash without taking the cases' results with it.
 SIDE_MEASUREMENTS = ("copy", "nccl")
@@ -35,17 +35,22 @@ def has_failed(document: dict[str, Any]) -> bool:
 def table_cells(document: dict[str, Any]) -> list[list[str]]:
     """A line a case, under `SETTING_HEADS` and `TIME_HEADS`."""
     nccl_us = {
-        (row["num_tokens"], row["dispatch_dtype"]): row["pair"]["median_us"]
+        _nccl_key(row): row["pair"]["median_us"]
         for row in document.get("nccl", {}).get("pairs", [])
     }
     return [_line(case, nccl_us) for case in document["cases"]]
 
 
-def _line(case: dict[str, Any], nccl_us: dict[tuple[int, str], float]) -> list[str]:
+def _nccl_key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["num_tokens"], row["dispatch_dtype"], row["combine_dtype"]
+
+
+def _line(case: dict[str, Any], nccl_us: dict[tuple[Any, ...], float]) -> list[str]:
     num_sms, tagged = case["num_sms"], case["num_max_tagged_tokens"]
     line = [
         str(case["num_tokens"]),
         case["dispatch_dtype"],
+        case["combine_dtype"],
         case["output_layout"].removesuffix("_major"),
         case["form"],
         case["transfer"],
@@ -58,7 +63,7 @@ def _line(case: dict[str, Any], nccl_us: dict[tuple[int, str], float]) -> list[s
     times = [pair["median_us"], pair["p10_us"], pair["p90_us"], case["dispatch"]["median_us"]]
     times.append(case["combine_us"])
     line += [f"{us:.2f}" for us in times]
-    nccl = nccl_us.get((case["num_tokens"], case["dispatch_dtype"]))
+    nccl = nccl_us.get(_nccl_key(case))
     return [*line, "" if nccl is None else f"{nccl:.2f}", f"{case['pair_rank_difference_us']:.2f}"]
 
 

@@ -35,10 +35,10 @@ class PairBytes:
         return self.dispatch_bytes + self.combine_bytes
 
 
-def dispatch_row_bytes(dispatch_dtype: torch.dtype, hidden: int) -> int:
+def travelling_row_bytes(dtype: torch.dtype, hidden: int) -> int:
     """Of a row, with its float32 scales."""
-    row_bytes = hidden * dispatch_dtype.itemsize
-    if dispatch_dtype == torch.float8_e4m3fn:
+    row_bytes = hidden * dtype.itemsize
+    if dtype == torch.float8_e4m3fn:
         row_bytes += 4 * -(-hidden // CHANNELS_PER_SCALE)
     return row_bytes
 
@@ -49,6 +49,7 @@ def count_bytes(
     num_experts: int,
     hidden: int,
     dispatch_dtype: torch.dtype,
+    combine_dtype: torch.dtype,
     output_layout: str,
 ) -> PairBytes:
     """From every rank's `[T, K]`, -1 = not routed, experts of a token distinct."""
@@ -60,12 +61,13 @@ def count_bytes(
         num_messages += int(((all_idx >= own.start) & (all_idx < own.stop)).any(1).sum())
     num_rows = num_messages if output_layout == "rank_major" else int((all_idx >= 0).sum())
     combine_row_bytes = hidden * BF16_BYTES
-    row_bytes = dispatch_row_bytes(dispatch_dtype, hidden)
+    row_bytes = travelling_row_bytes(dispatch_dtype, hidden)
+    partial_row_bytes = travelling_row_bytes(combine_dtype, hidden)
     token_bytes = len(all_idx) * hidden * BF16_BYTES
     return PairBytes(
         num_messages=num_messages,
         num_rows=num_rows,
         dispatch_bytes=token_bytes + num_rows * row_bytes,
         combine_bytes=num_rows * combine_row_bytes + token_bytes,
-        staging_bytes=2 * num_messages * (row_bytes + combine_row_bytes),
+        staging_bytes=2 * num_messages * (row_bytes + partial_row_bytes),
     )

@@ -14,7 +14,7 @@ from ep_backend.bench.op_cuda_bytes import PairBytes, count_bytes
 from ep_backend.bench.op_cuda_graph import Spread, capture, time_replays
 from ep_backend.bench.op_cuda_rank import RankOps, run_lockstep
 from ep_backend.bench.op_cuda_settings import (
-    DISPATCH_DTYPES,
+    TRAVELLING_DTYPES,
     Case,
     CudaBenchSettings,
 )
@@ -85,7 +85,8 @@ def make_buffer(
         num_experts=settings.num_experts,
         top_k=settings.top_k,
         dtype=torch.bfloat16,
-        dispatch_dtype=DISPATCH_DTYPES[case.dispatch_dtype],
+        dispatch_dtype=TRAVELLING_DTYPES[case.dispatch_dtype],
+        combine_dtype=TRAVELLING_DTYPES[case.combine_dtype],
         output_layout="expert_major" if is_by_expert else "rank_major",
         reduction="source" if case.output_layout == "expert_workspace" else "rank",
         transfer=case.transfer,
@@ -142,7 +143,8 @@ def measure(settings: CudaBenchSettings, case: Case) -> CaseTimes:
             [i.topk_idx for i in inputs],
             num_experts=settings.num_experts,
             hidden=settings.hidden,
-            dispatch_dtype=DISPATCH_DTYPES[case.dispatch_dtype],
+            dispatch_dtype=TRAVELLING_DTYPES[case.dispatch_dtype],
+            combine_dtype=TRAVELLING_DTYPES[case.combine_dtype],
             output_layout=case.output_layout,
         ),
     )

@@ -22,7 +22,7 @@ from ep_backend.reference import CHANNELS_PER_SCALE
 # Roundings to bfloat16, 2^-8 each: expert's row, partial row, sum; and what they compound.
 BF16_TOLERANCE = 4 * 2.0**-8
 # Half a step of e4m3; below its smallest normal number, 2^-10 times the scale, amax / 448.
-FP8_TOLERANCE = BF16_TOLERANCE + 2.0**-4
+FP8_TOLERANCE = 2.0**-4
 FP8_SUBNORMAL = 2.0**-10 / 448
 
 
@@ -111,9 +111,11 @@ class RankOps:
         factors = (self._topk_weights * _expert_factor(self._topk_idx)).sum(1, keepdim=True)
         expected = self._x.float() * factors
         tolerance = expected.abs() * BF16_TOLERANCE
-        if self.buffer.dispatch_dtype == torch.float8_e4m3fn:
-            row_amax = expected.abs().amax(1, keepdim=True)  # not below that of any channel group
-            tolerance = expected.abs() * FP8_TOLERANCE + row_amax * FP8_SUBNORMAL
+        row_amax = expected.abs().amax(1, keepdim=True)  # not below that of any channel group
+        for dtype in (self.buffer.dispatch_dtype, self.buffer.combine_dtype):
+            if dtype == torch.float8_e4m3fn:
+                # Of what has its error already.
+                tolerance += (expected.abs() + tolerance) * FP8_TOLERANCE + row_amax * FP8_SUBNORMAL
         error = self._out.float() - expected
         is_right = error.abs() <= tolerance  # NaN is not
         if not bool(is_right.all()):

@@ -103,7 +103,17 @@ def table_rows(
     return ", ".join(shared), heads + time_heads, cells
 
 
-_SETTINGS = ("ranks", "tokens", "dtype", "layout", "form", "transfer", "SMs", "tagged")
+_SETTINGS = (
+    "ranks",
+    "tokens",
+    "dtype",
+    "combine dtype",
+    "layout",
+    "form",
+    "transfer",
+    "SMs",
+    "tagged",
+)
 _TIMES = (
     "pair us",
     "p10",
@@ -125,6 +135,7 @@ def _setting_cells(row: CaseRow) -> dict[str, str]:
         case.num_ranks,
         case.num_tokens,
         case.dispatch_dtype,
+        case.combine_dtype,
         case.output_layout.removesuffix("_major"),
         case.form,
         case.transfer,

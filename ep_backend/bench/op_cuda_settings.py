@@ -19,11 +19,12 @@ from ep_backend.settings import TAGGED_TOKENS_IN_WORKSPACES, default_tagged_toke
 
 PROGRAM = "ep-backend bench op --device cuda"
 
-DISPATCH_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+TRAVELLING_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+"""Of rows of dispatch or combine."""
 OUTPUT_LAYOUTS = ("expert_major", "expert_workspace", "rank_major")
 """Rows by expert, unpacked from an inbox, of which a partial sum a rank goes home. By expert in a
 workspace, where every row is fetched from its expert. A row a (token, rank), in a workspace where
-it is pulled."""
+it is pulled and comes home as bf16."""
 FORMS = ("fused", "hook")
 TRANSFERS = ("pull", "push")
 
@@ -36,7 +37,8 @@ class Case:
     num_tokens: int
     """T of every rank."""
     dispatch_dtype: str
-    """Of `DISPATCH_DTYPES`."""
+    combine_dtype: str
+    """Both of `TRAVELLING_DTYPES`."""
     output_layout: str
     """Of `OUTPUT_LAYOUTS`."""
     form: str
@@ -50,7 +52,8 @@ class Case:
     @property
     def has_workspace(self) -> bool:
         """On CUDA."""
-        return self.output_layout != "expert_major" and self.transfer == "pull"
+        is_fetched = self.transfer == "pull" and self.combine_dtype == "bf16"
+        return self.output_layout != "expert_major" and is_fetched
 
     @property
     def default_tagged_tokens(self) -> int:
@@ -69,6 +72,7 @@ class CudaBenchSettings:
     num_ranks: tuple[int, ...] = (1, 8)
     num_tokens: tuple[int, ...] = (1, 16, 128)
     dispatch_dtypes: tuple[str, ...] = ("bf16", "fp8")
+    combine_dtypes: tuple[str, ...] = ("bf16",)
     output_layouts: tuple[str, ...] = OUTPUT_LAYOUTS
     forms: tuple[str, ...] = FORMS
     transfers: tuple[str, ...] = ("pull",)
@@ -96,7 +100,8 @@ class CudaBenchSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name, allowed in (
-            ("dispatch_dtypes", tuple(DISPATCH_DTYPES)),
+            ("dispatch_dtypes", tuple(TRAVELLING_DTYPES)),
+            ("combine_dtypes", tuple(TRAVELLING_DTYPES)),
             ("output_layouts", OUTPUT_LAYOUTS),
             ("forms", FORMS),
             ("transfers", TRANSFERS),
@@ -116,12 +121,17 @@ class CudaBenchSettings:
                 f"num_experts is {self.num_experts}, expected at least the largest number of "
                 f"ranks, {max(self.num_ranks)}"
             )
+        if not any(self.cases()):
+            raise ValueError(
+                "no case is left: rows in expert workspaces are pulled and come home as bf16"
+            )
 
     def cases(self) -> Iterator[Case]:
         for values in itertools.product(
             self.num_ranks,
             self.num_tokens,
             self.dispatch_dtypes,
+            self.combine_dtypes,
             self.output_layouts,
             self.forms,
             self.transfers,
@@ -129,7 +139,7 @@ class CudaBenchSettings:
             self.num_max_tagged_tokens,
         ):
             case = Case(*values)
-            if case.output_layout != "expert_workspace" or case.transfer == "pull":
+            if case.output_layout != "expert_workspace" or case.has_workspace:
                 yield case
 
 
@@ -200,6 +210,7 @@ def add_case_options(
         add("--ranks", "num_ranks", _numbers, "List: virtual ranks, all on this GPU.")
     add("--tokens", "num_tokens", _numbers, "List: tokens of every rank.")
     add("--dispatch-dtype", "dispatch_dtypes", _words, "List of bf16, fp8: rows of dispatch.")
+    add("--combine-dtype", "combine_dtypes", _words, "List of bf16, fp8: rows of combine.")
     add("--layout", "output_layouts", _words, "List of expert_major, expert_workspace, rank_major.")
     add("--form", "forms", _words, "List of fused, hook: one call, or a send and its hook.")
     add("--transfer", "transfers", _words, "List of pull, push.")

@@ -118,6 +118,7 @@ def document() -> dict[str, Any]:
     case = {
         "num_tokens": 16,
         "dispatch_dtype": "fp8",
+        "combine_dtype": "bf16",
         "output_layout": "rank_major",
         "form": "fused",
         "transfer": "pull",
@@ -131,7 +132,12 @@ def document() -> dict[str, Any]:
         "pair_rank_difference_us": 0.25,
     }
     off = case | {"num_max_tagged_tokens": 0, "num_sms": 64}
-    nccl = {"num_tokens": 16, "dispatch_dtype": "fp8", "pair": spread(17.7)}
+    nccl = {
+        "num_tokens": 16,
+        "dispatch_dtype": "fp8",
+        "combine_dtype": "bf16",
+        "pair": spread(17.7),
+    }
     versions = dict.fromkeys(("driver", "cuda", "torch", "ep_backend"), "1")
     return {
         "machine": {"gpu": "H100"} | versions,
@@ -147,13 +153,13 @@ def document() -> dict[str, Any]:
 def test_the_table_has_times_beside_nccl_or_says_failed(capsys: pytest.CaptureFixture[str]) -> None:
     first, second = table_cells(document())
     assert len(first) == len(second) == len(SETTING_HEADS) + len(TIME_HEADS)
-    assert first[:7] == ["16", "fp8", "rank", "fused", "pull", "all", "default"]
-    assert first[7:] == ["10.00", "9.00", "11.00", "4.00", "6.00", "17.70", "0.25"]
-    assert second[5:9] == ["64", "off", "failed", ""]
+    assert first[:8] == ["16", "fp8", "bf16", "rank", "fused", "pull", "all", "default"]
+    assert first[8:] == ["10.00", "9.00", "11.00", "4.00", "6.00", "17.70", "0.25"]
+    assert second[6:10] == ["64", "off", "failed", ""]
     print_results(document())
     printed = capsys.readouterr().out
     assert "2 x H100" in printed
-    assert "failed: 16 fp8 rank fused pull 64 off: rank 1: PeerTimeout: x" in printed
+    assert "failed: 16 fp8 bf16 rank fused pull 64 off: rank 1: PeerTimeout: x" in printed
     assert "copy of 256 MiB, GPU 0 to 1: 390 GB/s" in printed
 
 

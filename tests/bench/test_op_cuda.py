@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from ep_backend import _native, faults
 from ep_backend.bench import op_cuda
-from ep_backend.bench.op_cuda_bytes import PairBytes, count_bytes, dispatch_row_bytes
+from ep_backend.bench.op_cuda_bytes import PairBytes, count_bytes, travelling_row_bytes
 from ep_backend.bench.op_cuda_case import CaseTimes, check_lockstep, inputs_of, open_buffers
 from ep_backend.bench.op_cuda_floors import GemmTimes
 from ep_backend.bench.op_cuda_graph import Spread
@@ -43,6 +43,7 @@ CASE = Case(
     num_ranks=3,
     num_tokens=4,
     dispatch_dtype="bf16",
+    combine_dtype="bf16",
     output_layout="expert_major",
     form="hook",
     transfer="push",
@@ -52,9 +53,9 @@ CASE = Case(
 
 
 def test_row_bytes_include_scales() -> None:
-    assert dispatch_row_bytes(torch.bfloat16, 7168) == 14336
-    assert dispatch_row_bytes(torch.float8_e4m3fn, 7168) == 7392
-    assert dispatch_row_bytes(torch.float8_e4m3fn, 130) == 130 + 8
+    assert travelling_row_bytes(torch.bfloat16, 7168) == 14336
+    assert travelling_row_bytes(torch.float8_e4m3fn, 7168) == 7392
+    assert travelling_row_bytes(torch.float8_e4m3fn, 130) == 130 + 8
 
 
 def test_lists_are_swept_and_the_rest_is_default() -> None:
@@ -70,6 +71,18 @@ def test_lists_are_swept_and_the_rest_is_default() -> None:
     assert settings.hidden == 7168
 
 
+def test_rows_that_come_home_as_float8_are_not_in_workspaces() -> None:
+    settings, _ = parse_arguments(["--combine-dtype", "bf16,fp8", "--form", "hook", "--ranks", "2"])
+    in_workspaces = {(c.combine_dtype, c.output_layout): c.has_workspace for c in settings.cases()}
+    assert in_workspaces == {
+        ("bf16", "expert_major"): False,
+        ("bf16", "expert_workspace"): True,
+        ("bf16", "rank_major"): True,
+        ("fp8", "expert_major"): False,
+        ("fp8", "rank_major"): False,
+    }
+
+
 def test_quick_is_a_start_that_other_options_change() -> None:
     settings, output = parse_arguments(["--quick", "--form", "hook", "--cold"])
     assert output is None
@@ -82,6 +95,8 @@ def test_quick_is_a_start_that_other_options_change() -> None:
     ("arguments", "expected"),
     [
         (["--dispatch-dtype", "fp4"], "'fp4', expected bf16 or fp8"),
+        (["--combine-dtype", "fp4"], "'fp4', expected bf16 or fp8"),
+        (["--combine-dtype", "fp8", "--layout", "expert_workspace"], "no case is left"),
         (["--layout", "row_major"], "expert_major or expert_workspace or rank_major"),
         (["--tokens", "1,x"], "--tokens"),
         (["--tokens", "256"], "at least the largest number of tokens, 256"),
@@ -130,6 +145,7 @@ def test_bytes_of_a_small_exchange() -> None:
         num_experts=4,
         hidden=200,
         dispatch_dtype=torch.float8_e4m3fn,
+        combine_dtype=torch.bfloat16,
         output_layout="expert_major",
     )
     assert counted == PairBytes(
@@ -144,10 +160,12 @@ def test_bytes_of_a_small_exchange() -> None:
         num_experts=4,
         hidden=200,
         dispatch_dtype=torch.bfloat16,
+        combine_dtype=torch.float8_e4m3fn,
         output_layout="rank_major",
     )
     assert counted.num_rows == 4
     assert counted.pair_bytes == 2 * (x_bytes + 4 * row_bytes)
+    assert counted.staging_bytes == 2 * 4 * (row_bytes + fp8_bytes)  # only there it is float8
 
 
 def test_spread_is_of_one_operation() -> None:
@@ -156,16 +174,26 @@ def test_spread_is_of_one_operation() -> None:
     assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
 
 
+@pytest.mark.parametrize("combine_dtype", ["bf16", "fp8"])
 @pytest.mark.parametrize("dispatch_dtype", ["bf16", "fp8"])
 @pytest.mark.parametrize("output_layout", OUTPUT_LAYOUTS)
-def test_a_right_pair_passes_its_check(dispatch_dtype: str, output_layout: str) -> None:
-    case = replace(CASE, dispatch_dtype=dispatch_dtype, output_layout=output_layout)
+def test_a_right_pair_passes_its_check(
+    dispatch_dtype: str, combine_dtype: str, output_layout: str
+) -> None:
+    case = replace(
+        CASE,
+        dispatch_dtype=dispatch_dtype,
+        combine_dtype=combine_dtype,
+        output_layout=output_layout,
+    )
     with open_buffers(SMALL, case, device="cpu") as buffers:
         ranks = [
             RankOps(b, i, "hook") for b, i in zip(buffers, inputs_of(SMALL, 3, 4), strict=True)
         ]
         error = check_lockstep(ranks, is_first=True)
-        assert 0 < error < (0.005 if dispatch_dtype == "bf16" else 0.04)
+        num_float8 = [dispatch_dtype, combine_dtype].count("fp8")
+        at_least, below = {0: (0, 0.005), 1: (0.01, 0.04), 2: (0.02, 0.05)}[num_float8]
+        assert at_least < error < below
         for _ in range(3):
             assert check_lockstep(ranks, is_first=False) == error
 
@@ -285,6 +313,7 @@ def test_the_table_prints_in_full_with_and_without_rich(
     "arguments",
     [
         ["--ranks", "1,4", "--cold", "--form", "fused,hook", "--layout", "expert_major,rank_major"],
+        ["--ranks", "1,4", "--combine-dtype", "bf16,fp8", "--layout", "rank_major", "--no-gemm"],
         ["--ranks", "64", "--num-max-tokens", "2", "--tokens", "2", "--no-floors", "--no-gemm"],
     ],
 )
@@ -296,5 +325,5 @@ def test_cases_are_timed_on_a_gpu(arguments: list[str], tmp_path: Path) -> None:
     assert document["machine"]["gpu"] == torch.cuda.get_device_name()
     for case in document["cases"]:
         assert 0 < case["dispatch"]["median_us"] < case["pair"]["median_us"]
-        assert 0 < case["relative_error"] < 0.04
+        assert 0 < case["relative_error"] < 0.05
         assert case["num_symmetric_bytes"] > 0

@@ -48,13 +48,18 @@ def test_up_to_nine_ranks_equal_the_reference(scenario: Scenario) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("combine_dtype", [None, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("hidden", "num_tokens"),
     [(8192, 8), (8192, 9), (12_345, 9), (60_000, 9), (60_001, 9), (3, 9)],
 )
 def test_rows_that_are_written_past_the_caches_equal_the_reference(
-    dtype: torch.dtype, hidden: int, num_tokens: int, reduction: str
+    dtype: torch.dtype,
+    hidden: int,
+    num_tokens: int,
+    combine_dtype: torch.dtype | None,
+    reduction: str,
 ) -> None:
     """The kernels switch to streaming stores at some number of bytes, and need aligned rows."""
     shape = Shape(
@@ -65,6 +70,7 @@ def test_rows_that_are_written_past_the_caches_equal_the_reference(
         top_k=4,
         dtype=dtype,
         num_banks=4,
+        combine_dtype=combine_dtype,
         reduction=reduction,
     )
     scenario = Scenario(shape)

@@ -26,12 +26,15 @@ class Case:
     """Of float8 rows; None: rows travel as they are."""
     output_layout: str = "expert_major"
     reduction: str = "rank"
+    comes_home_as_float8: bool = False
 
     @property
     def id(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         scales = "" if self.scale_format is None else f"-float8_{self.scale_format}"
         arranged = f"{self.output_layout}-{self.reduction}"
+        if self.comes_home_as_float8:
+            arranged += "-float8_back"
         shape = f"H{self.hidden}-E{self.num_experts}-K{self.top_k}-{arranged}"
         return f"{self.routing}-{dtype}{scales}-{shape}"
 
@@ -47,6 +50,7 @@ class Case:
             scale_format=self.scale_format or "float32",
             output_layout=self.output_layout,
             reduction=self.reduction,
+            combine_dtype=torch.float8_e4m3fn if self.comes_home_as_float8 else None,
         )
         full = self.num_max_tokens_per_rank
         # The last rank has no token in the case of that name, and in the others now and then.
@@ -74,6 +78,8 @@ CASES = [
     Case("repeated", torch.float32, 130, 2, 32, 12, "power_of_two", "rank_major"),
     Case("masked", torch.bfloat16, reduction="source"),
     Case("repeated", torch.float32, num_experts=2, top_k=32, reduction="source"),
+    Case("uniform", torch.bfloat16, 7168, num_max_tokens_per_rank=5, comes_home_as_float8=True),
+    Case("masked", torch.float32, hidden=130, reduction="source", comes_home_as_float8=True),
 ]
 
 

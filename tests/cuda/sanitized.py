@@ -23,6 +23,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"num_max_tagged_tokens": 0},
     {"num_max_tagged_tokens": 2, "transfer": "push"},
     FLOAT8 | {"num_max_tagged_tokens": 2},
+    {"combine_dtype": torch.float8_e4m3fn, "num_max_tagged_tokens": 2},
+    {"combine_dtype": torch.float8_e4m3fn, "num_max_tagged_tokens": 2, "reduction": "source"},
     FLOAT8 | {"output_layout": "rank_major", "num_workspaces": 2, "num_max_tagged_tokens": 0},
     FLOAT8 | {"output_layout": "rank_major", "num_workspaces": 2, "num_max_tagged_tokens": 4},
 ]

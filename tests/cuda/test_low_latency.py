@@ -22,6 +22,7 @@ from tests.support.strategies import scenarios
 
 CUDA_SHAPE = Shape(2, hidden=64, device="cuda")
 FLOAT8 = {"dispatch_dtype": torch.float8_e4m3fn, "scale_format": "ue8m0"}
+FLOAT8_BACK = {"combine_dtype": torch.float8_e4m3fn}
 RANK_MAJOR = {"output_layout": "rank_major"}
 SOURCE = {"reduction": "source"}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -35,6 +36,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "source": SOURCE | {"transfer": "push", "num_max_tagged_tokens": 0},
     "source_pull": SOURCE | {"num_max_tagged_tokens": 0},
     "source_tagged": SOURCE | {"num_max_tagged_tokens": 3},
+    "float8_back_pull": FLOAT8_BACK | {"num_max_tagged_tokens": 0},
+    "float8_back_push": FLOAT8_BACK | {"transfer": "push", "num_max_tagged_tokens": 0},
+    "float8_back_tagged": FLOAT8_BACK | {"num_max_tagged_tokens": 6},
+    "float8_back_tagged_or_push": FLOAT8_BACK | {"transfer": "push", "num_max_tagged_tokens": 3},
+    "float8_both_ways": FLOAT8 | FLOAT8_BACK | {"num_max_tagged_tokens": 3},
+    "float8_back_rank_major": FLOAT8_BACK | RANK_MAJOR,
+    "float8_back_source": FLOAT8_BACK | SOURCE | {"num_max_tagged_tokens": 0},
+    "float8_back_source_tagged": FLOAT8_BACK | SOURCE | {"num_max_tagged_tokens": 3},
     "workspaces": RANK_MAJOR | {"num_workspaces": 5, "num_max_tagged_tokens": 0},
     "tagged_workspaces": RANK_MAJOR | {"num_workspaces": 5, "num_max_tagged_tokens": 5},
     "float8_workspaces": FLOAT8 | RANK_MAJOR | {"num_workspaces": 5, "expert_ids": "global"},
@@ -117,6 +126,24 @@ def test_many_experts_and_ranks_in_expert_workspaces(num_tokens: int) -> None:
         reduction="source", num_workspaces=1,
     )  # fmt: skip
     drive_on_streams(Scenario(shape).add("uniform", [num_tokens] * 11, seed=1), num_ops=2)
+
+
+@pytest.mark.parametrize("reduction", ["rank", "source"])
+@pytest.mark.parametrize("num_max_tagged_tokens", [0, 9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_float8_combines_of_one_rank_and_of_many_rows(
+    dtype: torch.dtype, num_max_tagged_tokens: int, reduction: str
+) -> None:
+    """One rank, whose rows never leave it; and more rows to add than are on their way together, of
+    several parts of which the last is not full."""
+    for num_ranks, top_k in ((1, 1), (1, 9), (9, 20)):
+        shape = Shape(
+            num_ranks, 9, 2192, num_experts=27, top_k=top_k, dtype=dtype, device="cuda",
+            num_max_tagged_tokens=num_max_tagged_tokens, reduction=reduction, **FLOAT8_BACK,
+        )  # fmt: skip
+        scenario = mixed_scenario(shape, num_variants=3)
+        drive(scenario, "plain_loop", num_ops=3)
+        drive_on_streams(scenario, num_ops=3)
 
 
 def test_more_tokens_than_threads_of_a_block() -> None:
@@ -220,7 +247,16 @@ class Pair:
         if self._buffer.num_scales > 0:
             quantized = reference.quantize(x.cpu(), self._buffer.scale_format)
             x = reference.dequantize(*quantized).to(x.dtype).cuda()
-        return (self.weights[:, :1] * x.float()).to(x.dtype)
+        x, weights = x.float().cpu(), self.weights[:, :1].cpu()
+        dtype, combine_dtype = self._buffer.dtype, self._buffer.combine_dtype
+        if self._buffer.reduction == "source":
+            out = weights * reference.travelled(x, combine_dtype)
+        else:
+            rows = weights * x
+            if self._buffer.output_layout == "rank_major":
+                rows = rows.to(dtype).float()
+            out = reference.travelled(rows, combine_dtype)
+        return out.to(dtype).cuda()
 
 
 def test_a_workspace_holds_one_dispatch_at_a_time() -> None:

@@ -251,7 +251,11 @@ COMBINE_MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"out has shape \[4, 24\], expected \[3, 24\]",
     ),
-    "logfmt": (dict(use_logfmt=True), NotImplementedError, "use_logfmt is True"),
+    "logfmt": (
+        dict(use_logfmt=True),
+        NotImplementedError,
+        r"use_logfmt is True, .*LowLatencyBuffer with combine_dtype=torch\.float8_e4m3fn",
+    ),
     "wait stats": (
         dict(combine_wait_recv_cost_stats=torch.zeros(1, dtype=torch.int64)),
         NotImplementedError,

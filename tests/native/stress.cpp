@@ -7,7 +7,8 @@
 //   MODE loop    d h c hc, one thread a rank
 //        steady  BANKS dispatches outstanding all the time, one thread a rank
 //        split   sends in one thread of the rank, hooks in another
-//   DTYPE        float32, bfloat16, or float8: float32 that is dispatched as float8
+//   DTYPE        float32, bfloat16, float8: float32 that is dispatched as float8, or float8_both:
+//                that also comes home as float8
 //   OUTPUT       expert_major, rank_major, or source: expert-major, whose rows are added at home
 //   damage       one payload byte of one message is changed: the check must end the program
 //
@@ -76,7 +77,8 @@ void run_split(Rank& rank, const Options& options) {
 int main(int argc, char** argv) {
   if (argc < 8) return 2;
   const std::string dtype = argv[6];
-  const DType combine_dtype = dtype == "bfloat16" ? DType::kBFloat16 : DType::kFloat32;
+  const DType row_dtype = dtype == "bfloat16" ? DType::kBFloat16 : DType::kFloat32;
+  const bool is_both = dtype == "float8_both";
   const std::string output = argv[7];
   const Options options{
       argv[1],
@@ -84,8 +86,9 @@ int main(int argc, char** argv) {
       static_cast<uint32_t>(std::atoi(argv[3])),
       static_cast<uint64_t>(std::atoll(argv[4])),
       static_cast<uint32_t>(std::atoi(argv[5])),
-      combine_dtype,
-      dtype == "float8" ? DType::kFloat8E4M3 : combine_dtype,
+      row_dtype,
+      is_both || dtype == "float8" ? DType::kFloat8E4M3 : row_dtype,
+      is_both ? DType::kFloat8E4M3 : row_dtype,
       output == "rank_major" ? OutputLayout::kRankMajor : OutputLayout::kExpertMajor,
       output == "source" ? protocol::Reduction::kSource : protocol::Reduction::kRank,
       argc > 8};
@@ -99,6 +102,7 @@ int main(int argc, char** argv) {
                           options.dispatch_dtype,
                           protocol::ScaleFormat::kPowerOfTwo};
   config.reduction = options.reduction;
+  config.combine_dtype = options.combine_dtype;
   // Exactly as many bytes as the layout says: AddressSanitizer sees the first byte behind them.
   const uint64_t num_bytes = protocol::LowLatencyLayout(config).num_bytes();
   std::vector<std::byte*> bases;

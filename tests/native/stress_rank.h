@@ -1,6 +1,7 @@
 // One rank of the stress program: its inputs, the four calls, and checks of all that comes out.
 #pragma once
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -27,7 +28,7 @@ struct Options {
   uint32_t num_ranks, num_banks;
   uint64_t num_ops;
   uint32_t hidden;
-  DType dtype, dispatch_dtype;
+  DType dtype, dispatch_dtype, combine_dtype;
   OutputLayout output;
   protocol::Reduction reduction;
   bool damage;
@@ -220,7 +221,7 @@ class Rank {
               static_cast<float>(element_of(op, self_, token, column)) + static_cast<float>(expert);
         }
         const float got = load(operation.out.data() + token * row_bytes, column, options_.dtype);
-        if (got != expected) {
+        if (!(std::abs(got - expected) <= expected * tolerance())) {
           give_up("wrong result (token, column)", self_, op, token, column);
         }
       }
@@ -235,6 +236,11 @@ class Rank {
     }
   }
 
+  // Terms are not negative, and none is so small that its float8 has no exponent: half a step of
+  // three bits of mantissa. Everything else is exact.
+  float tolerance() const {
+    return options_.combine_dtype == DType::kFloat8E4M3 ? 1.0001f / 16 : 0.0f;
+  }
   bool is_source() const { return options_.reduction == protocol::Reduction::kSource; }
   bool is_rank_major() const { return options_.output == OutputLayout::kRankMajor; }
 

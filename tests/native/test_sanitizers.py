@@ -75,10 +75,13 @@ def stress(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         ("loop", 3, 2, 1000, 200, "float8", "expert_major"),
         ("split", 9, 3, 200, 129, "float8", "rank_major"),
         ("split", 3, 2, 2000, 37, "bfloat16", "source"),
+        ("split", 3, 2, 1000, 200, "float8_both", "expert_major"),
+        ("loop", 3, 2, 500, 129, "float8_both", "source"),
         # rows that are written past the caches
         ("split", 3, 2, 12, 30_000, "float32", "expert_major"),
         ("loop", 3, 4, 12, 60_001, "bfloat16", "rank_major"),
         ("loop", 3, 2, 12, 30_001, "float32", "source"),
+        ("loop", 3, 2, 12, 60_001, "float8_both", "rank_major"),
     ],
 )
 def test_thousands_of_operations_without_a_report(

@@ -45,6 +45,15 @@ def test_rounding_equals_torchs_with_448_for_all_beyond() -> None:
     assert not wrong
 
 
+def test_all_values_equal_torchs() -> None:
+    expected = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    values = torch.tensor([_native.from_e4m3(value) for value in range(256)])
+    assert values[[0x7F, 0xFF]].isnan().all()
+    is_number = ~expected.isnan()
+    assert is_number.sum() == 254
+    assert torch.equal(values[is_number].view(torch.int32), expected[is_number].view(torch.int32))
+
+
 @pytest.mark.parametrize("scale_format", SCALE_FORMATS)
 def test_scales_equal_the_references(scale_format: str) -> None:
     amax = neighbours(float32_of(torch.arange(0x7F81) << 16)).abs()

@@ -19,9 +19,10 @@ SLOT_ALIGN, HEADER_ALIGN, SCALES_ALIGN = 128, 64, 16
 WORD_BYTES, PART_BYTES = 16, 1024
 TAGGED_PART_BYTES = 3 * 32 * WORD_BYTES  # three words a lane
 COUNTS_PER_WORD = 6
+FLOAT8 = torch.float8_e4m3fn
 
 num_tokens = st.shared(st.integers(1, 6), key="tokens")
-dispatch_dtypes = st.shared(st.sampled_from([None, torch.float8_e4m3fn]), key="dispatch dtype")
+dispatch_dtypes = st.shared(st.sampled_from([None, FLOAT8]), key="dispatch dtype")
 shapes = st.builds(
     Shape,
     num_ranks=st.integers(1, 9),
@@ -33,6 +34,7 @@ shapes = st.builds(
     num_banks=st.integers(2, 4),
     device=st.just("cuda"),  # the only one with a choice of transfers
     dispatch_dtype=dispatch_dtypes,
+    combine_dtype=st.sampled_from([None, FLOAT8]),
     transfer=st.sampled_from(["push", "pull"]),
     reduction=st.sampled_from(["rank", "source"]),
     num_max_tagged_tokens=num_tokens.flatmap(lambda n: st.integers(0, n)),
@@ -42,6 +44,7 @@ shapes = st.builds(
 workspace_shapes = st.builds(
     lambda shape, num_workspaces: replace(
         shape,
+        combine_dtype=None,
         output_layout="rank_major" if shape.reduction == "rank" else "expert_major",
         transfer="pull",
         num_max_tagged_tokens=shape.num_max_tagged_tokens if shape.reduction == "rank" else 0,
@@ -70,6 +73,17 @@ def dispatch_row_bytes(shape: Shape) -> int:
 
 def num_scales(shape: Shape) -> int:
     return -(-shape.hidden // 128) if shape.is_float8 else 0
+
+
+def combine_row_bytes(shape: Shape) -> int:
+    return shape.hidden * (shape.combine_dtype or shape.dtype).itemsize
+
+
+def outcome_bytes(shape: Shape) -> int:
+    """A row of combine, and its scales where they start aligned behind it."""
+    if shape.combine_dtype is None:
+        return combine_row_bytes(shape)
+    return align_up(combine_row_bytes(shape), SCALES_ALIGN) + 4 * -(-shape.hidden // 128)
 
 
 def tagged_row_bytes(row_bytes: int) -> int:
@@ -116,7 +130,7 @@ def messages_of(shape: Shape) -> Iterator[tuple[str, Part]]:
     """Headers, rows and scales, partial rows, and all of it as tagged words."""
     layout, banks = shape.layout(), range(shape.num_banks)
     ranks, tokens = range(shape.num_ranks), range(shape.num_max_tokens_per_rank)
-    row_bytes = shape.hidden * shape.dtype.itemsize
+    row_bytes = outcome_bytes(shape)
     slots = list(product(banks, ranks, tokens))
     is_pull = shape.config().transfer == _native.Transfer.PULL
     places = list(product(banks, tokens)) if is_pull else slots
@@ -143,7 +157,7 @@ def messages_of(shape: Shape) -> Iterator[tuple[str, Part]]:
         at = layout.tagged_message(*place)
         yield "tagged_inbox", (at, layout.tagged_message_bytes, f"tagged message {place}")
     for place in product(banks, range(len(tagged) * layout.num_outcome_columns)):
-        num_bytes = tagged_row_bytes(row_bytes)
+        num_bytes = tagged_row_bytes(combine_row_bytes(shape))
         yield "tagged_outcome", (layout.tagged_outcome(*place), num_bytes, f"tagged row {place}")
 
 
@@ -238,6 +252,13 @@ def test_the_documented_sizes(shape: Shape) -> None:
     assert layout.row_bytes == shape.hidden * shape.dtype.itemsize
     assert layout.dispatch_row_bytes == dispatch_row_bytes(shape)
     assert layout.num_scales == num_scales(shape)
+    assert layout.combine_row_bytes == combine_row_bytes(shape)
+    assert layout.num_combine_scales == (
+        0 if shape.combine_dtype is None else -(-shape.hidden // 128)
+    )
+    if shape.combine_dtype is not None:
+        scales_end = layout.combine_scales_in_row + 4 * layout.num_combine_scales
+        assert scales_end == outcome_bytes(shape)
     # A tagged message: a word for its header and one for each entry, then the parts of its row.
     assert layout.tagged_row_in_message == align_up((1 + shape.top_k) * WORD_BYTES, SLOT_ALIGN)
     tagged_bytes = layout.tagged_row_in_message + tagged_row_bytes(dispatch_row_bytes(shape))
@@ -326,6 +347,15 @@ def test_float8_halves_the_inbox_and_adds_its_scales() -> None:
     assert saved == 2 * 8 * 128 * (7168 - 56 * 4)
 
 
+def test_float8_halves_the_outcome_and_adds_its_scales() -> None:
+    bfloat16 = Shape(8, 128, 7168, 256, 8)
+    float8 = replace(bfloat16, combine_dtype=FLOAT8)
+    saved = bfloat16.layout().num_bytes - float8.layout().num_bytes
+    row_bytes = align_up(7168 + 56 * 4, SLOT_ALIGN)
+    assert saved == 2 * 128 * 8 * (2 * 7168 - row_bytes)
+    assert row_bytes < 0.53 * 2 * 7168
+
+
 def test_memory_does_not_grow_with_the_number_of_experts() -> None:
     few, many = (Shape(8, 128, 7168, e, 8).layout().num_bytes for e in (8, 256))
     assert many - few < 8 * 2 * 8 * 32  # only their counts: u64 x banks x ranks x experts a rank
@@ -338,7 +368,7 @@ def test_memory_does_not_grow_with_the_number_of_experts() -> None:
         Shape(1, device="cuda"),
         Shape(8, 128, 7168, 256, 8, device="cuda"),
         Shape(8, 128, 7168, 256, 8, device="cuda", transfer="push", num_max_tagged_tokens=0),
-        Shape(9, 5, 33, 7, 32, torch.float32, 3, "cuda", torch.float8_e4m3fn, "ue8m0"),
+        Shape(9, 5, 33, 7, 32, torch.float32, 3, "cuda", FLOAT8, FLOAT8, "ue8m0"),
         Shape(4, 128, 7168, 256, 8, device="cuda", reduction="source"),
         Shape(4, 9, 256, device="cuda", output_layout="rank_major", num_workspaces=2),
         Shape(4, 9, 256, device="cuda", reduction="source", num_workspaces=2),

@@ -23,6 +23,7 @@ class Shape:
     num_banks: int = 2
     device: str = "cpu"
     dispatch_dtype: torch.dtype | None = None
+    combine_dtype: torch.dtype | None = None
     scale_format: str = "float32"
     output_layout: str = "expert_major"
     reduction: str = "rank"
@@ -52,6 +53,7 @@ class Shape:
             top_k=self.top_k,
             dtype=self.dtype,
             dispatch_dtype=self.dispatch_dtype or self.dtype,
+            combine_dtype=self.combine_dtype or self.dtype,
             scale_format=self.scale_format,
             output_layout=self.output_layout,
             reduction=self.reduction,
@@ -80,6 +82,7 @@ class Shape:
             top_k=self.top_k,
             dtype=self.dtype,
             dispatch_dtype=self.dispatch_dtype,
+            combine_dtype=self.combine_dtype,
             scale_format=self.scale_format,
             output_layout=self.output_layout,
             reduction=self.reduction,

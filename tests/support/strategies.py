@@ -28,7 +28,9 @@ def shapes(
         hidden=st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 255, 256, 257, 600])),
         num_experts=st.integers(1, 13),
     )
-    num_elements = CUDA_ROW_ALIGNMENT // (1 if is_float8 else dtype.itemsize)
+    is_combine_float8 = not in_expert_workspaces and draw(st.booleans())
+    has_float8 = is_float8 or is_combine_float8
+    num_elements = CUDA_ROW_ALIGNMENT // (1 if has_float8 else dtype.itemsize)
     cuda = dict(
         num_max_tokens_per_rank=st.sampled_from([1, 3, 9, 40]),
         hidden=st.one_of(
@@ -49,7 +51,8 @@ def shapes(
     )
     if in_expert_workspaces:
         settings |= dict(num_workspaces=3, transfer="pull", num_max_tagged_tokens=None)
-    if device == "cuda" and output_layout == "rank_major" and draw(st.booleans()):
+    may_be_in_place = device == "cuda" and output_layout == "rank_major" and not is_combine_float8
+    if may_be_in_place and draw(st.booleans()):
         # One for each operation that the programs have in flight.
         settings |= dict(num_workspaces=5, transfer="pull")
         settings["expert_ids"] = draw(st.sampled_from(["local", "global"]))
@@ -62,6 +65,7 @@ def shapes(
         top_k=draw(st.integers(1, 32)),
         dtype=dtype,
         dispatch_dtype=torch.float8_e4m3fn if is_float8 else None,
+        combine_dtype=torch.float8_e4m3fn if is_combine_float8 else None,
         scale_format=draw(st.sampled_from(SCALE_FORMATS)) if is_float8 else "float32",
         output_layout=output_layout,
         reduction=draw(st.sampled_from(reductions)),
