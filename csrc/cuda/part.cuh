@@ -229,13 +229,16 @@ struct QuantizeRow {
     Part out;
     uint32_t scales[2];
 #pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) out.vectors[i] = quantize(fetched.inputs[i], &scales[i]);
+    for (uint32_t i = 0; i < 2; ++i) {
+      out.vectors[i] = quantize(fetched.inputs[i], format, &scales[i]);
+    }
     out.scale = threadIdx.x % 8 == 1 ? scales[1] : scales[0];
     return out;
   }
 
- private:
-  __device__ uint4 quantize(const uint4 (&inputs)[kInputs], uint32_t* scale_bits) const {
+  // 16 values, of a group that eight lanes hold. Whole warp.
+  __device__ static uint4 quantize(const uint4 (&inputs)[kInputs], protocol::ScaleFormat format,
+                                   uint32_t* scale_bits) {
     float amax = 0.0f;
 #pragma unroll
     for (uint32_t j = 0; j < kInputs; ++j) {
