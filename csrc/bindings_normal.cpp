@@ -23,18 +23,22 @@ void bind_layout(py::module_& m) {
   m.attr("NUM_ROUND_BANKS") = kNumRoundBanks;
   py::class_<NormalConfig>(m, "NormalConfig")
       .def(py::init([](uint32_t num_ranks, uint32_t num_experts, uint32_t hidden, uint32_t top_k,
-                       DType dtype, uint32_t num_tokens_per_round) {
-             return NormalConfig{num_ranks, num_experts, hidden,
-                                 top_k,     dtype,       num_tokens_per_round};
+                       DType dtype, DType dispatch_dtype, ScaleFormat scale_format,
+                       uint32_t num_tokens_per_round) {
+             return NormalConfig{num_ranks, num_experts,    hidden,       top_k,
+                                 dtype,     dispatch_dtype, scale_format, num_tokens_per_round};
            }),
            py::kw_only(), py::arg("num_ranks"), py::arg("num_experts"), py::arg("hidden"),
-           py::arg("top_k"), py::arg("dtype"), py::arg("num_tokens_per_round"))
+           py::arg("top_k"), py::arg("dtype"), py::arg("dispatch_dtype"), py::arg("scale_format"),
+           py::arg("num_tokens_per_round"))
       .def_readwrite("num_tokens_per_round", &NormalConfig::num_tokens_per_round);
   py::class_<NormalLayout>(m, "NormalLayout")
       .def(py::init<const NormalConfig&>())
       .def_static("num_tokens_that_fit", &NormalLayout::num_tokens_that_fit)
       .def_property_readonly("partition", &NormalLayout::partition)
       .def_property_readonly("row_bytes", &NormalLayout::row_bytes)
+      .def_property_readonly("num_scales", &NormalLayout::num_scales)
+      .def_property_readonly("num_scale_words", &NormalLayout::num_scale_words)
       .def_property_readonly("num_bytes", &NormalLayout::num_bytes)
       .def_property_readonly("num_max_messages_per_token",
                              &NormalLayout::num_max_messages_per_token)
@@ -47,7 +51,9 @@ void bind_layout(py::module_& m) {
       .def("expert_counts", &NormalLayout::expert_counts)
       .def("message", &NormalLayout::message)
       .def("weights", &NormalLayout::weights)
-      .def("row", &NormalLayout::row);
+      .def("token", &NormalLayout::token)
+      .def("row", &NormalLayout::row)
+      .def("scales", &NormalLayout::scales);
 }
 
 SendRoutes routes(uint64_t num_tokens, uintptr_t num_messages, uintptr_t messages) {
@@ -84,12 +90,14 @@ void bind_rank(py::module_& m) {
              return run([&] { return self.exchange_counts(params); });
            })
       .def("dispatch",
-           [](NormalRank& self, uintptr_t x, bool is_cached, uintptr_t topk_idx,
-              bool topk_idx_is_int64, uintptr_t topk_weights, uint64_t num_tokens,
-              uintptr_t num_messages, uintptr_t messages, uint64_t num_rounds, uintptr_t num_rows,
-              uintptr_t per_round, uintptr_t recv_x, uintptr_t recv_topk_idx,
-              uintptr_t recv_topk_weights) {
+           [](NormalRank& self, uintptr_t x, bool x_is_quantized, uintptr_t x_scales,
+              bool is_cached, uintptr_t topk_idx, bool topk_idx_is_int64, uintptr_t topk_weights,
+              uint64_t num_tokens, uintptr_t num_messages, uintptr_t messages, uint64_t num_rounds,
+              uintptr_t num_rows, uintptr_t per_round, uintptr_t recv_x, uintptr_t recv_scales,
+              uintptr_t recv_topk_idx, uintptr_t recv_topk_weights, uintptr_t recv_src_tokens) {
              const NormalDispatchParams params{pointer<std::byte>(x),
+                                               x_is_quantized,
+                                               pointer<float>(x_scales),
                                                is_cached,
                                                pointer<void>(topk_idx),
                                                topk_idx_is_int64,
@@ -97,17 +105,26 @@ void bind_rank(py::module_& m) {
                                                routes(num_tokens, num_messages, messages),
                                                rows(num_rounds, num_rows, per_round),
                                                pointer<std::byte>(recv_x),
+                                               pointer<uint32_t>(recv_scales),
                                                pointer<int32_t>(recv_topk_idx),
-                                               pointer<float>(recv_topk_weights)};
+                                               pointer<float>(recv_topk_weights),
+                                               pointer<int32_t>(recv_src_tokens)};
              return run([&] { return self.dispatch(params); });
            })
       .def("combine",
-           [](NormalRank& self, uintptr_t x, uint64_t num_tokens, uintptr_t num_messages,
+           [](NormalRank& self, uintptr_t x, bool has_topk_weights, uintptr_t topk_weights,
+              uintptr_t bias_0, uintptr_t bias_1, uint64_t num_tokens, uintptr_t num_messages,
               uintptr_t messages, uint64_t num_rounds, uintptr_t num_rows, uintptr_t per_round,
-              uintptr_t out) {
+              uintptr_t out, uintptr_t combined_topk_weights) {
              const NormalCombineParams params{
-                 pointer<std::byte>(x), routes(num_tokens, num_messages, messages),
-                 rows(num_rounds, num_rows, per_round), pointer<std::byte>(out)};
+                 pointer<std::byte>(x),
+                 has_topk_weights,
+                 pointer<float>(topk_weights),
+                 {pointer<std::byte>(bias_0), pointer<std::byte>(bias_1)},
+                 routes(num_tokens, num_messages, messages),
+                 rows(num_rounds, num_rows, per_round),
+                 pointer<std::byte>(out),
+                 pointer<float>(combined_topk_weights)};
              return run([&] { return self.combine(params); });
            })
       .def("epoch", &NormalRank::epoch);

@@ -240,12 +240,16 @@ class NormalConfig:
         hidden: int,
         top_k: int,
         dtype: DType,
+        dispatch_dtype: DType,
+        scale_format: ScaleFormat,
         num_tokens_per_round: int,
     ) -> None: ...
 
 class NormalLayout:
     partition: ExpertPartition
     row_bytes: int
+    num_scales: int
+    num_scale_words: int
     num_bytes: int
     num_max_messages_per_token: int
     def __init__(self, config: NormalConfig) -> None: ...
@@ -260,7 +264,9 @@ class NormalLayout:
     def expert_counts(self, src_rank: int) -> int: ...
     def message(self, bank: int, src_rank: int, slot: int) -> int: ...
     def weights(self, bank: int, src_rank: int, slot: int) -> int: ...
+    def token(self, bank: int, src_rank: int, slot: int) -> int: ...
     def row(self, bank: int, src_rank: int, slot: int) -> int: ...
+    def scales(self, bank: int, src_rank: int, slot: int) -> int: ...
 
 class NormalRank:
     def __init__(
@@ -286,6 +292,8 @@ class NormalRank:
     def dispatch(
         self,
         x: int,
+        x_is_quantized: bool,
+        x_scales: int,
         is_cached: bool,
         topk_idx: int,
         topk_idx_is_int64: bool,
@@ -297,12 +305,18 @@ class NormalRank:
         num_rows: int,
         per_round: int,
         recv_x: int,
+        recv_scales: int,
         recv_topk_idx: int,
         recv_topk_weights: int,
+        recv_src_tokens: int,
     ) -> OpResult: ...
     def combine(
         self,
         x: int,
+        has_topk_weights: bool,
+        topk_weights: int,
+        bias_0: int,
+        bias_1: int,
         num_tokens: int,
         num_messages: int,
         messages: int,
@@ -310,6 +324,7 @@ class NormalRank:
         num_rows: int,
         per_round: int,
         out: int,
+        combined_topk_weights: int,
     ) -> OpResult: ...
     def epoch(self, phase: Phase) -> int: ...
 

@@ -1,6 +1,7 @@
 """Normal dispatch and combine, for prefill: batches of any size, through a bounded memory.
 
-T tokens of this rank, N rows received, H hidden, K top_k, E experts, R ranks, L local experts.
+T tokens of this rank, N rows received, H hidden, K top_k, E experts, R ranks, L local experts, S =
+ceil(H / 128) scales of a float8 row.
 
     buffer = NormalBuffer(group, hidden=2048, num_experts=64, top_k=8, dtype=torch.bfloat16,
                           num_bytes=64 << 20)
@@ -14,11 +15,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import overload
 
 import torch
 
 from ep_backend import _native, faults
-from ep_backend.checks import AtMost, check_int, check_tensor
+from ep_backend.checks import AtMost, check_int, check_tensor, check_x_scales
 from ep_backend.errors import OrderError
 from ep_backend.group import Group
 from ep_backend.handles import address_of
@@ -31,6 +33,8 @@ from ep_backend.settings import check_waits
 
 MAX_TOKENS = (1 << 31) - 1
 """Of a batch; also the most rows that a rank may ask for."""
+
+Bias = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 
 
 class NormalBuffer:
@@ -46,9 +50,14 @@ class NormalBuffer:
         num_experts: E, global. Rank r owns a contiguous block of them; where R does not divide E,
             the first E mod R ranks own one more.
         top_k: K, experts a token is routed to.
-        dtype: of rows, both ways, `torch.float32` or `torch.bfloat16`. Sums are in float32.
+        dtype: of `x` and of combine's rows, `torch.float32` or `torch.bfloat16`. Sums are in
+            float32.
         num_bytes: symmetric memory that a rank may take. It bounds no batch: larger batches travel
             in more rounds, with the same results.
+        dispatch_dtype: of dispatch's rows as they travel and as the experts get them: `dtype`, the
+            default, or `torch.float8_e4m3fn`, with a scale for every 128 channels.
+        scale_format: of those scales: "float32" (amax / 448), "power_of_two" (the next one), or
+            "ue8m0", a power of two as its exponent byte.
         timeout_secs: how long one wait for a peer may last.
         device: where tensors live: "cpu".
         spin_us: how long a wait polls before it sleeps. Default: 50 where every rank has a core,
@@ -69,11 +78,21 @@ class NormalBuffer:
         top_k: int,
         dtype: torch.dtype,
         num_bytes: int,
+        dispatch_dtype: torch.dtype | None = None,
+        scale_format: str = "float32",
         timeout_secs: float = DEFAULT_TIMEOUT_SECS,
         device: str | torch.device = "cpu",
         spin_us: float | None = None,
     ) -> None:
-        settings = NormalSettings(hidden, num_experts, top_k, dtype, num_bytes)
+        settings = NormalSettings(
+            hidden=hidden,
+            num_experts=num_experts,
+            top_k=top_k,
+            dtype=dtype,
+            dispatch_dtype=dtype if dispatch_dtype is None else dispatch_dtype,
+            scale_format=scale_format,
+            num_bytes=num_bytes,
+        )
         error: Exception | None = None
         try:
             check_cpu(device)
@@ -88,6 +107,8 @@ class NormalBuffer:
         self.num_experts = num_experts
         self.top_k = top_k
         self.dtype = dtype
+        self.dispatch_dtype = settings.dispatch_dtype
+        self.scale_format = scale_format
         self.device = torch.device("cpu")
         config = settings.config(group.num_ranks)
         layout = _native.NormalLayout(config)
@@ -95,11 +116,14 @@ class NormalBuffer:
         self.first_expert: int = layout.partition.first_expert(group.self_rank)
         self.num_columns: int = layout.num_max_messages_per_token
         """Ranks that a token can go to."""
+        self.num_scales: int = layout.num_scales
+        """S, scales of a dispatched row; 0 where it is not float8."""
         self.num_tokens_per_round: int = config.num_tokens_per_round
         """Tokens of a rank that travel at once: what `num_bytes` has room for."""
         self.num_symmetric_bytes: int = layout.num_bytes
         """Shared memory this buffer takes on every rank."""
 
+        self._x_dtypes = tuple(dict.fromkeys((self.dtype, self.dispatch_dtype)))
         self._lock = threading.Lock()
         self._memory = group.allocate(layout.num_bytes, self.device)
         kernels = CpuNormalKernels(
@@ -114,6 +138,7 @@ class NormalBuffer:
         x: torch.Tensor,
         topk_idx: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
+        x_scales: torch.Tensor | None = None,
         *,
         handle: NormalDispatchHandle | None = None,
         num_worst_tokens: int = 0,
@@ -122,12 +147,15 @@ class NormalBuffer:
         """Brings every token once to each rank that owns one of its experts.
 
         Args:
-            x: `[T, H]` of the buffer's dtype.
+            x: `[T, H]` of the buffer's dtype; or, where the dispatch dtype is float8, of that.
             topk_idx: `[T, K]` int32 or int64, global expert, -1 = not routed. An expert listed
                 twice for a token receives it once.
             topk_weights: `[T, K]` float32; they travel along, nothing is multiplied.
+            x_scales: `[T, S]` float32, of float8 `x`: a value is `x * scale`. With "power_of_two"
+                and "ue8m0" they must be powers of two; that is not checked.
             handle: of an earlier dispatch of as many tokens on every rank, whose routing is used
-                again: counts are not exchanged, only rows travel. In place of the two above.
+                again: counts are not exchanged, only rows travel. In place of `topk_idx` and
+                `topk_weights`.
             num_worst_tokens: if not 0, rows of the `recv_*` tensors, however few come. Not with a
                 handle, whose dispatch has decided.
             expert_alignment: `num_recv_tokens_per_expert` is rounded up to multiples of this.
@@ -139,7 +167,9 @@ class NormalBuffer:
             PeerTimeout: a peer did not come in time. After this, and after a call that was
                 interrupted (Ctrl-C), create a new buffer.
         """
-        check_tensor("x", x, (AtMost(MAX_TOKENS), self.hidden), (self.dtype,), self.device)
+        check_tensor("x", x, (AtMost(MAX_TOKENS), self.hidden), self._x_dtypes, self.device)
+        if x_scales is not None or x.dtype != self.dtype:
+            check_x_scales(x, x_scales, self.num_scales, self.device)
         check_int("num_worst_tokens", num_worst_tokens, 0, MAX_TOKENS)
         check_int("expert_alignment", expert_alignment, 1, MAX_TOKENS)
         is_cached = handle is not None
@@ -149,13 +179,16 @@ class NormalBuffer:
             self._check_cached(x.shape[0], handle, topk_idx, topk_weights, num_worst_tokens)
         with self._exclusive("dispatch"):
             if handle is None:
-                handle, recv_x = self._exchange_counts(topk_idx, x.shape[0], num_worst_tokens)
+                handle, received = self._exchange_counts(topk_idx, x.shape[0], num_worst_tokens)
             else:
-                recv_x = handle.new_rows()
+                received = handle.new_rows()
+            recv_x, recv_scales = received
             self._calls.run(
                 "normal_dispatch",
                 handle.num_tokens,
                 x.data_ptr(),
+                x_scales is not None,
+                address_of(x_scales),
                 is_cached,
                 address_of(topk_idx),
                 topk_idx is not None and topk_idx.dtype == torch.int64,
@@ -163,21 +196,50 @@ class NormalBuffer:
                 *handle.routes(),
                 *handle.rows(),
                 recv_x.data_ptr(),
+                address_of(recv_scales),
                 handle.recv_topk_idx.data_ptr(),
                 handle.recv_topk_weights.data_ptr(),
+                handle.recv_src_tokens.data_ptr(),
             )
         counts = -(-handle.expert_counts // expert_alignment) * expert_alignment
         return NormalDispatchResult(
             recv_x,
+            recv_scales,
             handle.recv_topk_idx,
             handle.recv_topk_weights,
             counts.int() if num_worst_tokens > 0 else counts.tolist(),
             handle,
         )
 
+    @overload
     def combine(
-        self, x: torch.Tensor, handle: NormalDispatchHandle, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self,
+        x: torch.Tensor,
+        handle: NormalDispatchHandle,
+        out: torch.Tensor | None = None,
+        topk_weights: None = None,
+        bias: Bias = None,
+    ) -> torch.Tensor: ...
+
+    @overload
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: NormalDispatchHandle,
+        out: torch.Tensor | None = None,
+        *,
+        topk_weights: torch.Tensor,
+        bias: Bias = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: NormalDispatchHandle,
+        out: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        bias: Bias = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Sends every row home, where a token adds up its rows, in rank order, in float32.
 
         Args:
@@ -185,13 +247,19 @@ class NormalBuffer:
                 experts, weighted. Rows behind N are not read.
             handle: of the dispatch that brought them; the same one on every rank.
             out: `[T, H]`, where the result goes; default: a new tensor. It may share memory with
-                `x`, which is then copied first.
+                `x` or a bias, which is then copied first.
+            topk_weights: `[N, K]` float32, given on every rank or on none: they go home too, where
+                a token adds those of its rows, as its rows. Nothing is multiplied.
+            bias: one or two tensors `[T, H]` of the buffer's dtype, added behind the rows before
+                the sum is rounded.
 
         Returns:
-            `[T, H]`. A token that went nowhere is 0.
+            `[T, H]`; with `topk_weights` that and their sums, `[T, K]` float32. A token that went
+            nowhere is 0, or its biases, and its weights are 0.
 
         Raises:
             ValueError: wrong shape or dtype, or a handle of another buffer; nothing was sent.
+            ProtocolError: some ranks have given `topk_weights` and others not.
             OrderError, PeerTimeout: as `dispatch`.
         """
         self._check_handle(handle)
@@ -199,7 +267,14 @@ class NormalBuffer:
         check_tensor("x", x, rows, dtypes, self.device, "It has a row for each row of recv_x.")
         if out is None:
             out = torch.empty((handle.num_tokens, self.hidden), dtype=self.dtype)
-        check_tensor("out", out, (handle.num_tokens, self.hidden), dtypes, self.device)
+        home = (handle.num_tokens, self.hidden)
+        check_tensor("out", out, home, dtypes, self.device)
+        biases = self._check_bias(bias, home)
+        sums = None
+        if topk_weights is not None:
+            shape = (handle.num_rows, self.top_k)
+            check_tensor("topk_weights", topk_weights, shape, (torch.float32,), self.device)
+            sums = torch.empty((handle.num_tokens, self.top_k))
         if self._fault is faults.Fault.DROP_REMOTE_CONTRIBUTIONS:
             rows_per_rank = handle.num_recv_tokens_per_rank
             x = faults.drop_remote_rows(x, rows_per_rank, self.group.self_rank)
@@ -207,16 +282,21 @@ class NormalBuffer:
         # where N equals T.
         if _overlap(x, out):
             x = x.clone()
+        biases = [b.clone() if b is not None and _overlap(b, out) else b for b in biases]
         with self._exclusive("combine"):
             self._calls.run(
                 "normal_combine",
                 handle.num_tokens,
                 x.data_ptr(),
+                topk_weights is not None,
+                address_of(topk_weights),
+                *map(address_of, biases),
                 *handle.routes(),
                 *handle.rows(),
                 out.data_ptr(),
+                address_of(sums),
             )
-        return out
+        return out if sums is None else (out, sums)
 
     def close(self) -> None:
         """Unmaps this rank's view of the shared memory. Not collective; idempotent. No operation of
@@ -232,8 +312,8 @@ class NormalBuffer:
 
     def _exchange_counts(
         self, topk_idx: torch.Tensor | None, num_tokens: int, num_worst_tokens: int
-    ) -> tuple[NormalDispatchHandle, torch.Tensor]:
-        """A handle, and memory for the rows that come."""
+    ) -> tuple[NormalDispatchHandle, tuple[torch.Tensor, torch.Tensor | None]]:
+        """A handle, and memory for the rows that come, and for their scales."""
         assert topk_idx is not None
         handle = NormalDispatchHandle(self, num_tokens)
         self._calls.run(
@@ -262,6 +342,16 @@ class NormalBuffer:
         shape = (num_tokens, self.top_k)
         check_tensor("topk_idx", topk_idx, shape, INDEX_DTYPES, self.device)
         check_tensor("topk_weights", topk_weights, shape, (torch.float32,), self.device)
+
+    def _check_bias(self, bias: Bias, home: tuple[int, int]) -> list[torch.Tensor | None]:
+        """Both of a pair, or what stands for them."""
+        pair = (bias, None) if bias is None or isinstance(bias, torch.Tensor) else bias
+        if len(pair) != 2:
+            raise ValueError(f"bias has {len(pair)} tensors, expected one, or a pair.")
+        for one in pair:
+            if one is not None:
+                check_tensor("bias", one, home, (self.dtype,), self.device)
+        return list(pair)
 
     def _check_cached(
         self,

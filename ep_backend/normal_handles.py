@@ -1,7 +1,8 @@
 """What a dispatch of the normal kernels returns.
 
 T tokens of this rank, N rows received, H hidden, K top_k, R ranks, L experts of this rank, D =
-min(K, R), the ranks that a token can go to, I rounds of the largest batch.
+min(K, R), the ranks that a token can go to, I rounds of the largest batch, S = ceil(H / 128) scales
+of a float8 row.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class NormalDispatchHandle:
         num_rows: rows of `recv_x`: N, or `num_worst_tokens`.
         num_rounds: I.
         recv_topk_idx, recv_topk_weights: see `NormalDispatchResult`.
+        recv_src_tokens: `[N]` int32: the token, on its source rank, that each row is of. Behind N:
+            -1.
     """
 
     def __init__(self, buffer: NormalBuffer, num_tokens: int) -> None:
@@ -72,12 +75,21 @@ class NormalDispatchHandle:
         """`[I, R]`: rows from each rank in each round."""
         self.recv_topk_idx = torch.empty((self.num_rows, self.buffer.top_k), dtype=torch.int32)
         self.recv_topk_weights = torch.empty((self.num_rows, self.buffer.top_k))
+        self.recv_src_tokens = torch.empty(self.num_rows, dtype=torch.int32)
         self.recv_topk_idx[num_received:] = -1
+        self.recv_src_tokens[num_received:] = -1
         self.recv_topk_weights[num_received:] = 0
 
-    def new_rows(self) -> torch.Tensor:
-        """`[N or num_worst_tokens, H]`, to be filled."""
-        return torch.empty((self.num_rows, self.buffer.hidden), dtype=self.buffer.dtype)
+    def new_rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`recv_x` and `recv_scales`, to be filled."""
+        buffer = self.buffer
+        rows = torch.empty((self.num_rows, buffer.hidden), dtype=buffer.dispatch_dtype)
+        if buffer.num_scales == 0:
+            return rows, None
+        if buffer.scale_format == "ue8m0":
+            num_words = -(-buffer.num_scales // 4)
+            return rows, torch.empty((self.num_rows, num_words), dtype=torch.int32)
+        return rows, torch.empty((self.num_rows, buffer.num_scales))
 
     def routes(self) -> tuple[int, int, int]:
         """T, and addresses of `num_messages` and `messages`."""
@@ -94,9 +106,12 @@ class NormalDispatchResult:
     """What a dispatch has brought. All tensors are the caller's: no later call writes to them."""
 
     recv_x: torch.Tensor
-    """`[N, H]`: a row for each (token, source) that lists an expert of this rank, ordered by source
-    rank, then token. With `num_worst_tokens` that many rows, of which those behind N hold anything.
-    """
+    """`[N, H]` of the dispatch dtype: a row for each (token, source) that lists an expert of this
+    rank, ordered by source rank, then token. With `num_worst_tokens` that many rows, of which those
+    behind N hold anything."""
+    recv_scales: torch.Tensor | None
+    """Of float8 rows, else None; a value is `float8 * scale`. `[N, S]` float32; with "ue8m0" int32,
+    `ceil(S / 4)` instead of S: four exponent bytes a word, the lowest first."""
     recv_topk_idx: torch.Tensor
     """`[N, K]` int32: the local experts of each row, at the k of its source's `topk_idx`, and -1
     where that lists another rank's expert or none. Rows behind N: -1. With a handle, that

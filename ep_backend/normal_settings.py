@@ -10,7 +10,14 @@ import torch
 from ep_backend import _native
 from ep_backend.checks import check_int
 from ep_backend.kernels import default_spin_us
-from ep_backend.settings import DTYPES, check_choice, device_type
+from ep_backend.settings import (
+    DISPATCH_DTYPES,
+    DTYPES,
+    SCALE_FORMATS,
+    check_choice,
+    check_dispatch_dtype,
+    device_type,
+)
 
 MAX_NUM_BYTES = 1 << 46
 """Of symmetric memory: more than any host has."""
@@ -24,6 +31,8 @@ class NormalSettings:
     num_experts: int
     top_k: int
     dtype: torch.dtype
+    dispatch_dtype: torch.dtype
+    scale_format: str
     num_bytes: int
 
     def agreed(self) -> dict[str, Any]:
@@ -37,6 +46,7 @@ class NormalSettings:
         check_int("hidden", self.hidden, 1, 1 << 20)
         check_int("top_k", self.top_k, 1, _native.MAX_TOP_K)
         check_choice("dtype", self.dtype, DTYPES)
+        check_dispatch_dtype(self.dtype, self.dispatch_dtype, self.scale_format)
         layout = _native.NormalLayout(self._config(num_ranks, num_tokens_per_round=1))
         check_int(
             "num_bytes",
@@ -62,6 +72,8 @@ class NormalSettings:
             hidden=self.hidden,
             top_k=self.top_k,
             dtype=DTYPES[self.dtype],
+            dispatch_dtype=DISPATCH_DTYPES[self.dispatch_dtype],
+            scale_format=SCALE_FORMATS[self.scale_format],
             num_tokens_per_round=num_tokens_per_round,
         )
 

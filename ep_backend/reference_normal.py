@@ -1,13 +1,15 @@
 """What the normal kernels' dispatch and combine mean, in plain PyTorch over all ranks at once.
 
 The kernels must equal these functions bit for bit, whatever the budget: rows are ordered by source
-rank, then token; a token adds its rows in rank order in float32 and rounds once.
+rank, then token; a token adds its rows in rank order in float32, then its biases, and rounds once.
 
-R ranks, T_r tokens of rank r, N_r rows that it receives, H hidden, K top_k.
+R ranks, T_r tokens of rank r, N_r rows that it receives, H hidden, K top_k, S = ceil(H / 128)
+scales of a float8 row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,8 @@ class ReceivedRows:
     """`[N_r, H]`."""
     origins: list[tuple[int, int]]
     """(source rank, token) of each row."""
+    scales: torch.Tensor | None
+    """`[N_r, S]` of float8 rows."""
     topk_idx: torch.Tensor
     """`[N_r, K]` int32: its own experts by their local number, -1 in place of others."""
     topk_weights: torch.Tensor
@@ -36,6 +40,7 @@ def dispatch(
     topk_idx: list[torch.Tensor],
     topk_weights: list[torch.Tensor],
     num_experts: int,
+    x_scales: list[torch.Tensor] | None = None,
 ) -> list[ReceivedRows]:
     """What every rank receives.
 
@@ -43,6 +48,8 @@ def dispatch(
         x: of each rank, `[T_r, H]`.
         topk_idx: of each rank, `[T_r, K]`, -1 = not routed.
         topk_weights: of each rank, `[T_r, K]` float32.
+        x_scales: of each rank, `[T_r, S]` float32, of float8 rows, as `reference.quantize` makes
+            them.
     """
     all_idx = torch.cat([idx.long() for idx in topk_idx])
     all_weights = torch.cat(topk_weights)
@@ -56,6 +63,7 @@ def dispatch(
         received.append(
             ReceivedRows(
                 rows=torch.cat(x)[is_received],
+                scales=None if x_scales is None else torch.cat(x_scales)[is_received],
                 origins=[o for o, i in zip(all_origins, is_received.tolist(), strict=True) if i],
                 topk_idx=idx.int(),
                 topk_weights=torch.where(is_own, all_weights, 0.0)[is_received],
@@ -70,6 +78,7 @@ def combine(
     received: list[ReceivedRows],
     num_tokens: list[int],
     dtype: torch.dtype,
+    biases: list[tuple[torch.Tensor, ...]] | None = None,
 ) -> list[torch.Tensor]:
     """What every rank gets back.
 
@@ -78,15 +87,49 @@ def combine(
             each row, weighted and summed.
         received: what `dispatch` returned.
         num_tokens: T_r of each rank.
+        biases: of each rank, tensors `[T_r, H]`, added behind the rows in this order.
 
     Returns:
-        Of each rank, `[T_r, H]` of `dtype`; 0 for tokens that went nowhere.
+        Of each rank, `[T_r, H]` of `dtype`; 0, or the biases, for tokens that went nowhere.
     """
+    terms = list(_rows_with_origins(x, received))
+    for src_rank, of_rank in enumerate(biases or []):
+        for bias in of_rank:
+            terms += [((src_rank, token), row) for token, row in enumerate(bias)]
+    return [total.to(dtype) for total in _sums(terms, num_tokens, x[0].shape[1])]
+
+
+def combine_weights(
+    topk_weights: list[torch.Tensor], received: list[ReceivedRows], num_tokens: list[int]
+) -> list[torch.Tensor]:
+    """What becomes of weights that go home with the rows.
+
+    Args:
+        topk_weights: of each rank, `[N_r, K]` float32.
+        received, num_tokens: as in `combine`.
+
+    Returns:
+        Of each rank, `[T_r, K]` float32: the sum over a token's rows, 0 where there is none.
+    """
+    terms = list(_rows_with_origins(topk_weights, received))
+    return _sums(terms, num_tokens, topk_weights[0].shape[1])
+
+
+Term = tuple[tuple[int, int], torch.Tensor]
+"""(source rank, token), and something of it to add."""
+
+
+def _rows_with_origins(rows: list[torch.Tensor], received: list[ReceivedRows]) -> Iterator[Term]:
+    for of_rank, rows_of_rank in zip(received, rows, strict=True):
+        yield from zip(of_rank.origins, rows_of_rank, strict=True)
+
+
+def _sums(terms: list[Term], num_tokens: list[int], width: int) -> list[torch.Tensor]:
+    """Of each rank, `[T_r, width]` float32: terms added in the order given."""
     sums: dict[tuple[int, int], torch.Tensor] = {}
-    for rows, of_rank in zip(x, received, strict=True):
-        for row, origin in zip(rows.float(), of_rank.origins, strict=True):
-            sums[origin] = sums[origin] + row if origin in sums else row
-    outs = [torch.zeros((n, x[0].shape[1]), dtype=dtype) for n in num_tokens]
+    for origin, term in terms:
+        sums[origin] = sums[origin] + term.float() if origin in sums else term.float()
+    outs = [torch.zeros((n, width)) for n in num_tokens]
     for (src_rank, token), total in sums.items():
-        outs[src_rank][token] = total.to(dtype)
+        outs[src_rank][token] = total
     return outs

@@ -81,11 +81,10 @@ class BufferSettings:
         check_int("top_k", self.top_k, 1, _native.MAX_TOP_K)
         check_int("num_banks", self.num_banks, 2, _native.MAX_BANKS)
         check_choice("dtype", self.dtype, DTYPES)
-        check_choice("scale_format", self.scale_format, SCALE_FORMATS)
         check_choice("output_layout", self.output_layout, OUTPUT_LAYOUTS)
         check_choice("reduction", self.reduction, REDUCTIONS)
         check_choice("transfer", self.transfer, TRANSFERS)
-        self._check_dispatch_dtype()
+        check_dispatch_dtype(self.dtype, self.dispatch_dtype, self.scale_format)
         if self.num_max_tagged_tokens is not None:
             check_int(
                 "num_max_tagged_tokens",
@@ -98,18 +97,6 @@ class BufferSettings:
         self._check_workspaces()
         if self.device == "cuda" and _native.has_cuda:
             self._check_cuda()
-
-    def _check_dispatch_dtype(self) -> None:
-        if self.dispatch_dtype not in (self.dtype, torch.float8_e4m3fn):
-            raise ValueError(
-                f"dispatch_dtype is {self.dispatch_dtype}, expected {self.dtype}, which is the "
-                "dtype, or torch.float8_e4m3fn."
-            )
-        if self.dispatch_dtype == self.dtype and self.scale_format != "float32":
-            raise ValueError(
-                f"scale_format is {self.scale_format!r}, but rows of {self.dtype} have no scales. "
-                "Leave it out, or pass dispatch_dtype=torch.float8_e4m3fn."
-            )
 
     def _check_reduction(self) -> None:
         if self.reduction == "source" and self.output_layout != "expert_major":
@@ -192,6 +179,23 @@ def check_choice(name: str, value: Any, choices: dict[Any, Any]) -> None:
         got = repr(value) if isinstance(value, str) else value
         allowed = " or ".join(repr(c) if isinstance(c, str) else str(c) for c in choices)
         raise ValueError(f"{name} is {got}, expected {allowed}.")
+
+
+def check_dispatch_dtype(
+    dtype: torch.dtype, dispatch_dtype: torch.dtype, scale_format: str
+) -> None:
+    """Raises `ValueError` for rows that cannot travel so."""
+    check_choice("scale_format", scale_format, SCALE_FORMATS)
+    if dispatch_dtype not in (dtype, torch.float8_e4m3fn):
+        raise ValueError(
+            f"dispatch_dtype is {dispatch_dtype}, expected {dtype}, which is the dtype, or "
+            "torch.float8_e4m3fn."
+        )
+    if dispatch_dtype == dtype and scale_format != "float32":
+        raise ValueError(
+            f"scale_format is {scale_format!r}, but rows of {dtype} have no scales. Leave it out, "
+            "or pass dispatch_dtype=torch.float8_e4m3fn."
+        )
 
 
 def device_type(device: str | torch.device) -> str:

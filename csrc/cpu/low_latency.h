@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/rows.h"
 #include "cpu/wait.h"
 #include "protocol/layout.h"
 #include "protocol/op.h"
@@ -34,12 +35,6 @@ using protocol::HandleEntry;
 using protocol::HandleMessage;
 using protocol::HandleView;
 using protocol::OpResult;
-
-// Where a row that is about to be sent lies.
-struct Row {
-  const std::byte* values;  // [H] of dispatch_dtype
-  const float* scales;      // [N], float8 only
-};
 
 class LowLatencyRank {
  public:
@@ -73,7 +68,6 @@ class LowLatencyRank {
   }
 
   bool check_experts(Op& op, const DispatchSendParams& params) const;
-  Row row_of(const DispatchSendParams& params, uint32_t token);
   void write_messages(Op& op, const DispatchSendParams& params);
   void publish_counts_and_signals(Op& op);
   bool unpack_source(Op& op, uint32_t src_rank, const DispatchRecvParams& params);
@@ -100,9 +94,7 @@ class LowLatencyRank {
   // Scratch of dispatch_send: messages for each rank so far, rows for each expert so far.
   std::vector<uint32_t> num_messages_to_;
   std::vector<uint32_t> num_rows_for_expert_;
-  // And a float8 row with its scales, before it goes to its ranks.
-  std::vector<std::byte> quantized_row_;
-  std::vector<float> row_scales_;
+  OutgoingRows outgoing_;
   // Scratch of dispatch_recv: next free row of each local expert, now and before the source that is
   // being unpacked; rows, messages and entries so far.
   std::vector<uint32_t> next_row_;

@@ -23,26 +23,15 @@ using protocol::Half;
 using protocol::MessageHeader;
 using protocol::OutputLayout;
 using protocol::Phase;
-using protocol::ScaleFormat;
 
 namespace {
-
-// Word `word` of a row's scales as the experts take them.
-uint32_t scale_word(const protocol::LowLatencyLayout& layout, const float* scales, uint32_t word) {
-  if (layout.config().scale_format != ScaleFormat::kUE8M0) return protocol::bits_of(scales[word]);
-  uint32_t bytes = 0;
-  for (uint32_t i = 4 * word; i < std::min(4 * word + 4, layout.num_scales()); ++i) {
-    bytes |= uint32_t{protocol::ue8m0_of(scales[i])} << (i % 4 * 8);
-  }
-  return bytes;
-}
 
 void write_scales(const protocol::LowLatencyLayout& layout, const DispatchRecvParams& params,
                   uint64_t row, const float* scales) {
   auto* words = static_cast<uint32_t*>(params.recv_scales);
   for (uint32_t word = 0; word < layout.num_scale_words(); ++word) {
     words[protocol::scale_word_idx(layout, params.output, row, word)] =
-        scale_word(layout, scales, word);
+        protocol::scale_word(layout.config().scale_format, scales, layout.num_scales(), word);
   }
 }
 
@@ -96,20 +85,6 @@ bool LowLatencyRank::check_experts(Op& op, const DispatchSendParams& params) con
   return true;
 }
 
-// The row of one token as it travels. Valid until the next call.
-Row LowLatencyRank::row_of(const DispatchSendParams& params, uint32_t token) {
-  const uint32_t num_scales = layout_.num_scales();
-  if (params.x_is_quantized) {
-    return {params.x + token * layout_.dispatch_row_bytes(), params.x_scales + token * num_scales};
-  }
-  const std::byte* row = params.x + token * layout_.row_bytes();
-  if (num_scales == 0) return {row, nullptr};
-  const auto& config = layout_.config();
-  quantize_row(config.dtype, config.scale_format, row, config.hidden, quantized_row_.data(),
-               row_scales_.data());
-  return {quantized_row_.data(), row_scales_.data()};
-}
-
 // Copies each token once to every rank that owns some of its experts.
 void LowLatencyRank::write_messages(Op& op, const DispatchSendParams& params) {
   std::fill(num_messages_to_.begin(), num_messages_to_.end(), 0);
@@ -122,7 +97,7 @@ void LowLatencyRank::write_messages(Op& op, const DispatchSendParams& params) {
     routes.assign(layout_.partition(), params, token, layout_.config().top_k);
     params.num_partials[token] = 0;
     if (routes.begin() == routes.end()) continue;
-    const Row row = row_of(params, token);
+    const Row row = outgoing_.at(params.x, params.x_scales, params.x_is_quantized, token);
     uint32_t num_messages = 0;
     for (auto first = routes.begin(); first != routes.end();) {
       const uint32_t dst_rank = first->rank;

@@ -18,8 +18,7 @@ LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_
       policy_(policy),
       num_messages_to_(config.num_ranks),
       num_rows_for_expert_(config.num_experts),
-      quantized_row_(layout_.num_scales() > 0 ? layout_.dispatch_row_bytes() : 0),
-      row_scales_(layout_.num_scales()),
+      outgoing_(config.dtype, config.dispatch_dtype, config.scale_format, config.hidden),
       next_row_(layout_.partition().num_local_experts(self_rank)),
       first_message_of_(config.num_ranks) {}
 

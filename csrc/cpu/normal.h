@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/rows.h"
 #include "cpu/wait.h"
 #include "protocol/normal_layout.h"
 #include "protocol/normal_op.h"
@@ -42,9 +43,12 @@ class NormalRank {
   bool read_counts(Op& op, uint32_t src_rank, const protocol::NormalCountsParams& params);
   void start_rows(const protocol::RecvRows& rows);
   void send_tokens(Op& op, uint64_t round, const protocol::NormalDispatchParams& params);
+  void write_header(uint32_t dst_rank, uint32_t bank, uint32_t slot, uint64_t token,
+                    const protocol::NormalDispatchParams& params);
   bool unpack_source(Op& op, uint64_t round, uint32_t src_rank,
                      const protocol::NormalDispatchParams& params);
   void send_home(Op& op, uint64_t round, const protocol::NormalCombineParams& params);
+  void add_up_weights(uint32_t bank, uint64_t token, const protocol::NormalCombineParams& params);
   bool add_up(Op& op, uint64_t round, const protocol::NormalCombineParams& params);
 
   uint32_t self_rank_;
@@ -62,6 +66,7 @@ class NormalRank {
   // And where the rows of each rank are in recv_x: the next one, and the end.
   std::vector<uint64_t> next_row_;
   std::vector<uint64_t> end_row_;
+  OutgoingRows outgoing_;
 };
 
 }  // namespace ep::cpu

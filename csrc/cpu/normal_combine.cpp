@@ -1,5 +1,6 @@
 // Combine: x [N, H], a row for each row that dispatch brought, goes home as out [T, H]: for each
-// token the sum of its rows, in rank order, rounded once. A token that went nowhere is 0.
+// token the sum of its rows, in rank order, then of its biases, rounded once. A token that went
+// nowhere is 0, or its biases. Weights [N, K] go home with the rows where the callers ask for it.
 //
 // The rounds are those of dispatch, the other way: in each, a rank answers the messages that it got
 // in it, in their order, so that all rows of a token come home in one round, in the slots that its
@@ -8,6 +9,7 @@
 
 #include <algorithm>
 
+#include "cpu/atomics.h"
 #include "cpu/normal_op.h"
 #include "cpu/rows.h"
 
@@ -16,6 +18,15 @@ namespace ep::cpu {
 using protocol::NormalCombineParams;
 using protocol::OpResult;
 using protocol::Phase;
+
+namespace {
+
+// Every rank gives weights, or none does: a signal says what its sender thought.
+uint64_t weights_bit(const NormalCombineParams& params) {
+  return params.has_topk_weights ? protocol::kTaggedBit : 0;
+}
+
+}  // namespace
 
 OpResult NormalRank::combine(const NormalCombineParams& params) {
   Op op(*this, Phase::kCombine);
@@ -30,6 +41,7 @@ OpResult NormalRank::combine(const NormalCombineParams& params) {
 // The rows of this round's messages, to where those came from.
 void NormalRank::send_home(Op& op, uint64_t round, const NormalCombineParams& params) {
   const uint32_t num_ranks = layout_.config().num_ranks;
+  const uint32_t top_k = layout_.config().top_k;
   const uint64_t row_bytes = layout_.row_bytes();
   // This rank's own rows last: nobody else waits for them.
   for (uint32_t i = 1; i <= num_ranks; ++i) {
@@ -37,10 +49,16 @@ void NormalRank::send_home(Op& op, uint64_t round, const NormalCombineParams& pa
     const uint32_t count = params.rows.per_round[round * num_ranks + src_rank];
     const Store store = src_rank == self_rank_ ? Store::kCached : store_for_peer(count * row_bytes);
     for (uint32_t slot = 0; slot < count; ++slot) {
-      copy_row(bases_[src_rank] + layout_.row(op.bank(round), self_rank_, slot),
-               params.x + next_row_[src_rank]++ * row_bytes, row_bytes, store);
+      const uint64_t row = next_row_[src_rank]++;
+      std::byte* dst = bases_[src_rank];
+      copy_row(dst + layout_.row(op.bank(round), self_rank_, slot), params.x + row * row_bytes,
+               row_bytes, store);
+      if (params.has_topk_weights) {
+        std::copy_n(params.topk_weights + row * top_k, top_k,
+                    at<float>(dst, layout_.weights(op.bank(round), self_rank_, slot)));
+      }
     }
-    op.publish_signal(round, src_rank, count);
+    op.publish_signal(round, src_rank, count | weights_bit(params));
   }
 }
 
@@ -60,12 +78,11 @@ bool NormalRank::add_up(Op& op, uint64_t round, const NormalCombineParams& param
   for (uint32_t rank = 0; rank < config.num_ranks; ++rank) {
     uint64_t count;
     if (!op.wait_for_signal(round, rank, &count)) return false;
-    if (count != num_in_round_[rank]) {
-      return op.fail_corrupt(round, rank, num_in_round_[rank], count);
-    }
+    const uint64_t expected = num_in_round_[rank] | weights_bit(params);
+    if (count != expected) return op.fail_corrupt(round, rank, expected, count);
   }
 
-  const std::byte* rows[protocol::kMaxTopK];
+  const std::byte* rows[protocol::kMaxTopK + 2];
   const std::byte* self = bases_[self_rank_];
   for (uint64_t token = begin; token < end; ++token) {
     const uint32_t* messages = params.routes.messages + token * num_columns;
@@ -73,10 +90,28 @@ bool NormalRank::add_up(Op& op, uint64_t round, const NormalCombineParams& param
     for (uint32_t i = 0; i < num_messages; ++i) {
       rows[i] = self + layout_.row(op.bank(round), messages[i] >> 16, messages[i] & 0xffff);
     }
-    weighted_sum(config.dtype, params.out + token * layout_.row_bytes(), rows, nullptr,
-                 num_messages, config.hidden, Store::kCached);
+    uint32_t num_terms = num_messages;
+    for (const std::byte* bias : params.bias) {
+      if (bias != nullptr) rows[num_terms++] = bias + token * layout_.row_bytes();
+    }
+    weighted_sum(config.dtype, params.out + token * layout_.row_bytes(), rows, nullptr, num_terms,
+                 config.hidden, Store::kCached);
+    if (params.has_topk_weights) add_up_weights(op.bank(round), token, params);
   }
   return true;
+}
+
+// The weights of one token, in rank order, as its rows.
+void NormalRank::add_up_weights(uint32_t bank, uint64_t token, const NormalCombineParams& params) {
+  const uint32_t top_k = layout_.config().top_k;
+  const uint32_t* messages = params.routes.messages + token * layout_.num_max_messages_per_token();
+  float* sums = params.combined_topk_weights + token * top_k;
+  std::fill_n(sums, top_k, 0.0f);
+  for (uint32_t i = 0; i < params.routes.num_messages[token]; ++i) {
+    const auto* weights = at<float>(bases_[self_rank_],
+                                    layout_.weights(bank, messages[i] >> 16, messages[i] & 0xffff));
+    for (uint32_t k = 0; k < top_k; ++k) sums[k] = i == 0 ? weights[k] : sums[k] + weights[k];
+  }
 }
 
 }  // namespace ep::cpu

@@ -1,5 +1,5 @@
 // Dispatch: x [T, H] and topk_idx [T, K] become recv_x [N, H], a row for each (token, source) that
-// lists an expert of this rank, ordered by source rank, then token.
+// lists an expert of this rank, ordered by source rank, then token; as float8 with its scales.
 //
 // Example, R = 2, E = 4 (rank 0 owns experts 0 and 1), K = 2, C = 2 tokens a round, one batch:
 //   rank 0: token a -> (0, 2), b -> (3, 2), c -> (1, -1)      rank 1: token d -> (2, 0)
@@ -12,6 +12,7 @@
 #include "cpu/atomics.h"
 #include "cpu/normal_op.h"
 #include "cpu/rows.h"
+#include "protocol/scales.h"
 
 namespace ep::cpu {
 
@@ -170,39 +171,49 @@ void NormalRank::start_rows(const protocol::RecvRows& rows) {
 // The round's tokens, each once to every rank that owns some of its experts.
 void NormalRank::send_tokens(Op& op, uint64_t round, const NormalDispatchParams& params) {
   const auto& config = layout_.config();
-  const auto& partition = layout_.partition();
   const uint64_t begin = std::min(round * config.num_tokens_per_round, params.routes.num_tokens);
   const uint64_t end = std::min(begin + config.num_tokens_per_round, params.routes.num_tokens);
-  const uint64_t row_bytes = layout_.row_bytes();
+  const uint64_t row_bytes = layout_.dispatch_row_bytes();
   const Store peer_store = store_for_peer((end - begin) * row_bytes);
   std::fill(num_in_round_.begin(), num_in_round_.end(), 0);
   for (uint64_t token = begin; token < end; ++token) {
     const uint32_t* messages =
         params.routes.messages + token * layout_.num_max_messages_per_token();
+    if (params.routes.num_messages[token] == 0) continue;
+    const Row row = outgoing_.at(params.x, params.x_scales, params.x_is_quantized, token);
     for (uint32_t i = 0; i < params.routes.num_messages[token]; ++i) {
       const uint32_t dst_rank = messages[i] >> 16, slot = messages[i] & 0xffff;
       std::byte* dst = bases_[dst_rank];
       ++num_in_round_[dst_rank];
-      copy_row(dst + layout_.row(op.bank(round), self_rank_, slot), params.x + token * row_bytes,
-               row_bytes, dst_rank == self_rank_ ? Store::kCached : peer_store);
-      if (params.is_cached) continue;
-      auto* topk_idx = at<int32_t>(dst, layout_.message(op.bank(round), self_rank_, slot));
-      auto* topk_weights = at<float>(dst, layout_.weights(op.bank(round), self_rank_, slot));
-      for (uint32_t k = 0; k < config.top_k; ++k) {
-        const uint64_t route = token * config.top_k + k;
-        const int64_t expert = expert_at(params.topk_idx, params.topk_idx_is_int64, route);
-        const bool is_local =
-            expert >= 0 && partition.owner(static_cast<uint32_t>(expert)) == dst_rank;
-        topk_idx[k] =
-            is_local ? static_cast<int32_t>(expert - partition.first_expert(dst_rank)) : -1;
-        topk_weights[k] = is_local ? params.topk_weights[route] : 0.0f;
-      }
+      copy_row(dst + layout_.row(op.bank(round), self_rank_, slot), row.values, row_bytes,
+               dst_rank == self_rank_ ? Store::kCached : peer_store);
+      std::copy_n(row.scales, layout_.num_scales(),
+                  at<float>(dst, layout_.scales(op.bank(round), self_rank_, slot)));
+      if (!params.is_cached) write_header(dst_rank, op.bank(round), slot, token, params);
     }
   }
   for (uint32_t i = 1; i <= config.num_ranks; ++i) {
     const uint32_t dst_rank = (self_rank_ + i) % config.num_ranks;
     op.publish_signal(round, dst_rank, num_in_round_[dst_rank]);
   }
+}
+
+// Of a message to `dst_rank`: its experts there and their weights, each at its k, and the token.
+void NormalRank::write_header(uint32_t dst_rank, uint32_t bank, uint32_t slot, uint64_t token,
+                              const NormalDispatchParams& params) {
+  const auto& partition = layout_.partition();
+  const uint32_t top_k = layout_.config().top_k;
+  std::byte* dst = bases_[dst_rank];
+  auto* topk_idx = at<int32_t>(dst, layout_.message(bank, self_rank_, slot));
+  auto* topk_weights = at<float>(dst, layout_.weights(bank, self_rank_, slot));
+  for (uint32_t k = 0; k < top_k; ++k) {
+    const uint64_t route = token * top_k + k;
+    const int64_t expert = expert_at(params.topk_idx, params.topk_idx_is_int64, route);
+    const bool is_local = expert >= 0 && partition.owner(static_cast<uint32_t>(expert)) == dst_rank;
+    topk_idx[k] = is_local ? static_cast<int32_t>(expert - partition.first_expert(dst_rank)) : -1;
+    topk_weights[k] = is_local ? params.topk_weights[route] : 0.0f;
+  }
+  *at<int32_t>(dst, layout_.token(bank, self_rank_, slot)) = static_cast<int32_t>(token);
 }
 
 // Messages of one source -> its next rows. Counts that contradict those of the batch must not
@@ -220,18 +231,25 @@ bool NormalRank::unpack_source(Op& op, uint64_t round, uint32_t src_rank,
     return op.fail_corrupt(round, src_rank, std::min(num_due, num_left), count);
   }
   *noted = static_cast<uint32_t>(count);
-  const uint64_t row_bytes = layout_.row_bytes();
+  const uint64_t row_bytes = layout_.dispatch_row_bytes();
+  const uint32_t num_words = layout_.num_scale_words(), bank = op.bank(round);
   const Store store = store_for_self(end_row_.back() * row_bytes, config.num_ranks);
   std::byte* self = bases_[self_rank_];
   for (uint32_t slot = 0; slot < count; ++slot) {
     const uint64_t row = next_row_[src_rank]++;
-    copy_row(params.recv_x + row * row_bytes, self + layout_.row(op.bank(round), src_rank, slot),
-             row_bytes, store);
+    copy_row(params.recv_x + row * row_bytes, self + layout_.row(bank, src_rank, slot), row_bytes,
+             store);
+    const auto* scales = at<float>(self, layout_.scales(bank, src_rank, slot));
+    for (uint32_t word = 0; word < num_words; ++word) {
+      params.recv_scales[row * num_words + word] =
+          protocol::scale_word(config.scale_format, scales, layout_.num_scales(), word);
+    }
     if (params.is_cached) continue;
-    std::copy_n(at<int32_t>(self, layout_.message(op.bank(round), src_rank, slot)), config.top_k,
+    std::copy_n(at<int32_t>(self, layout_.message(bank, src_rank, slot)), config.top_k,
                 params.recv_topk_idx + row * config.top_k);
-    std::copy_n(at<float>(self, layout_.weights(op.bank(round), src_rank, slot)), config.top_k,
+    std::copy_n(at<float>(self, layout_.weights(bank, src_rank, slot)), config.top_k,
                 params.recv_topk_weights + row * config.top_k);
+    params.recv_src_tokens[row] = *at<int32_t>(self, layout_.token(bank, src_rank, slot));
   }
   return true;
 }

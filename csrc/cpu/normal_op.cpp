@@ -21,7 +21,8 @@ NormalRank::NormalRank(const protocol::NormalConfig& config, uint32_t self_rank,
       num_rows_for_expert_(config.num_experts),
       num_in_round_(config.num_ranks),
       next_row_(config.num_ranks),
-      end_row_(config.num_ranks) {}
+      end_row_(config.num_ranks),
+      outgoing_(config.dtype, config.dispatch_dtype, config.scale_format, config.hidden) {}
 
 NormalRank::Op::Op(NormalRank& rank, Phase phase)
     : rank_(rank), phase_(phase), first_epoch_(rank.epoch(phase) + 1) {
@@ -58,7 +59,7 @@ bool NormalRank::Op::wait_for_signal(uint64_t round, uint32_t src_rank, uint64_t
   if (!ok()) {
     return fail(result_.status, Half::kRecv, epoch(round), src_rank, epoch(round), seen_epoch);
   }
-  *count = protocol::signal_count(seen);
+  *count = protocol::signal_low_bits(seen);
   return true;
 }
 

@@ -28,7 +28,8 @@ class NormalRank::Op {
   template <typename Send, typename Receive>
   bool run_rounds(uint64_t num_rounds, Send send, Receive receive);
 
-  // Waits for: the signal of `src_rank` for this round. `*count` is what it carries.
+  // Waits for: the signal of `src_rank` for this round. `*count` is what it carries, a flag above
+  // the count included: where none is expected, no count is as large.
   bool wait_for_signal(uint64_t round, uint32_t src_rank, uint64_t* count);
   // Publishes: to `dst_rank`, that all data of this round is in its memory.
   void publish_signal(uint64_t round, uint32_t dst_rank, uint64_t count);

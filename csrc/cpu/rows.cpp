@@ -214,4 +214,24 @@ void quantize_row(protocol::DType dtype, protocol::ScaleFormat format, const std
   }
 }
 
+OutgoingRows::OutgoingRows(protocol::DType dtype, protocol::DType dispatch_dtype,
+                           protocol::ScaleFormat format, uint32_t hidden)
+    : dtype_(dtype),
+      format_(format),
+      hidden_(hidden),
+      num_scales_(dispatch_dtype == protocol::DType::kFloat8E4M3 ? protocol::scales_for(hidden)
+                                                                 : 0),
+      row_bytes_(hidden * protocol::element_bytes(dtype)),
+      dispatch_row_bytes_(hidden * protocol::element_bytes(dispatch_dtype)),
+      values_(num_scales_ > 0 ? dispatch_row_bytes_ : 0),
+      scales_(num_scales_) {}
+
+Row OutgoingRows::at(const std::byte* x, const float* x_scales, bool is_quantized, uint64_t token) {
+  if (is_quantized) return {x + token * dispatch_row_bytes_, x_scales + token * num_scales_};
+  const std::byte* row = x + token * row_bytes_;
+  if (num_scales_ == 0) return {row, nullptr};
+  quantize_row(dtype_, format_, row, hidden_, values_.data(), scales_.data());
+  return {values_.data(), scales_.data()};
+}
+
 }  // namespace ep::cpu

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "protocol/float8.h"
 
@@ -36,5 +37,30 @@ void weighted_sum(protocol::DType dtype, std::byte* out, const std::byte* const*
 // protocol/float8.h defines them.
 void quantize_row(protocol::DType dtype, protocol::ScaleFormat format, const std::byte* row,
                   uint32_t hidden, std::byte* values, float* scales);
+
+// Where a row that is about to be sent lies.
+struct Row {
+  const std::byte* values;  // [H] of dispatch_dtype
+  const float* scales;      // [N], float8 only
+};
+
+// Rows of x as they travel: quantised here, unless they are not float8, or are so already.
+class OutgoingRows {
+ public:
+  OutgoingRows(protocol::DType dtype, protocol::DType dispatch_dtype, protocol::ScaleFormat format,
+               uint32_t hidden);
+
+  // The row of one token. Valid until the next call. `x_scales` is read where `is_quantized`.
+  Row at(const std::byte* x, const float* x_scales, bool is_quantized, uint64_t token);
+
+ private:
+  protocol::DType dtype_;
+  protocol::ScaleFormat format_;
+  uint32_t hidden_;
+  uint32_t num_scales_;
+  uint64_t row_bytes_, dispatch_row_bytes_;
+  std::vector<std::byte> values_;
+  std::vector<float> scales_;
+};
 
 }  // namespace ep::cpu

@@ -1,7 +1,8 @@
 // What the three normal kernels are given. The same for all devices.
 //
 // T tokens of this rank, H hidden, K top_k, R ranks, L local experts, N rows received, D =
-// min(K, R), the ranks that a token can go to, I rounds of the largest batch.
+// min(K, R), the ranks that a token can go to, I rounds of the largest batch, S scales of a float8
+// row, W 32-bit words of a received row's scales.
 #pragma once
 
 #include "protocol/base.h"
@@ -32,7 +33,9 @@ struct NormalCountsParams {
   uint64_t* num_recv_tokens_per_expert;  // out [L]
 };
 struct NormalDispatchParams {
-  const std::byte* x;  // [T, H]
+  const std::byte* x;     // [T, H]
+  bool x_is_quantized;    // x is float8, with scales; else it is of the buffer's dtype
+  const float* x_scales;  // [T, S]
   // Rows travel alone, and `rows.per_round`, which is written otherwise, is compared with what
   // comes.
   bool is_cached;
@@ -42,14 +45,20 @@ struct NormalDispatchParams {
   SendRoutes routes;
   RecvRows rows;
   std::byte* recv_x;         // out [N, H], by source rank, then token
+  uint32_t* recv_scales;     // out [N, W] of float8 rows
   int32_t* recv_topk_idx;    // out [N, K] local experts at their k, -1 where another rank's
   float* recv_topk_weights;  // out [N, K], 0 where another rank's
+  int32_t* recv_src_tokens;  // out [N] the token of its source that a row is of
 };
 struct NormalCombineParams {
-  const std::byte* x;  // [N, H] as recv_x: each row the sum of its experts, weighted
+  const std::byte* x;  // [N, H] in the order of recv_x: each row the sum of its experts, weighted
+  bool has_topk_weights;      // on every rank, or on none
+  const float* topk_weights;  // [N, K]
+  const std::byte* bias[2];   // [T, H], added behind a token's rows; null: none
   SendRoutes routes;
   RecvRows rows;
-  std::byte* out;  // out [T, H]
+  std::byte* out;                // out [T, H]
+  float* combined_topk_weights;  // out [T, K], sums of `topk_weights`
 };
 
 }  // namespace ep::protocol

@@ -6,7 +6,8 @@
 // Signals (count = messages sent) and per-expert counts (count = rows) have this form. A word from
 // an earlier epoch is older data, a word from a later one is a protocol error: nothing is cleared.
 // is_tagged, in a dispatch's signals: the messages are tagged words (tagged.h), of which the signal
-// says how many come, not that they are there.
+// says how many come, not that they are there. In the signals of a normal combine: routing weights
+// have come home with the rows.
 #pragma once
 
 #include "protocol/base.h"
@@ -24,6 +25,10 @@ EP_HOST_DEVICE constexpr uint64_t pack_signal(uint64_t epoch, uint64_t count) {
 }
 EP_HOST_DEVICE constexpr uint64_t signal_epoch(uint64_t signal) { return signal >> kEpochShift; }
 EP_HOST_DEVICE constexpr uint64_t signal_count(uint64_t signal) { return signal & kMaxCount; }
+// The count, and is_tagged above it.
+EP_HOST_DEVICE constexpr uint64_t signal_low_bits(uint64_t signal) {
+  return signal & (kTaggedBit | kMaxCount);
+}
 EP_HOST_DEVICE constexpr bool signal_is_tagged(uint64_t signal) {
   return (signal & kTaggedBit) != 0;
 }

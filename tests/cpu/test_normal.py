@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ep_backend import Group, reference_normal, virtual_world
+from ep_backend import Group, LowLatencyBuffer, NormalBuffer, reference_normal, virtual_world
 from tests.support.normal import (
     NormalCase,
     NormalShape,
@@ -22,12 +22,16 @@ from tests.support.normal import (
 )
 from tests.support.processes import Rank, RankProcesses
 from tests.support.routing import ROUTINGS
+from tests.support.scenario import same_bits
 
 DTYPES = (torch.float32, torch.bfloat16)
+FLOAT8 = torch.float8_e4m3fn
+SCALE_FORMATS = ("float32", "power_of_two", "ue8m0")
 
 
 @st.composite
 def shapes(draw: st.DrawFn, max_ranks: int) -> NormalShape:
+    is_float8 = draw(st.booleans())
     return NormalShape(
         num_ranks=draw(st.integers(1, max_ranks)),
         hidden=draw(st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 600]))),
@@ -35,6 +39,8 @@ def shapes(draw: st.DrawFn, max_ranks: int) -> NormalShape:
         top_k=draw(st.integers(1, 64)),
         dtype=draw(st.sampled_from(DTYPES)),
         num_tokens_per_round=draw(st.integers(1, 9)),
+        dispatch_dtype=FLOAT8 if is_float8 else None,
+        scale_format=draw(st.sampled_from(SCALE_FORMATS)) if is_float8 else "float32",
     )
 
 
@@ -49,6 +55,9 @@ def cases(draw: st.DrawFn, max_ranks: int = 5) -> tuple[NormalShape, list[Normal
             draw(num_tokens),
             seed=draw(st.integers(0, 1000)),
             idx_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
+            num_biases=draw(st.integers(0, 2)),
+            with_weights=draw(st.booleans()),
+            is_quantized=shape.is_float8 and draw(st.booleans()),
         )
         for _ in range(draw(st.integers(1, 3)))
     ]
@@ -79,10 +88,59 @@ def test_up_to_nine_ranks_equal_the_reference(
 
 @pytest.mark.parametrize("num_tokens_per_round", [1, 7, 32_767])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_budget_gives_the_same_bits(dtype: torch.dtype, num_tokens_per_round: int) -> None:
-    shape = NormalShape(3, hidden=33, num_experts=7, top_k=4, dtype=dtype)
-    shape = replace(shape, num_tokens_per_round=num_tokens_per_round)
-    run_on_threads(shape, [make_case(shape, "uniform", [200, 0, 61], seed=1)], num_ops=2)
+@pytest.mark.parametrize("dispatch_dtype", [None, FLOAT8], ids=["as_dtype", "float8"])
+def test_any_budget_gives_the_same_bits(
+    dispatch_dtype: torch.dtype | None, dtype: torch.dtype, num_tokens_per_round: int
+) -> None:
+    shape = NormalShape(3, hidden=133, num_experts=7, top_k=4, dtype=dtype)
+    shape = replace(shape, num_tokens_per_round=num_tokens_per_round, dispatch_dtype=dispatch_dtype)
+    case = make_case(shape, "uniform", [200, 0, 61], seed=1, num_biases=2, with_weights=True)
+    run_on_threads(shape, [case], num_ops=2)
+
+
+@pytest.mark.parametrize("scale_format", SCALE_FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_float8_rows_have_the_bits_of_the_low_latency_kernels(
+    dtype: torch.dtype, scale_format: str
+) -> None:
+    """Random bits: NaN, infinities and denormals among them."""
+    generator = torch.Generator().manual_seed(7)
+    as_int = torch.int32 if dtype == torch.float32 else torch.int16
+    info = torch.iinfo(as_int)
+    bits = torch.randint(info.min, info.max, (40, 650), generator=generator, dtype=as_int)
+    x, idx, weights = bits.view(dtype), torch.zeros((40, 1), dtype=torch.int64), torch.ones(40, 1)
+    x[20:] = torch.randn((20, 650), generator=generator)
+    settings = dict(hidden=650, num_experts=1, top_k=1, dtype=dtype)
+    settings |= dict(dispatch_dtype=FLOAT8, scale_format=scale_format)
+    group = virtual_world(1).groups[0]
+    with (
+        NormalBuffer(group, num_bytes=1 << 20, **settings) as normal,
+        LowLatencyBuffer(
+            group, num_max_tokens_per_rank=40, output_layout="rank_major", **settings
+        ) as low_latency,
+    ):
+        ours = normal.dispatch(x, idx, weights)
+        theirs = low_latency.dispatch_and_receive(x, idx, weights)
+        assert ours.recv_scales is not None
+        assert theirs.recv_scales is not None
+        assert same_bits(ours.recv_x, theirs.recv_x[0])
+        assert ours.recv_scales.dtype == theirs.recv_scales.dtype
+        assert same_bits(ours.recv_scales, theirs.recv_scales[0])
+
+
+def test_a_bias_may_be_where_the_result_goes() -> None:
+    shape = NormalShape(2, num_experts=2, top_k=1, num_tokens_per_round=2)
+    case = make_case(shape, "masked", [9, 5], seed=1, num_biases=2)
+
+    def rank_main(group: Group) -> None:
+        rank = group.self_rank
+        with shape.buffer(group) as buffer:
+            result = buffer.dispatch(*case.inputs(rank))
+            bias = tuple(b.clone() for b in case.biases[rank])
+            x = rows_for_home(result.recv_x, rank)
+            check_combined(buffer.combine(x, result.handle, out=bias[1], bias=bias), case, rank)
+
+    virtual_world(2).run(rank_main)
 
 
 def test_a_batch_beyond_the_count_of_a_signal() -> None:
@@ -136,21 +194,22 @@ def test_a_cached_handle_routes_other_rows_alike(
     drawn: tuple[NormalShape, list[NormalCase]], alignment: int
 ) -> None:
     shape, (first, *_) = drawn
-    x = [-1 - t for t in first.x]
-    again = case_of(shape, x, first.topk_idx, first.topk_weights)
+    x = [-1 - t.to(shape.dtype) for t in first.x]
+    again = case_of(shape, x, first.topk_idx, first.topk_weights, num_biases=1, with_weights=True)
 
     def rank_main(group: Group) -> None:
         rank = group.self_rank
         with shape.buffer(group, timeout_secs=10.0) as buffer:
             handle = first.run(buffer)
             for case in (again, first):
-                result = buffer.dispatch(case.x[rank], handle=handle, expert_alignment=alignment)
+                result = buffer.dispatch(
+                    **case.rows(rank), handle=handle, expert_alignment=alignment
+                )
                 check_received(result, case, rank)
                 counts = case.received[rank].num_tokens_per_expert
                 aligned = [-(-n // alignment) * alignment for n in counts]
                 assert result.num_recv_tokens_per_expert == aligned
-                out = buffer.combine(rows_for_home(result.recv_x, rank), result.handle)
-                check_combined(out, case, rank)
+                case.combine(buffer, result)
             first.run(buffer)
 
     virtual_world(shape.num_ranks).run(rank_main)
@@ -174,10 +233,7 @@ def test_worst_tokens_leave_unused_rows_without_experts(
             assert isinstance(counts, torch.Tensor)
             assert counts.dtype == torch.int32
             assert counts.tolist() == case.received[rank].num_tokens_per_expert
-            x = torch.full_like(result.recv_x, float("nan"))  # nobody may read rows behind N
-            n = len(case.received[rank].rows)
-            x[:n] = rows_for_home(result.recv_x[:n], rank)
-            check_combined(buffer.combine(x, result.handle), case, rank)
+            case.combine(buffer, result)  # nobody reads rows behind N, which are NaN
 
     virtual_world(shape.num_ranks).run(rank_main)
 

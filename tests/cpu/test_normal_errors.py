@@ -7,7 +7,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -73,6 +73,7 @@ BAD_DISPATCHES = [
     BadDispatch("x_dtype", "x", lambda x: x.float(), "float32, expected torch.bfloat16"),
     BadDispatch("x_strides", "x", lambda x: x.t().contiguous().t(), r"x\.contiguous\(\)"),
     BadDispatch("x_device", "x", lambda x: x.to("meta"), "x is on meta, expected cpu"),
+    BadDispatch("scales", "x_scales", lambda _: torch.ones(4, 1), "but this buffer sends torch.bf"),
     BadDispatch("idx_shape", "topk_idx", lambda i: i[:3], r"\[3, 3\], expected \[4, 3\]"),
     BadDispatch("idx_dtype", "topk_idx", lambda i: i.short(), "topk_idx has dtype torch.int16"),
     BadDispatch("idx_missing", "topk_idx", lambda _: None, "topk_idx was not given. Pass topk_idx"),
@@ -98,7 +99,7 @@ def test_a_bad_dispatch_names_the_argument_and_sends_nothing(bad: BadDispatch) -
     def rank_main(buffer: NormalBuffer) -> None:
         rank = buffer.group.self_rank
         x, topk_idx, topk_weights = case.inputs(rank)
-        good = dict(x=x, topk_idx=topk_idx, topk_weights=topk_weights)
+        good = dict(x=x, topk_idx=topk_idx, topk_weights=topk_weights, x_scales=None)
         good |= dict(num_worst_tokens=0, expert_alignment=1)
         for _ in range(2):
             if rank == 1:
@@ -129,6 +130,17 @@ def test_a_cached_dispatch_or_a_combine_that_does_not_fit_its_handle_is_refused(
             buffer.combine(recv_x.float(), handle)
         with pytest.raises(ValueError, match=r"out has shape \[3, 6\], expected \[4, 6\]"):
             buffer.combine(recv_x, handle, out=torch.empty(3, 6).bfloat16())
+        weights = result.recv_topk_weights
+        with pytest.raises(
+            ValueError, match=r"topk_weights has shape \[\d+, 2\], expected .*, 3\]"
+        ):
+            buffer.combine(recv_x, handle, topk_weights=weights[:, :2].contiguous())
+        with pytest.raises(ValueError, match=r"topk_weights has dtype torch\.float64"):
+            buffer.combine(recv_x, handle, topk_weights=weights.double())
+        with pytest.raises(ValueError, match=r"bias has shape \[3, 6\], expected \[4, 6\]"):
+            buffer.combine(recv_x, handle, bias=(x, x[:3]))
+        with pytest.raises(ValueError, match="bias has 3 tensors, expected one, or a pair"):
+            buffer.combine(recv_x, handle, bias=(x, x, x))
         handle.buffer = None  # type: ignore[assignment]
         with pytest.raises(ValueError, match="the handle comes from another buffer"):
             buffer.combine(recv_x, handle)
@@ -136,6 +148,37 @@ def test_a_cached_dispatch_or_a_combine_that_does_not_fit_its_handle_is_refused(
 
     for answer in on_threads(rank_main):
         assert answer.error_type is None, answer.details
+
+
+def test_float8_rows_need_their_scales_and_a_buffer_that_sends_float8() -> None:
+    shape = replace(SHAPE, dispatch_dtype=torch.float8_e4m3fn)
+    case = make_case(shape, "uniform", [4, 4], seed=1, is_quantized=True)
+
+    def rank_main(buffer: NormalBuffer) -> None:
+        x, topk_idx, topk_weights, scales = case.inputs(buffer.group.self_rank)
+        with pytest.raises(ValueError, match="float8_e4m3fn, but x_scales was not given"):
+            buffer.dispatch(x, topk_idx, topk_weights)
+        with pytest.raises(ValueError, match="which the buffer quantises itself"):
+            buffer.dispatch(x.bfloat16(), topk_idx, topk_weights, scales)
+        with pytest.raises(ValueError, match=r"x_scales has shape \[4, 2\], expected \[4, 1\]"):
+            buffer.dispatch(x, topk_idx, topk_weights, scales.expand(4, 2).contiguous())
+        case.run(buffer)
+
+    for answer in on_threads(rank_main, shape):
+        assert answer.error_type is None, answer.details
+
+
+def test_weights_that_only_some_ranks_send_home_are_noticed() -> None:
+    case = make_case(SHAPE, "uniform", [4, 4], seed=1)
+
+    def rank_main(buffer: NormalBuffer) -> None:
+        result = buffer.dispatch(*case.inputs(buffer.group.self_rank))
+        weights = result.recv_topk_weights if buffer.group.self_rank == 1 else None
+        buffer.combine(result.recv_x, result.handle, topk_weights=weights)
+
+    for answer in on_threads(rank_main):
+        assert answer.error_type == ProtocolError.__name__, answer.details
+        assert "The ranks have issued different operations" in answer.error
 
 
 def test_more_rows_than_worst_tokens_fail_the_buffer_and_name_both_numbers() -> None:
@@ -185,6 +228,9 @@ def create_on_threads(settings_of_rank: list[dict[str, Any]]) -> list[Answer]:
         ("hidden", 0, "hidden is 0, expected"),
         ("top_k", 65, "top_k is 65, expected an integer in 1..64"),
         ("dtype", torch.float16, "dtype is torch.float16, expected torch.float32 or torch.bfloat1"),
+        ("dispatch_dtype", torch.float32, "dispatch_dtype is torch.float32, expected torch.bfloat"),
+        ("scale_format", "ue8m0", "scale_format is 'ue8m0', but rows of torch.bfloat16 have no"),
+        ("scale_format", "fp4", "scale_format is 'fp4', expected 'float32' or 'power_of_two' or"),
         ("device", "cuda", "device is 'cuda', but the normal kernels exist on the CPU only so far"),
         ("timeout_secs", 0, "timeout_secs is 0, expected more than 0"),
     ],
@@ -204,7 +250,14 @@ def test_the_least_budget_that_the_error_names_is_enough() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("hidden", 7), ("num_experts", 6), ("top_k", 2), ("dtype", torch.float32), ("num_bytes", 9e5)],
+    [
+        ("hidden", 7),
+        ("num_experts", 6),
+        ("top_k", 2),
+        ("dtype", torch.float32),
+        ("dispatch_dtype", torch.float8_e4m3fn),
+        ("num_bytes", 9e5),
+    ],
 )
 def test_a_differing_setting_is_a_mismatch_on_every_rank(setting: str, value: Any) -> None:
     value = int(value) if setting == "num_bytes" else value

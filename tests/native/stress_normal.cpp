@@ -4,11 +4,11 @@
 // process.
 //
 //   stress_normal RANKS OPS HIDDEN DTYPE TOKENS_PER_ROUND [damage]
-//   DTYPE        float32, bfloat16
+//   DTYPE        float32, bfloat16; bfloat16/float8: dispatched as float8
 //   damage       one rank answers one row wrongly: the check must end the program
 //
 // Every third operation dispatches a second time with the routing of the first; every fifth is not
-// combined.
+// combined; of the others, every second takes weights home and adds a bias.
 #include <algorithm>
 #include <thread>
 
@@ -49,7 +49,9 @@ class NormalRankUnderStress {
     uint64_t num_rows = 0;
     for (uint64_t n : num_rows_) num_rows += n;
     per_round_.resize(num_rounds_ * config_.num_ranks);
-    recv_x_.resize(num_rows * layout_.row_bytes());
+    recv_x_.resize(num_rows * layout_.dispatch_row_bytes());
+    recv_scales_.resize(num_rows * layout_.num_scale_words());
+    recv_src_tokens_.resize(num_rows);
     recv_topk_idx_.resize(num_rows * kTopK);
     recv_topk_weights_.resize(num_rows * kTopK);
     dispatch(op, false);
@@ -74,9 +76,10 @@ class NormalRankUnderStress {
       }
     }
     const std::vector<float> weights(topk_idx_.size(), 1.0f);
-    check(kernels_.dispatch({x.data(), is_cached, topk_idx_.data(), true, weights.data(), routes(),
-                             rows(), recv_x_.data(), recv_topk_idx_.data(),
-                             recv_topk_weights_.data()}),
+    check(kernels_.dispatch({x.data(), false, nullptr, is_cached, topk_idx_.data(), true,
+                             weights.data(), routes(), rows(), recv_x_.data(), recv_scales_.data(),
+                             recv_topk_idx_.data(), recv_topk_weights_.data(),
+                             recv_src_tokens_.data()}),
           "dispatch", op);
     check_rows(op, payload_op);
   }
@@ -97,9 +100,11 @@ class NormalRankUnderStress {
         if (!std::equal(expected, expected + kTopK, recv_topk_idx_.data() + row * kTopK)) {
           give_up("wrong experts (src rank, token)", self_, op, src, token);
         }
+        if (recv_src_tokens_[row] != static_cast<int32_t>(token)) {
+          give_up("wrong token (src rank, token)", self_, op, src, token);
+        }
         for (uint32_t column = 0; column < config_.hidden; ++column) {
-          const float value =
-              load(recv_x_.data() + row * layout_.row_bytes(), column, config_.dtype);
+          const float value = received(row, column);
           if (value != static_cast<float>(element_of(payload_op, src, token, column))) {
             give_up("wrong row (src rank, token)", self_, op, src, token);
           }
@@ -109,29 +114,54 @@ class NormalRankUnderStress {
     }
   }
 
-  // A rank answers a row with the row plus its own number.
+  float received(uint64_t row, uint32_t column) const {
+    const float value =
+        load(recv_x_.data() + row * layout_.dispatch_row_bytes(), column, config_.dispatch_dtype);
+    if (recv_scales_.empty()) return value;
+    return value * protocol::float_of(recv_scales_[row * layout_.num_scale_words() + column / 128]);
+  }
+
+  // A rank answers a row with the row plus its own number, and weighs each expert that it has.
   void combine(uint64_t op, uint64_t num_rows) {
-    std::vector<std::byte> y(recv_x_.size()), out(num_messages_.size() * layout_.row_bytes());
+    const bool has_extras = op % 2 == 0;
+    const uint64_t num_tokens = num_messages_.size();
+    std::vector<std::byte> y(num_rows * layout_.row_bytes()), out(num_tokens * layout_.row_bytes());
+    std::vector<std::byte> bias(out.size());
+    for (uint64_t i = 0; i < num_tokens * config_.hidden; ++i) {
+      store(bias.data(), static_cast<uint32_t>(i), config_.dtype, 3.0f);
+    }
+    std::vector<float> sums(num_tokens * kTopK);
     for (uint64_t row = 0; row < num_rows; ++row) {
       for (uint32_t column = 0; column < config_.hidden; ++column) {
         const uint64_t at = row * layout_.row_bytes();
         const float wrong = damage_ && op == 6 && self_ == 0 && row + 1 == num_rows ? 1.0f : 0.0f;
         store(y.data() + at, column, config_.dtype,
-              load(recv_x_.data() + at, column, config_.dtype) + static_cast<float>(self_) + wrong);
+              received(row, column) + static_cast<float>(self_) + wrong);
       }
     }
-    check(kernels_.combine({y.data(), routes(), rows(), out.data()}), "combine", op);
+    check(kernels_.combine({y.data(),
+                            has_extras,
+                            recv_topk_weights_.data(),
+                            {has_extras ? bias.data() : nullptr, nullptr},
+                            routes(),
+                            rows(),
+                            out.data(),
+                            sums.data()}),
+          "combine", op);
     const uint64_t payload_op = op + (op % 3 == 1);
     for (uint32_t token = 0; token < num_messages_.size(); ++token) {
       std::vector<uint32_t> ranks;
       for (uint32_t k = 0; k < kTopK; ++k) {
         const int64_t expert = expert_of(op, self_, token, k);
+        const float weight = has_extras && expert >= 0 ? 1.0f : 0.0f;
+        if (sums[token * kTopK + k] != weight)
+          give_up("wrong weight (token, k)", self_, op, token, k);
         if (expert < 0) continue;
         const uint32_t rank = layout_.partition().owner(static_cast<uint32_t>(expert));
         if (std::find(ranks.begin(), ranks.end(), rank) == ranks.end()) ranks.push_back(rank);
       }
       for (uint32_t column = 0; column < config_.hidden; ++column) {
-        uint32_t expected = 0;
+        uint32_t expected = has_extras ? 3 : 0;
         for (uint32_t rank : ranks) {
           expected += element_of(payload_op, self_, token, column) + rank;
         }
@@ -160,6 +190,8 @@ class NormalRankUnderStress {
   std::vector<uint32_t> num_messages_, messages_, per_round_;
   std::vector<int64_t> topk_idx_;
   std::vector<std::byte> recv_x_;
+  std::vector<uint32_t> recv_scales_;
+  std::vector<int32_t> recv_src_tokens_;
   std::vector<int32_t> recv_topk_idx_;
   std::vector<float> recv_topk_weights_;
 };
@@ -170,13 +202,16 @@ int main(int argc, char** argv) {
   if (argc < 6) return 2;
   const auto num_ranks = static_cast<uint32_t>(std::atoi(argv[1]));
   const auto num_ops = static_cast<uint64_t>(std::atoll(argv[2]));
-  const protocol::NormalConfig config{
-      num_ranks,
-      kNumExperts,
-      static_cast<uint32_t>(std::atoi(argv[3])),
-      kTopK,
-      std::string(argv[4]) == "bfloat16" ? DType::kBFloat16 : DType::kFloat32,
-      static_cast<uint32_t>(std::atoi(argv[5]))};
+  const std::string dtypes = argv[4];
+  const DType dtype = dtypes == "float32" ? DType::kFloat32 : DType::kBFloat16;
+  const protocol::NormalConfig config{num_ranks,
+                                      kNumExperts,
+                                      static_cast<uint32_t>(std::atoi(argv[3])),
+                                      kTopK,
+                                      dtype,
+                                      dtypes == "bfloat16/float8" ? DType::kFloat8E4M3 : dtype,
+                                      protocol::ScaleFormat::kPowerOfTwo,
+                                      static_cast<uint32_t>(std::atoi(argv[5]))};
   // Exactly as many bytes as the layout says: AddressSanitizer sees the first byte behind them.
   const uint64_t num_bytes = protocol::NormalLayout(config).num_bytes();
   std::vector<std::byte*> bases;

@@ -40,6 +40,7 @@ def stress(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     ("num_ranks", "num_ops", "hidden", "dtype", "tokens_per_round"),
     [
         (3, 300, 37, "bfloat16", 4),
+        (3, 200, 150, "bfloat16/float8", 4),
         (2, 300, 1, "float32", 1),
         (9, 60, 37, "float32", 3),  # more ranks than experts
         (1, 300, 37, "bfloat16", 5),
