@@ -62,8 +62,8 @@ NormalRoutes routes(uint32_t num_tokens, uintptr_t messages, uintptr_t round_beg
 
 NormalOutputs outputs(uintptr_t recv_x, uintptr_t recv_scales, uintptr_t recv_topk_idx,
                       uintptr_t recv_topk_weights, uintptr_t recv_src_tokens, uint64_t num_rows) {
-  return {pointer<std::byte>(recv_x),       pointer<uint32_t>(recv_scales),
-          pointer<int32_t>(recv_topk_idx),  pointer<float>(recv_topk_weights),
+  return {pointer<std::byte>(recv_x),        pointer<uint32_t>(recv_scales),
+          pointer<int32_t>(recv_topk_idx),   pointer<float>(recv_topk_weights),
           pointer<int32_t>(recv_src_tokens), num_rows};
 }
 
@@ -93,9 +93,9 @@ void bind_rank(py::module_& m) {
               DispatchStart start, uintptr_t topk_idx, bool topk_idx_is_int64,
               uintptr_t topk_weights, uint32_t num_tokens, uintptr_t messages,
               uintptr_t round_begins, uintptr_t batch, uintptr_t num_recv_tokens_per_expert,
-              uint32_t expert_alignment, uint64_t ticket, uint64_t num_rows, uintptr_t recv_x,
-              uintptr_t recv_scales, uintptr_t recv_topk_idx, uintptr_t recv_topk_weights,
-              uintptr_t recv_src_tokens, uint32_t num_sms, uintptr_t stream) {
+              uint64_t ticket, uint64_t num_rows, uintptr_t recv_x, uintptr_t recv_scales,
+              uintptr_t recv_topk_idx, uintptr_t recv_topk_weights, uintptr_t recv_src_tokens,
+              uint32_t num_sms, uintptr_t stream) {
              const NormalDispatch params{pointer<std::byte>(x),
                                          x_is_quantized,
                                          pointer<float>(x_scales),
@@ -105,7 +105,6 @@ void bind_rank(py::module_& m) {
                                          pointer<float>(topk_weights),
                                          routes(num_tokens, messages, round_begins, batch),
                                          pointer<int32_t>(num_recv_tokens_per_expert),
-                                         expert_alignment,
                                          ticket,
                                          num_rows,
                                          outputs(recv_x, recv_scales, recv_topk_idx,
@@ -142,22 +141,23 @@ void bind_rank(py::module_& m) {
                return self.wait_for_counts(ticket, pointer<void>(stream), &python_interrupted);
              });
            })
-      .def("counts",
-           [](const NormalRank& self) {
-             const cuda::HostCounts counts = self.counts();
-             return py::make_tuple(counts.num_rows, counts.num_rounds, counts.is_direct != 0,
-                                   self.expert_counts());
-           },
-           "N, I, whether all ranks have room, and rows of each local expert.")
+      .def(
+          "counts",
+          [](const NormalRank& self) {
+            const cuda::HostCounts counts = self.counts();
+            return py::make_tuple(counts.num_rows, counts.num_rounds, counts.is_direct != 0,
+                                  self.expert_counts());
+          },
+          "N, I, whether all ranks have room, and rows of each local expert.")
       .def("report", &NormalRank::report);
 }
 
 void bind_yardsticks(py::module_& m) {
-  m.def("cuda_copy_on_sms", [](uintptr_t dst, uintptr_t src, uint64_t num_bytes, uint32_t num_sms,
-                               uintptr_t stream) {
-    cuda::copy_on_sms(pointer<void>(dst), pointer<void>(src), num_bytes, num_sms,
-                      pointer<void>(stream));
-  });
+  m.def("cuda_copy_on_sms",
+        [](uintptr_t dst, uintptr_t src, uint64_t num_bytes, uint32_t num_sms, uintptr_t stream) {
+          cuda::copy_on_sms(pointer<void>(dst), pointer<void>(src), num_bytes, num_sms,
+                            pointer<void>(stream));
+        });
   m.def("cuda_fill_on_sms",
         [](uintptr_t dst, uint64_t num_bytes, uint32_t num_sms, uintptr_t stream) {
           cuda::fill_on_sms(pointer<void>(dst), num_bytes, num_sms, pointer<void>(stream));

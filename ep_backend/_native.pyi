@@ -49,6 +49,7 @@ class Status(enum.Enum):
     NEWER_EPOCH = 4
     CORRUPT = 5
     BAD_EXPERT = 6
+    TOO_MANY_ROWS = 8
 
 class LowLatencyConfig:
     num_ranks: int
@@ -330,6 +331,8 @@ class NormalRank:
 
 # Only where has_cuda is true.
 CUDA_MAX_EXPERTS: int
+NORMAL_DEVICE_PROTOCOL_VERSION: int
+MAX_DEVICE_RANKS: int
 
 class DeviceMemory:
     address: int
@@ -366,4 +369,63 @@ class CudaLowLatencyRank:
     def report(self) -> OpResult: ...
     def statistics(self) -> CudaStatistics: ...
 
+class NormalDeviceConfig:
+    num_rows: int
+    def __init__(
+        self,
+        *,
+        num_ranks: int,
+        num_experts: int,
+        hidden: int,
+        top_k: int,
+        dtype: DType,
+        dispatch_dtype: DType,
+        scale_format: ScaleFormat,
+        num_rows: int,
+    ) -> None: ...
+
+class NormalDeviceLayout:
+    partition: ExpertPartition
+    num_bytes: int
+    num_scales: int
+    num_scale_words: int
+    num_tokens_per_round: int
+    num_max_messages_per_token: int
+    def __init__(self, config: NormalDeviceConfig) -> None: ...
+    @staticmethod
+    def num_rows_that_fit(config: NormalDeviceConfig, num_bytes: int) -> int: ...
+    def row(self, row: int) -> int: ...
+    def scales(self, row: int) -> int: ...
+    def combine_row(self, row: int) -> int: ...
+
+class DispatchStart(enum.Enum):
+    ROUTE = 0
+    CACHED = 1
+    RESUME = 2
+
+class CombineInput(enum.Enum):
+    ELSEWHERE = 0
+    COMBINE_ROWS = 1
+    RECEIVED_ROWS = 2
+
+class CudaNormalRank:
+    def __init__(
+        self,
+        config: NormalDeviceConfig,
+        self_rank: int,
+        bases: list[int],
+        *,
+        timeout_ns: int,
+        num_max_sms: int,
+    ) -> None: ...
+    # csrc/bindings_cuda_normal.cpp says what they take; the stream is last.
+    def dispatch(self, *args: DispatchStart | int) -> OpResult: ...
+    def unpack(self, *args: int) -> OpResult: ...
+    def combine(self, *args: CombineInput | int) -> OpResult: ...
+    def wait_for_counts(self, ticket: int, stream: int) -> OpResult: ...
+    def counts(self) -> tuple[int, int, bool, list[int]]: ...
+    def report(self) -> OpResult: ...
+
+def cuda_copy_on_sms(dst: int, src: int, num_bytes: int, num_sms: int, stream: int) -> None: ...
+def cuda_fill_on_sms(dst: int, num_bytes: int, num_sms: int, stream: int) -> None: ...
 def cuda_protocol_mismatches(config: LowLatencyConfig) -> int: ...

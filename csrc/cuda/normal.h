@@ -80,8 +80,7 @@ struct NormalDispatch {
   bool topk_idx_is_int64;
   const float* topk_weights;  // [T, K]
   NormalRoutes routes;
-  int32_t* num_recv_tokens_per_expert;  // out [L], rounded up to multiples of
-  uint32_t expert_alignment;
+  int32_t* num_recv_tokens_per_expert;  // out [L]
   uint64_t ticket;      // not 0: the host waits for counts, and resumes if rows need rounds
   uint64_t num_rows;    // room for received rows: more are an error
   NormalOutputs round;  // where rows go that come in rounds; not needed where all have room

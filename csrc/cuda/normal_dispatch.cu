@@ -36,8 +36,9 @@ __device__ bool find_ranges(const Op& op, const NormalDispatch& params, RowRange
   }
   if (params.start == DispatchStart::kRoute) {
     ranges->find(num_ranks, self_rank, [&](uint32_t src, uint32_t column) {
-      const auto* words = column == 0 ? at<uint32_t>(op.self(), layout.counts(src) + 8)
-                                      : at<uint32_t>(op.self(), layout.rank_counts(src)) + column - 1;
+      const auto* words = column == 0
+                              ? at<uint32_t>(op.self(), layout.counts(src) + 8)
+                              : at<uint32_t>(op.self(), layout.rank_counts(src)) + column - 1;
       return ptx::ld_relaxed_sys(words);
     });
   } else {
@@ -66,10 +67,8 @@ __device__ void write_counts(const Op& op, const NormalDispatch& params, const R
     for (uint32_t src = 0; src < num_ranks; ++src) {
       sum += ptx::ld_relaxed_sys(at<uint32_t>(op.self(), layout.expert_counts(src)) + e);
     }
-    const uint32_t alignment = params.expert_alignment;
-    const uint32_t aligned = (sum + alignment - 1) / alignment * alignment;
-    params.num_recv_tokens_per_expert[e] = static_cast<int32_t>(aligned);
-    if (host != nullptr) reinterpret_cast<uint32_t*>(host + 1)[e] = aligned;
+    params.num_recv_tokens_per_expert[e] = static_cast<int32_t>(sum);
+    if (host != nullptr) reinterpret_cast<uint32_t*>(host + 1)[e] = sum;
   }
   __syncthreads();
   if (host == nullptr || threadIdx.x != 0) return;
@@ -83,15 +82,14 @@ __device__ void write_counts(const Op& op, const NormalDispatch& params, const R
 template <typename Rows>
 __device__ void send_directly(const Op& op, const NormalDispatch& params, const RowRanges& ranges,
                               RowSender<Rows>* sender) {
-  sender->run(0, params.routes.num_tokens, [&](uint32_t r, uint32_t number) {
-    return uint64_t{ranges.first_sent[r]} + number;
-  });
+  sender->run(0, params.routes.num_tokens,
+              [&](uint32_t r, uint32_t number) { return uint64_t{ranges.first_sent[r]} + number; });
   if (!op.arrive_last()) return;
   const NormalDeviceLayout& layout = op.layout();
   op.publish_to_all(layout.done(op.rank().self_rank), [&](uint32_t) { return op.epoch(); });
   // Waits for: every source's rows.
-  const bool ok = op.wait_for_all(
-      Half::kRecv, [&](uint32_t r) { return layout.done(r); }, op.epoch());
+  const bool ok =
+      op.wait_for_all(Half::kRecv, [&](uint32_t r) { return layout.done(r); }, op.epoch());
   if (ok && threadIdx.x == 0) op.complete(0);
 }
 
@@ -133,8 +131,7 @@ class Rounds {
     });
     if (op_.arrive_in_round(Half::kSend, round)) {
       op_.publish_to_all(layout_.round_signal(Phase::kDispatch, bank, self_rank), [&](uint32_t r) {
-        const uint32_t count =
-            begin == end ? 0 : round_begin(round + 1, r) - round_begin(round, r);
+        const uint32_t count = begin == end ? 0 : round_begin(round + 1, r) - round_begin(round, r);
         return protocol::pack_signal(op_.round_epoch(round), count);
       });
     }
@@ -249,7 +246,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint64_t thread = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const uint64_t num_threads = uint64_t{gridDim.x} * blockDim.x, top_k = layout.config().top_k;
   auto copy = [&](void* to, uint64_t offset, uint64_t bytes) {
-    if (to != nullptr) copy_flat(to, rank.self_base + offset, num_rows * bytes, thread, num_threads);
+    if (to != nullptr)
+      copy_flat(to, rank.self_base + offset, num_rows * bytes, thread, num_threads);
   };
   if (ranges.is_direct(layout)) {
     copy(out.recv_x, layout.row(0), layout.dispatch_row_bytes());

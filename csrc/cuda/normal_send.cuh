@@ -212,16 +212,8 @@ class RowSender {
     const uint32_t num_scales = protocol::scales_for(num_channels);
     const uint32_t num_words = (num_scales + per_word - 1) / per_word;
     for (uint32_t word = lane_; word - lane_ < num_words; word += kWarp) {
-      uint32_t value = 0;
-      if (word < num_words) {
-        if (per_word == 1) {
-          value = __float_as_uint(buffer_.scales[word]);
-        } else {
-          for (uint32_t i = 4 * word; i < min(4 * word + 4, num_scales); ++i) {
-            value |= uint32_t{protocol::ue8m0_of(buffer_.scales[i])} << (i % 4 * 8);
-          }
-        }
-      }
+      const uint32_t value =
+          word < num_words ? protocol::scale_word(format, buffer_.scales, num_scales, word) : 0;
       for_each(targets, [&](uint32_t r, uint64_t row) {
         auto* words = at<uint32_t>(op_.peer(r), layout_.scales(row)) + first_scale / per_word;
         if (word < num_words) words[word] = value;
