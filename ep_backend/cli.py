@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.status import Status
 
-from ep_backend.bench import op, op_cuda, serve
+from ep_backend.bench import op, op_cuda, op_cuda_normal, serve
 from ep_backend.bench.demo import BACKENDS, DemoSettings, Progress, ServerFailed, run_demo
 from ep_backend.bench.demo_report import plot_latencies, print_report
 from ep_backend.bench.model import TinyMoE, make_model
@@ -39,10 +39,16 @@ Seed = Annotated[int, typer.Option()]
 def op_command(
     context: typer.Context,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    kind: Annotated[str, typer.Option(help="low-latency or normal")] = "low-latency",
 ) -> None:
     """Time of dispatch + combine: processes on the CPU, or virtual ranks on a GPU."""
+    kinds = {"low-latency": op_cuda, "normal": op_cuda_normal}
+    if kind not in kinds:
+        raise typer.BadParameter(f"kind is {kind!r}, expected low-latency or normal")
     if device == "cuda":
-        raise typer.Exit(op_cuda.main(context.args))
+        raise typer.Exit(kinds[kind].main(context.args))
+    if kind == "normal":
+        raise typer.BadParameter("kind is 'normal', which is timed with --device cuda only")
     if device != "cpu":
         raise typer.BadParameter(f"device is {device!r}, expected cpu or cuda")
     typer.main.get_command(op_cpu).main(context.args, prog_name="ep-backend bench op")

@@ -9,7 +9,6 @@ import torch
 
 from ep_backend import _native
 
-
 # Kernels of many ranks wait for each other, so no two of their streams may share one of the GPU's
 # queues, of which CUDA takes eight unless it is told before it starts.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
