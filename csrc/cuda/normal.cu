@@ -23,8 +23,8 @@ T* zeroed_device_array(size_t count) {
   return array;
 }
 
-Launch launch_of(uint32_t num_sms, void* stream) {
-  return {num_sms, normal_block_threads(), static_cast<cudaStream_t>(stream), false};
+Launch launch_of(uint32_t num_sms, uint32_t num_threads, void* stream) {
+  return {num_sms, num_threads, static_cast<cudaStream_t>(stream), false};
 }
 
 }  // namespace
@@ -69,18 +69,19 @@ NormalRank::~NormalRank() {
 }
 
 OpResult NormalRank::dispatch(const NormalDispatch& params, uint32_t num_sms, void* stream) {
-  launch_normal_dispatch(view_, params, launch_of(num_sms, stream));
+  launch_normal_dispatch(view_, params, launch_of(num_sms, normal_dispatch_threads(), stream));
   return launched("dispatch");
 }
 
 OpResult NormalRank::unpack(const uint32_t* batch, const NormalOutputs& outputs, uint32_t num_sms,
                             void* stream) {
-  launch_normal_unpack(view_, batch, outputs, launch_of(num_sms, stream));
+  launch_normal_unpack(view_, batch, outputs,
+                       launch_of(num_sms, normal_dispatch_threads(), stream));
   return launched("unpacking a dispatch");
 }
 
 OpResult NormalRank::combine(const NormalCombine& params, uint32_t num_sms, void* stream) {
-  launch_normal_combine(view_, params, launch_of(num_sms, stream));
+  launch_normal_combine(view_, params, launch_of(num_sms, normal_combine_threads(), stream));
   return launched("combine");
 }
 

@@ -14,9 +14,10 @@ namespace {
 constexpr uint32_t kInReceivedRows = 1;
 constexpr uint32_t kWithWeights = 2;
 
-constexpr uint32_t kTermsBytes = kWarps * 2 * sizeof(Terms);
-constexpr uint32_t kBarriersBytes = kWarps * kPieces * sizeof(uint64_t);
-constexpr uint32_t kPullBytes = kWarps * kWarpBytes + kTermsBytes + kBarriersBytes;
+constexpr uint32_t kTermsBytes = kPullWarps * 2 * sizeof(Terms);
+constexpr uint32_t kWarpBarriers = kPieces + 1;  // of the ring, and of rows that are staged
+constexpr uint32_t kBarriersBytes = kPullWarps * kWarpBarriers * sizeof(uint64_t);
+constexpr uint32_t kPullBytes = kPullWarps * kPieces * kPieceBytes + kTermsBytes + kBarriersBytes;
 
 struct Shared {
   RowRanges ranges;
@@ -37,8 +38,9 @@ class Combiner {
         num_columns_(layout_.num_max_messages_per_token()),
         warp_(threadIdx.x / kWarp),
         lane_(threadIdx.x % kWarp),
-        puller_(op, ring(buffers)) {
-    if (lane_ < kPieces) ptx::mbarrier_init(ring(buffers).barriers + lane_, 1);
+        ring_(ring(buffers)),
+        puller_(op, ring_) {
+    if (lane_ < kWarpBarriers) ptx::mbarrier_init(ring_.barriers + lane_, 1);
     ptx::fence_proxy_async();
     __syncwarp();
   }
@@ -80,9 +82,9 @@ class Combiner {
 
  private:
   __device__ Ring ring(std::byte* buffers) const {
-    auto* terms = reinterpret_cast<Terms*>(buffers + kWarps * kWarpBytes);
-    auto* barriers = reinterpret_cast<uint64_t*>(terms + kWarps * 2);
-    return {buffers + warp_ * kWarpBytes, barriers + warp_ * kPieces, terms + warp_ * 2};
+    auto* terms = reinterpret_cast<Terms*>(buffers + kPullWarps * kPieces * kPieceBytes);
+    auto* barriers = reinterpret_cast<uint64_t*>(terms + kPullWarps * 2);
+    return {buffers + warp_ * kPieces * kPieceBytes, barriers + warp_ * kWarpBarriers, terms + warp_ * 2};
   }
   __device__ uint32_t own_flags() const {
     return (params_.input == CombineInput::kReceivedRows ? kInReceivedRows : 0) |
@@ -92,18 +94,39 @@ class Combiner {
     copy_flat(op_.self() + offset, src, num_bytes, uint64_t{blockIdx.x} * blockDim.x + threadIdx.x,
               uint64_t{gridDim.x} * blockDim.x);
   }
+  // By the copy engine, through the rings, which are empty.
+  __device__ void copy_in_bulk(std::byte* dst, const std::byte* src, uint64_t num_bytes) {
+    constexpr uint64_t kBytes = kPieces * kPieceBytes;
+    uint64_t* barrier = ring_.barriers + kPieces;
+    const uint64_t step = gridDim.x * kPullWarps * kBytes;
+    uint64_t first = (warp_ * gridDim.x + blockIdx.x) * kBytes;
+    for (; first < num_bytes && lane_ == 0; first += step) {
+      const auto size = static_cast<uint32_t>(min(kBytes, num_bytes - first));
+      ptx::bulk_wait_read();
+      ptx::mbarrier_arrive_expect(barrier, size);
+      ptx::bulk_load(ring_.pieces, src + first, size, barrier);
+      ptx::mbarrier_wait(barrier, staging_parity_);
+      staging_parity_ ^= 1;
+      ptx::bulk_store(dst + first, ring_.pieces, size);
+      ptx::bulk_commit();
+    }
+    ptx::bulk_wait_written();
+    ptx::fence_proxy_async();
+    __syncwarp();
+  }
   // Rows [row, row + count) of x, and their weights, to the staged row and those behind it.
-  __device__ void stage_rows(uint64_t staged, uint64_t row, uint64_t count) const {
+  __device__ void stage_rows(uint64_t staged, uint64_t row, uint64_t count) {
     const uint64_t row_bytes = layout_.row_bytes();
     if (params_.input == CombineInput::kElsewhere) {
-      copy(layout_.combine_row(staged), params_.x + row * row_bytes, count * row_bytes);
+      copy_in_bulk(op_.self() + layout_.combine_row(staged), params_.x + row * row_bytes,
+                   count * row_bytes);
     }
     if (params_.topk_weights != nullptr) {
       copy(layout_.combine_weights(staged), params_.topk_weights + row * top_k_,
            count * top_k_ * 4);
     }
   }
-  __device__ void stage_all() const {
+  __device__ void stage_all() {
     stage_rows(0, 0, shared_.ranges.first_received[op_.num_ranks()]);
   }
 
@@ -124,7 +147,7 @@ class Combiner {
       return find_terms(token, place, terms);
     });
     if (params_.topk_weights == nullptr) return;
-    const uint64_t step = uint64_t{gridDim.x} * kWarps;
+    const uint64_t step = uint64_t{gridDim.x} * kPullWarps;
     for (uint64_t token = begin + warp_ * gridDim.x + blockIdx.x; token < end; token += step) {
       add_up_weights(static_cast<uint32_t>(token), place);
     }
@@ -255,11 +278,13 @@ class Combiner {
   Shared& shared_;
   uint32_t top_k_, num_columns_, warp_, lane_;
   uint32_t num_rounds_ = 0;
+  Ring ring_;
+  uint32_t staging_parity_ = 0;
   Puller<T> puller_;
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kPullThreads, 1)
     normal_combine_kernel(const __grid_constant__ NormalView rank,
                           const __grid_constant__ NormalCombine params) {
   extern __shared__ __align__(128) std::byte buffers[];
@@ -294,6 +319,6 @@ void launch_normal_combine(const NormalView& rank, const NormalCombine& params,
   }
 }
 
-uint32_t normal_block_threads() { return normal::kThreads; }
+uint32_t normal_combine_threads() { return normal::kPullThreads; }
 
 }  // namespace ep::cuda

@@ -16,7 +16,7 @@ namespace {
 struct Shared {
   RowRanges ranges;
   RouteScratch route;
-  uint64_t barriers[kWarps];
+  uint64_t barriers[kSendWarps];
   uint32_t next_row[kNumMaxDeviceRanks];  // in rounds: of each source
   uint32_t num_in_round[kNumMaxDeviceRanks];
 };
@@ -188,7 +188,7 @@ class Rounds {
 };
 
 template <typename Rows>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kSendThreads, 1)
     normal_dispatch_kernel(const __grid_constant__ NormalView rank,
                            const __grid_constant__ Rows rows,
                            const __grid_constant__ NormalDispatch params) {
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else if (params.start == DispatchStart::kCached && blockIdx.x == 0 && threadIdx.x < num_ranks) {
     op.publish_ready(threadIdx.x, 0);
   }
-  if (threadIdx.x < kWarps) ptx::mbarrier_init(&shared.barriers[threadIdx.x], 1);
+  if (threadIdx.x < kSendWarps) ptx::mbarrier_init(&shared.barriers[threadIdx.x], 1);
   ptx::fence_proxy_async();
   if (!find_ranges(op, params, &shared.ranges)) return;
   if (params.start == DispatchStart::kRoute && blockIdx.x == 0) {
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // Rows behind N list no expert and come from no token.
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kSendThreads, 1)
     normal_unpack_kernel(const __grid_constant__ NormalView rank, const uint32_t* batch,
                          const __grid_constant__ NormalOutputs out) {
   __shared__ RowRanges ranges;
@@ -275,6 +275,8 @@ void prepare_normal_dispatch() {
   Launch::prepare(normal::normal_dispatch_kernel<normal::QuantizedRows<float>>);
   Launch::prepare(normal::normal_unpack_kernel);
 }
+
+uint32_t normal_dispatch_threads() { return normal::kSendThreads; }
 
 void launch_normal_dispatch(const NormalView& rank, const NormalDispatch& params,
                             const Launch& launch) {

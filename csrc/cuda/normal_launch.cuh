@@ -17,7 +17,8 @@ void launch_normal_unpack(const NormalView& rank, const uint32_t* batch,
 void launch_normal_combine(const NormalView& rank, const NormalCombine& params,
                            const Launch& launch);
 
-// Threads of a block of any of them.
-uint32_t normal_block_threads();
+// Threads of a block; those of unpack as dispatch's.
+uint32_t normal_dispatch_threads();
+uint32_t normal_combine_threads();
 
 }  // namespace ep::cuda

@@ -8,9 +8,11 @@
 
 namespace ep::cuda::normal {
 
-// Pieces of a warp's ring. 8 SMs read 1254 GB/s with 14 KiB a warp on the way (H100).
-constexpr uint32_t kPieces = 4;
-constexpr uint32_t kPieceBytes = kWarpBytes / kPieces;
+// Of a block of combine, and pieces of a warp's ring.
+constexpr uint32_t kPullWarps = 12;
+constexpr uint32_t kPullThreads = kPullWarps * kWarp;
+constexpr uint32_t kPieces = 2;
+constexpr uint32_t kPieceBytes = 7168;
 constexpr uint32_t kPieceVectors = kPieceBytes / (16 * kWarp);  // of a lane
 static_assert(kPieceVectors * 16 * kWarp == kPieceBytes);
 constexpr uint32_t kNumMaxTerms = kMaxTopK + 2;  // rows of a token and its biases
@@ -63,7 +65,7 @@ class Puller {
   // writes where a token's rows are and returns how many; whole warp.
   template <typename Find>
   __device__ void run(uint32_t begin, uint32_t end, std::byte* out, Find find) {
-    const uint64_t step = uint64_t{gridDim.x} * kWarps;
+    const uint64_t step = uint64_t{gridDim.x} * kPullWarps;
     uint64_t token = begin + threadIdx.x / kWarp * gridDim.x + blockIdx.x;
     num_next_ = find_or_none(token, end, 0, find);
     fetch_ = {1, 0, 0};

@@ -1,5 +1,5 @@
-// What the normal kernels have in common: signals and credits, blocks that find together, where
-// rows begin, and how a block is built.
+// What the normal kernels have in common: signals and credits, blocks that find together, and where
+// rows begin. There is one block an SM.
 #pragma once
 
 #include <cstdint>
@@ -19,14 +19,7 @@ using protocol::NormalDeviceLayout;
 namespace normal {
 
 constexpr uint32_t kWarp = 32;
-// One block an SM. As many warps as keep the SM's copy engine busy with a row each, of which so
-// many fit into shared memory: 8 SMs copy 785 GB/s (read plus written) with 8 warps, 790 with 14,
-// and read 5 rows for each that they write at 1062 and 1254 (H100).
-constexpr uint32_t kWarps = 14;
-constexpr uint32_t kThreads = kWarps * kWarp;
 constexpr uint32_t kAllLanes = 0xffffffff;
-// Bytes of a row that a warp has in shared memory at once: a bfloat16 row of 7168.
-constexpr uint32_t kWarpBytes = 14336;
 
 constexpr uint32_t kRoundsInFlight = 4;  // more than blocks of one rank can be apart
 

@@ -14,6 +14,10 @@ namespace ep::cuda::normal {
 
 constexpr uint64_t kNoMessage = ~uint64_t{0};
 
+// Of a block of dispatch.
+constexpr uint32_t kSendWarps = 28;
+constexpr uint32_t kSendThreads = kSendWarps * kWarp;
+
 __device__ inline uint64_t pack_message(uint32_t r, uint32_t number) {
   return uint64_t{r} << 32 | number;
 }
@@ -56,7 +60,7 @@ struct LaneCounts {
 
 // Of one block, in shared memory.
 struct RouteScratch {
-  uint32_t of_warp[kWarps][kNumMaxDeviceRanks];  // counts, then those of the warps before
+  uint32_t of_warp[kSendWarps][kNumMaxDeviceRanks];  // counts, then those of the warps before
   uint32_t before[kNumMaxDeviceRanks];           // of the blocks before
   uint32_t total[kNumMaxDeviceRanks];            // of all blocks
 };
@@ -77,10 +81,10 @@ class Router {
         num_ranks_(op.num_ranks()),
         num_experts_(op.layout().config().num_experts),
         num_columns_(op.layout().num_max_messages_per_token()) {
-    const uint32_t num_runs = gridDim.x * kWarps;
+    const uint32_t num_runs = gridDim.x * kSendWarps;
     const uint32_t run = (topk_.num_tokens + num_runs - 1) / num_runs;
     const uint64_t size = (run + kWarp - 1) / kWarp * kWarp;
-    const uint64_t first = (uint64_t{blockIdx.x} * kWarps + warp_) * size;
+    const uint64_t first = (uint64_t{blockIdx.x} * kSendWarps + warp_) * size;
     begin_ = static_cast<uint32_t>(min(first, uint64_t{topk_.num_tokens}));
     end_ = static_cast<uint32_t>(min(first + size, uint64_t{topk_.num_tokens}));
   }
@@ -139,7 +143,7 @@ class Router {
     const uint32_t r = threadIdx.x;
     if (r < num_ranks_) {
       uint32_t sum = 0;
-      for (uint32_t w = 0; w < kWarps; ++w) {
+      for (uint32_t w = 0; w < kSendWarps; ++w) {
         const uint32_t count = scratch_.of_warp[w][r];
         scratch_.of_warp[w][r] = sum;
         sum += count;
@@ -153,7 +157,7 @@ class Router {
 
   // A warp a rank.
   __device__ void read_block_counts() const {
-    for (uint32_t r = warp_; r < num_ranks_; r += kWarps) {
+    for (uint32_t r = warp_; r < num_ranks_; r += kSendWarps) {
       uint32_t before = 0, total = 0;
       for (uint32_t block = lane_; block < gridDim.x; block += kWarp) {
         const uint32_t count =

@@ -139,13 +139,14 @@ class NormalRow:
     def cells(self) -> list[str]:
         case = [str(v) for v in asdict(self.case).values()]
         if self.times is None:
-            return [*case, *[""] * 7, self.error or ""]
+            return [*case, *[""] * 8, self.error or ""]
         return [
             *case,
             f"{self.times.dispatch.median_us:.0f}",
             f"{self.times.dispatch_gbs:.0f}",
             f"{self.dispatch_fraction:.2f}",
             f"{self.written_fraction:.2f}",
+            f"{self.times.cached_dispatch.median_us:.0f}",
             f"{self.times.combine.median_us:.0f}",
             f"{self.times.combine_gbs:.0f}",
             f"{self.combine_fraction:.2f}",
@@ -155,7 +156,7 @@ class NormalRow:
 
 HEADS = [
     *("ranks", "tokens", "dtype", "SMs"),
-    *("dispatch us", "GB/s", "copy", "written"),
+    *("dispatch us", "GB/s", "copy", "written", "cached us"),
     *("combine us", "GB/s", "copy", "copied first, us"),
 ]
 
@@ -185,7 +186,9 @@ def main(arguments: list[str] | None = None) -> int:
             "settings": asdict(settings),
             "yardsticks": [asdict(y) for y in yardsticks.values()],
             "gemm_beside_dispatch": [
-                asdict(g) | {"ratio": g.ratio, "ratio_by_sms": g.ratio_by_sms} for g in gemms
+                asdict(g)
+                | {"ratio": g.ratio, "copy_ratio": g.copy_ratio, "ratio_by_sms": g.ratio_by_sms}
+                for g in gemms
             ],
             "cases": [row.to_json() for row in rows],
         }
@@ -206,11 +209,10 @@ def measured(settings: NormalBenchSettings, case: NormalCase, of_sms: Yardstick)
 
 
 def measure_gemms(settings: NormalBenchSettings) -> list[GemmBeside]:
-    """For every number of SMs, with the first of everything else."""
+    """For every number of SMs."""
     gemms = []
     for num_sms in settings.num_sms:
-        case = replace(settings.cases()[0], num_sms=num_sms)
-        gemms.append(gemm_beside(settings.sizes(), case))
+        gemms.append(gemm_beside(settings.sizes(), settings.num_tokens[0], num_sms))
         give_memory_back()
     return gemms
 
@@ -233,9 +235,9 @@ def print_results(
         print(f"{y.num_sms} SMs: copy {y.copy_gbs:.0f} GB/s, fill {y.fill_gbs:.0f} GB/s")
     for gemm in gemms:
         print(
-            f"GEMM {GEMM_SIZE}^3 beside dispatch on {gemm.case.num_sms} SMs: "
-            f"{gemm.beside_us:.0f} us, alone {gemm.alone_us:.0f} us, ratio {gemm.ratio:.3f}; by "
-            f"SMs {gemm.ratio_by_sms:.3f}"
+            f"GEMM {GEMM_SIZE}^3, {gemm.alone_us:.0f} us alone: {gemm.ratio:.3f} times as long "
+            f"beside dispatch on {gemm.num_sms} SMs, {gemm.copy_ratio:.3f} beside a copy; by SMs "
+            f"alone {gemm.ratio_by_sms:.3f}"
         )
 
 

@@ -103,38 +103,40 @@ class Yardstick:
 
 @dataclass(frozen=True)
 class GemmBeside:
-    """bfloat16 GEMMs of `GEMM_SIZE`, alone, and while all ranks dispatch on another stream."""
+    """A bfloat16 GEMM of `GEMM_SIZE`: alone, beside dispatches on another stream, and beside a copy
+    on as many SMs. One rank, which dispatches to itself: as many kernels as on a GPU of a rank."""
 
-    case: NormalCase
-    alone_us: float
-    beside_us: float
+    num_sms: int
     num_gpu_sms: int
+    alone_us: float
+    beside_dispatch_us: float
+    beside_copy_us: float
 
     @property
     def ratio(self) -> float:
-        return self.beside_us / self.alone_us
+        return self.beside_dispatch_us / self.alone_us
+
+    @property
+    def copy_ratio(self) -> float:
+        return self.beside_copy_us / self.alone_us
 
     @property
     def ratio_by_sms(self) -> float:
         """What fewer SMs alone would make of it."""
-        return self.num_gpu_sms / (self.num_gpu_sms - self.case.num_sms)
+        return self.num_gpu_sms / (self.num_gpu_sms - self.num_sms)
 
 
 def yardstick(num_sms: int, num_repeats: int) -> Yardstick:
     src = torch.ones(YARDSTICK_BYTES, dtype=torch.uint8, device="cuda")
     dst = torch.empty_like(src)
 
-    def stream() -> int:
-        return torch.cuda.current_stream().cuda_stream
-
-    def copy() -> None:
-        _native.cuda_copy_on_sms(dst.data_ptr(), src.data_ptr(), YARDSTICK_BYTES, num_sms, stream())
-
     def fill() -> None:
-        _native.cuda_fill_on_sms(dst.data_ptr(), YARDSTICK_BYTES, num_sms, stream())
+        stream = torch.cuda.current_stream().cuda_stream
+        _native.cuda_fill_on_sms(dst.data_ptr(), YARDSTICK_BYTES, num_sms, stream)
 
     copy_us, fill_us = (
-        Spread.of(time_replays(capture([act]), num_repeats)).median_us for act in (copy, fill)
+        Spread.of(time_replays(capture([act]), num_repeats)).median_us
+        for act in (partial(copy_on_sms, dst, src, num_sms), fill)
     )
     return Yardstick(num_sms, 2 * YARDSTICK_BYTES / copy_us / 1e3, YARDSTICK_BYTES / fill_us / 1e3)
 
@@ -264,53 +266,67 @@ def measure(sizes: NormalSizes, case: NormalCase) -> NormalTimes:
         )
 
 
-def gemm_beside(sizes: NormalSizes, case: NormalCase) -> GemmBeside:
-    """GEMMs on a stream of their own; dispatches begin before the first and end behind the last,
-    or the measurement is void."""
-    a, b, out = (
-        torch.randn(GEMM_SIZE, GEMM_SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(3)
-    )
-    stream = torch.cuda.Stream()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
-    begin, end, first, last = events
+def gemm_beside(sizes: NormalSizes, num_tokens: int, num_sms: int) -> GemmBeside:
+    gemms = GemmStream()
+    gemms.time(None)  # cuBLAS sets itself up
+    alone_us = gemms.time(None)
+    src = torch.ones(YARDSTICK_BYTES, dtype=torch.uint8, device="cuda")
+    dst = torch.empty_like(src)
+    copies = capture([partial(copy_on_sms, dst, src, num_sms)])
+    beside_copy_us = gemms.time(copies)
+    with open_ranks(sizes, NormalCase(1, num_tokens, "bf16", num_sms)) as ranks:
+        (ops,) = ranks
+        beside_dispatch_us = gemms.time(capture([ops.dispatch_again]))
+    num_gpu_sms = torch.cuda.get_device_properties(src.device).multi_processor_count
+    return GemmBeside(num_sms, num_gpu_sms, alone_us, beside_dispatch_us, beside_copy_us)
 
-    def gemms() -> None:
-        with torch.cuda.stream(stream):
+
+class GemmStream:
+    """GEMMs on a stream of their own, one after the other."""
+
+    def __init__(self) -> None:
+        shape = (GEMM_SIZE, GEMM_SIZE)
+        self._a, self._b, self._out = (
+            torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)
+        )
+        self._stream = torch.cuda.Stream(priority=-1)  # a queue of its own
+
+    def time(self, beside: torch.cuda.CUDAGraph | None) -> float:
+        """Microseconds of one. Replays of `beside` begin before the first and end behind the last.
+
+        Raises:
+            CheckFailed: they did not.
+        """
+        begin, end, first, last = (torch.cuda.Event(enable_timing=True) for _ in range(4))
+        num_replays = 0
+        if beside is not None:
+            beside.replay()
+            first.record()
+            beside.replay()
+            last.record()
+            torch.cuda.synchronize()
+            replay_us = first.elapsed_time(last) * 1e3
+            num_replays = 2 + int(3 * NUM_GEMMS * self.time(None) / replay_us)
+        first.record()
+        if beside is not None:
+            for _ in range(num_replays):
+                beside.replay()
+        last.record()
+        self._stream.wait_event(first)
+        with torch.cuda.stream(self._stream):
             begin.record()
             for _ in range(NUM_GEMMS):
-                torch.mm(a, b, out=out)
+                torch.mm(self._a, self._b, out=self._out)
             end.record()
-
-    for _ in range(2):  # cuBLAS sets itself up
-        gemms()
         torch.cuda.synchronize()
-    alone_us = begin.elapsed_time(end) * 1e3 / NUM_GEMMS
-    with open_ranks(sizes, case) as ranks:
-
-        def branch(ops: RankOps) -> None:
-            for _ in range(sizes.chain):
-                ops.dispatch_again()
-
-        graph = capture([partial(branch, ops) for ops in ranks])
-        graph.replay()
-        torch.cuda.synchronize()
-        first.record()
-        graph.replay()
-        last.record()
-        torch.cuda.synchronize()
-        num_replays = 2 + int(2 * NUM_GEMMS * alone_us / (first.elapsed_time(last) * 1e3))
-        first.record()
-        for _ in range(num_replays):
-            graph.replay()
-        last.record()
-        stream.wait_event(first)
-        gemms()
-        torch.cuda.synchronize()
-        if end.elapsed_time(last) < 0 or first.elapsed_time(begin) < 0:
+        if beside is not None and end.elapsed_time(last) < 0:
             raise CheckFailed("dispatches did not last as long as the GEMMs beside them")
-    beside_us = begin.elapsed_time(end) * 1e3 / NUM_GEMMS
-    num_gpu_sms = torch.cuda.get_device_properties(a.device).multi_processor_count
-    return GemmBeside(case, alone_us, beside_us, num_gpu_sms)
+        return begin.elapsed_time(end) * 1e3 / NUM_GEMMS
+
+
+def copy_on_sms(dst: torch.Tensor, src: torch.Tensor, num_sms: int) -> None:
+    stream = torch.cuda.current_stream().cuda_stream
+    _native.cuda_copy_on_sms(dst.data_ptr(), src.data_ptr(), src.nbytes, num_sms, stream)
 
 
 def make_inputs(sizes: NormalSizes, case: NormalCase, rank: int) -> Inputs:
