@@ -93,9 +93,9 @@ void bind_rank(py::module_& m) {
               DispatchStart start, uintptr_t topk_idx, bool topk_idx_is_int64,
               uintptr_t topk_weights, uint32_t num_tokens, uintptr_t messages,
               uintptr_t round_begins, uintptr_t batch, uintptr_t num_recv_tokens_per_expert,
-              uint64_t ticket, uint64_t num_rows, uintptr_t recv_x, uintptr_t recv_scales,
-              uintptr_t recv_topk_idx, uintptr_t recv_topk_weights, uintptr_t recv_src_tokens,
-              uint32_t num_sms, uintptr_t stream) {
+              uint64_t ticket, uint64_t num_rows, bool may_come_in_rounds, uintptr_t recv_x,
+              uintptr_t recv_scales, uintptr_t recv_topk_idx, uintptr_t recv_topk_weights,
+              uintptr_t recv_src_tokens, uint32_t num_sms, uintptr_t stream) {
              const NormalDispatch params{pointer<std::byte>(x),
                                          x_is_quantized,
                                          pointer<float>(x_scales),
@@ -107,6 +107,7 @@ void bind_rank(py::module_& m) {
                                          pointer<int32_t>(num_recv_tokens_per_expert),
                                          ticket,
                                          num_rows,
+                                         may_come_in_rounds,
                                          outputs(recv_x, recv_scales, recv_topk_idx,
                                                  recv_topk_weights, recv_src_tokens, num_rows)};
              return self.dispatch(params, num_sms, pointer<void>(stream));
@@ -120,21 +121,23 @@ void bind_rank(py::module_& m) {
                                         recv_src_tokens, num_rows),
                                 num_sms, pointer<void>(stream));
            })
-      .def("combine",
-           [](NormalRank& self, uintptr_t x, CombineInput input, uintptr_t topk_weights,
-              uintptr_t bias_0, uintptr_t bias_1, uint32_t num_tokens, uintptr_t messages,
-              uintptr_t round_begins, uintptr_t batch, uintptr_t recv_src_tokens, uintptr_t out,
-              uintptr_t combined_topk_weights, uint32_t num_sms, uintptr_t stream) {
-             const NormalCombine params{pointer<std::byte>(x),
-                                        input,
-                                        pointer<float>(topk_weights),
-                                        {pointer<std::byte>(bias_0), pointer<std::byte>(bias_1)},
-                                        routes(num_tokens, messages, round_begins, batch),
-                                        pointer<int32_t>(recv_src_tokens),
-                                        pointer<std::byte>(out),
-                                        pointer<float>(combined_topk_weights)};
-             return self.combine(params, num_sms, pointer<void>(stream));
-           })
+      .def(
+          "combine",
+          [](NormalRank& self, uintptr_t x, CombineInput input, bool has_topk_weights,
+             uintptr_t topk_weights, uintptr_t bias_0, uintptr_t bias_1, uint32_t num_tokens,
+             uintptr_t messages, uintptr_t round_begins, uintptr_t batch, uintptr_t recv_src_tokens,
+             uintptr_t out, uintptr_t combined_topk_weights, uint32_t num_sms, uintptr_t stream) {
+            const NormalCombine params{pointer<std::byte>(x),
+                                       input,
+                                       has_topk_weights,
+                                       pointer<float>(topk_weights),
+                                       {pointer<std::byte>(bias_0), pointer<std::byte>(bias_1)},
+                                       routes(num_tokens, messages, round_begins, batch),
+                                       pointer<int32_t>(recv_src_tokens),
+                                       pointer<std::byte>(out),
+                                       pointer<float>(combined_topk_weights)};
+            return self.combine(params, num_sms, pointer<void>(stream));
+          })
       .def("wait_for_counts",
            [](NormalRank& self, uint64_t ticket, uintptr_t stream) {
              return run([&] {

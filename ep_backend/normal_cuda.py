@@ -219,6 +219,7 @@ class CudaNormalBuffer(NormalBuffer):
                 handle.num_tokens,
                 x.data_ptr(),
                 where,
+                topk_weights is not None,
                 address_of(topk_weights),
                 *map(address_of, biases),
                 *handle.routes(),
@@ -255,7 +256,7 @@ class CudaNormalBuffer(NormalBuffer):
                 "counts. Pass num_worst_tokens, or the handle of an earlier dispatch."
             )
         ticket = next(self._tickets)
-        nowhere = (*_NO_ROWS, *_NOTHING_BESIDE_ROWS)
+        nowhere = (False, *_NO_ROWS, *_NOTHING_BESIDE_ROWS)
         arguments = (*rows, _native.DispatchStart.ROUTE, *routing, *handle.routes())
         counted = handle.expert_counts.data_ptr()
         self._calls.run(
@@ -276,7 +277,7 @@ class CudaNormalBuffer(NormalBuffer):
             self._unpack(handle, own, handle.beside_rows(), num_sms)
             return own or self._rows.first(num_rows)
         assert own is not None
-        outputs = (*map(address_of, own), *handle.beside_rows())
+        outputs = (True, *map(address_of, own), *handle.beside_rows())
         arguments = (*rows, _native.DispatchStart.RESUME, *routing, *handle.routes())
         self._calls.run(
             "normal_dispatch",
@@ -297,7 +298,7 @@ class CudaNormalBuffer(NormalBuffer):
         own = None
         if copy or handle.may_need_rounds(self.num_rows):
             own = self._rows.like(handle.num_rows)
-        outputs = (*map(address_of, own or (None, None)), *handle.beside_rows())
+        outputs = (own is not None, *map(address_of, own or (None, None)), *handle.beside_rows())
         self._calls.run(
             "normal_dispatch",
             handle.num_tokens,
@@ -318,7 +319,7 @@ class CudaNormalBuffer(NormalBuffer):
         own = None
         if copy or handle.may_need_rounds(self.num_rows):
             own = self._rows.like(handle.num_rows)
-        outputs = (*map(address_of, own or (None, None)), *_NOTHING_BESIDE_ROWS)
+        outputs = (own is not None, *map(address_of, own or (None, None)), *_NOTHING_BESIDE_ROWS)
         self._calls.run(
             "normal_dispatch",
             handle.num_tokens,

@@ -1,11 +1,10 @@
-#include "cuda/normal.h"
-
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <thread>
 
 #include "cuda/check.h"
+#include "cuda/normal.h"
 #include "cuda/normal_launch.cuh"
 #include "cuda/normal_rank.cuh"
 

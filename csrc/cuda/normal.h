@@ -81,9 +81,11 @@ struct NormalDispatch {
   const float* topk_weights;  // [T, K]
   NormalRoutes routes;
   int32_t* num_recv_tokens_per_expert;  // out [L]
-  uint64_t ticket;      // not 0: the host waits for counts, and resumes if rows need rounds
-  uint64_t num_rows;    // room for received rows: more are an error
-  NormalOutputs round;  // where rows go that come in rounds; not needed where all have room
+  uint64_t ticket;    // not 0: the host waits for counts, and resumes if rows need rounds
+  uint64_t num_rows;  // room for received rows: more are an error
+  // Where rows go that come in rounds. The tensors of a rank that gets none are null, too.
+  bool may_come_in_rounds;
+  NormalOutputs round;
 };
 
 // Where combine's rows are.
@@ -96,7 +98,8 @@ enum class CombineInput : uint32_t {
 struct NormalCombine {
   const std::byte* x;  // [N, H] in the order of recv_x
   CombineInput input;
-  const float* topk_weights;  // [N, K] or null: they go home too
+  bool has_topk_weights;      // on every rank, or on none: they go home too
+  const float* topk_weights;  // [N, K]
   const std::byte* bias[2];   // [T, H], added behind a token's rows; null: none
   NormalRoutes routes;
   const int32_t* recv_src_tokens;  // [N]

@@ -84,11 +84,12 @@ class Combiner {
   __device__ Ring ring(std::byte* buffers) const {
     auto* terms = reinterpret_cast<Terms*>(buffers + kPullWarps * kPieces * kPieceBytes);
     auto* barriers = reinterpret_cast<uint64_t*>(terms + kPullWarps * 2);
-    return {buffers + warp_ * kPieces * kPieceBytes, barriers + warp_ * kWarpBarriers, terms + warp_ * 2};
+    return {buffers + warp_ * kPieces * kPieceBytes, barriers + warp_ * kWarpBarriers,
+            terms + warp_ * 2};
   }
   __device__ uint32_t own_flags() const {
     return (params_.input == CombineInput::kReceivedRows ? kInReceivedRows : 0) |
-           (params_.topk_weights != nullptr ? kWithWeights : 0);
+           (params_.has_topk_weights ? kWithWeights : 0);
   }
   __device__ void copy(uint64_t offset, const void* src, uint64_t num_bytes) const {
     copy_flat(op_.self() + offset, src, num_bytes, uint64_t{blockIdx.x} * blockDim.x + threadIdx.x,
@@ -121,19 +122,17 @@ class Combiner {
       copy_in_bulk(op_.self() + layout_.combine_row(staged), params_.x + row * row_bytes,
                    count * row_bytes);
     }
-    if (params_.topk_weights != nullptr) {
+    if (params_.has_topk_weights) {
       copy(layout_.combine_weights(staged), params_.topk_weights + row * top_k_,
            count * top_k_ * 4);
     }
   }
-  __device__ void stage_all() {
-    stage_rows(0, 0, shared_.ranges.first_received[op_.num_ranks()]);
-  }
+  __device__ void stage_all() { stage_rows(0, 0, shared_.ranges.first_received[op_.num_ranks()]); }
 
   // Where nothing was copied, one block speaks for all: kernels that wrote the rows have ended.
   __device__ void publish_ready(bool is_direct) const {
-    const bool has_copied = is_direct && (params_.input == CombineInput::kElsewhere ||
-                                          params_.topk_weights != nullptr);
+    const bool has_copied =
+        is_direct && (params_.input == CombineInput::kElsewhere || params_.has_topk_weights);
     const bool speaks =
         has_copied ? op_.arrive(&op_.rank().state->num_arrived[0]) : blockIdx.x == 0;
     if (speaks && threadIdx.x < op_.num_ranks()) op_.publish_ready(threadIdx.x, own_flags());
@@ -143,10 +142,9 @@ class Combiner {
   // `number` of this batch.
   template <typename Place>
   __device__ void pull(uint32_t begin, uint32_t end, Place place) {
-    puller_.run(begin, end, params_.out, [&](uint32_t token, Terms* terms) {
-      return find_terms(token, place, terms);
-    });
-    if (params_.topk_weights == nullptr) return;
+    puller_.run(begin, end, params_.out,
+                [&](uint32_t token, Terms* terms) { return find_terms(token, place, terms); });
+    if (!params_.has_topk_weights) return;
     const uint64_t step = uint64_t{gridDim.x} * kPullWarps;
     for (uint64_t token = begin + warp_ * gridDim.x + blockIdx.x; token < end; token += step) {
       add_up_weights(static_cast<uint32_t>(token), place);
@@ -164,9 +162,9 @@ class Combiner {
       if (message != kNoMessage) {
         const uint32_t r = message_rank(message);
         const uint64_t row = place(r, message_number(message));
-        terms->rows[column] = op_.peer(r) + ((shared_.flags[r] & kInReceivedRows) != 0
-                                                 ? layout_.row(row)
-                                                 : layout_.combine_row(row));
+        terms->rows[column] =
+            op_.peer(r) + ((shared_.flags[r] & kInReceivedRows) != 0 ? layout_.row(row)
+                                                                     : layout_.combine_row(row));
       }
       num_terms += __popc(__ballot_sync(kAllLanes, message != kNoMessage));
     }
@@ -179,9 +177,8 @@ class Combiner {
     return num_terms;
   }
   __device__ uint64_t message_at(uint32_t token, uint32_t column) const {
-    return column < num_columns_
-               ? params_.routes.messages[uint64_t{token} * num_columns_ + column]
-               : kNoMessage;
+    return column < num_columns_ ? params_.routes.messages[uint64_t{token} * num_columns_ + column]
+                                 : kNoMessage;
   }
 
   // In rank order, as the rows. A lane a k.
@@ -211,7 +208,8 @@ class Combiner {
 
   // The first of this rank's rows from `src` whose token is `token` or later.
   __device__ uint32_t first_row(uint32_t src, uint64_t token) const {
-    uint32_t low = shared_.ranges.first_received[src], high = shared_.ranges.first_received[src + 1];
+    uint32_t low = shared_.ranges.first_received[src],
+             high = shared_.ranges.first_received[src + 1];
     while (low < high) {
       const uint32_t middle = low + (high - low) / 2;
       if (static_cast<uint32_t>(params_.recv_src_tokens[middle]) < token) {
@@ -238,11 +236,11 @@ class Combiner {
                  shared_.ends[home] - shared_.begins[home]);
     }
     if (op_.arrive_in_round(Half::kSend, round)) {
-      op_.publish_to_all(
-          layout_.round_signal(Phase::kCombine, bank, op_.rank().self_rank), [&](uint32_t home) {
-            return protocol::pack_signal(op_.round_epoch(round),
-                                         shared_.ends[home] - shared_.begins[home]);
-          });
+      op_.publish_to_all(layout_.round_signal(Phase::kCombine, bank, op_.rank().self_rank),
+                         [&](uint32_t home) {
+                           return protocol::pack_signal(op_.round_epoch(round),
+                                                        shared_.ends[home] - shared_.begins[home]);
+                         });
     }
     return true;
   }
@@ -260,7 +258,8 @@ class Combiner {
         Half::kRecv, [&](uint32_t r) { return layout_.round_signal(Phase::kCombine, bank, r); },
         protocol::pack_signal(op_.round_epoch(round), 0), protocol::kEpochShift,
         [&](uint32_t r, uint64_t word) {
-          const uint32_t expected = begin == end ? 0 : round_begins[num_ranks + r] - round_begins[r];
+          const uint32_t expected =
+              begin == end ? 0 : round_begins[num_ranks + r] - round_begins[r];
           return word == protocol::pack_signal(op_.round_epoch(round), expected) ||
                  op_.corrupt(r, expected, protocol::signal_count(word));
         });

@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kSendThreads, 1)
   }
   const bool resumes = params.start == DispatchStart::kResume;
   if (params.ticket != 0 && !resumes) return;  // the host makes room and calls again
-  if (params.round.recv_x == nullptr) {
+  if (!params.may_come_in_rounds) {
     fail(rank, op.id(Half::kRecv), Status::kTooManyRows, shared.ranges.rank_of_most,
          rank.layout.config().num_rows, shared.ranges.most_rows, 0);
     return;

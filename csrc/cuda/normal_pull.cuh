@@ -8,7 +8,9 @@
 
 namespace ep::cuda::normal {
 
-// Of a block of combine, and pieces of a warp's ring.
+// Of a block of combine, and pieces of a warp's ring. Adding up is what takes the time: 8 SMs took
+// 2915 us for what 14 warps with 4 pieces of half the size took 3923 us for, and 16 with 6 pieces
+// of 2 KiB 9590 us (4096 tokens of 8 ranks, hidden 7168, H100).
 constexpr uint32_t kPullWarps = 12;
 constexpr uint32_t kPullThreads = kPullWarps * kWarp;
 constexpr uint32_t kPieces = 2;

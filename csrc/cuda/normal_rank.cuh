@@ -125,7 +125,8 @@ class Op {
   __device__ bool wait_until_ready(Accept accept) const {
     return wait_for_all(
         Half::kSend, [&](uint32_t r) { return layout().ready(phase_, r); },
-        protocol::pack_signal(epoch_, 0), protocol::kEpochShift, [&](uint32_t r, uint64_t word) {
+        protocol::pack_signal(epoch_, 0), protocol::kEpochShift,
+        [&](uint32_t r, uint64_t word) {
           if (protocol::signal_epoch(word) != epoch_) {
             return fail(rank_, id(Half::kSend), Status::kNewerEpoch, r, epoch_,
                         protocol::signal_epoch(word), 0);
@@ -162,8 +163,8 @@ class Op {
   }
   __device__ bool arrive_last() const { return arrive(&rank_.state->num_arrived[1]); }
   __device__ bool arrive_in_round(Half half, uint32_t round) const {
-    return arrive(&rank_.state->num_arrived_in_round[static_cast<uint32_t>(half)]
-                                                    [round % kRoundsInFlight]);
+    return arrive(
+        &rank_.state->num_arrived_in_round[static_cast<uint32_t>(half)][round % kRoundsInFlight]);
   }
 
   // A barrier of all blocks. False: end the kernel.

@@ -61,8 +61,8 @@ struct LaneCounts {
 // Of one block, in shared memory.
 struct RouteScratch {
   uint32_t of_warp[kSendWarps][kNumMaxDeviceRanks];  // counts, then those of the warps before
-  uint32_t before[kNumMaxDeviceRanks];           // of the blocks before
-  uint32_t total[kNumMaxDeviceRanks];            // of all blocks
+  uint32_t before[kNumMaxDeviceRanks];               // of the blocks before
+  uint32_t total[kNumMaxDeviceRanks];                // of all blocks
 };
 
 class Router {
@@ -125,16 +125,27 @@ class Router {
 
   // A token may list an expert twice: that is one row of it.
   __device__ bool find_ranks(uint32_t token, uint64_t* ranks) const {
-    for (uint32_t k = 0; k < topk_.top_k; ++k) {
-      const int64_t expert = topk_.expert(token, k);
-      if (expert == -1) continue;
-      if (expert < 0 || expert >= num_experts_) return refuse_expert(rank_, token, k, expert);
-      *ranks |= uint64_t{1} << rank_.owners.owner(static_cast<uint32_t>(expert));
-      bool is_listed = false;
-      for (uint32_t before = 0; before < k; ++before) {
-        is_listed |= topk_.expert(token, before) == expert;
+    constexpr uint32_t kAtOnce = 8;
+    for (uint32_t first = 0; first < topk_.top_k; first += kAtOnce) {
+      int64_t experts[kAtOnce];
+#pragma unroll
+      for (uint32_t i = 0; i < kAtOnce; ++i) {
+        experts[i] = first + i < topk_.top_k ? topk_.expert(token, first + i) : -1;
       }
-      if (!is_listed) atomicAdd(&experts_[expert], 1);
+#pragma unroll
+      for (uint32_t i = 0; i < kAtOnce; ++i) {
+        const int64_t expert = experts[i];
+        if (expert == -1) continue;
+        if (expert < 0 || expert >= num_experts_) {
+          return refuse_expert(rank_, token, first + i, expert);
+        }
+        *ranks |= uint64_t{1} << rank_.owners.owner(static_cast<uint32_t>(expert));
+        bool is_listed = false;
+#pragma unroll
+        for (uint32_t before = 0; before < i; ++before) is_listed |= experts[before] == expert;
+        for (uint32_t k = 0; k < first; ++k) is_listed |= topk_.expert(token, k) == expert;
+        if (!is_listed) atomicAdd(&experts_[expert], 1);
+      }
     }
     return true;
   }
@@ -223,8 +234,8 @@ class Router {
         for_experts[e] = sum;
       }
       if (threadIdx.x == 0) {
-        *at<protocol::DeviceBatchCounts>(peer, layout.counts(rank_.self_rank)) = {
-            op_.epoch(), topk_.num_tokens};
+        *at<protocol::DeviceBatchCounts>(peer, layout.counts(rank_.self_rank)) = {op_.epoch(),
+                                                                                  topk_.num_tokens};
       }
       __syncthreads();
       if (threadIdx.x == 0) op_.publish_ready(r, 0);

@@ -9,8 +9,8 @@
 namespace ep::cuda::normal {
 
 // What a warp has of a row at once: half a bfloat16 row of 7168. 8 SMs that stored 5 rows for each
-// that they loaded moved 571 GB/s with 14 warps of twice that, 569 with 28; more warps quantise more
-// at a time (H100).
+// that they loaded moved 571 GB/s with 14 warps of twice that, 569 with 28; more warps quantise
+// more at a time (H100).
 constexpr uint32_t kChunkBytes = 7168;
 constexpr uint32_t kChunkScales = kChunkBytes / 128;  // of float8 that arrives as such
 
