@@ -15,7 +15,7 @@ namespace ep::cuda::normal {
 constexpr uint64_t kNoMessage = ~uint64_t{0};
 
 // Of a block of dispatch.
-constexpr uint32_t kSendWarps = 28;
+constexpr uint32_t kSendWarps = 14;
 constexpr uint32_t kSendThreads = kSendWarps * kWarp;
 
 __device__ inline uint64_t pack_message(uint32_t r, uint32_t number) {

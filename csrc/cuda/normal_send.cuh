@@ -8,10 +8,10 @@
 
 namespace ep::cuda::normal {
 
-// What a warp has of a row at once: half a bfloat16 row of 7168. 8 SMs that stored 5 rows for each
-// that they loaded moved 571 GB/s with 14 warps of twice that, 569 with 28; more warps quantise
-// more at a time (H100).
-constexpr uint32_t kChunkBytes = 7168;
+// What a warp has of a row at once: a bfloat16 row of 7168. 8 SMs that stored 5 rows for each that
+// they loaded moved 571 GB/s with 14 such warps; those that only store, 489 (H100). In channels of
+// any type it is a multiple of 512, so that no word of scales is of two chunks.
+constexpr uint32_t kChunkBytes = 14336;
 constexpr uint32_t kChunkScales = kChunkBytes / 128;  // of float8 that arrives as such
 
 // What a warp needs to move rows, in shared memory.
@@ -58,26 +58,38 @@ struct QuantizedRows {
 
   __device__ void finish(const SendBuffer& buffer, uint32_t, uint32_t, uint32_t num_bytes) const {
     const uint32_t lane = threadIdx.x % kWarp, num_vectors = num_bytes / (16 * sizeof(T));
-    for (uint32_t first = 0; first < num_vectors; first += kWarp) {
-      const uint32_t vector = first + lane;
-      uint4 inputs[Row::kInputs] = {};
+    auto* inputs_of_row = reinterpret_cast<const uint4*>(buffer.row);
+    for (uint32_t first = lane; first - lane < num_vectors; first += kAtOnce * kWarp) {
+      uint4 inputs[kAtOnce][Row::kInputs] = {};
 #pragma unroll
-      for (uint32_t i = 0; i < Row::kInputs; ++i) {
-        if (vector < num_vectors) {
-          inputs[i] = reinterpret_cast<uint4*>(buffer.row)[vector * Row::kInputs + i];
+      for (uint32_t v = 0; v < kAtOnce; ++v) {
+#pragma unroll
+        for (uint32_t i = 0; i < Row::kInputs; ++i) {
+          const uint32_t vector = first + v * kWarp;
+          if (vector < num_vectors) inputs[v][i] = inputs_of_row[vector * Row::kInputs + i];
         }
       }
       __syncwarp();
-      uint32_t scale_bits;
-      const uint4 quantized = Row::quantize(inputs, format, &scale_bits);
-      if (vector < num_vectors) {
-        reinterpret_cast<uint4*>(buffer.row)[vector] = quantized;
-        if (lane % 8 == 0) buffer.scales[vector / 8] = __uint_as_float(scale_bits);
+      uint4 quantized[kAtOnce];
+      uint32_t scale_bits[kAtOnce];
+#pragma unroll
+      for (uint32_t v = 0; v < kAtOnce; ++v) {
+        quantized[v] = Row::quantize(inputs[v], format, &scale_bits[v]);
+      }
+#pragma unroll
+      for (uint32_t v = 0; v < kAtOnce; ++v) {
+        const uint32_t vector = first + v * kWarp;
+        if (vector >= num_vectors) continue;
+        reinterpret_cast<uint4*>(buffer.row)[vector] = quantized[v];
+        if (lane % 8 == 0) buffer.scales[vector / 8] = __uint_as_float(scale_bits[v]);
       }
     }
     ptx::fence_proxy_async();
     __syncwarp();
   }
+
+ private:
+  static constexpr uint32_t kAtOnce = 2;  // vectors of a lane
 };
 
 // Ranks of a token, two in a lane.

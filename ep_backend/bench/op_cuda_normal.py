@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -168,6 +169,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not _native.has_cuda or not torch.cuda.is_available():
         print("bench op --device cuda: needs a GPU and a build with CUDA", file=sys.stderr)
         return 1
+    # So that no two streams share one of the GPU's queues; read when CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     begin = datetime.now(timezone.utc)
     yardsticks = {n: yardstick(n, settings.num_repeats) for n in settings.num_sms}
     give_memory_back()
@@ -209,10 +212,11 @@ def measured(settings: NormalBenchSettings, case: NormalCase, of_sms: Yardstick)
 
 
 def measure_gemms(settings: NormalBenchSettings) -> list[GemmBeside]:
-    """For every number of SMs."""
+    """For every number of SMs. One rank has as many tokens as all ranks in the first case."""
+    num_tokens = settings.num_ranks[0] * settings.num_tokens[0]
     gemms = []
     for num_sms in settings.num_sms:
-        gemms.append(gemm_beside(settings.sizes(), settings.num_tokens[0], num_sms))
+        gemms.append(gemm_beside(settings.sizes(), num_tokens, num_sms))
         give_memory_back()
     return gemms
 

@@ -289,7 +289,7 @@ class GemmStream:
         self._a, self._b, self._out = (
             torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)
         )
-        self._stream = torch.cuda.Stream(priority=-1)  # a queue of its own
+        self._stream = torch.cuda.Stream()
 
     def time(self, beside: torch.cuda.CUDAGraph | None) -> float:
         """Microseconds of one. Replays of `beside` begin before the first and end behind the last.

@@ -109,6 +109,19 @@ def test_prefill_rows_equal_the_reference(
     on_ranks(CudaNormalShape(shape, num_rows, num_sms=3), act)
 
 
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("is_quantized", [False, True], ids=["by us", "before"])
+def test_scales_of_rows_in_several_chunks(
+    is_quantized: bool, dtype: torch.dtype, scale_format: str
+) -> None:
+    shape = NormalShape(
+        2, hidden=15_136, dtype=dtype, dispatch_dtype=FLOAT8, scale_format=scale_format
+    )
+    case = make_case(shape, "uniform", [9, 4], seed=1, is_quantized=is_quantized)
+    on_ranks(CudaNormalShape(shape, num_sms=2), lambda rank: rank.run(case, How()) and None)
+
+
 def test_any_number_of_sms_gives_the_same_bits() -> None:
     shape = NormalShape(2, hidden=512, num_experts=16, top_k=4)
     case = make_case(shape, "uniform", [700, 300], seed=5)
