@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
             "kind": "normal",
             "device": "cuda",
             "date": begin.isoformat(timespec="seconds"),
-            "command": shlex.join([*PROGRAM.split(), *arguments]),
+            "command": shlex.join([*PROGRAM.split(), *_without_output(arguments)]),
             "machine": gpu,
             "settings": asdict(settings),
             "yardsticks": [asdict(y) for y in yardsticks.values()],
@@ -282,6 +282,13 @@ def parse_arguments(arguments: list[str]) -> tuple[NormalBenchSettings, Path | N
         return replace(default, **{k: v for k, v in given.items() if v is not None}), output
     except ValueError as e:
         parser.error(str(e))
+
+
+def _without_output(arguments: Sequence[str]) -> list[str]:
+    """Where results were written to says nothing about them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output", "--json")
+    return parser.parse_known_args(arguments)[1]
 
 
 def _words(text: str) -> tuple[str, ...]:
