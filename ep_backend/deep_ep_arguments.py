@@ -1,10 +1,13 @@
-"""Arguments of `deep_ep.Buffer`: what `LowLatencyBuffer` calls them, and which it refuses."""
+"""Arguments of the low-latency half of `deep_ep.Buffer`: what `LowLatencyBuffer` calls them, and
+which it refuses."""
 
 from __future__ import annotations
 
 from typing import NoReturn
 
 import torch
+
+X_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def scale_format_of(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> str:

@@ -1,7 +1,8 @@
-"""The handle of `deep_ep.Buffer`: what combine needs, and what DeepEP's handle would say.
+"""Handles of `deep_ep.Buffer`: what combine needs, and what DeepEP's handles would say.
 
 M num_max_dispatch_tokens_per_rank, H hidden, K top_k, E experts, R ranks, L experts of this rank,
-S = R * M rows an expert can receive.
+S = R * M rows an expert can receive; of the normal half T tokens of this rank, N rows received, I
+rounds of the largest batch.
 """
 
 from __future__ import annotations
@@ -14,15 +15,31 @@ import torch
 
 from ep_backend.errors import OrderError
 from ep_backend.handles import DispatchHandle
+from ep_backend.normal_handles import NormalDispatchHandle
 
 if TYPE_CHECKING:
-    from ep_backend.deep_ep import Buffer
+    from ep_backend.deep_ep_base import BufferBase
+    from ep_backend.normal import NormalBuffer
 
 
-class LowLatencyHandle(Sequence[Any]):
-    """What combine needs of a dispatch. To index and to unpack it is DeepEP's tuple `(src_info,
-    layout_range, M, H, E)`; the first two are made when they are asked for, since combine does not
-    read them.
+class TupleHandle(Sequence[Any]):
+    """To index and to unpack it is DeepEP's tuple; what combine does not read is made when it is
+    asked for."""
+
+    _FIELDS: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self._FIELDS)
+
+    def __getitem__(self, index: Any) -> Any:
+        names = self._FIELDS[index]
+        if isinstance(names, tuple):
+            return tuple(getattr(self, name) for name in names)
+        return getattr(self, names)
+
+
+class LowLatencyHandle(TupleHandle):
+    """What combine needs of a dispatch. DeepEP's tuple `(src_info, layout_range, M, H, E)`.
 
     Attributes:
         dispatch_handle: ours.
@@ -32,7 +49,7 @@ class LowLatencyHandle(Sequence[Any]):
     _FIELDS = ("src_info", "layout_range", "num_max_tokens_per_rank", "hidden", "num_experts")
 
     def __init__(
-        self, owner: Buffer, dispatch_handle: DispatchHandle, topk_weights: torch.Tensor | None
+        self, owner: BufferBase, dispatch_handle: DispatchHandle, topk_weights: torch.Tensor | None
     ) -> None:
         self.owner = owner
         self.dispatch_handle = dispatch_handle
@@ -77,15 +94,6 @@ class LowLatencyHandle(Sequence[Any]):
             )
         return _origins_of(self.dispatch_handle)
 
-    def __len__(self) -> int:
-        return len(self._FIELDS)
-
-    def __getitem__(self, index: Any) -> Any:
-        names = self._FIELDS[index]
-        if isinstance(index, slice):
-            return tuple(getattr(self, name) for name in names)
-        return getattr(self, names)
-
 
 def _origins_of(handle: DispatchHandle) -> tuple[torch.Tensor, torch.Tensor]:
     """`src_info` and `layout_range` of a received dispatch. Does not wait for a GPU."""
@@ -116,3 +124,110 @@ def _origins_of(handle: DispatchHandle) -> tuple[torch.Tensor, torch.Tensor]:
     counts = counts.scatter_add_(1, of_rank, torch.ones_like(of_rank))[:, :num_ranks]
     begins = counts.cumsum(1) - counts
     return by_row(tokens, -1).int(), begins << 32 | counts
+
+
+class NormalHandle(TupleHandle):
+    """What a combine or a later dispatch needs of a normal dispatch. DeepEP's tuple
+    `(rank_prefix_matrix, channel_prefix_matrix, recv_channel_prefix_matrix, recv_src_idx,
+    is_token_in_rank, send_head)`; what DeepEP calls a channel is a round here.
+
+    Attributes:
+        num_worst_tokens: that dispatch was given.
+        topk_idx: where its tokens went, a copy.
+    """
+
+    _FIELDS = (
+        "rank_prefix_matrix",
+        "channel_prefix_matrix",
+        "recv_channel_prefix_matrix",
+        "recv_src_idx",
+        "is_token_in_rank",
+        "send_head",
+    )
+
+    def __init__(
+        self,
+        owner: BufferBase,
+        dispatch_handle: NormalDispatchHandle,
+        topk_idx: torch.Tensor,
+        num_worst_tokens: int,
+    ) -> None:
+        self.owner = owner
+        self.num_worst_tokens = num_worst_tokens
+        self.topk_idx = topk_idx
+        self._first = dispatch_handle
+        self._by_buffer = {dispatch_handle.buffer: dispatch_handle}
+
+    def of_buffer(self, buffer: NormalBuffer) -> NormalDispatchHandle | None:
+        """The handle for this buffer; None: rows have not been dispatched with it yet."""
+        return self._by_buffer.get(buffer)
+
+    def add(self, dispatch_handle: NormalDispatchHandle) -> None:
+        """Of a dispatch of the same routing with another buffer."""
+        self._by_buffer[dispatch_handle.buffer] = dispatch_handle
+
+    def of_dtype(self, dtype: torch.dtype) -> NormalDispatchHandle:
+        """For a combine of rows of this dtype.
+
+        Raises:
+            ValueError: the dispatched rows were of another.
+        """
+        for buffer, dispatch_handle in self._by_buffer.items():
+            if buffer.dtype == dtype:
+                return dispatch_handle
+        expected = " or ".join(str(buffer.dtype) for buffer in self._by_buffer)
+        raise ValueError(
+            f"x has dtype {dtype}, expected {expected}: the dtype that was dispatched, or bfloat16 "
+            "where that was float8."
+        )
+
+    @property
+    def num_experts(self) -> int:
+        return self._first.buffer.num_experts
+
+    @cached_property
+    def rank_prefix_matrix(self) -> torch.Tensor:
+        """`[R, R]` int32. In this rank's column, where the rows of each rank end in `recv_x`; this
+        rank does not know the others, which are -1."""
+        num_ranks = self._first.buffer.group.num_ranks
+        matrix = torch.full((num_ranks, num_ranks), -1, dtype=torch.int32)
+        matrix[:, self._first.buffer.group.self_rank] = self._first.num_recv_tokens_per_rank.cumsum(
+            0
+        )
+        return matrix
+
+    @cached_property
+    def channel_prefix_matrix(self) -> torch.Tensor:
+        """`[R, I]` int32: rows sent to each rank until the end of each round."""
+        num_per_round = self._first.buffer.num_tokens_per_round
+        sums = torch.nn.functional.pad(self.is_token_in_rank.cumsum(0), (0, 0, 1, 0))
+        ends = (torch.arange(self._first.num_rounds) + 1) * num_per_round
+        return sums[ends.clamp(max=self._first.num_tokens)].t().int().contiguous()
+
+    @cached_property
+    def recv_channel_prefix_matrix(self) -> torch.Tensor:
+        """`[R, I]` int32: rows that came from each rank before each round."""
+        per_round = self._first.per_round.t()
+        return (per_round.cumsum(1) - per_round).int().contiguous()
+
+    @property
+    def recv_src_idx(self) -> torch.Tensor:
+        """`[N]` int32: the token, on its source rank, that each row is of. Rows behind N: -1."""
+        return self._first.recv_src_tokens
+
+    @cached_property
+    def is_token_in_rank(self) -> torch.Tensor:
+        """`[T, R]` bool."""
+        return self.send_head >= 0
+
+    @cached_property
+    def send_head(self) -> torch.Tensor:
+        """`[T, R]` int32: the place of a token's row among those to that rank in its round; -1:
+        none went there."""
+        handle, num_ranks = self._first, self._first.buffer.group.num_ranks
+        is_message = torch.arange(handle.messages.shape[1]) < handle.num_messages[:, None]
+        # Messages that do not exist share a column behind the last rank.
+        ranks = torch.where(is_message, handle.messages >> 16, num_ranks).long()
+        places = torch.full((handle.num_tokens, num_ranks + 1), -1, dtype=torch.int32)
+        places.scatter_(1, ranks, handle.messages & 0xFFFF)
+        return places[:, :num_ranks].contiguous()

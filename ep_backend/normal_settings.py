@@ -47,7 +47,7 @@ class NormalSettings:
         check_int("top_k", self.top_k, 1, _native.MAX_TOP_K)
         check_choice("dtype", self.dtype, DTYPES)
         check_dispatch_dtype(self.dtype, self.dispatch_dtype, self.scale_format)
-        layout = _native.NormalLayout(self._config(num_ranks, num_tokens_per_round=1))
+        layout = self._least(num_ranks)
         check_int(
             "num_bytes",
             self.num_bytes,
@@ -57,6 +57,10 @@ class NormalSettings:
             f"at a time takes {layout.num_bytes}. Pass at least that; more is faster.",
         )
 
+    def least_num_bytes(self, num_ranks: int) -> int:
+        """For one token of each rank at a time; of any settings that `num_bytes` may go with."""
+        return self._least(num_ranks).num_bytes
+
     def config(self, num_ranks: int) -> _native.NormalConfig:
         """With as many tokens a round as the budget has room for."""
         config = self._config(num_ranks, num_tokens_per_round=0)
@@ -64,6 +68,9 @@ class NormalSettings:
             config, self.num_bytes
         )
         return config
+
+    def _least(self, num_ranks: int) -> _native.NormalLayout:
+        return _native.NormalLayout(self._config(num_ranks, num_tokens_per_round=1))
 
     def _config(self, num_ranks: int, num_tokens_per_round: int) -> _native.NormalConfig:
         return _native.NormalConfig(

@@ -1,14 +1,16 @@
 """`ep-backend bench op`: how long a dispatch and its combine take, beside gloo and beside memcpy.
 
-A pair is dispatch, hook, combine, hook; the experts between them do nothing. R processes run it,
-and two ways over torch.distributed (op_gloo.py) with the same contract, in turns, after all have
-been checked. A pair's time is that of its slowest rank; p50 and p95 are over pairs.
+A pair is dispatch, hook, combine, hook, or the normal kernels' dispatch and combine; the experts
+between them do nothing. R processes run it, and two ways over torch.distributed (op_gloo.py,
+op_normal_gloo.py) with the same contract, in turns, after all have been checked. A pair's time is
+that of its slowest rank; p50 and p95 are over pairs.
 
 The roofline is what plain memcpy needs, on all ranks at once, to move as many bytes. What counts as
-moved (`op_rank.count_bytes`): every row read or written once. With T tokens, m_out messages sent,
-m_in messages received and n rows for the local experts, a rank moves 2 * (T + m_out + m_in + n)
-rows: dispatch reads x and writes messages, reads messages and writes expert rows; combine reads
-expert rows and writes partial rows, reads partial rows and writes the result. A memcpy of half as
+moved (`count_bytes` of op_rank.py and op_normal_rank.py): every row read or written once. With T
+tokens, m_out messages sent, m_in messages received and n rows for the local experts, a rank moves
+2 * (T + m_out + m_in + n) rows: dispatch reads x and writes messages, reads messages and writes
+expert rows; combine reads expert rows and writes partial rows, reads partial rows and writes the
+result. Of the normal kernels, n is m_in. A memcpy of half as
 many bytes moves as many. The table gives the busiest rank's.
 """
 
@@ -30,9 +32,15 @@ import typer
 from rich.table import Table
 
 from ep_backend import __version__
-from ep_backend.bench.op_processes import RankFailed, run_ranks
-from ep_backend.bench.op_rank import OpBenchSettings, RankReport, bench_rank
+from ep_backend.bench.op_measure import BenchSettings, RankReport
+from ep_backend.bench.op_normal_rank import NormalBenchSettings, bench_normal_rank
+from ep_backend.bench.op_processes import RankFailed, RankMain, run_ranks
+from ep_backend.bench.op_rank import OpBenchSettings, bench_rank
 
+RANK_MAINS: dict[str, RankMain] = {
+    OpBenchSettings.kind: bench_rank,
+    NormalBenchSettings.kind: bench_normal_rank,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -114,7 +122,7 @@ class OpBenchCase:
 
 
 def run_op_bench(
-    settings: OpBenchSettings, json_path: Path | None, console: rich.console.Console
+    settings: BenchSettings, json_path: Path | None, console: rich.console.Console
 ) -> list[OpBenchCase]:
     """Runs the benchmark, prints its table, and writes everything to `json_path`.
 
@@ -130,12 +138,13 @@ def run_op_bench(
             cases.append(OpBenchCase.of_reports(reports))
             status.update(f"measured {len(cases)} of {len(settings.num_tokens)} cases")
 
-        run_ranks(bench_rank, settings.num_ranks, settings, on_reports)
+        run_ranks(RANK_MAINS[settings.kind], settings.num_ranks, settings, on_reports)
     machine = _machine() | {"load_average_before": load_before[0]}
     console.print(_table(settings, machine, cases))
     if json_path is not None:
         document = {
             "bench": "op",
+            "kind": settings.kind,
             "date": begin.isoformat(timespec="seconds"),
             "machine": machine,
             "versions": _versions(),
@@ -147,18 +156,18 @@ def run_op_bench(
     return cases
 
 
-def _table(settings: OpBenchSettings, machine: dict[str, Any], cases: list[OpBenchCase]) -> Table:
+def _table(settings: BenchSettings, machine: dict[str, Any], cases: list[OpBenchCase]) -> Table:
     versions = _versions()
     table = Table(
-        title=f"dispatch + combine, {settings.num_ranks} ranks | hidden {settings.hidden}, "
-        f"{settings.num_experts} experts, top-{settings.top_k}, "
+        title=f"{settings.kind} dispatch + combine, {settings.num_ranks} ranks | "
+        f"hidden {settings.hidden}, {settings.num_experts} experts, top-{settings.top_k}, "
         f"{str(settings.dtype).removeprefix('torch.')} | {machine['cpu']}, {machine['num_cpus']} "
         f"CPUs, load {machine['load_average_before']:.1f} | ep_backend {versions['ep_backend']}, "
         f"torch {versions['torch']}",
         caption=f"Times are of the slowest rank, over {settings.num_iterations} pairs. GB/s = each "
-        "row read or written once on the busiest rank: x, messages (written, read), expert rows "
-        "(written, read), partial rows (written, read), result. memcpy moves as many bytes, on all "
-        "ranks at once. x gloo = the better gloo way / ours.",
+        "row read or written once on the busiest rank: x, messages (written, read), rows for "
+        "experts (written, read), rows home (written, read), result. memcpy moves as many, on "
+        "all ranks at once. x gloo = the better gloo way / ours.",
         box=rich.box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
@@ -232,17 +241,15 @@ def op(
     warmup: Annotated[int, typer.Option(help="Pairs run before, not timed.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write all results there.")
+        Path | None, typer.Option("--json", "--output", help="Write all results there.")
     ] = None,
 ) -> None:
     """Time of dispatch + combine, beside gloo and memcpy in the same processes.
 
-    With `--device cuda`: between virtual ranks on a GPU; `--device cuda --help` lists its options.
+    With `--kind normal`: of the normal kernels; `--kind normal --help` lists its options. With
+    `--device cuda`: between virtual ranks on a GPU; `--device cuda --help` lists those.
     """
-    console = rich.console.Console()
     try:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}, expected {' or '.join(DTYPES)}")
         num_tokens = _parse_tokens(tokens or ["1,16,64,512"])
         settings = OpBenchSettings(
             num_ranks=ranks,
@@ -251,18 +258,68 @@ def op(
             hidden=hidden,
             num_experts=experts,
             top_k=top_k,
-            dtype=DTYPES[dtype],
+            dtype=_parse_dtype(dtype),
             num_iterations=iterations,
             num_warmup=warmup,
             seed=seed,
         )
     except ValueError as e:
         raise typer.BadParameter(str(e)) from e
+    _run(settings, json_path)
+
+
+def op_normal(
+    ranks: Annotated[int, typer.Option(help="Processes on this machine.")] = 2,
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tokens a rank; a comma-separated list, may be repeated. [default: 512,2048,4096]"
+        ),
+    ] = None,
+    hidden: Annotated[int, typer.Option(help="Elements of a row.")] = 2048,
+    experts: Annotated[int, typer.Option(help="Experts of all ranks together.")] = 64,
+    top_k: Annotated[int, typer.Option(help="Experts of a token.")] = 8,
+    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES) + ".")] = "bfloat16",
+    num_bytes: Annotated[int, typer.Option(help="Symmetric memory of a rank.")] = 64 << 20,
+    iterations: Annotated[int, typer.Option(help="Pairs timed for each way and case.")] = 30,
+    warmup: Annotated[int, typer.Option(help="Pairs run before, not timed.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", "--output", help="Write all results there.")
+    ] = None,
+) -> None:
+    """Time of normal dispatch + combine, beside gloo and memcpy in the same processes."""
+    try:
+        settings = NormalBenchSettings(
+            num_ranks=ranks,
+            num_tokens=_parse_tokens(tokens or ["512,2048,4096"]),
+            hidden=hidden,
+            num_experts=experts,
+            top_k=top_k,
+            dtype=_parse_dtype(dtype),
+            num_bytes=num_bytes,
+            num_iterations=iterations,
+            num_warmup=warmup,
+            seed=seed,
+        )
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from e
+    _run(settings, json_path)
+
+
+def _run(settings: BenchSettings, json_path: Path | None) -> None:
+    console = rich.console.Console()
     try:
         run_op_bench(settings, json_path, console)
     except RankFailed as e:
         console.print(f"bench op failed: {e}", style="red", markup=False)
         raise typer.Exit(1) from e
+
+
+def _parse_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}, expected {' or '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _parse_tokens(lists: list[str]) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ from ep_backend.reference import experts_of_rank
 _NUM_BYTES_FOR_COPY_BY_EXPERT = 2 << 20
 
 # Its name until torch 2.12.
-_all_gather_single: Callable[..., dist.Work | None] = getattr(
+all_gather_single: Callable[..., dist.Work | None] = getattr(
     dist, "all_gather_single", dist.all_gather_into_tensor
 )
 
@@ -153,7 +153,7 @@ class GlooAllToAll:
         shape = self._shape
         self._own_meta[:, 0] = inputs.topk_idx
         self._own_meta[:, 1] = inputs.topk_weights.view(torch.int32)
-        _all_gather_single(self._meta, self._own_meta)
+        all_gather_single(self._meta, self._own_meta)
         topk_idx = self._meta[:, 0].long()
         is_sent = torch.zeros(shape.num_ranks + 1, len(topk_idx), dtype=torch.bool)
         is_sent.scatter_(0, self._owner[topk_idx].t(), True)
@@ -225,7 +225,7 @@ class GlooAllGather:
         self._own[:num_tokens] = inputs.x
         self._own_meta[:, 0] = inputs.topk_idx
         self._own_meta[:, 1] = inputs.topk_weights.view(torch.int32)
-        _all_gather_single(self._all, self._own)
+        all_gather_single(self._all, self._own)
         meta = torch.cat(self._meta)
         self._plan = self._experts.plan(meta[:, 0].long(), meta[:, 1].view(torch.float32))
         message = self._plan.message_of_row

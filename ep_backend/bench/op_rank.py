@@ -6,69 +6,36 @@ S = R * M rows an expert has room for.
 
 from __future__ import annotations
 
-import ctypes
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
-import torch.distributed as dist
 
 from ep_backend import Group, LowLatencyBuffer, reference
 from ep_backend.bench.op_gloo import GlooAllGather, GlooAllToAll, Shape
+from ep_backend.bench.op_measure import BenchSettings, check_out, measure
 from ep_backend.bench.op_processes import RANK_TIMEOUT_SECS, Report
-from ep_backend.bench.routing import Inputs, make_inputs
+from ep_backend.bench.routing import Inputs
 
 # Tokens a rank of the comparison with the reference, which is slow.
 NUM_CHECK_TOKENS = 8
-# A block of copies lasts at least this long: several time slices of the scheduler, so that ranks
-# which share a core also share it in the roofline.
-MIN_ROOFLINE_BLOCK_SECS = 0.02
-# Sums differ in order; in bfloat16 gloo's ways also round the weights (relative error 2^-9 each).
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True)
-class OpBenchSettings:
+class OpBenchSettings(BenchSettings):
     """What `ep-backend bench op` was asked for."""
 
-    num_ranks: int = 2
-    num_tokens: tuple[int, ...] = (1, 16, 64, 512)
-    """T, one case each; every rank has as many."""
+    kind: ClassVar[str] = "low-latency"
+
     num_max_tokens_per_rank: int = 512
-    hidden: int = 2048
-    num_experts: int = 64
-    top_k: int = 8
-    dtype: torch.dtype = torch.float32
-    num_iterations: int = 100
-    """Pairs timed for each way and case, in `num_rounds` blocks."""
-    num_warmup: int = 10
-    num_rounds: int = 5
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_ranks", "num_iterations", "num_rounds", "hidden", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if not self.num_tokens or min(self.num_tokens) < 1:
-            raise ValueError(f"num_tokens is {self.num_tokens}, expected positive numbers")
+        super().__post_init__()
         if self.num_max_tokens_per_rank < max(self.num_tokens):
             raise ValueError(
                 f"num_max_tokens_per_rank is {self.num_max_tokens_per_rank}, expected at least the "
                 f"largest number of tokens, {max(self.num_tokens)}"
-            )
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k is {self.top_k}, expected at most {self.num_experts} experts")
-        if self.num_experts < self.num_ranks:
-            raise ValueError(
-                f"num_experts is {self.num_experts}, expected at least num_ranks, {self.num_ranks}"
-            )
-        if self.dtype not in TOLERANCE:
-            raise ValueError(f"dtype is {self.dtype}, expected {' or '.join(map(str, TOLERANCE))}")
-        if self.hidden * self.dtype.itemsize % 4 != 0:
-            raise ValueError(
-                f"hidden is {self.hidden}, expected an even number: metadata are 32-bit words"
             )
 
     def shape(self, num_tokens: int) -> Shape:
@@ -81,30 +48,6 @@ class OpBenchSettings:
             self.top_k,
             self.dtype,
         )
-
-    def inputs(self, rank: int, num_tokens: int) -> Inputs:
-        return make_inputs(
-            self.seed,
-            rank,
-            num_tokens=num_tokens,
-            hidden=self.hidden,
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            dtype=self.dtype,
-        )
-
-
-@dataclass
-class RankReport:
-    """What one rank measured in one case."""
-
-    num_tokens: int
-    num_bytes: int
-    """Bytes that a pair moves on this rank; `count_bytes` says what counts."""
-    pair_us: dict[str, list[float]] = field(default_factory=dict)
-    """By way: the time of each pair, in the order measured."""
-    memcpy_us: list[float] = field(default_factory=list)
-    """By round: the mean time to copy `num_bytes / 2`, which moves `num_bytes`."""
 
 
 class Way(Protocol):
@@ -134,24 +77,6 @@ class Ours:
         out, recv_hook = self._buffer.combine(expert_out, self._handle, self._out)
         recv_hook()
         return out
-
-
-class Memcpy:
-    """The roofline: one plain copy between two private buffers.
-
-    Source and destination together are as large as the memory that a pair touches: each buffer
-    between two halves is used twice, but there are two banks of it. So a case that fits a cache is
-    compared with a copy that fits it.
-    """
-
-    def __init__(self, num_bytes: int) -> None:
-        self._num_bytes = num_bytes // 2
-        # Written once, so that every page is there.
-        self._src = torch.ones(self._num_bytes, dtype=torch.uint8)
-        self._dst = torch.ones(self._num_bytes, dtype=torch.uint8)
-
-    def __call__(self) -> None:
-        ctypes.memmove(self._dst.data_ptr(), self._src.data_ptr(), self._num_bytes)
 
 
 def count_bytes(settings: OpBenchSettings, rank: int, num_tokens: int) -> int:
@@ -200,7 +125,9 @@ def bench_rank(rank: int, settings: OpBenchSettings, report: Report) -> None:
             ways = _make_ways(settings, rank, num_tokens, buffer)
             inputs = settings.inputs(rank, num_tokens)
             _check_against_each_other(settings, inputs, ways)
-            report(_measure(settings, rank, inputs, ways))
+            pairs = {name: _pair_of(way, inputs) for name, way in ways.items()}
+            num_bytes = count_bytes(settings, rank, num_tokens)
+            report(measure(settings, pairs, num_tokens, num_bytes))
 
 
 def _make_ways(
@@ -214,53 +141,12 @@ def _make_ways(
     }
 
 
-def _measure(
-    settings: OpBenchSettings, rank: int, inputs: Inputs, ways: dict[str, Way]
-) -> RankReport:
-    num_tokens = len(inputs.x)
-    result = RankReport(num_tokens, count_bytes(settings, rank, num_tokens))
-    memcpy = Memcpy(result.num_bytes)
+def _pair_of(way: Way, inputs: Inputs) -> Callable[[], None]:
+    def pair() -> None:
+        recv_x, _ = way.dispatch(inputs)
+        way.combine(recv_x)
 
-    def pair_of(way: Way) -> Callable[[], None]:
-        def pair() -> None:
-            recv_x, _ = way.dispatch(inputs)
-            way.combine(recv_x)
-
-        return pair
-
-    pairs = {name: pair_of(way) for name, way in ways.items()}
-    for pair in pairs.values():
-        _time_block(pair, settings.num_warmup)
-    num_copies = _num_copies(memcpy)
-    for round_idx in range(settings.num_rounds):
-        # Iterations that do not divide evenly go to the first rounds.
-        num_pairs = len(range(round_idx, settings.num_iterations, settings.num_rounds))
-        for name, pair in pairs.items():
-            result.pair_us.setdefault(name, []).extend(_time_block(pair, num_pairs))
-        copies_us = _time_block(memcpy, num_copies)
-        result.memcpy_us.append(sum(copies_us) / num_copies)
-    return result
-
-
-def _time_block(run: Callable[[], None], num_times: int) -> list[float]:
-    """Microseconds of each of `num_times` runs, after a barrier and one run that is not counted:
-    ranks leave a barrier at different times."""
-    dist.barrier()
-    run()
-    times_us = []
-    for _ in range(num_times):
-        begin_ns = time.perf_counter_ns()
-        run()
-        times_us.append((time.perf_counter_ns() - begin_ns) / 1e3)
-    return times_us
-
-
-def _num_copies(memcpy: Memcpy) -> int:
-    """How many make a block of `MIN_ROOFLINE_BLOCK_SECS`; the same on every rank."""
-    times_us = _time_block(memcpy, 5)
-    slowest_us = torch.tensor(sorted(times_us)[2])
-    dist.all_reduce(slowest_us, dist.ReduceOp.MIN)
-    return int(MIN_ROOFLINE_BLOCK_SECS * 1e6 / slowest_us.item()) + 2
+    return pair
 
 
 def _check_against_reference(
@@ -283,7 +169,7 @@ def _check_against_reference(
             if not torch.equal(recv_x[local, :num_rows], rows):
                 raise AssertionError(f"{name}: rows of expert {expert} on rank {rank} are wrong")
             y[local, :num_rows] = expert_out[expert]
-        _check_out(settings, name, way.combine(y), expected_out)
+        check_out(settings, name, way.combine(y), expected_out)
 
 
 def _check_against_each_other(
@@ -301,17 +187,4 @@ def _check_against_each_other(
         for local, num_rows in enumerate(counts.tolist()):
             if not torch.equal(recv_x[local, :num_rows], other_recv_x[local, :num_rows]):
                 raise AssertionError(f"{name}: rows of local expert {local} differ from ours")
-        _check_out(settings, name, ways[name].combine(other_recv_x), out)
-
-
-def _check_out(
-    settings: OpBenchSettings, name: str, out: torch.Tensor, expected: torch.Tensor
-) -> None:
-    if name == "ours":
-        is_right = torch.equal(out, expected)
-    else:
-        tolerance = TOLERANCE[settings.dtype]
-        scale = float(expected.abs().max())
-        is_right = torch.allclose(out, expected, rtol=tolerance, atol=tolerance * scale)
-    if not is_right:
-        raise AssertionError(f"{name}: combine is wrong")
+        check_out(settings, name, ways[name].combine(other_recv_x), out)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from ep_backend import _native
 from ep_backend.bench import op_cuda_normal
@@ -16,7 +15,6 @@ from ep_backend.bench.op_cuda_bytes import PairBytes
 from ep_backend.bench.op_cuda_graph import Spread
 from ep_backend.bench.op_cuda_normal import HEADS, NormalRow, parse_arguments
 from ep_backend.bench.op_cuda_normal_case import NormalCase, NormalTimes, Yardstick
-from ep_backend.cli import app
 
 HAS_GPU = _native.has_cuda and torch.cuda.is_available()
 CASE = NormalCase(num_ranks=2, num_tokens=100, dispatch_dtype="bf16", num_sms=4)
@@ -79,14 +77,6 @@ def test_what_cannot_work_is_refused(
     with pytest.raises(SystemExit):
         parse_arguments(line.split())
     assert message in capsys.readouterr().err
-
-
-def test_the_kind_belongs_to_cuda() -> None:
-    result = CliRunner().invoke(app, ["bench", "op", "--kind", "normal"])
-    assert result.exit_code == 2
-    assert "with --device cuda only" in result.output
-    result = CliRunner().invoke(app, ["bench", "op", "--kind", "fast"])
-    assert "expected low-latency or normal" in result.output
 
 
 @pytest.mark.skipif(HAS_GPU, reason="here is a GPU")

@@ -45,8 +45,16 @@ def shapes(draw: st.DrawFn, max_ranks: int) -> NormalShape:
 
 
 @st.composite
-def cases(draw: st.DrawFn, max_ranks: int = 5) -> tuple[NormalShape, list[NormalCase]]:
+def cases(
+    draw: st.DrawFn, max_ranks: int = 5, is_deep_ep: bool = False
+) -> tuple[NormalShape, list[NormalCase]]:
+    """
+    Args:
+        is_deep_ep: the caller quantises float8 rows, and what it makes of them is bfloat16.
+    """
     shape = draw(shapes(max_ranks))
+    if is_deep_ep and shape.is_float8:
+        shape = replace(shape, dtype=torch.bfloat16)
     num_tokens = st.lists(st.integers(0, 40), min_size=shape.num_ranks, max_size=shape.num_ranks)
     return shape, [
         make_case(
@@ -57,7 +65,7 @@ def cases(draw: st.DrawFn, max_ranks: int = 5) -> tuple[NormalShape, list[Normal
             idx_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
             num_biases=draw(st.integers(0, 2)),
             with_weights=draw(st.booleans()),
-            is_quantized=shape.is_float8 and draw(st.booleans()),
+            is_quantized=shape.is_float8 and (is_deep_ep or draw(st.booleans())),
         )
         for _ in range(draw(st.integers(1, 3)))
     ]

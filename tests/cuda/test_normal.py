@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ep_backend import PeerTimeout, virtual_world
+from ep_backend import PeerTimeout, normal_autograd, virtual_world
 from ep_backend.bench.op_cuda_graph import capture
 from tests.support.normal import NormalCase, NormalShape, case_of, make_case
 from tests.support.normal_cuda import (
@@ -237,6 +237,29 @@ def test_more_rows_than_promised_are_named() -> None:
 
     with pytest.raises(ValueError, match="rank 0 receives 2 rows, but num_worst_tokens is 1"):
         dispatch_and_look()
+
+
+@pytest.mark.parametrize("num_worst_tokens", [0, 10])
+def test_gradients_flow_through_dispatch_and_combine(num_worst_tokens: int) -> None:
+    """One rank: PyTorch runs the backward of all ranks of a process in one thread."""
+    buffer = one_rank().buffer
+    x, idx, weights = inputs_of([0, 1], [3, -1], [-1, -1])
+    x = (x * torch.arange(1, 4, device="cuda")[:, None]).requires_grad_()
+    weights = (weights * torch.tensor([0.5, 2.0], device="cuda")).requires_grad_()
+    recv_x, recv_weights, result = normal_autograd.dispatch(
+        buffer, x, idx, weights, num_worst_tokens=num_worst_tokens
+    )
+    used = result.handle.recv_src_tokens[:, None] >= 0
+    rows = torch.where(used, recv_x.float() * recv_weights.sum(1, keepdim=True), 0.0)
+    out = normal_autograd.combine(buffer, rows.bfloat16(), result.handle)
+    out.float().sum().backward()
+    torch.cuda.synchronize()
+    buffer.raise_if_failed()
+    is_routed = (idx >= 0).float()
+    of_rows = (weights.detach() * is_routed).sum(1, keepdim=True)
+    assert torch.equal(x.grad, of_rows.expand(3, 8).bfloat16())
+    of_weights = is_routed * x.detach().float().sum(1, keepdim=True)
+    assert torch.equal(weights.grad, of_weights)
 
 
 def test_what_cannot_work_is_refused_before_anything_is_launched() -> None:

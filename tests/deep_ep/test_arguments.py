@@ -1,4 +1,4 @@
-"""What `deep_ep.Buffer` refuses, with which words, and what it ignores."""
+"""What `deep_ep.Buffer` and its low-latency calls refuse, with which words, and what is ignored."""
 
 from __future__ import annotations
 
@@ -102,10 +102,10 @@ def test_signatures_are_those_of_deep_ep() -> None:
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        (dict(low_latency_mode=False), NotImplementedError, "only the low-latency half exists"),
         (dict(enable_shrink=True), NotImplementedError, "enable_shrink is True, but dead ranks"),
         (dict(comm=object()), NotImplementedError, "comm was given"),
         (dict(group=None), ValueError, "group is None"),
+        (dict(num_nvl_bytes=-1), ValueError, "num_nvl_bytes is -1, expected an integer in 0.."),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
@@ -113,7 +113,14 @@ def test_a_buffer_that_cannot_be_is_refused(
     group: Group, changed: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        deep_ep.Buffer(**dict(group=group, low_latency_mode=True) | changed)
+        deep_ep.Buffer(**dict(group=group) | changed)
+
+
+def test_low_latency_calls_need_no_mode(group: Group) -> None:
+    buffer = deep_ep.Buffer(group)
+    assert not buffer.low_latency_mode
+    _, recv_count, *_ = buffer.low_latency_dispatch(**of_dispatch())
+    assert recv_count.tolist() == [T] + [0] * (E - 1)
 
 
 def test_sizes_and_links_of_deep_ep_are_accepted(group: Group) -> None:

@@ -1,0 +1,300 @@
+"""The normal half of `deep_ep.Buffer`, on top of `NormalBuffer`.
+
+T tokens of this rank, N rows received, H hidden, K top_k, E experts, R ranks, L experts of this
+rank, S = ceil(H / 128) scales of a float8 row.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ep_backend.checks import check_tensor
+from ep_backend.deep_ep_base import BufferBase
+from ep_backend.deep_ep_config import Config
+from ep_backend.deep_ep_event import EventOverlap, event_of
+from ep_backend.deep_ep_handle import NormalHandle
+from ep_backend.deep_ep_routing import (
+    Routing,
+    expert_counts_of_all,
+    layout_of,
+    routing_of_experts,
+    routing_of_ranks,
+)
+from ep_backend.deep_ep_rows import Rows, RowsOrPair, refuse_gpu, rows_of
+from ep_backend.normal import Bias, NormalBuffer
+from ep_backend.normal_settings import NormalSettings
+
+MOST_BYTES = 64 << 20
+"""Of memory that a shape takes; larger batches travel in rounds."""
+
+CPU = torch.device("cpu")
+
+
+class NormalCalls(BufferBase):
+    """Every call sends and receives: when it returns, its results are there, on the CPU.
+
+    So `previous_event`, `async_finish` and `allocate_on_comm_stream` change nothing but what they
+    refuse together, and no call reads its `config`.
+    """
+
+    num_nvl_bytes: int
+
+    def get_dispatch_layout(
+        self,
+        topk_idx: torch.Tensor,
+        num_experts: int,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, EventOverlap]:
+        """Counts where tokens go. Not collective.
+
+        Args:
+            topk_idx: `[T, K]` int64 or int32, global expert, -1 = not routed.
+            num_experts: E.
+
+        Returns:
+            `num_tokens_per_rank` `[R]` int32; None, as there are no ranks behind RDMA;
+            `num_tokens_per_expert` `[E]` int32; `is_token_in_rank` `[T, R]` bool; the event. A
+            token that lists an expert twice counts once.
+
+        Raises:
+            NotImplementedError: `topk_idx` is on a GPU.
+            ValueError: wrong shape, dtype or expert.
+        """
+        self._start(previous_event, async_finish, allocate_on_comm_stream)
+        refuse_gpu(topk_idx)
+        layout = layout_of(topk_idx, num_experts, self._group.num_ranks)
+        return (
+            layout.num_tokens_per_rank,
+            None,
+            layout.num_tokens_per_expert,
+            layout.is_token_in_rank,
+            event_of(async_finish, topk_idx.device),
+        )
+
+    def dispatch(
+        self,
+        x: RowsOrPair,
+        handle: NormalHandle | None = None,
+        num_tokens_per_rank: torch.Tensor | None = None,
+        num_tokens_per_rdma_rank: torch.Tensor | None = None,
+        is_token_in_rank: torch.Tensor | None = None,
+        num_tokens_per_expert: torch.Tensor | None = None,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[
+        RowsOrPair,
+        torch.Tensor | None,
+        torch.Tensor | None,
+        list[int] | None,
+        NormalHandle | None,
+        EventOverlap,
+    ]:
+        """Brings every token once to each rank that owns one of its experts.
+
+        Args:
+            x: `[T, H]` bfloat16 or float32, or a pair of `[T, H]` float8_e4m3fn and its scales:
+                `[T, S]` float32, `[T, ceil(S / 4)]` int32, which are packed exponents, or `[T]`
+                float32.
+            handle: of an earlier dispatch, whose routing is used again for as many tokens, of any
+                dtype. Then no layout, `topk_idx` or `topk_weights` is given.
+            num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert: of `get_dispatch_layout`.
+                The last is needed: it says how many experts there are.
+            num_tokens_per_rdma_rank: not used.
+            topk_idx, topk_weights: `[T, K]` int64 or int32 and float32, both or none. Without them
+                rows go where `is_token_in_rank` says, which is needed then; to 64 ranks at most.
+            expert_alignment: counts are rounded up to multiples of this.
+            num_worst_tokens: if not 0, rows of what is received, however few come: the sum of all
+                ranks' tokens is always enough.
+            config: not used.
+
+        Returns:
+            `recv_x` `[N, H]`, ordered by source rank, then token; of a pair, a pair, its scales in
+            the form of `x`'s. Rows behind N hold anything.
+            `recv_topk_idx` `[N, K]` of `topk_idx`'s dtype: local experts at their k, -1 elsewhere
+            and behind N; None without `topk_idx`.
+            `recv_topk_weights` `[N, K]` float32: theirs, 0 elsewhere; None without `topk_weights`.
+            `num_recv_tokens_per_expert_list`: L integers; empty with `num_worst_tokens`.
+            The handle, for combine and for later dispatches; and the event.
+            With a handle all but the first and the last are None.
+
+        Raises:
+            NotImplementedError: a tensor is on a GPU.
+            ValueError: wrong shape, dtype, expert or combination of arguments; nothing was sent. Or
+                more rows came than `num_worst_tokens`.
+            SettingsMismatch, RendezvousError: at the first use of a shape: ranks disagree about it,
+                or one is missing.
+            PeerTimeout: a peer did not come in time.
+        """
+        self._start(previous_event, async_finish, allocate_on_comm_stream)
+        rows = rows_of(x)
+        event = event_of(async_finish, rows.x.device)
+        if (topk_idx is None) != (topk_weights is None):
+            raise ValueError("topk_idx and topk_weights go together. Pass both, or neither.")
+        if handle is not None:
+            if topk_idx is not None or num_worst_tokens != 0:
+                raise ValueError(
+                    "topk_idx or num_worst_tokens was given together with a handle, whose dispatch "
+                    "has decided on both. Leave them out, or leave the handle out."
+                )
+            return self._dispatch_again(rows, handle), None, None, None, None, event
+
+        routing = self._routing_of(
+            len(rows.x),
+            num_tokens_per_rank,
+            is_token_in_rank,
+            num_tokens_per_expert,
+            topk_idx,
+            topk_weights,
+        )
+        buffer = self._normal_buffer_for(rows, routing.num_experts, routing.topk_idx.shape[1])
+        result = buffer.dispatch(
+            rows.x,
+            routing.topk_idx,
+            routing.topk_weights,
+            rows.scales,
+            num_worst_tokens=num_worst_tokens,
+            expert_alignment=expert_alignment,
+        )
+        new_handle = NormalHandle(self, result.handle, routing.topk_idx.clone(), num_worst_tokens)
+        received = rows.received(result)
+        if topk_idx is None:
+            assert num_tokens_per_expert is not None
+            # Asked for by every rank, also one with worst tokens, which need not be all.
+            counts = expert_counts_of_all(self._group, num_tokens_per_expert, expert_alignment)
+            return received, None, None, [] if num_worst_tokens else counts, new_handle, event
+        recv_topk_idx = result.recv_topk_idx.to(topk_idx.dtype)
+        exact = result.num_recv_tokens_per_expert  # a tensor where there are worst tokens
+        counts = exact if isinstance(exact, list) else []
+        return received, recv_topk_idx, result.recv_topk_weights, counts, new_handle, event
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: NormalHandle,
+        topk_weights: torch.Tensor | None = None,
+        bias: Bias = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
+        """Sends every row home, where a token adds up its rows, in rank order, in float32. Nothing
+        is weighted.
+
+        Args:
+            x: `[N, H]` of the dtype that was dispatched, bfloat16 where that was float8. Rows
+                behind N are not read.
+            handle: of the dispatch that brought them.
+            topk_weights: `[N, K]` float32, on every rank or on none: they go home too.
+            bias: one or two tensors `[T, H]` of `x.dtype`, added behind the rows.
+            config: not used.
+
+        Returns:
+            `[T, H]`: a token that went nowhere is 0, or its biases. `[T, K]` float32: of each token
+            the sum of its rows' weights, or None. The event.
+
+        Raises:
+            NotImplementedError: a tensor is on a GPU.
+            ValueError: wrong shape or dtype, or a handle of another `Buffer`; nothing was sent.
+            ProtocolError: some ranks have given `topk_weights` and others not.
+            PeerTimeout: a peer did not come in time.
+        """
+        self._start(previous_event, async_finish, allocate_on_comm_stream)
+        refuse_gpu(x)
+        self._check_handle(handle)
+        dispatch_handle = handle.of_dtype(x.dtype)
+        event = event_of(async_finish, x.device)
+        buffer = dispatch_handle.buffer
+        if topk_weights is None:
+            return buffer.combine(x, dispatch_handle, bias=bias), None, event
+        combined, sums = buffer.combine(x, dispatch_handle, topk_weights=topk_weights, bias=bias)
+        return combined, sums, event
+
+    def _start(
+        self,
+        previous_event: EventOverlap | None,
+        async_finish: bool,
+        allocate_on_comm_stream: bool,
+    ) -> None:
+        self._require_alive()
+        if allocate_on_comm_stream and not (async_finish and previous_event is not None):
+            raise ValueError(
+                "allocate_on_comm_stream is True, which needs async_finish=True and a "
+                "previous_event. Pass both, or leave it out."
+            )
+        if previous_event is not None:
+            previous_event.current_stream_wait()
+
+    def _routing_of(
+        self,
+        num_tokens: int,
+        num_tokens_per_rank: torch.Tensor | None,
+        is_token_in_rank: torch.Tensor | None,
+        num_tokens_per_expert: torch.Tensor | None,
+        topk_idx: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+    ) -> Routing:
+        num_ranks = self._group.num_ranks
+        if num_tokens_per_expert is None:
+            raise ValueError(
+                "num_tokens_per_expert was not given. Pass what get_dispatch_layout returns, or "
+                "the handle of an earlier dispatch."
+            )
+        num_experts = num_tokens_per_expert.numel()
+        int32, bool_ = (torch.int32,), (torch.bool,)
+        per_expert = num_tokens_per_expert
+        check_tensor("num_tokens_per_expert", per_expert, (num_experts,), int32, CPU)
+        if num_tokens_per_rank is not None:
+            name = "num_tokens_per_rank"
+            check_tensor(name, num_tokens_per_rank, (num_ranks,), int32, CPU)
+        if is_token_in_rank is not None:
+            shape = (num_tokens, num_ranks)
+            check_tensor("is_token_in_rank", is_token_in_rank, shape, bool_, CPU)
+        if topk_idx is not None and topk_weights is not None:
+            return routing_of_experts(
+                topk_idx, topk_weights, num_experts, is_token_in_rank, num_ranks
+            )
+        if is_token_in_rank is None:
+            raise ValueError(
+                "neither topk_idx nor is_token_in_rank was given. Pass what get_dispatch_layout "
+                "returns, or the handle of an earlier dispatch."
+            )
+        return routing_of_ranks(is_token_in_rank)
+
+    def _dispatch_again(self, rows: Rows, handle: NormalHandle) -> RowsOrPair:
+        self._check_handle(handle)
+        topk_idx = handle.topk_idx
+        buffer = self._normal_buffer_for(rows, handle.num_experts, topk_idx.shape[1])
+        dispatch_handle = handle.of_buffer(buffer)
+        if dispatch_handle is not None:
+            return rows.received(
+                buffer.dispatch(rows.x, x_scales=rows.scales, handle=dispatch_handle)
+            )
+        # Rows of another dtype than before have another buffer, which must learn the routing.
+        check_tensor("x", rows.x, (len(topk_idx), rows.x.shape[1]), (rows.x.dtype,), CPU)
+        weights = torch.zeros(topk_idx.shape)
+        worst = handle.num_worst_tokens
+        result = buffer.dispatch(rows.x, topk_idx, weights, rows.scales, num_worst_tokens=worst)
+        handle.add(result.handle)
+        return rows.received(result)
+
+    def _normal_buffer_for(self, rows: Rows, num_experts: int, top_k: int) -> NormalBuffer:
+        settings = dict(num_experts=num_experts, top_k=top_k, **rows.settings)
+        most = min(self.num_nvl_bytes or MOST_BYTES, MOST_BYTES)
+        least = NormalSettings(num_bytes=most, **settings).least_num_bytes(self._group.num_ranks)
+        return self._buffer_for(NormalBuffer, CPU, num_bytes=max(most, least), **settings)
+
+    def _check_handle(self, handle: NormalHandle) -> None:
+        if not isinstance(handle, NormalHandle) or handle.owner is not self:
+            raise ValueError(
+                "handle is not one that dispatch of this Buffer returned. Use the Buffer that "
+                "dispatched."
+            )

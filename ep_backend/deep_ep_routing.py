@@ -1,0 +1,133 @@
+"""Where tokens go, in DeepEP's words and in ours.
+
+T tokens of this rank, K top_k, E experts, R ranks, L experts of this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ep_backend import _native
+from ep_backend.checks import check_int, check_tensor
+from ep_backend.group import Group
+from ep_backend.low_latency import INDEX_DTYPES
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What `get_dispatch_layout` returns of a batch, all of this rank's tokens."""
+
+    num_tokens_per_rank: torch.Tensor
+    """`[R]` int32."""
+    num_tokens_per_expert: torch.Tensor
+    """`[E]` int32. A token that lists an expert twice counts once."""
+    is_token_in_rank: torch.Tensor
+    """`[T, R]` bool."""
+
+
+def layout_of(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
+    """
+    Args:
+        topk_idx: `[T, K]` int64 or int32, global expert, -1 = not routed.
+
+    Raises:
+        ValueError: wrong shape, dtype or expert.
+    """
+    check_int("num_experts", num_experts, 1, _native.MAX_EXPERTS)
+    check_topk_idx(topk_idx)
+    is_wrong = (topk_idx < -1) | (topk_idx >= num_experts)
+    if is_wrong.any():
+        token, k = is_wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"topk_idx[{token}, {k}] is {topk_idx[token, k]}, expected -1 (not routed) or an "
+            f"expert in 0..{num_experts - 1}."
+        )
+    of_expert = _listed(topk_idx.long(), num_experts)
+    is_token_in_rank = ranks_of(topk_idx, num_experts, num_ranks)
+    return Layout(
+        is_token_in_rank.sum(0, dtype=torch.int32),
+        of_expert.sum(0, dtype=torch.int32),
+        is_token_in_rank,
+    )
+
+
+def check_topk_idx(topk_idx: torch.Tensor) -> None:
+    if topk_idx.dim() != 2:
+        raise ValueError(f"topk_idx has shape {list(topk_idx.shape)}, expected [T, top_k].")
+    check_tensor("topk_idx", topk_idx, tuple(topk_idx.shape), INDEX_DTYPES, torch.device("cpu"))
+
+
+def ranks_of(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> torch.Tensor:
+    """`[T, R]` bool: the ranks that own some of a token's experts."""
+    partition = _native.ExpertPartition(num_experts, num_ranks)
+    first_experts = torch.tensor([partition.first_expert(r) for r in range(1, num_ranks)])
+    owners = torch.bucketize(topk_idx.long(), first_experts.long(), right=True)
+    return _listed(torch.where(topk_idx >= 0, owners, -1), num_ranks)
+
+
+def _listed(numbers: torch.Tensor, num_columns: int) -> torch.Tensor:
+    """`[T, num_columns]` bool: which of 0 .. num_columns - 1 each row of `[T, K]` lists."""
+    is_listed = torch.zeros((len(numbers), num_columns + 1), dtype=torch.bool)
+    is_listed.scatter_(1, torch.where(numbers >= 0, numbers, num_columns), True)
+    return is_listed[:, :num_columns].contiguous()
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What `NormalBuffer` is told of a batch."""
+
+    topk_idx: torch.Tensor
+    topk_weights: torch.Tensor
+    num_experts: int
+
+
+def routing_of_experts(
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    num_experts: int,
+    is_token_in_rank: torch.Tensor | None,
+    num_ranks: int,
+) -> Routing:
+    """
+    Raises:
+        ValueError: `is_token_in_rank` says something else than `topk_idx`.
+    """
+    check_topk_idx(topk_idx)
+    if is_token_in_rank is not None:
+        # Experts that do not exist are refused by the kernels.
+        ranks = ranks_of(topk_idx.clamp(-1, num_experts - 1), num_experts, num_ranks)
+        is_wrong = (ranks != is_token_in_rank).any(1)
+        if is_wrong.any():
+            token = int(is_wrong.nonzero()[0])
+            raise ValueError(
+                f"is_token_in_rank[{token}] is {is_token_in_rank[token].tolist()}, but the experts "
+                f"{topk_idx[token].tolist()} of that token are those of {ranks[token].tolist()}. "
+                "Pass what get_dispatch_layout returns for this topk_idx."
+            )
+    return Routing(topk_idx, topk_weights, num_experts)
+
+
+def routing_of_ranks(is_token_in_rank: torch.Tensor) -> Routing:
+    """Of a batch whose experts are not told: as if each rank had one.
+
+    Raises:
+        ValueError: more ranks than a token can list.
+    """
+    num_tokens, num_ranks = is_token_in_rank.shape
+    why = "A dispatch without topk_idx lists the ranks of a token. Pass topk_idx and topk_weights."
+    check_int("the number of ranks", num_ranks, 1, _native.MAX_TOP_K, why)
+    topk_idx = torch.where(is_token_in_rank, torch.arange(num_ranks, dtype=torch.int32), -1)
+    return Routing(topk_idx, torch.zeros((num_tokens, num_ranks)), num_ranks)
+
+
+def expert_counts_of_all(
+    group: Group, num_tokens_per_expert: torch.Tensor, alignment: int
+) -> list[int]:
+    """Of each local expert the tokens of all ranks, rounded up. Collective."""
+    partition = _native.ExpertPartition(len(num_tokens_per_expert), group.num_ranks)
+    first = partition.first_expert(group.self_rank)
+    own = slice(first, first + partition.num_local_experts(group.self_rank))
+    counts = torch.tensor(group.all_gather(num_tokens_per_expert.tolist())).sum(0)[own]
+    return (-(-counts // alignment) * alignment).tolist()
