@@ -42,6 +42,7 @@ void bind_layout(py::module_& m) {
   py::class_<NormalDeviceLayout>(m, "NormalDeviceLayout")
       .def(py::init<const NormalDeviceConfig&>())
       .def_static("num_rows_that_fit", &NormalDeviceLayout::num_rows_that_fit)
+      .def_static("budget_for", &NormalDeviceLayout::budget_for)
       .def_property_readonly("partition", &NormalDeviceLayout::partition)
       .def_property_readonly("num_bytes", &NormalDeviceLayout::num_bytes)
       .def_property_readonly("num_scales", &NormalDeviceLayout::num_scales)

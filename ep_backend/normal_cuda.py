@@ -257,12 +257,11 @@ class CudaNormalBuffer(NormalBuffer):
             )
         ticket = next(self._tickets)
         nowhere = (False, *_NO_ROWS, *_NOTHING_BESIDE_ROWS)
-        arguments = (*rows, _native.DispatchStart.ROUTE, *routing, *handle.routes())
-        counted = handle.expert_counts.data_ptr()
         self._calls.run(
             "normal_dispatch",
             handle.num_tokens,
-            *(*arguments, counted, ticket, MAX_TOKENS, *nowhere, num_sms),
+            *(*rows, _native.DispatchStart.ROUTE, *routing, *handle.routes()),
+            *(handle.expert_counts.data_ptr(), ticket, MAX_TOKENS, *nowhere, num_sms),
         )
         self._calls.run("normal_counts", handle.num_tokens, ticket)
         num_rows, num_rounds, has_room, expert_counts = self._kernels.counts()
@@ -278,11 +277,11 @@ class CudaNormalBuffer(NormalBuffer):
             return own or self._rows.first(num_rows)
         assert own is not None
         outputs = (True, *map(address_of, own), *handle.beside_rows())
-        arguments = (*rows, _native.DispatchStart.RESUME, *routing, *handle.routes())
         self._calls.run(
             "normal_dispatch",
             handle.num_tokens,
-            *(*arguments, counted, ticket, num_rows, *outputs, num_sms),
+            *(*rows, _native.DispatchStart.RESUME, *routing, *handle.routes()),
+            *(0, ticket, num_rows, *outputs, num_sms),
         )
         return own
 

@@ -106,7 +106,6 @@ class CudaNormalDispatchHandle(NormalDispatchHandle):
         """What the host has waited for."""
         self.num_rows = num_rows
         self.num_rounds = num_rounds
-        self.counts_on_device = self.expert_counts
         self.expert_counts = torch.tensor(expert_counts)
         self.is_exact = True
 

@@ -22,8 +22,6 @@ from ep_backend.settings import (
     check_row_alignment,
 )
 
-NUM_ALIGNMENT_BYTES = 7 * 128
-"""What the seven regions of rows may lose between them."""
 DEFAULT_NUM_SMS = 16
 """Enough to fill an NVLink either way (8 SMs push 350 GB/s between two H100s), at an eighth of the
 GPU."""
@@ -57,8 +55,7 @@ class CudaNormalSettings:
         check_choice("dtype", self.dtype, DTYPES)
         check_dispatch_dtype(self.dtype, self.dispatch_dtype, self.scale_format)
         check_row_alignment(self.hidden, (self.dtype, self.dispatch_dtype))
-        smallest = _native.NormalDeviceLayout(self._config(num_ranks, 2 * num_ranks))
-        least = smallest.num_bytes + NUM_ALIGNMENT_BYTES
+        least = _native.NormalDeviceLayout.budget_for(self._config(num_ranks, 2 * num_ranks))
         check_int(
             "num_bytes",
             self.num_bytes,

@@ -49,9 +49,9 @@ class NormalDeviceLayout {
     num_scales_ = config.dispatch_dtype == DType::kFloat8E4M3 ? scales_for(config.hidden) : 0;
     row_bytes_ = config.hidden * element_bytes(config.dtype);
     dispatch_row_bytes_ = config.hidden * element_bytes(config.dispatch_dtype);
-    counts_bytes_ = align_up(
-        sizeof(DeviceBatchCounts) + (num_ranks + partition_.num_max_local_experts()) * 4,
-        kSlotAlign);
+    counts_bytes_ =
+        align_up(sizeof(DeviceBatchCounts) + (num_ranks + partition_.num_max_local_experts()) * 4,
+                 kSlotAlign);
 
     uint64_t end = 0;
     ready_offset_ = take(&end, kNumPhases * num_ranks * 8);
@@ -70,13 +70,17 @@ class NormalDeviceLayout {
     num_bytes_ = end;
   }
 
+  // A budget in which num_rows_that_fit finds room for `config`'s P.
+  EP_HOST_DEVICE static constexpr uint64_t budget_for(const NormalDeviceConfig& config) {
+    return NormalDeviceLayout(config).num_bytes() + kAlignmentBytes;
+  }
+
   // The largest P whose memory fits into `num_bytes`; 0: none does. `config`'s own P is ignored.
   EP_HOST_DEVICE static constexpr uint32_t num_rows_that_fit(NormalDeviceConfig config,
                                                              uint64_t num_bytes) {
     config.num_rows = 0;
     const NormalDeviceLayout without_rows(config);
-    // What alignment may add to the seven regions.
-    const uint64_t fixed_bytes = without_rows.num_bytes() + 7 * kSlotAlign;
+    const uint64_t fixed_bytes = without_rows.num_bytes() + kAlignmentBytes;
     if (num_bytes < fixed_bytes) return 0;
     const uint64_t num_rows = (num_bytes - fixed_bytes) / without_rows.bytes_per_row();
     return static_cast<uint32_t>(num_rows < kNumMaxRows ? num_rows : kNumMaxRows);
@@ -160,6 +164,8 @@ class NormalDeviceLayout {
 
  private:
   static constexpr uint64_t kNumMaxRows = 0x7fffffff;
+  // What alignment may add to the seven regions of rows.
+  static constexpr uint64_t kAlignmentBytes = 7 * kSlotAlign;
 
   EP_HOST_DEVICE static constexpr uint64_t take(uint64_t* end, uint64_t bytes) {
     const uint64_t begin = *end;

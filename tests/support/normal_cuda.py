@@ -11,7 +11,7 @@ import torch
 
 from ep_backend import Group, NormalBuffer, NormalDispatchResult, _native, virtual_world
 from ep_backend.normal_cuda import CudaNormalBuffer
-from ep_backend.normal_cuda_settings import NUM_ALIGNMENT_BYTES, CudaNormalSettings
+from ep_backend.normal_cuda_settings import CudaNormalSettings
 from tests.support.normal import (
     NormalCase,
     NormalShape,
@@ -46,7 +46,7 @@ class CudaNormalShape:
         )
         config = settings.config(shape.num_ranks)
         config.num_rows = self.num_rows
-        return _native.NormalDeviceLayout(config).num_bytes + NUM_ALIGNMENT_BYTES
+        return _native.NormalDeviceLayout.budget_for(config)
 
     def buffer(self, group: Group, timeout_secs: float = 20.0) -> CudaNormalBuffer:
         shape = self.shape
