@@ -9,11 +9,9 @@
 #include "bindings_run.h"
 #include "cuda/normal.h"
 #include "cuda/yardstick.h"
-#include "protocol/normal_device_layout.h"
 
 namespace py = pybind11;
 using namespace ep;
-using namespace ep::protocol;
 
 namespace {
 
@@ -24,36 +22,6 @@ using cuda::NormalDispatch;
 using cuda::NormalOutputs;
 using cuda::NormalRank;
 using cuda::NormalRoutes;
-
-void bind_layout(py::module_& m) {
-  m.attr("NORMAL_DEVICE_PROTOCOL_VERSION") = kNormalDeviceProtocolVersion;
-  m.attr("MAX_DEVICE_RANKS") = kNumMaxDeviceRanks;
-  py::class_<NormalDeviceConfig>(m, "NormalDeviceConfig")
-      .def(py::init([](uint32_t num_ranks, uint32_t num_experts, uint32_t hidden, uint32_t top_k,
-                       DType dtype, DType dispatch_dtype, ScaleFormat scale_format,
-                       uint32_t num_rows) {
-             return NormalDeviceConfig{num_ranks, num_experts,    hidden,       top_k,
-                                       dtype,     dispatch_dtype, scale_format, num_rows};
-           }),
-           py::kw_only(), py::arg("num_ranks"), py::arg("num_experts"), py::arg("hidden"),
-           py::arg("top_k"), py::arg("dtype"), py::arg("dispatch_dtype"), py::arg("scale_format"),
-           py::arg("num_rows"))
-      .def_readwrite("num_rows", &NormalDeviceConfig::num_rows);
-  py::class_<NormalDeviceLayout>(m, "NormalDeviceLayout")
-      .def(py::init<const NormalDeviceConfig&>())
-      .def_static("num_rows_that_fit", &NormalDeviceLayout::num_rows_that_fit)
-      .def_static("budget_for", &NormalDeviceLayout::budget_for)
-      .def_property_readonly("partition", &NormalDeviceLayout::partition)
-      .def_property_readonly("num_bytes", &NormalDeviceLayout::num_bytes)
-      .def_property_readonly("num_scales", &NormalDeviceLayout::num_scales)
-      .def_property_readonly("num_scale_words", &NormalDeviceLayout::num_scale_words)
-      .def_property_readonly("num_tokens_per_round", &NormalDeviceLayout::num_tokens_per_round)
-      .def_property_readonly("num_max_messages_per_token",
-                             &NormalDeviceLayout::num_max_messages_per_token)
-      .def("row", &NormalDeviceLayout::row)
-      .def("scales", &NormalDeviceLayout::scales)
-      .def("combine_row", &NormalDeviceLayout::combine_row);
-}
 
 NormalRoutes routes(uint32_t num_tokens, uintptr_t messages, uintptr_t round_begins,
                     uintptr_t batch) {
@@ -79,7 +47,7 @@ void bind_rank(py::module_& m) {
       .value("COMBINE_ROWS", CombineInput::kCombineRows)
       .value("RECEIVED_ROWS", CombineInput::kReceivedRows);
   py::class_<NormalRank>(m, "CudaNormalRank")
-      .def(py::init([](const NormalDeviceConfig& config, uint32_t self_rank,
+      .def(py::init([](const protocol::NormalDeviceConfig& config, uint32_t self_rank,
                        const std::vector<uintptr_t>& bases, uint64_t timeout_ns,
                        uint32_t num_max_sms) {
              std::vector<std::byte*> pointers;
@@ -171,7 +139,6 @@ void bind_yardsticks(py::module_& m) {
 }  // namespace
 
 void bind_cuda_normal(py::module_& m) {
-  bind_layout(m);
   bind_rank(m);
   bind_yardsticks(m);
 }

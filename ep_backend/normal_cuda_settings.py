@@ -41,7 +41,7 @@ class CudaNormalSettings:
 
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""
-        version = getattr(_native, "NORMAL_DEVICE_PROTOCOL_VERSION", None)
+        version = _native.NORMAL_DEVICE_PROTOCOL_VERSION
         return asdict(self) | {"device": "cuda", "protocol version": version}
 
     def check(self, num_ranks: int) -> None:
@@ -49,7 +49,7 @@ class CudaNormalSettings:
         why = "Each is a bit of a word of the kernels."
         check_int("num_ranks", num_ranks, 1, _native.MAX_DEVICE_RANKS, why)
         why = "The CUDA kernels count rows by expert in shared memory."
-        check_int("num_experts", self.num_experts, 1, _native.CUDA_MAX_EXPERTS, why)
+        check_int("num_experts", self.num_experts, 1, _native.MAX_DEVICE_EXPERTS, why)
         check_int("hidden", self.hidden, 1, 1 << 20)
         check_int("top_k", self.top_k, 1, _native.MAX_TOP_K)
         check_choice("dtype", self.dtype, DTYPES)

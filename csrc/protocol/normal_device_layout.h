@@ -18,8 +18,9 @@ namespace ep::protocol {
 // Changes whenever a region, a word or a rule does: ranks of different builds must not meet.
 constexpr uint32_t kNormalDeviceProtocolVersion = 1;
 
-// A token's ranks are the bits of a word.
+// A token's ranks are the bits of a word; rows are counted by expert in shared memory.
 constexpr uint32_t kNumMaxDeviceRanks = 64;
+constexpr uint32_t kNumMaxDeviceExperts = 4096;
 
 // What all ranks must agree on.
 struct NormalDeviceConfig {
