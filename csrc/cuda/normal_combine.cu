@@ -22,7 +22,7 @@ constexpr uint32_t kPullBytes = kPullWarps * kPieces * kPieceBytes + kTermsBytes
 struct Shared {
   RowRanges ranges;
   uint32_t flags[kNumMaxDeviceRanks];  // of each rank, when it was ready
-  // In rounds: this rank's rows for each home, begin and end; and rows to come from each owner.
+  // In a round: this rank's rows for each home.
   uint32_t begins[kNumMaxDeviceRanks], ends[kNumMaxDeviceRanks];
 };
 

@@ -93,7 +93,7 @@ __device__ void send_directly(const Op& op, const NormalDispatch& params, const 
   if (ok && threadIdx.x == 0) op.complete(0);
 }
 
-// One round of a batch that does not fit.
+// The rounds of a batch whose rows have no room somewhere.
 class Rounds {
  public:
   __device__ Rounds(const Op& op, const NormalDispatch& params, Shared* shared)

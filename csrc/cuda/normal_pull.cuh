@@ -49,7 +49,7 @@ struct Terms {
 // A warp's ring, in shared memory.
 struct Ring {
   std::byte* pieces;   // [kPieces][kPieceBytes]
-  uint64_t* barriers;  // [kPieces]
+  uint64_t* barriers;  // [kPieces], and what the owner of the ring adds
   Terms* terms;        // [2]: of the token that is added up, and of the next
 };
 

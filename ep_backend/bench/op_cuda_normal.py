@@ -3,8 +3,8 @@ ranks on one GPU, beside what as many SMs can do at best.
 
 Every rank has a branch of one CUDA graph, with a chain of operations. GB/s count what an operation
 must read and write: dispatch every token once and every row that it brings, combine the other way.
-An SM stores less than it copies: half of what a copy's loads and stores move together. So a
-dispatch that writes several rows for each that it reads is measured against both.
+A dispatch writes several rows for each that it reads, and loads and stores of an SM have a limit
+each: so it is also measured against SMs that do nothing but store.
 """
 
 from __future__ import annotations
