@@ -24,10 +24,10 @@ __device__ inline void mbarrier_init(uint64_t* barrier, uint32_t num_arrivals) {
 
 // Arrives, and lets the phase end only when so many bytes have come too.
 __device__ inline void mbarrier_arrive_expect(uint64_t* barrier, uint32_t num_bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(num_bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(num_bytes)
+      : "memory");
 }
 
 // Until the phase of this parity has ended. Only bulk loads end phases here, which always arrive.
