@@ -13,6 +13,7 @@ import torch
 
 from ep_backend import _native, faults
 from ep_backend.checks import check_alignment, check_int
+from ep_backend.errors import EPBackendError
 from ep_backend.group import Group
 from ep_backend.handles import address_of
 from ep_backend.kernel_calls import KernelCalls
@@ -263,7 +264,7 @@ class CudaNormalBuffer(NormalBuffer):
             *(*rows, _native.DispatchStart.ROUTE, *routing, *handle.routes()),
             *(handle.expert_counts.data_ptr(), ticket, MAX_TOKENS, *nowhere, num_sms),
         )
-        self._calls.run("normal_counts", handle.num_tokens, ticket)
+        self._wait_for_counts(handle.num_tokens, ticket)
         num_rows, num_rounds, has_room, expert_counts = self._kernels.counts()
         try:
             handle.take_counts(num_rows, num_rounds, expert_counts)
@@ -284,6 +285,20 @@ class CudaNormalBuffer(NormalBuffer):
             *(0, ticket, num_rows, *outputs, num_sms),
         )
         return own
+
+    def _wait_for_counts(self, num_tokens: int, ticket: int) -> None:
+        try:
+            self._calls.run("normal_counts", num_tokens, ticket)
+        except (EPBackendError, ValueError):
+            raise  # kept for later calls already
+        except BaseException as e:  # a signal handler's, as that of Ctrl-C; or CUDA has failed
+            self._calls.fail(
+                EPBackendError(
+                    f"a dispatch of this buffer was broken off ({type(e).__name__}), but peers "
+                    "count on this rank to go on. Create a new buffer."
+                )
+            )
+            raise
 
     def _dispatch_unknown(
         self,

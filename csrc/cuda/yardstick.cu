@@ -1,6 +1,5 @@
-#include "cuda/yardstick.h"
-
 #include "cuda/check.h"
+#include "cuda/yardstick.h"
 #include "ptx/memory.cuh"
 
 namespace ep::cuda {

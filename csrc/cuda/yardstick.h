@@ -6,7 +6,8 @@
 
 namespace ep::cuda {
 
-// Copies, or writes, as fast as so many SMs can by ordinary loads and stores. Multiples of 16 bytes.
+// Copies, or writes, as fast as so many SMs can by ordinary loads and stores. Multiples of 16
+// bytes.
 void copy_on_sms(void* dst, const void* src, uint64_t num_bytes, uint32_t num_sms, void* stream);
 void fill_on_sms(void* dst, uint64_t num_bytes, uint32_t num_sms, void* stream);
 
