@@ -13,6 +13,7 @@
 
 #if defined(EP_BACKEND_CUDA)
 #include "bindings_cuda.h"
+#include "bindings_cuda_normal.h"
 #endif
 
 namespace py = pybind11;
@@ -39,7 +40,8 @@ void bind_results(py::module_& m) {
       .value("OUT_OF_ORDER", protocol::Status::kOutOfOrder)
       .value("NEWER_EPOCH", protocol::Status::kNewerEpoch)
       .value("CORRUPT", protocol::Status::kCorrupt)
-      .value("BAD_EXPERT", protocol::Status::kBadExpert);
+      .value("BAD_EXPERT", protocol::Status::kBadExpert)
+      .value("TOO_MANY_ROWS", protocol::Status::kTooManyRows);
   py::enum_<Phase>(m, "Phase")
       .value("DISPATCH", Phase::kDispatch)
       .value("COMBINE", Phase::kCombine);
@@ -105,6 +107,7 @@ PYBIND11_MODULE(_native, m) {
 #if defined(EP_BACKEND_CUDA)
   m.attr("has_cuda") = true;
   bind_cuda(m);
+  bind_cuda_normal(m);
 #else
   m.attr("has_cuda") = false;
 #endif

@@ -9,6 +9,7 @@
 #include "bindings.h"
 #include "bindings_run.h"
 #include "cpu/normal.h"
+#include "protocol/normal_device_layout.h"
 #include "protocol/normal_layout.h"
 #include "protocol/normal_op.h"
 
@@ -54,6 +55,50 @@ void bind_layout(py::module_& m) {
       .def("token", &NormalLayout::token)
       .def("row", &NormalLayout::row)
       .def("scales", &NormalLayout::scales);
+}
+
+void bind_device_layout(py::module_& m) {
+  m.attr("NORMAL_DEVICE_PROTOCOL_VERSION") = kNormalDeviceProtocolVersion;
+  m.attr("MAX_DEVICE_RANKS") = kNumMaxDeviceRanks;
+  m.attr("MAX_DEVICE_EXPERTS") = kNumMaxDeviceExperts;
+  py::class_<NormalDeviceConfig>(m, "NormalDeviceConfig")
+      .def(py::init([](uint32_t num_ranks, uint32_t num_experts, uint32_t hidden, uint32_t top_k,
+                       DType dtype, DType dispatch_dtype, ScaleFormat scale_format,
+                       uint32_t num_rows) {
+             return NormalDeviceConfig{num_ranks, num_experts,    hidden,       top_k,
+                                       dtype,     dispatch_dtype, scale_format, num_rows};
+           }),
+           py::kw_only(), py::arg("num_ranks"), py::arg("num_experts"), py::arg("hidden"),
+           py::arg("top_k"), py::arg("dtype"), py::arg("dispatch_dtype"), py::arg("scale_format"),
+           py::arg("num_rows"))
+      .def_readwrite("num_rows", &NormalDeviceConfig::num_rows);
+  py::class_<NormalDeviceLayout>(m, "NormalDeviceLayout")
+      .def(py::init<const NormalDeviceConfig&>())
+      .def_static("num_rows_that_fit", &NormalDeviceLayout::num_rows_that_fit)
+      .def_static("budget_for", &NormalDeviceLayout::budget_for)
+      .def_property_readonly("partition", &NormalDeviceLayout::partition)
+      .def_property_readonly("num_bytes", &NormalDeviceLayout::num_bytes)
+      .def_property_readonly("num_scales", &NormalDeviceLayout::num_scales)
+      .def_property_readonly("num_scale_words", &NormalDeviceLayout::num_scale_words)
+      .def_property_readonly("num_tokens_per_round", &NormalDeviceLayout::num_tokens_per_round)
+      .def_property_readonly("num_max_messages_per_token",
+                             &NormalDeviceLayout::num_max_messages_per_token)
+      .def("ready", &NormalDeviceLayout::ready)
+      .def("done", &NormalDeviceLayout::done)
+      .def("credit", &NormalDeviceLayout::credit)
+      .def("round_signal", &NormalDeviceLayout::round_signal)
+      .def("round_credit", &NormalDeviceLayout::round_credit)
+      .def("counts", &NormalDeviceLayout::counts)
+      .def("rank_counts", &NormalDeviceLayout::rank_counts)
+      .def("expert_counts", &NormalDeviceLayout::expert_counts)
+      .def("row", &NormalDeviceLayout::row)
+      .def("scales", &NormalDeviceLayout::scales)
+      .def("topk_idx", &NormalDeviceLayout::topk_idx)
+      .def("topk_weights", &NormalDeviceLayout::topk_weights)
+      .def("src_token", &NormalDeviceLayout::src_token)
+      .def("combine_row", &NormalDeviceLayout::combine_row)
+      .def("combine_weights", &NormalDeviceLayout::combine_weights)
+      .def("staged_row", &NormalDeviceLayout::staged_row);
 }
 
 SendRoutes routes(uint64_t num_tokens, uintptr_t num_messages, uintptr_t messages) {
@@ -134,5 +179,6 @@ void bind_rank(py::module_& m) {
 
 void bind_normal(py::module_& m) {
   bind_layout(m);
+  bind_device_layout(m);
   bind_rank(m);
 }

@@ -2,6 +2,6 @@
 
 #include <pybind11/pybind11.h>
 
-// Adds the layout of the normal kernels and the kernels themselves. Called after the types that
-// kernels of all families share.
+// Adds the layouts of the normal kernels, on the CPU and on GPUs, and the CPU's kernels themselves.
+// Called after the types that kernels of all families share.
 void bind_normal(pybind11::module_& m);

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.status import Status
 
-from ep_backend.bench import decode, op, op_cuda, precision, serve
+from ep_backend.bench import decode, op, op_cuda, op_cuda_normal, precision, serve
 from ep_backend.bench.demo import DemoSettings, Progress, ServerFailed, run_demo
 from ep_backend.bench.demo_engines import ENGINES
 from ep_backend.bench.demo_report import plot_latencies, print_report
@@ -48,16 +48,15 @@ def op_command(
     kind: Annotated[str, typer.Option(help="low-latency or normal")] = "low-latency",
 ) -> None:
     """Time of dispatch + combine: processes on the CPU, or virtual ranks on a GPU."""
-    by_kind = {"low-latency": op_cpu, "normal": op_cpu_normal}
-    if kind not in by_kind:
-        raise typer.BadParameter(f"kind is {kind!r}, expected {' or '.join(by_kind)}")
+    on_cpu = {"low-latency": op_cpu, "normal": op_cpu_normal}
+    on_cuda = {"low-latency": op_cuda, "normal": op_cuda_normal}
+    if kind not in on_cpu:
+        raise typer.BadParameter(f"kind is {kind!r}, expected {' or '.join(on_cpu)}")
     if device == "cuda":
-        if kind != "low-latency":
-            raise typer.BadParameter(f"kind is {kind!r}, which is measured with --device cpu only")
-        raise typer.Exit(op_cuda.main(context.args))
+        raise typer.Exit(on_cuda[kind].main(context.args))
     if device != "cpu":
         raise typer.BadParameter(f"device is {device!r}, expected cpu or cuda")
-    command = typer.main.get_command(by_kind[kind])
+    command = typer.main.get_command(on_cpu[kind])
     command.main(context.args, prog_name="ep-backend bench op")
 
 

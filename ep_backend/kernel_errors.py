@@ -19,6 +19,18 @@ def exception_for(result: OpResult, num_experts: int, *, is_async: bool) -> Exce
             + ("This buffer stays failed: create a new one." if is_async else "Nothing was sent.")
         )
     record = result.record
+    if result.status == Status.TOO_MANY_ROWS:
+        return ValueError(
+            f"rank {record.peer_rank} receives {record.seen} rows, but "
+            + (
+                f"num_worst_tokens is {record.expected}. Pass at least that: the sum of all ranks' "
+                "tokens is always enough."
+                if record.peer_rank == record.self_rank
+                else f"num_bytes has room for {record.expected}, and num_worst_tokens of rank "
+                f"{record.self_rank} promised that there is. Pass the same on every rank."
+            )
+            + " This buffer stays failed: create a new one."
+        )
     phase, half = record.phase.name.lower(), record.half.name.lower()
     where = f"{phase} {half} {record.epoch} on rank {record.self_rank}"
     if result.status == Status.TIMEOUT:

@@ -59,6 +59,16 @@ def default_spin_us(num_ranks: int) -> float:
     return 50.0 if num_ranks <= (os.cpu_count() or 1) else 0.0
 
 
+def current_stream(device: torch.device) -> int:
+    """Raises `EPBackendError` where the thread's current device is another one."""
+    if torch.cuda.current_device() != device.index:
+        raise EPBackendError(
+            f"the current device is cuda:{torch.cuda.current_device()}, the buffer's is {device}. "
+            f"Call torch.cuda.set_device({device.index}) in this thread."
+        )
+    return torch.cuda.current_stream().cuda_stream
+
+
 class CpuKernels:
     """They run in the calling thread and wait there, without the interpreter lock.
 
@@ -136,12 +146,7 @@ class CudaKernels:
             )
 
     def _stream(self) -> int:
-        if torch.cuda.current_device() != self._device.index:
-            raise EPBackendError(
-                f"the current device is cuda:{torch.cuda.current_device()}, the buffer's is "
-                f"{self._device}. Call torch.cuda.set_device({self._device.index}) in this thread."
-            )
-        return torch.cuda.current_stream().cuda_stream
+        return current_stream(self._device)
 
     def dispatch_send(self, *args: int) -> _native.OpResult:
         return self._rank.dispatch_send(*args, self._stream())

@@ -29,7 +29,7 @@ from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS, INDEX_DTYPES
 from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
 from ep_backend.normal_settings import CpuNormalKernels, NormalSettings, check_cpu
 from ep_backend.observe.trace import TraceWriter
-from ep_backend.settings import check_waits
+from ep_backend.settings import check_waits, device_type
 
 MAX_TOKENS = (1 << 31) - 1
 """Of a batch; also the most rows that a rank may ask for."""
@@ -59,15 +59,27 @@ class NormalBuffer:
         scale_format: of those scales: "float32" (amax / 448), "power_of_two" (the next one), or
             "ue8m0", a power of two as its exponent byte.
         timeout_secs: how long one wait for a peer may last.
-        device: where tensors live: "cpu".
-        spin_us: how long a wait polls before it sleeps. Default: 50 where every rank has a core,
-            else 0.
+        device: where tensors live: "cpu", or a CUDA device; there a `NormalBuffer` is a
+            `ep_backend.normal_cuda.CudaNormalBuffer`, which says what differs.
+        spin_us: CPU: how long a wait polls before it sleeps. Default: 50 where every rank has a
+            core, else 0.
+        num_sms: CUDA: blocks a kernel has, each with an SM of its own. Default: 16, or what there
+            is for each virtual rank.
 
     Raises:
         ValueError: an argument is out of range; the text names the limit.
         SettingsMismatch: ranks disagree; raised on every rank.
         RendezvousError: a rank is missing or has no room for its memory.
     """
+
+    def __new__(
+        cls, group: Group, *, device: str | torch.device = "cpu", **settings: object
+    ) -> NormalBuffer:
+        if cls is NormalBuffer and device_type(device) == "cuda":
+            from ep_backend.normal_cuda import CudaNormalBuffer
+
+            return super().__new__(CudaNormalBuffer)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -83,6 +95,7 @@ class NormalBuffer:
         timeout_secs: float = DEFAULT_TIMEOUT_SECS,
         device: str | torch.device = "cpu",
         spin_us: float | None = None,
+        num_sms: int | None = None,
     ) -> None:
         settings = NormalSettings(
             hidden=hidden,
@@ -143,6 +156,8 @@ class NormalBuffer:
         handle: NormalDispatchHandle | None = None,
         num_worst_tokens: int = 0,
         expert_alignment: int = 1,
+        copy: bool = False,
+        num_sms: int | None = None,
     ) -> NormalDispatchResult:
         """Brings every token once to each rank that owns one of its experts.
 
@@ -159,6 +174,8 @@ class NormalBuffer:
             num_worst_tokens: if not 0, rows of the `recv_*` tensors, however few come. Not with a
                 handle, whose dispatch has decided.
             expert_alignment: `num_recv_tokens_per_expert` is rounded up to multiples of this.
+            copy: CUDA: `recv_x` and `recv_scales` are the caller's too. On the CPU they always are.
+            num_sms: CUDA: as the buffer's, for this call.
 
         Raises:
             ValueError: wrong shape, dtype or expert; nothing was sent. Or more rows came than
@@ -167,11 +184,7 @@ class NormalBuffer:
             PeerTimeout: a peer did not come in time. After this, and after a call that was
                 interrupted (Ctrl-C), create a new buffer.
         """
-        check_tensor("x", x, (AtMost(MAX_TOKENS), self.hidden), self._x_dtypes, self.device)
-        if x_scales is not None or x.dtype != self.dtype:
-            check_x_scales(x, x_scales, self.num_scales, self.device)
-        check_int("num_worst_tokens", num_worst_tokens, 0, MAX_TOKENS)
-        check_int("expert_alignment", expert_alignment, 1, MAX_TOKENS)
+        self._check_rows(x, x_scales, num_worst_tokens, expert_alignment)
         is_cached = handle is not None
         if handle is None:
             self._check_routing(x.shape[0], topk_idx, topk_weights)
@@ -219,6 +232,7 @@ class NormalBuffer:
         out: torch.Tensor | None = None,
         topk_weights: None = None,
         bias: Bias = None,
+        num_sms: int | None = None,
     ) -> torch.Tensor: ...
 
     @overload
@@ -230,6 +244,7 @@ class NormalBuffer:
         *,
         topk_weights: torch.Tensor,
         bias: Bias = None,
+        num_sms: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def combine(
@@ -239,6 +254,7 @@ class NormalBuffer:
         out: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
         bias: Bias = None,
+        num_sms: int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Sends every row home, where a token adds up its rows, in rank order, in float32.
 
@@ -252,6 +268,7 @@ class NormalBuffer:
                 a token adds those of its rows, as its rows. Nothing is multiplied.
             bias: one or two tensors `[T, H]` of the buffer's dtype, added behind the rows before
                 the sum is rounded.
+            num_sms: CUDA: as the buffer's, for this call.
 
         Returns:
             `[T, H]`; with `topk_weights` that and their sums, `[T, K]` float32. A token that went
@@ -262,27 +279,15 @@ class NormalBuffer:
             ProtocolError: some ranks have given `topk_weights` and others not.
             OrderError, PeerTimeout: as `dispatch`.
         """
-        self._check_handle(handle)
-        rows, dtypes = (handle.num_rows, self.hidden), (self.dtype,)
-        check_tensor("x", x, rows, dtypes, self.device, "It has a row for each row of recv_x.")
-        if out is None:
-            out = torch.empty((handle.num_tokens, self.hidden), dtype=self.dtype)
-        home = (handle.num_tokens, self.hidden)
-        check_tensor("out", out, home, dtypes, self.device)
-        biases = self._check_bias(bias, home)
-        sums = None
-        if topk_weights is not None:
-            shape = (handle.num_rows, self.top_k)
-            check_tensor("topk_weights", topk_weights, shape, (torch.float32,), self.device)
-            sums = torch.empty((handle.num_tokens, self.top_k))
+        out, biases, sums = self._prepare_combine(x, handle, out, topk_weights, bias)
         if self._fault is faults.Fault.DROP_REMOTE_CONTRIBUTIONS:
             rows_per_rank = handle.num_recv_tokens_per_rank
             x = faults.drop_remote_rows(x, rows_per_rank, self.group.self_rank)
         # Tokens come home before the last rows have left. vLLM passes the same tensor for both
         # where N equals T.
-        if _overlap(x, out):
+        if overlap(x, out):
             x = x.clone()
-        biases = [b.clone() if b is not None and _overlap(b, out) else b for b in biases]
+        biases = [b.clone() if b is not None and overlap(b, out) else b for b in biases]
         with self._exclusive("combine"):
             self._calls.run(
                 "normal_combine",
@@ -297,6 +302,15 @@ class NormalBuffer:
                 address_of(sums),
             )
         return out if sums is None else (out, sums)
+
+    def combine_input(self, handle: NormalDispatchHandle) -> torch.Tensor:
+        """A tensor of the shape and dtype that `combine` takes, for experts to write; on CUDA in
+        symmetric memory, if there is room for it, from which combine need not copy."""
+        return torch.empty((handle.num_rows, self.hidden), dtype=self.dtype, device=self.device)
+
+    def raise_if_failed(self) -> None:
+        """Raises what kernels have reported so far. On CUDA, synchronise first to be sure."""
+        self._calls.raise_if_failed()
 
     def close(self) -> None:
         """Unmaps this rank's view of the shared memory. Not collective; idempotent. No operation of
@@ -329,6 +343,44 @@ class NormalBuffer:
         except Exception as e:
             self._calls.fail(e)  # peers count on this rank to go on
             raise
+
+    def _check_rows(
+        self,
+        x: torch.Tensor,
+        x_scales: torch.Tensor | None,
+        num_worst_tokens: int,
+        expert_alignment: int,
+    ) -> None:
+        check_tensor("x", x, (AtMost(MAX_TOKENS), self.hidden), self._x_dtypes, self.device)
+        if x_scales is not None or x.dtype != self.dtype:
+            check_x_scales(x, x_scales, self.num_scales, self.device)
+        check_int("num_worst_tokens", num_worst_tokens, 0, MAX_TOKENS)
+        check_int("expert_alignment", expert_alignment, 1, MAX_TOKENS)
+
+    def _prepare_combine(
+        self,
+        x: torch.Tensor,
+        handle: NormalDispatchHandle,
+        out: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        bias: Bias,
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor | None]:
+        """Checks the arguments; gives the tensor for the result, two biases, and, with weights, the
+        tensor for their sums."""
+        self._check_handle(handle)
+        rows, dtypes = (handle.num_rows, self.hidden), (self.dtype,)
+        check_tensor("x", x, rows, dtypes, self.device, "It has a row for each row of recv_x.")
+        home = (handle.num_tokens, self.hidden)
+        if out is None:
+            out = torch.empty(home, dtype=self.dtype, device=self.device)
+        check_tensor("out", out, home, dtypes, self.device)
+        biases = self._check_bias(bias, home)
+        sums = None
+        if topk_weights is not None:
+            shape = (handle.num_rows, self.top_k)
+            check_tensor("topk_weights", topk_weights, shape, (torch.float32,), self.device)
+            sums = torch.empty((handle.num_tokens, self.top_k), device=self.device)
+        return out, biases, sums
 
     def _check_routing(
         self, num_tokens: int, topk_idx: torch.Tensor | None, topk_weights: torch.Tensor | None
@@ -397,6 +449,6 @@ class NormalBuffer:
             self._lock.release()
 
 
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two contiguous tensors share memory."""
     return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes

@@ -86,12 +86,9 @@ class NormalSettings:
 
 
 def check_cpu(device: str | torch.device) -> None:
-    """Raises `ValueError` for another device."""
+    """Raises `ValueError` for another device; on a CUDA device a buffer is of another class."""
     if device_type(device) != "cpu":
-        raise ValueError(
-            f"device is {str(device)!r}, but the normal kernels exist on the CPU only so far. Pass "
-            "device='cpu', or use LowLatencyBuffer, which has CUDA kernels."
-        )
+        raise ValueError(f"device is {str(device)!r}, expected 'cpu' or a CUDA device.")
 
 
 class CpuNormalKernels:

@@ -150,14 +150,7 @@ class BufferSettings:
     def _check_cuda(self) -> None:
         why = "The CUDA kernels count rows by expert in shared memory."
         check_int("num_experts", self.num_experts, 1, _native.CUDA_MAX_EXPERTS, why)
-        for dtype in (self.dtype, self.dispatch_dtype, self.combine_dtype):
-            row_bytes = self.hidden * dtype.itemsize
-            if row_bytes % CUDA_ROW_ALIGNMENT != 0:
-                raise ValueError(
-                    f"hidden is {self.hidden}, so rows of {dtype} have {row_bytes} bytes; on CUDA "
-                    f"that must be a multiple of {CUDA_ROW_ALIGNMENT}. Pass a multiple of "
-                    f"{CUDA_ROW_ALIGNMENT // dtype.itemsize}, with zeros behind the row."
-                )
+        check_row_alignment(self.hidden, (self.dtype, self.dispatch_dtype, self.combine_dtype))
 
     def config(self, num_ranks: int) -> _native.LowLatencyConfig:
         """Of checked settings. The CPU's kernels always push, and know no tagged words."""
@@ -204,6 +197,18 @@ def check_choice(name: str, value: Any, choices: dict[Any, Any]) -> None:
         got = repr(value) if isinstance(value, str) else value
         allowed = " or ".join(repr(c) if isinstance(c, str) else str(c) for c in choices)
         raise ValueError(f"{name} is {got}, expected {allowed}.")
+
+
+def check_row_alignment(hidden: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises `ValueError` for rows that the CUDA kernels cannot move."""
+    for dtype in dtypes:
+        row_bytes = hidden * dtype.itemsize
+        if row_bytes % CUDA_ROW_ALIGNMENT != 0:
+            raise ValueError(
+                f"hidden is {hidden}, so rows of {dtype} have {row_bytes} bytes; on CUDA that must "
+                f"be a multiple of {CUDA_ROW_ALIGNMENT}. Pass a multiple of "
+                f"{CUDA_ROW_ALIGNMENT // dtype.itemsize}, with zeros behind the row."
+            )
 
 
 def check_dispatch_dtype(

@@ -99,6 +99,35 @@ def test_precision_numbers_are_those_of_the_results() -> None:
             assert f"| {' | '.join(row)} |" in README
 
 
+def test_prefill_numbers_are_those_of_the_results() -> None:
+    measured = results("op-cuda-normal-h100.json")
+    assert len(measured["cases"]) == 12
+    for case in measured["cases"]:
+        assert (
+            f"| {case['num_tokens']} | {case['dispatch_dtype']} | {case['num_sms']} "
+            f"| {case['dispatch']['median_us']:.0f} | {case['dispatch_gbs']:.0f} "
+            f"| {case['dispatch_copy_fraction']:.2f} | {case['dispatch_written_fraction']:.2f} "
+            f"| {case['combine']['median_us']:.0f} | {case['combine_gbs']:.0f} "
+            f"| {case['combine_copy_fraction']:.2f} |"
+        ) in README
+    on_8 = measured["yardsticks"][0]
+    assert f"({on_8['copy_gbs']:.0f} GB/s on 8)" in README
+    assert f"({on_8['fill_gbs']:.0f} GB/s on 8)" in README
+    bound = {
+        y["num_sms"]: y["fill_gbs"] / y["copy_gbs"] * _moved_by_written(measured["cases"][0])
+        for y in measured["yardsticks"]
+    }
+    assert (round(bound[8], 2), round(bound[24], 2)) == (0.75, 0.69)
+    gemms = measured["gemm_beside_dispatch"]
+    assert "{:.2f}, {:.2f} and {:.2f} times".format(*(g["ratio"] for g in gemms)) in README
+    assert "{:.2f}, {:.2f} and {:.2f} beside".format(*(g["copy_ratio"] for g in gemms)) in README
+
+
+def _moved_by_written(case: dict) -> float:
+    """Of a dispatch: bytes read and written by those written."""
+    return case["num_bytes"]["dispatch_bytes"] / case["num_row_bytes"]
+
+
 def test_served_numbers_are_those_of_the_results() -> None:
     def tpot(run: dict) -> str:
         ms = run["tpot_mean_ms"]

@@ -253,9 +253,22 @@ struct QuantizeRow {
     Part out;
     uint32_t scales[2];
 #pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) out.vectors[i] = quantize(fetched.inputs[i], &scales[i]);
+    for (uint32_t i = 0; i < 2; ++i) {
+      out.vectors[i] = quantize(fetched.inputs[i], format, &scales[i]);
+    }
     out.scale = threadIdx.x % 8 == 1 ? scales[1] : scales[0];
     return out;
+  }
+
+  // 16 values, of a group that eight lanes hold. Whole warp.
+  __device__ static uint4 quantize(const uint4 (&inputs)[kInputs], protocol::ScaleFormat format,
+                                   uint32_t* scale_bits) {
+    const protocol::Scale scale = scale_of_lanes(largest(inputs), format);
+    *scale_bits = __float_as_uint(scale.scale);
+    float values[kInputs][kWidth];
+#pragma unroll
+    for (uint32_t j = 0; j < kInputs; ++j) widen(inputs[j], values[j]);
+    return quantized(reinterpret_cast<const float (&)[kChannelsPerVector]>(values), scale);
   }
 
  private:
@@ -284,15 +297,6 @@ struct QuantizeRow {
     __nv_bfloat162 out;
     memcpy(&out, &pair, sizeof out);
     return out;
-  }
-
-  __device__ uint4 quantize(const uint4 (&inputs)[kInputs], uint32_t* scale_bits) const {
-    const protocol::Scale scale = scale_of_lanes(largest(inputs), format);
-    *scale_bits = __float_as_uint(scale.scale);
-    float values[kInputs][kWidth];
-#pragma unroll
-    for (uint32_t j = 0; j < kInputs; ++j) widen(inputs[j], values[j]);
-    return quantized(reinterpret_cast<const float (&)[kChannelsPerVector]>(values), scale);
   }
 };
 

@@ -1,7 +1,8 @@
 // Bounded waits for words that peers write, and what is reported when they do not come.
 //
 // The slow paths are functions of their own, called with plain values: inlined at every wait they
-// would make most of a kernel's instructions.
+// would make most of a kernel's instructions. A `View` is what the kernels of a family are given
+// (RankView, NormalView); it has `self_rank`, `state->failed`, `report` and `timeout_ns`.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +39,8 @@ struct OpId {
   uint64_t epoch;
 };
 
-__device__ inline void write_report(const RankView& rank, const protocol::OpResult& result) {
+template <typename View>
+__device__ inline void write_report(const View& rank, const protocol::OpResult& result) {
   // The host looks at the status alone until it is not kOk: it goes last.
   protocol::OpResult* report = &rank.report->result;
   protocol::OpResult body = result;
@@ -49,9 +51,9 @@ __device__ inline void write_report(const RankView& rank, const protocol::OpResu
 }
 
 // The first failure of the buffer is kept. Always returns false.
-__device__ __noinline__ inline bool fail(const RankView& rank, OpId id, Status status,
-                                         uint32_t peer_rank, uint64_t expected, uint64_t seen,
-                                         uint64_t waited_ns) {
+template <typename View>
+__device__ __noinline__ bool fail(const View& rank, OpId id, Status status, uint32_t peer_rank,
+                                  uint64_t expected, uint64_t seen, uint64_t waited_ns) {
   if (atomicExch(&rank.state->failed, 1) == 0) {
     protocol::OpResult result;
     result.status = status;
@@ -68,8 +70,9 @@ __device__ __noinline__ inline bool fail(const RankView& rank, OpId id, Status s
   return false;
 }
 
-__device__ __noinline__ inline bool refuse_expert(const RankView& rank, uint32_t token, uint32_t k,
-                                                  int64_t expert) {
+template <typename View>
+__device__ __noinline__ bool refuse_expert(const View& rank, uint32_t token, uint32_t k,
+                                           int64_t expert) {
   if (atomicExch(&rank.state->failed, 1) == 0) {
     protocol::OpResult result;
     result.status = Status::kBadExpert;
@@ -83,8 +86,9 @@ __device__ __noinline__ inline bool refuse_expert(const RankView& rank, uint32_t
 
 // A wait that began at `begin_ns` may go on. False: it has lasted too long, which is reported, or
 // the buffer has failed.
-__device__ inline bool may_wait(const RankView& rank, OpId id, uint32_t peer_rank,
-                                uint64_t begin_ns, uint64_t expected, uint64_t seen) {
+template <typename View>
+__device__ inline bool may_wait(const View& rank, OpId id, uint32_t peer_rank, uint64_t begin_ns,
+                                uint64_t expected, uint64_t seen) {
   const uint64_t waited_ns = ptx::globaltimer_ns() - begin_ns;
   if (waited_ns > rank.timeout_ns) {
     return fail(rank, id, Status::kTimeout, peer_rank, expected, seen, waited_ns);

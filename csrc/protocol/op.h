@@ -14,6 +14,7 @@ enum class Status : uint32_t {
   kCorrupt,       // a message or count contradicts its signal
   kBadExpert,     // topk_idx holds an expert that does not exist
   kInterrupted,   // a signal handler wants to run (Ctrl-C); nothing was done, call again
+  kTooManyRows,   // more rows come than there is room for
 };
 
 // What an operation was doing when it gave up. Filled by the kernels, turned into an exception

@@ -35,6 +35,16 @@ __device__ inline uint32_t ld_relaxed_gpu(const uint32_t* word) {
   return value;
 }
 
+__device__ inline uint32_t ld_acquire_gpu(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+
+__device__ inline void st_release_gpu(uint32_t* word, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+
 // 16 bytes that are seen whole: one access of a 128-bit scalar, where v4.u32 would be four.
 __device__ inline uint4 ld_relaxed_sys_b128(const uint4* word) {
   uint64_t low, high;

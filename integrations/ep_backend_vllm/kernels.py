@@ -73,6 +73,12 @@ def _make_high_throughput(moe: Any) -> Any:
 
     from ep_backend_vllm.high_throughput import NUM_BYTES, NormalPrepareAndFinalize
 
+    device = torch.device(moe.device).type
+    if device != "cpu":
+        raise NotImplementedError(
+            f"ep_backend_high_throughput was chosen on {device}, but it is for CPUs so far. Choose "
+            "--all2all-backend ep_backend_low_latency."
+        )
     buffer = get_ep_group().device_communicator.all2all_manager.get_normal_buffer(
         {
             "hidden": moe.hidden_dim,
@@ -80,7 +86,7 @@ def _make_high_throughput(moe: Any) -> Any:
             "top_k": moe.experts_per_token,
             "dtype": moe.in_dtype,
             "num_bytes": NUM_BYTES,
-            "device": torch.device(moe.device).type,
+            "device": device,
         }
     )
     return NormalPrepareAndFinalize(buffer)

@@ -231,7 +231,7 @@ def create_on_threads(settings_of_rank: list[dict[str, Any]]) -> list[Answer]:
         ("dispatch_dtype", torch.float32, "dispatch_dtype is torch.float32, expected torch.bfloat"),
         ("scale_format", "ue8m0", "scale_format is 'ue8m0', but rows of torch.bfloat16 have no"),
         ("scale_format", "fp4", "scale_format is 'fp4', expected 'float32' or 'power_of_two' or"),
-        ("device", "cuda", "device is 'cuda', but the normal kernels exist on the CPU only so far"),
+        ("device", "meta", "device is 'meta', expected 'cpu' or a CUDA device"),
         ("timeout_secs", 0, "timeout_secs is 0, expected more than 0"),
     ],
 )

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from ep_backend import _native
+
+# Kernels of many ranks wait for each other, so no two of their streams may share one of the GPU's
+# queues, of which CUDA takes eight unless it is told before it starts.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

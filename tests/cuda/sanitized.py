@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from tests.cuda.streams import exchange
+from tests.support.normal import NormalShape, make_case
+from tests.support.normal_cuda import CudaNormalRank, CudaNormalShape, How, on_ranks
 from tests.support.programs import Interpreter, plain_loop
 from tests.support.scenario import mixed_scenario
 from tests.support.shapes import Shape
@@ -30,7 +32,32 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 # Sends of all ranks wait for each other.
 ON_STREAMS: list[dict[str, Any]] = [FLOAT8 | {"reduction": "source", "num_workspaces": 2}]
+NORMAL_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"dtype": torch.float32},
+    {"dispatch_dtype": torch.float8_e4m3fn, "scale_format": "ue8m0"},
+]
+NUM_ROWS = (64, 8)
+"""There is room for all; or they travel in rounds."""
 TIMEOUT_SECS = 120.0
+
+
+def exchange_normally(num_ranks: int) -> int:
+    """Dispatches and combines of the normal kernels, checked; returns how many."""
+    num_exchanges = 0
+    for settings in NORMAL_SETTINGS:
+        for num_rows in NUM_ROWS:
+            shape = NormalShape(num_ranks, hidden=272, num_experts=6, **settings)
+            case = make_case(shape, "uniform", [11, 6][:num_ranks], 0, num_biases=1)
+            weighted = make_case(shape, "masked", [4, 9][:num_ranks], 1, with_weights=True)
+
+            def act(rank: CudaNormalRank) -> None:
+                rank.run_again(case, rank.run(case, How(in_place=True)), How())  # noqa: B023
+                rank.run(weighted, How(num_worst_tokens=40, copy=True))  # noqa: B023
+
+            on_ranks(CudaNormalShape(shape, num_rows, num_sms=2), act, TIMEOUT_SECS)
+            num_exchanges += 3
+    return num_exchanges
 
 
 def main() -> None:
@@ -55,6 +82,7 @@ def main() -> None:
         for op in range(3):
             exchange(ranks, op, is_fused=op > 0)
         num_exchanges += 3
+    num_exchanges += exchange_normally(num_ranks=1 if "--one-stream" in sys.argv else 2)
     print(f"{num_exchanges} exchanges checked")
 
 

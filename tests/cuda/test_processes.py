@@ -6,6 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.normal import NormalCase, NormalShape, make_case
+from tests.support.normal_cuda import CudaNormalRank, CudaNormalShape, How
 from tests.support.processes import Rank, RankProcesses
 from tests.support.programs import PROGRAMS, Interpreter
 from tests.support.scenario import Scenario, mixed_scenario
@@ -32,3 +34,23 @@ def test_processes_equal_the_reference(num_ranks: int, program: str, transfer: s
     scenario = mixed_scenario(shape, seed=3)
     with RankProcesses(num_ranks) as ranks:
         ranks.run(run_on_gpu, scenario, program, 10, deadline_secs=60)
+
+
+def run_normally(rank: Rank, shape: CudaNormalShape, cases: list[NormalCase]) -> None:
+    torch.cuda.set_device(rank.group.self_rank % torch.cuda.device_count())
+    with shape.buffer(rank.group) as buffer:
+        ops = CudaNormalRank(buffer)
+        for case in cases:
+            for how in (How(), How(num_worst_tokens=300, in_place=True), How(copy=True)):
+                ops.run_again(case, ops.run(case, how), how)
+        torch.cuda.synchronize()
+        rank.group.all_gather(None)  # nobody's memory goes while a peer still reads it
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_rows", [400, 40], ids=["direct", "rounds"])
+def test_normal_kernels_of_processes_equal_the_reference(num_ranks: int, num_rows: int) -> None:
+    shape = NormalShape(num_ranks, hidden=512, num_experts=7, top_k=4)
+    cases = [make_case(shape, "uniform", [60, 11, 37][:num_ranks], seed) for seed in range(2)]
+    with RankProcesses(num_ranks) as ranks:
+        ranks.run(run_normally, CudaNormalShape(shape, num_rows), cases, deadline_secs=60)

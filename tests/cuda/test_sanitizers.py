@@ -36,7 +36,8 @@ def run_under(tool: str, *options: str, arguments: tuple[str, ...] = ()) -> str:
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_the_kernels_are_clean(tool: str) -> None:
     # Our kernels alone: PyTorch's would take most of the time.
-    ours = [f"--kernel-name=regex={name}" for name in ("dispatch_kernel", "combine_kernel")]
+    names = ("dispatch_kernel", "combine_kernel", "unpack_kernel")
+    ours = [f"--kernel-name=regex={name}" for name in names]
     run_under(tool, "--error-exitcode=3", *ours)
 
 

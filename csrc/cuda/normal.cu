@@ -1,0 +1,138 @@
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <thread>
+
+#include "cuda/check.h"
+#include "cuda/normal.h"
+#include "cuda/normal_launch.cuh"
+#include "cuda/normal_rank.cuh"
+
+namespace ep::cuda {
+
+using protocol::OpResult;
+
+namespace {
+
+template <typename T>
+T* zeroed_device_array(size_t count) {
+  T* array = nullptr;
+  check(cudaMalloc(&array, count * sizeof(T)), "allocating a rank's state");
+  check(cudaMemset(array, 0, count * sizeof(T)), "zeroing a rank's state");
+  return array;
+}
+
+Launch launch_of(uint32_t num_sms, uint32_t num_threads, void* stream) {
+  return {num_sms, num_threads, static_cast<cudaStream_t>(stream), false};
+}
+
+}  // namespace
+
+NormalRank::NormalRank(const protocol::NormalDeviceConfig& config, uint32_t self_rank,
+                       const std::vector<std::byte*>& bases, uint64_t timeout_ns,
+                       uint32_t num_max_sms)
+    : view_{NormalDeviceLayout(config), self_rank, bases[self_rank]} {
+  prepare_normal_dispatch();
+  prepare_normal_combine();
+  const size_t num_ranks = bases.size();
+  bases_ = zeroed_device_array<std::byte*>(num_ranks);
+  check(cudaMemcpy(bases_, bases.data(), num_ranks * sizeof(std::byte*), cudaMemcpyHostToDevice),
+        "writing the table of peers");
+  view_.bases = bases_;
+  std::copy_n(bases.begin(), std::min<size_t>(num_ranks, kNumNearRanks), view_.near_bases);
+  view_.state = zeroed_device_array<NormalState>(1);
+  view_.block_rank_counts = zeroed_device_array<uint32_t>(num_max_sms * num_ranks);
+  view_.block_expert_counts = zeroed_device_array<uint32_t>(num_max_sms * config.num_experts);
+  check(cudaHostAlloc(&view_.report, sizeof(HostReport), cudaHostAllocMapped),
+        "allocating a rank's report");
+  view_.report->result = {};
+  view_.owners = Owners(view_.layout.partition());
+  view_.num_local_experts = view_.layout.partition().num_local_experts(self_rank);
+  check(cudaHostAlloc(&view_.host_counts,
+                      sizeof(HostCounts) + view_.num_local_experts * sizeof(uint32_t),
+                      cudaHostAllocMapped),
+        "allocating a rank's counts");
+  *view_.host_counts = {};
+  view_.timeout_ns = timeout_ns;
+  check(cudaDeviceSynchronize(), "setting a rank up");
+}
+
+NormalRank::~NormalRank() {
+  // Errors here have nobody to go to; the device's memory goes with the process at the latest.
+  cudaFree(bases_);
+  cudaFree(view_.state);
+  cudaFree(view_.block_rank_counts);
+  cudaFree(view_.block_expert_counts);
+  cudaFreeHost(view_.report);
+  cudaFreeHost(view_.host_counts);
+}
+
+OpResult NormalRank::dispatch(const NormalDispatch& params, uint32_t num_sms, void* stream) {
+  launch_normal_dispatch(view_, params, launch_of(num_sms, normal_dispatch_threads(), stream));
+  return launched("dispatch");
+}
+
+OpResult NormalRank::unpack(const uint32_t* batch, const NormalOutputs& outputs, uint32_t num_sms,
+                            void* stream) {
+  launch_normal_unpack(view_, batch, outputs,
+                       launch_of(num_sms, normal_dispatch_threads(), stream));
+  return launched("unpacking a dispatch");
+}
+
+OpResult NormalRank::combine(const NormalCombine& params, uint32_t num_sms, void* stream) {
+  launch_normal_combine(view_, params, launch_of(num_sms, normal_combine_threads(), stream));
+  return launched("combine");
+}
+
+// The kernel bounds its own waits, but what is ahead of it in the stream may take any time.
+OpResult NormalRank::wait_for_counts(uint64_t ticket, void* stream,
+                                     bool (*is_interrupted)()) const {
+  constexpr uint32_t kNumPolls = 1 << 14;
+  const volatile uint64_t* word = &view_.host_counts->ticket;
+  while (true) {
+    for (uint32_t poll = 0; poll < kNumPolls; ++poll) {
+      if (*word == ticket) {
+        __sync_synchronize();  // the ticket is written last
+        return {};
+      }
+    }
+    const OpResult result = report();
+    if (result.status != Status::kOk) return result;
+    const cudaError_t error = cudaStreamQuery(static_cast<cudaStream_t>(stream));
+    if (error != cudaErrorNotReady) {
+      check(error, "waiting for the counts of a dispatch");
+      if (*word != ticket && report().status == Status::kOk) {
+        throw std::runtime_error("a dispatch has ended without its counts");
+      }
+      continue;
+    }
+    if (is_interrupted()) {
+      OpResult interrupted;
+      interrupted.status = Status::kInterrupted;
+      return interrupted;
+    }
+    std::this_thread::yield();
+  }
+}
+
+HostCounts NormalRank::counts() const { return *view_.host_counts; }
+
+std::vector<uint32_t> NormalRank::expert_counts() const {
+  const auto* counts = reinterpret_cast<const uint32_t*>(view_.host_counts + 1);
+  return {counts, counts + view_.num_local_experts};
+}
+
+OpResult NormalRank::launched(const char* what) const {
+  check(cudaGetLastError(), (std::string("launching ") + what).c_str());
+  return report();
+}
+
+OpResult NormalRank::report() const {
+  const volatile auto* status =
+      reinterpret_cast<const volatile uint32_t*>(&view_.report->result.status);
+  if (*status == static_cast<uint32_t>(Status::kOk)) return {};
+  __sync_synchronize();  // the status is written last
+  return view_.report->result;
+}
+
+}  // namespace ep::cuda

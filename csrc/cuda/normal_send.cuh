@@ -1,0 +1,252 @@
+// Tokens on their way to their ranks: a warp loads a row into shared memory with the copy engine,
+// once, and stores it from there to every rank that wants it.
+#pragma once
+
+#include "cuda/normal_route.cuh"
+#include "cuda/part.cuh"
+#include "protocol/scales.h"
+
+namespace ep::cuda::normal {
+
+// What a warp has of a row at once: a bfloat16 row of 7168. 8 SMs that stored 5 rows for each that
+// they loaded moved 571 GB/s with 14 such warps; those that only store, 489 (H100). In channels of
+// any type it is a multiple of 512, so that no word of scales is of two chunks.
+constexpr uint32_t kChunkBytes = 14336;
+constexpr uint32_t kChunkScales = kChunkBytes / 128;  // of float8 that arrives as such
+
+// What a warp needs to move rows, in shared memory.
+struct SendBuffer {
+  std::byte* row;     // kChunkBytes
+  float* scales;      // kChunkScales
+  uint64_t* barrier;  // loads arrive here
+};
+constexpr uint32_t kSendBytes = kSendWarps * (kChunkBytes + kChunkScales * 4);
+
+// Rows that travel as they are: float32, bfloat16, or float8 that the caller has quantised.
+struct CopiedRows {
+  const std::byte* x;  // [T, H]
+  const float* scales;
+  uint64_t row_bytes;
+  uint32_t num_scales;
+
+  static constexpr uint32_t kBytesPerByte = 1;  // of x, for each that travels
+
+  // Bytes [first, first + num_bytes) of the token's row are in `buffer`: makes of them what
+  // travels, and finds the scales of that.
+  __device__ void finish(const SendBuffer& buffer, uint32_t token, uint32_t first,
+                         uint32_t num_bytes) const {
+    if (num_scales == 0) return;
+    const float* of_token = scales + uint64_t{token} * num_scales + first / 128;
+    for (uint32_t i = threadIdx.x % kWarp; i < protocol::scales_for(num_bytes); i += kWarp) {
+      buffer.scales[i] = of_token[i];
+    }
+    __syncwarp();
+  }
+};
+
+// Rows of T that become float8 on the way, in place: what a step of the loop writes, an earlier one
+// or itself has read.
+template <typename T>
+struct QuantizedRows {
+  const std::byte* x;  // [T, H]
+  uint64_t row_bytes;
+  uint32_t num_scales;
+  protocol::ScaleFormat format;
+
+  using Row = QuantizeRow<T>;
+  static constexpr uint32_t kBytesPerByte = sizeof(T);
+
+  __device__ void finish(const SendBuffer& buffer, uint32_t, uint32_t, uint32_t num_bytes) const {
+    const uint32_t lane = threadIdx.x % kWarp, num_vectors = num_bytes / (16 * sizeof(T));
+    auto* inputs_of_row = reinterpret_cast<const uint4*>(buffer.row);
+    for (uint32_t first = lane; first - lane < num_vectors; first += kAtOnce * kWarp) {
+      uint4 inputs[kAtOnce][Row::kInputs] = {};
+#pragma unroll
+      for (uint32_t v = 0; v < kAtOnce; ++v) {
+#pragma unroll
+        for (uint32_t i = 0; i < Row::kInputs; ++i) {
+          const uint32_t vector = first + v * kWarp;
+          if (vector < num_vectors) inputs[v][i] = inputs_of_row[vector * Row::kInputs + i];
+        }
+      }
+      __syncwarp();
+      uint4 quantized[kAtOnce];
+      uint32_t scale_bits[kAtOnce];
+#pragma unroll
+      for (uint32_t v = 0; v < kAtOnce; ++v) {
+        quantized[v] = Row::quantize(inputs[v], format, &scale_bits[v]);
+      }
+#pragma unroll
+      for (uint32_t v = 0; v < kAtOnce; ++v) {
+        const uint32_t vector = first + v * kWarp;
+        if (vector >= num_vectors) continue;
+        reinterpret_cast<uint4*>(buffer.row)[vector] = quantized[v];
+        if (lane % 8 == 0) buffer.scales[vector / 8] = __uint_as_float(scale_bits[v]);
+      }
+    }
+    ptx::fence_proxy_async();
+    __syncwarp();
+  }
+
+ private:
+  static constexpr uint32_t kAtOnce = 2;  // vectors of a lane
+};
+
+// Ranks of a token, two in a lane.
+struct Targets {
+  uint64_t messages[2];
+  uint64_t rows[2];  // at that rank
+};
+
+template <typename Rows>
+class RowSender {
+ public:
+  __device__ RowSender(const Op& op, const Rows& rows, const NormalDispatch& params,
+                       std::byte* shared, uint64_t* barriers)
+      : op_(op),
+        layout_(op.layout()),
+        rows_(rows),
+        params_(params),
+        topk_(op.rank(), params),
+        warp_(threadIdx.x / kWarp),
+        lane_(threadIdx.x % kWarp) {
+    auto* scales = reinterpret_cast<float*>(shared + kSendWarps * kChunkBytes);
+    buffer_ = {shared + warp_ * kChunkBytes, scales + warp_ * kChunkScales, barriers + warp_};
+  }
+
+  // Tokens begin .. end - 1, among all warps of the grid. `place(rank, number)`: in which row of
+  // that rank its row `number` of this batch goes. Whole block; behind it, all is written.
+  template <typename Place>
+  __device__ void run(uint32_t begin, uint32_t end, Place place) {
+    const uint64_t step = uint64_t{gridDim.x} * kSendWarps;
+    for (uint64_t token = begin + warp_ * gridDim.x + blockIdx.x; token < end; token += step) {
+      send(static_cast<uint32_t>(token), place);
+    }
+    ptx::bulk_wait_written();
+    ptx::fence_proxy_async();
+  }
+
+ private:
+  template <typename Place>
+  __device__ void send(uint32_t token, Place place) {
+    const std::byte* row = rows_.x + token * rows_.row_bytes;
+    const uint32_t row_bytes = static_cast<uint32_t>(rows_.row_bytes);
+    Targets targets;
+    for (uint32_t first = 0; first < row_bytes; first += kChunkBytes) {
+      const uint32_t num_bytes = min(kChunkBytes, row_bytes - first);
+      ptx::bulk_wait_read();
+      __syncwarp();
+      if (lane_ == 0) {
+        ptx::mbarrier_arrive_expect(buffer_.barrier, num_bytes);
+        ptx::bulk_load(buffer_.row, row + first, num_bytes, buffer_.barrier);
+      }
+      if (first == 0) {
+        find_targets(token, place, &targets);
+        if (params_.start != DispatchStart::kCached) send_routes(token, targets);
+      }
+      ptx::mbarrier_wait(buffer_.barrier, parity_);
+      parity_ ^= 1;
+      rows_.finish(buffer_, token, first, num_bytes);
+      const uint32_t first_out = first / Rows::kBytesPerByte;
+      const uint32_t num_out = num_bytes / Rows::kBytesPerByte;
+#pragma unroll
+      for (uint32_t half = 0; half < 2; ++half) {
+        if (targets.messages[half] == kNoMessage) continue;
+        std::byte* peer = op_.peer(message_rank(targets.messages[half]));
+        ptx::bulk_store(peer + layout_.row(targets.rows[half]) + first_out, buffer_.row, num_out);
+      }
+      ptx::bulk_commit();
+      if (rows_.num_scales > 0) send_scales(targets, first_out / 128, num_out);
+    }
+  }
+
+  template <typename Place>
+  __device__ void find_targets(uint32_t token, Place place, Targets* targets) const {
+    const uint32_t num_columns = layout_.num_max_messages_per_token();
+    const uint64_t* messages = params_.routes.messages + uint64_t{token} * num_columns;
+#pragma unroll
+    for (uint32_t half = 0; half < 2; ++half) {
+      const uint32_t column = half * kWarp + lane_;
+      // Other blocks have written them.
+      const uint64_t message =
+          column < num_columns ? ptx::ld_relaxed_gpu(messages + column) : kNoMessage;
+      targets->messages[half] = message;
+      targets->rows[half] =
+          message == kNoMessage ? 0 : place(message_rank(message), message_number(message));
+    }
+  }
+
+  // Calls `act(rank, row)` for every target; whole warp.
+  template <typename Act>
+  __device__ static void for_each(const Targets& targets, Act act) {
+#pragma unroll
+    for (uint32_t half = 0; half < 2; ++half) {
+      const uint32_t num_targets =
+          __popc(__ballot_sync(kAllLanes, targets.messages[half] != kNoMessage));
+      for (uint32_t i = 0; i < num_targets; ++i) {
+        const uint64_t message = __shfl_sync(kAllLanes, targets.messages[half], i);
+        act(message_rank(message), __shfl_sync(kAllLanes, targets.rows[half], i));
+      }
+    }
+  }
+
+  // To each rank of the token, its experts there and their weights, each at its k, and the token.
+  __device__ void send_routes(uint32_t token, const Targets& targets) const {
+    const Owners& owners = op_.rank().owners;
+    int64_t experts[2];
+    uint32_t ranks[2];
+    float weights[2];
+#pragma unroll
+    for (uint32_t half = 0; half < 2; ++half) {
+      const uint32_t k = half * kWarp + lane_;
+      experts[half] = k < topk_.top_k ? topk_.expert(token, k) : -1;
+      ranks[half] =
+          experts[half] < 0 ? kNoRank : owners.owner(static_cast<uint32_t>(experts[half]));
+      weights[half] =
+          k < topk_.top_k ? params_.topk_weights[uint64_t{token} * topk_.top_k + k] : 0.0f;
+    }
+    for_each(targets, [&](uint32_t r, uint64_t row) {
+      std::byte* peer = op_.peer(r);
+      const uint32_t first_expert = owners.first_expert(r);
+#pragma unroll
+      for (uint32_t half = 0; half < 2; ++half) {
+        const uint32_t k = half * kWarp + lane_;
+        if (k >= topk_.top_k) continue;
+        const bool is_there = ranks[half] == r;
+        at<int32_t>(peer, layout_.topk_idx(row))[k] =
+            is_there ? static_cast<int32_t>(experts[half] - first_expert) : -1;
+        at<float>(peer, layout_.topk_weights(row))[k] = is_there ? weights[half] : 0.0f;
+      }
+      if (lane_ == 0) *at<uint32_t>(peer, layout_.src_token(row)) = token;
+    });
+  }
+
+  // Those of `num_channels` channels, from the row's `first_scale`-th on, as the experts take them.
+  __device__ void send_scales(const Targets& targets, uint32_t first_scale,
+                              uint32_t num_channels) const {
+    const protocol::ScaleFormat format = layout_.config().scale_format;
+    const uint32_t per_word = format == protocol::ScaleFormat::kUE8M0 ? 4 : 1;
+    const uint32_t num_scales = protocol::scales_for(num_channels);
+    const uint32_t num_words = (num_scales + per_word - 1) / per_word;
+    for (uint32_t word = lane_; word - lane_ < num_words; word += kWarp) {
+      const uint32_t value =
+          word < num_words ? protocol::scale_word(format, buffer_.scales, num_scales, word) : 0;
+      for_each(targets, [&](uint32_t r, uint64_t row) {
+        auto* words = at<uint32_t>(op_.peer(r), layout_.scales(row)) + first_scale / per_word;
+        if (word < num_words) words[word] = value;
+      });
+    }
+    __syncwarp();  // they may be overwritten
+  }
+
+  const Op& op_;
+  const NormalDeviceLayout& layout_;
+  const Rows& rows_;
+  const NormalDispatch& params_;
+  TopK topk_;
+  uint32_t warp_, lane_;
+  SendBuffer buffer_;
+  uint32_t parity_ = 0;
+};
+
+}  // namespace ep::cuda::normal

@@ -1,0 +1,365 @@
+"""Normal dispatch and combine on CUDA: rows are pushed to where experts read them, and pulled from
+where they have written them.
+
+T tokens of this rank, N rows received, H hidden, K top_k, R ranks, P rows that a rank has room for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import torch
+
+from ep_backend import _native, faults
+from ep_backend.checks import check_alignment, check_int
+from ep_backend.errors import EPBackendError
+from ep_backend.group import Group
+from ep_backend.handles import address_of
+from ep_backend.kernel_calls import KernelCalls
+from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS
+from ep_backend.normal import MAX_TOKENS, Bias, NormalBuffer, overlap
+from ep_backend.normal_cuda_handles import CudaNormalDispatchHandle, Rows, SymmetricRows
+from ep_backend.normal_cuda_settings import (
+    DEFAULT_NUM_SMS,
+    CudaNormalKernels,
+    CudaNormalSettings,
+    num_available_sms,
+)
+from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
+from ep_backend.observe.trace import TraceWriter
+from ep_backend.settings import CUDA_ROW_ALIGNMENT, check_waits, usable_device
+
+_NO_ROWS = (0, 0)
+_NOTHING_BESIDE_ROWS = (0, 0, 0)
+
+
+class CudaNormalBuffer(NormalBuffer):
+    """A `NormalBuffer` on CUDA; made by that name. What differs from the CPU's:
+
+    - Kernels are launched on the current stream; calls return at once, but for a dispatch of exact
+      sizes, which waits until counts are known. What a kernel finds wrong is raised by a later
+      call, or by `raise_if_failed()`.
+    - `recv_x` and `recv_scales` are views of symmetric memory, unless `copy` is asked for or rows
+      have no room: valid until the next dispatch, on the stream, and until `close()`.
+    - With `num_worst_tokens`, or a handle, a call can be captured in a graph.
+    - Where every rank's rows have room (`num_rows`), they travel at once, to their place. Else in
+      rounds, and are copied out: the same bits.
+    - Combine copies `x` to symmetric memory first, unless it is `combine_input(handle)`, or
+      `recv_x` itself. Those may be written again when a later dispatch has been received.
+    - `num_worst_tokens` is at most `num_rows` on every rank, or more on every rank.
+    - Rows are multiples of 16 bytes; there are at most 64 ranks and 4096 experts.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        *,
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        dtype: torch.dtype,
+        num_bytes: int,
+        dispatch_dtype: torch.dtype | None = None,
+        scale_format: str = "float32",
+        timeout_secs: float = DEFAULT_TIMEOUT_SECS,
+        device: str | torch.device = "cuda",
+        spin_us: float | None = None,
+        num_sms: int | None = None,
+    ) -> None:
+        settings = CudaNormalSettings(
+            hidden=hidden,
+            num_experts=num_experts,
+            top_k=top_k,
+            dtype=dtype,
+            dispatch_dtype=dtype if dispatch_dtype is None else dispatch_dtype,
+            scale_format=scale_format,
+            num_bytes=num_bytes,
+        )
+        error: Exception | None = None
+        try:
+            self.device = usable_device(device)
+            settings.check(group.num_ranks)
+            check_waits(timeout_secs, spin_us)
+            self._num_max_sms = num_available_sms(group, self.device)
+            self.num_sms = self._checked_num_sms(
+                min(DEFAULT_NUM_SMS, self._num_max_sms) if num_sms is None else num_sms
+            )
+        except (TypeError, ValueError) as e:
+            error = e
+        group.agree("NormalBuffer", settings.agreed(), error)
+
+        self.group = group
+        self.hidden = hidden
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.dtype = dtype
+        self.dispatch_dtype = settings.dispatch_dtype
+        self.scale_format = scale_format
+        config = settings.config(group.num_ranks)
+        layout = _native.NormalDeviceLayout(config)
+        self.num_local_experts: int = layout.partition.num_local_experts(group.self_rank)
+        self.first_expert: int = layout.partition.first_expert(group.self_rank)
+        self.num_columns: int = layout.num_max_messages_per_token
+        """Ranks that a token can go to."""
+        self.num_scales: int = layout.num_scales
+        """Scales of a dispatched row; 0 where it is not float8."""
+        self.num_rows: int = config.num_rows
+        """P, rows that a rank has room for: what `num_bytes` allows."""
+        self.num_tokens_per_round: int = layout.num_tokens_per_round
+        """Tokens of a rank that travel at once where rows have no room."""
+        self.num_symmetric_bytes: int = layout.num_bytes
+        """GPU memory this buffer takes on every rank for the exchange."""
+
+        self._x_dtypes = tuple(dict.fromkeys((self.dtype, self.dispatch_dtype)))
+        self._lock = threading.Lock()
+        self._memory = group.allocate(layout.num_bytes, self.device)
+        self._rows = SymmetricRows(self, layout, self._memory.bases[group.self_rank])
+        self._kernels = CudaNormalKernels(
+            config,
+            group.self_rank,
+            self._memory.bases,
+            timeout_secs,
+            self._num_max_sms,
+            self.device,
+        )
+        self._tickets = itertools.count(1)
+        self._fault = faults.active_fault()
+        trace = TraceWriter.from_env(f"rank{group.self_rank}")
+        self._calls = KernelCalls(self._kernels, num_experts, self.device, trace)
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        x_scales: torch.Tensor | None = None,
+        *,
+        handle: NormalDispatchHandle | None = None,
+        num_worst_tokens: int = 0,
+        expert_alignment: int = 1,
+        copy: bool = False,
+        num_sms: int | None = None,
+    ) -> NormalDispatchResult:
+        """As `NormalBuffer.dispatch`; see this class for what differs.
+
+        Raises:
+            ValueError: also where a dispatch of exact sizes is captured in a graph. A wrong expert,
+                and more rows than `num_worst_tokens`, are noticed by the kernel: they are raised by
+                a later call, and the buffer stays failed.
+        """
+        self._check_rows(x, x_scales, num_worst_tokens, expert_alignment)
+        check_alignment("x", x, CUDA_ROW_ALIGNMENT)
+        num_blocks = self.num_sms if num_sms is None else self._checked_num_sms(num_sms)
+        rows = (x.data_ptr(), x_scales is not None, address_of(x_scales))
+        if handle is not None:
+            self._check_cached(x.shape[0], handle, topk_idx, topk_weights, num_worst_tokens)
+            assert isinstance(handle, CudaNormalDispatchHandle)
+            with self._exclusive("dispatch"):
+                received = self._dispatch_again(rows, handle, copy, num_blocks)
+        else:
+            self._check_routing(x.shape[0], topk_idx, topk_weights)
+            assert topk_idx is not None
+            routing = (
+                topk_idx.data_ptr(),
+                topk_idx.dtype == torch.int64,
+                address_of(topk_weights),
+            )
+            handle = CudaNormalDispatchHandle(self, x.shape[0])
+            with self._exclusive("dispatch"):
+                if num_worst_tokens > 0:
+                    handle.allocate(num_worst_tokens)
+                    received = self._dispatch_unknown(rows, routing, handle, copy, num_blocks)
+                else:
+                    received = self._dispatch_exact(rows, routing, handle, copy, num_blocks)
+        counts = handle.expert_counts
+        if expert_alignment > 1:
+            counts = (-(-counts // expert_alignment) * expert_alignment).to(counts.dtype)
+        return NormalDispatchResult(
+            *received,
+            handle.recv_topk_idx,
+            handle.recv_topk_weights,
+            counts.tolist() if handle.is_exact else counts,
+            handle,
+        )
+
+    def combine(  # type: ignore[override]
+        self,
+        x: torch.Tensor,
+        handle: NormalDispatchHandle,
+        out: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        bias: Bias = None,
+        num_sms: int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """As `NormalBuffer.combine`; see this class for what differs."""
+        out, biases, sums = self._prepare_combine(x, handle, out, topk_weights, bias)
+        assert isinstance(handle, CudaNormalDispatchHandle)
+        num_blocks = self.num_sms if num_sms is None else self._checked_num_sms(num_sms)
+        for name, tensor in (("x", x), ("out", out), ("bias", biases[0]), ("bias", biases[1])):
+            if tensor is not None:
+                check_alignment(name, tensor, CUDA_ROW_ALIGNMENT)
+        if self._rows.holds(out):
+            raise ValueError(
+                "out is in the buffer's symmetric memory, which peers read meanwhile. Pass a "
+                "tensor of your own, or none."
+            )
+        if self._fault is faults.Fault.DROP_REMOTE_CONTRIBUTIONS:
+            rows_per_rank = handle.num_recv_tokens_per_rank
+            x = faults.drop_remote_rows(x, rows_per_rank, self.group.self_rank)
+        where = self._rows.input_of(x)
+        is_in_the_way = where == _native.CombineInput.ELSEWHERE and self._rows.holds(x)
+        if handle.may_need_rounds(self.num_rows):
+            is_in_the_way |= self._rows.holds(x)
+        if is_in_the_way or overlap(x, out):
+            x, where = x.clone(), _native.CombineInput.ELSEWHERE
+        biases = [b.clone() if b is not None and overlap(b, out) else b for b in biases]
+        with self._exclusive("combine"):
+            self._calls.run(
+                "normal_combine",
+                handle.num_tokens,
+                x.data_ptr(),
+                where,
+                topk_weights is not None,
+                address_of(topk_weights),
+                *map(address_of, biases),
+                *handle.routes(),
+                handle.recv_src_tokens.data_ptr(),
+                out.data_ptr(),
+                address_of(sums),
+                num_blocks,
+            )
+        return out if sums is None else (out, sums)
+
+    def combine_input(self, handle: NormalDispatchHandle) -> torch.Tensor:
+        """`[N or num_worst_tokens, H]` of the buffer's dtype: in symmetric memory, if there is room
+        for it, from which combine need not copy. It may be written when the handle's dispatch has
+        been received, until a combine has been given it."""
+        self._check_handle(handle)
+        assert isinstance(handle, CudaNormalDispatchHandle)
+        if handle.may_need_rounds(self.num_rows):
+            return super().combine_input(handle)
+        return self._rows.combined[: handle.num_rows]
+
+    def _dispatch_exact(
+        self,
+        rows: tuple[int, bool, int],
+        routing: tuple[int, bool, int],
+        handle: CudaNormalDispatchHandle,
+        copy: bool,
+        num_sms: int,
+    ) -> Rows:
+        """The kernel sends rows as soon as it knows that all have room. The host waits for counts
+        meanwhile, and makes room itself if they have none."""
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "a dispatch of exact sizes was captured in a graph, but the host waits for its "
+                "counts. Pass num_worst_tokens, or the handle of an earlier dispatch."
+            )
+        ticket = next(self._tickets)
+        nowhere = (False, *_NO_ROWS, *_NOTHING_BESIDE_ROWS)
+        self._calls.run(
+            "normal_dispatch",
+            handle.num_tokens,
+            *(*rows, _native.DispatchStart.ROUTE, *routing, *handle.routes()),
+            *(handle.expert_counts.data_ptr(), ticket, MAX_TOKENS, *nowhere, num_sms),
+        )
+        self._wait_for_counts(handle.num_tokens, ticket)
+        num_rows, num_rounds, has_room, expert_counts = self._kernels.counts()
+        try:
+            handle.take_counts(num_rows, num_rounds, expert_counts)
+            handle.allocate(num_rows)
+            own = self._rows.like(num_rows) if copy or not has_room else None
+        except Exception as e:
+            self._calls.fail(e)  # peers count on this rank to go on
+            raise
+        if has_room:
+            self._unpack(handle, own, handle.beside_rows(), num_sms)
+            return own or self._rows.first(num_rows)
+        assert own is not None
+        outputs = (True, *map(address_of, own), *handle.beside_rows())
+        self._calls.run(
+            "normal_dispatch",
+            handle.num_tokens,
+            *(*rows, _native.DispatchStart.RESUME, *routing, *handle.routes()),
+            *(0, ticket, num_rows, *outputs, num_sms),
+        )
+        return own
+
+    def _wait_for_counts(self, num_tokens: int, ticket: int) -> None:
+        try:
+            self._calls.run("normal_counts", num_tokens, ticket)
+        except (EPBackendError, ValueError):
+            raise  # kept for later calls already
+        except BaseException as e:  # a signal handler's, as that of Ctrl-C; or CUDA has failed
+            self._calls.fail(
+                EPBackendError(
+                    f"a dispatch of this buffer was broken off ({type(e).__name__}), but peers "
+                    "count on this rank to go on. Create a new buffer."
+                )
+            )
+            raise
+
+    def _dispatch_unknown(
+        self,
+        rows: tuple[int, bool, int],
+        routing: tuple[int, bool, int],
+        handle: CudaNormalDispatchHandle,
+        copy: bool,
+        num_sms: int,
+    ) -> Rows:
+        """The host does not wait: N stays on the GPU."""
+        own = None
+        if copy or handle.may_need_rounds(self.num_rows):
+            own = self._rows.like(handle.num_rows)
+        outputs = (own is not None, *map(address_of, own or (None, None)), *handle.beside_rows())
+        self._calls.run(
+            "normal_dispatch",
+            handle.num_tokens,
+            *(*rows, _native.DispatchStart.ROUTE, *routing, *handle.routes()),
+            *(handle.expert_counts.data_ptr(), 0, handle.num_rows, *outputs, num_sms),
+        )
+        self._unpack(handle, own, handle.beside_rows(), num_sms)
+        return own or self._rows.first(handle.num_rows)
+
+    def _dispatch_again(
+        self,
+        rows: tuple[int, bool, int],
+        handle: CudaNormalDispatchHandle,
+        copy: bool,
+        num_sms: int,
+    ) -> Rows:
+        """With a handle's routing: rows travel alone."""
+        own = None
+        if copy or handle.may_need_rounds(self.num_rows):
+            own = self._rows.like(handle.num_rows)
+        outputs = (own is not None, *map(address_of, own or (None, None)), *_NOTHING_BESIDE_ROWS)
+        self._calls.run(
+            "normal_dispatch",
+            handle.num_tokens,
+            *(*rows, _native.DispatchStart.CACHED, 0, False, 0, *handle.routes()),
+            *(0, 0, handle.num_rows, *outputs, num_sms),
+        )
+        if own is not None:
+            self._unpack(handle, own, _NOTHING_BESIDE_ROWS, num_sms)
+        return own or self._rows.first(handle.num_rows)
+
+    def _unpack(
+        self,
+        handle: CudaNormalDispatchHandle,
+        rows: Rows | None,
+        beside_rows: tuple[int, int, int],
+        num_sms: int,
+    ) -> None:
+        """Copies what has come from symmetric memory; rows only where tensors for them are
+        given."""
+        *_, batch = handle.routes()
+        outputs = (*map(address_of, rows or (None, None)), *beside_rows)
+        self._calls.run(
+            "normal_unpack", handle.num_tokens, batch, *outputs, handle.num_rows, num_sms
+        )
+
+    def _checked_num_sms(self, num_sms: int) -> int:
+        why = f"{self.device} has so many for a rank."
+        check_int("num_sms", num_sms, 1, self._num_max_sms, why)
+        return num_sms

@@ -1,0 +1,146 @@
+"""Where the rows of a dispatch of the normal CUDA kernels are.
+
+T tokens of this rank, N rows received, H hidden, K top_k, R ranks, L experts of this rank, D =
+min(K, R), the ranks that a token can go to, C tokens of a rank in a round, P rows that a rank has
+room for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ep_backend import _native
+from ep_backend.memory.cuda import tensor_at
+from ep_backend.normal_handles import NormalDispatchHandle
+
+if TYPE_CHECKING:
+    from ep_backend.normal_cuda import CudaNormalBuffer
+
+Rows = tuple[torch.Tensor, torch.Tensor | None]
+"""`recv_x` and, of float8 rows, `recv_scales`."""
+
+
+class SymmetricRows:
+    """This rank's own rows in symmetric memory, as tensors; until the memory is given back."""
+
+    def __init__(
+        self, buffer: CudaNormalBuffer, layout: _native.NormalDeviceLayout, base: int
+    ) -> None:
+        num_rows, device = buffer.num_rows, buffer.device
+        shape = (num_rows, buffer.hidden)
+        self.received = tensor_at(base + layout.row(0), shape, buffer.dispatch_dtype, device)
+        """`[P, H]`."""
+        self.scales: torch.Tensor | None = None
+        """`[P, W]`, see `NormalDispatchResult.recv_scales`."""
+        if layout.num_scales > 0:
+            dtype = torch.int32 if buffer.scale_format == "ue8m0" else torch.float32
+            scales_shape = (num_rows, layout.num_scale_words)
+            self.scales = tensor_at(base + layout.scales(0), scales_shape, dtype, device)
+        self.combined = tensor_at(base + layout.combine_row(0), shape, buffer.dtype, device)
+        """`[P, H]`: what combine takes."""
+        self._begin, self._end = base, base + layout.num_bytes
+
+    def input_of(self, x: torch.Tensor) -> _native.CombineInput:
+        """Where combine finds `x`."""
+        if x.data_ptr() == self.combined.data_ptr():
+            return _native.CombineInput.COMBINE_ROWS
+        if x.data_ptr() == self.received.data_ptr():
+            return _native.CombineInput.RECEIVED_ROWS
+        return _native.CombineInput.ELSEWHERE
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor is in this memory, anywhere."""
+        return self._begin <= tensor.data_ptr() < self._end
+
+    def first(self, num_rows: int) -> Rows:
+        """Views of the first received rows."""
+        return self.received[:num_rows], None if self.scales is None else self.scales[:num_rows]
+
+    def like(self, num_rows: int) -> Rows:
+        """New tensors for as many."""
+        scales = None
+        if self.scales is not None:
+            scales = self.scales.new_empty((num_rows, self.scales.shape[1]))
+        return self.received.new_empty((num_rows, self.received.shape[1])), scales
+
+
+class CudaNormalDispatchHandle(NormalDispatchHandle):
+    """As `NormalDispatchHandle`, but all of it is on the GPU: a captured dispatch fills it when it
+    is replayed. `num_rounds` is 0 where every row has room, and unknown, None, where the host has
+    not waited for counts.
+
+    Attributes:
+        is_exact: the host knows N, I and `expert_counts`, a CPU tensor; else that is on the GPU.
+    """
+
+    buffer: CudaNormalBuffer
+
+    def __init__(self, buffer: CudaNormalBuffer, num_tokens: int) -> None:
+        num_ranks, device = buffer.group.num_ranks, buffer.device
+        self.buffer = buffer
+        self.num_tokens = num_tokens
+        self.is_exact = False
+        self.num_rounds: int | None = None  # type: ignore[assignment]
+        self.messages = torch.empty(
+            (num_tokens, buffer.num_columns), dtype=torch.int64, device=device
+        )
+        """`[T, D]`: where each token went, ranks ascending, as `rank << 32 | number`, the number
+        among this rank's rows for that one; -1 behind them."""
+        num_rounds = -(-num_tokens // buffer.num_tokens_per_round)
+        self._round_begins = torch.empty(
+            (num_rounds + 1, num_ranks), dtype=torch.int32, device=device
+        )
+        """`[ceil(T / C) + 1, R]`: of those numbers, where each round begins."""
+        self._batch = torch.empty((num_ranks, 1 + num_ranks), dtype=torch.int32, device=device)
+        """`[R, 1 + R]`: of each source, its tokens, and its rows for each rank."""
+        self.expert_counts = torch.empty(buffer.num_local_experts, dtype=torch.int32, device=device)
+
+    @property
+    def num_recv_tokens_per_rank(self) -> torch.Tensor:  # type: ignore[override]
+        """`[R]` int32 on the GPU: rows from each rank; N is their sum."""
+        return self._batch[:, 1 + self.buffer.group.self_rank]
+
+    def take_counts(self, num_rows: int, num_rounds: int, expert_counts: list[int]) -> None:
+        """What the host has waited for."""
+        self.num_rows = num_rows
+        self.num_rounds = num_rounds
+        self.expert_counts = torch.tensor(expert_counts)
+        self.is_exact = True
+
+    def allocate(self, num_rows: int) -> None:
+        """Takes memory for what comes with the rows."""
+        buffer = self.buffer
+        self.num_rows = num_rows
+        shape = (num_rows, buffer.top_k)
+        self.recv_topk_idx = torch.empty(shape, dtype=torch.int32, device=buffer.device)
+        self.recv_topk_weights = torch.empty(shape, device=buffer.device)
+        self.recv_src_tokens = torch.empty(num_rows, dtype=torch.int32, device=buffer.device)
+
+    def may_need_rounds(self, num_rows_with_room: int) -> bool:
+        """Whether this routing's rows may have no room; if they have none, they travel in rounds.
+
+        Args:
+            num_rows_with_room: P.
+        """
+        if self.num_rounds is not None:
+            return self.num_rounds > 0
+        return self.num_rows > num_rows_with_room
+
+    def routes(self) -> tuple[int, ...]:  # type: ignore[override]
+        """T, and addresses of `messages`, where rounds begin, and the counts of all ranks."""
+        return (
+            self.num_tokens,
+            self.messages.data_ptr(),
+            self._round_begins.data_ptr(),
+            self._batch.data_ptr(),
+        )
+
+    def beside_rows(self) -> tuple[int, int, int]:
+        """Addresses of what `allocate` has taken."""
+        return (
+            self.recv_topk_idx.data_ptr(),
+            self.recv_topk_weights.data_ptr(),
+            self.recv_src_tokens.data_ptr(),
+        )

@@ -1,0 +1,142 @@
+"""A normal buffer's settings on CUDA: their checks, before the ranks agree on them, and their
+kernels."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ep_backend import _native
+from ep_backend.checks import check_int
+from ep_backend.group import Group
+from ep_backend.kernels import current_stream
+from ep_backend.normal_settings import MAX_NUM_BYTES
+from ep_backend.settings import (
+    DTYPES,
+    SCALE_FORMATS,
+    TRAVELLING_DTYPES,
+    check_choice,
+    check_dispatch_dtype,
+    check_row_alignment,
+)
+
+DEFAULT_NUM_SMS = 16
+"""Enough to fill an NVLink either way (8 SMs push 350 GB/s between two H100s), at an eighth of the
+GPU."""
+
+
+@dataclass(frozen=True)
+class CudaNormalSettings:
+    """What all ranks must agree on; see `NormalBuffer`."""
+
+    hidden: int
+    num_experts: int
+    top_k: int
+    dtype: torch.dtype
+    dispatch_dtype: torch.dtype
+    scale_format: str
+    num_bytes: int
+
+    def agreed(self) -> dict[str, Any]:
+        """By name, for `Group.agree`."""
+        version = _native.NORMAL_DEVICE_PROTOCOL_VERSION
+        return asdict(self) | {"device": "cuda", "protocol version": version}
+
+    def check(self, num_ranks: int) -> None:
+        """Raises `ValueError` for what no kernel could serve."""
+        why = "Each is a bit of a word of the kernels."
+        check_int("num_ranks", num_ranks, 1, _native.MAX_DEVICE_RANKS, why)
+        why = "The CUDA kernels count rows by expert in shared memory."
+        check_int("num_experts", self.num_experts, 1, _native.MAX_DEVICE_EXPERTS, why)
+        check_int("hidden", self.hidden, 1, 1 << 20)
+        check_int("top_k", self.top_k, 1, _native.MAX_TOP_K)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_dispatch_dtype(self.dtype, self.dispatch_dtype, self.scale_format)
+        check_row_alignment(self.hidden, (self.dtype, self.dispatch_dtype))
+        least = _native.NormalDeviceLayout.budget_for(self._config(num_ranks, 2 * num_ranks))
+        check_int(
+            "num_bytes",
+            self.num_bytes,
+            least,
+            MAX_NUM_BYTES,
+            f"With {num_ranks} ranks, one token of each rank at a time, twice, takes {least}. Pass "
+            "at least that; batches whose rows all have room are faster.",
+        )
+
+    def config(self, num_ranks: int) -> _native.NormalDeviceConfig:
+        """With as many rows as the budget has room for."""
+        return self._config(num_ranks, self._num_rows_that_fit(num_ranks, self.num_bytes))
+
+    def _num_rows_that_fit(self, num_ranks: int, num_bytes: int) -> int:
+        config = self._config(num_ranks, 0)
+        return _native.NormalDeviceLayout.num_rows_that_fit(config, num_bytes)
+
+    def _config(self, num_ranks: int, num_rows: int) -> _native.NormalDeviceConfig:
+        return _native.NormalDeviceConfig(
+            num_ranks=num_ranks,
+            num_experts=self.num_experts,
+            hidden=self.hidden,
+            top_k=self.top_k,
+            dtype=DTYPES[self.dtype],
+            dispatch_dtype=TRAVELLING_DTYPES[self.dispatch_dtype],
+            scale_format=SCALE_FORMATS[self.scale_format],
+            num_rows=num_rows,
+        )
+
+
+def num_available_sms(group: Group, device: torch.device) -> int:
+    """SMs that a kernel of one rank may have. Virtual ranks share the GPU, and wait there for each
+    other: their blocks must be on it together."""
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, num_sms // group.num_ranks) if group.is_virtual else num_sms
+
+
+class CudaNormalKernels:
+    """They are launched on the calling thread's current stream. Kernels take addresses and sizes;
+    csrc/bindings_cuda_normal.cpp says which. The stream is added here.
+
+    Args:
+        num_max_sms: blocks that a kernel will have at most.
+    """
+
+    def __init__(
+        self,
+        config: _native.NormalDeviceConfig,
+        self_rank: int,
+        bases: list[int],
+        timeout_secs: float,
+        num_max_sms: int,
+        device: torch.device,
+    ) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._rank = _native.CudaNormalRank(
+                config,
+                self_rank,
+                bases,
+                timeout_ns=int(timeout_secs * 1e9),
+                num_max_sms=num_max_sms,
+            )
+
+    def normal_dispatch(self, *args: Any) -> _native.OpResult:
+        return self._rank.dispatch(*args, current_stream(self._device))
+
+    def normal_counts(self, ticket: int) -> _native.OpResult:
+        """Waits for the counts of the dispatch with this ticket, without the interpreter lock."""
+        return self._rank.wait_for_counts(ticket, current_stream(self._device))
+
+    def normal_unpack(self, *args: int) -> _native.OpResult:
+        return self._rank.unpack(*args, current_stream(self._device))
+
+    def normal_combine(self, *args: Any) -> _native.OpResult:
+        return self._rank.combine(*args, current_stream(self._device))
+
+    def counts(self) -> tuple[int, int, bool, list[int]]:
+        """What `normal_counts` has waited for: N, I, whether all ranks have room, and rows that
+        list each local expert."""
+        return self._rank.counts()
+
+    def report(self) -> _native.OpResult:
+        return self._rank.report()
