@@ -86,6 +86,7 @@ def make_manager(cpu_group: Any, backend: str) -> Any:
         def __init__(self) -> None:
             super().__init__(cpu_group)
             self.group = Group.from_process_group(cpu_group)
+            self.group.require_one_host()  # before vLLM loads a model
             self.buffers: dict[tuple, Buffer] = {}
             logger.info(
                 "ep_backend: %s on rank %d of %d",
