@@ -1,7 +1,7 @@
-"""Whether this machine can do what a deployment is about to ask of it: seconds, before a model is loaded.
+"""Whether this machine can do what a deployment is about to ask of it, before a model is loaded.
 
-Compose files and pods run it first (`ep-backend check`), so that what cannot work stops with a reason
-instead of with a time-out of the engine.
+Compose files and pods run it first (`ep-backend check`; seconds), so that what cannot work stops
+with a reason instead of with a time-out of the engine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TIMEOUT_SECS = 30.0
 
 
 class NotDeployable(RuntimeError):
-    """This machine, or this version of ep_backend, cannot do it; the text says what to do instead."""
+    """This machine, or this ep_backend, cannot do it; the text says what to do instead."""
 
 
 def check(
@@ -43,8 +43,8 @@ def check(
     if num_hosts > 1:
         raise NotDeployable(
             f"one group over {num_hosts} hosts needs RDMA, which ep_backend {__version__} does not "
-            "have: it joins ranks by the memory of one host. Keep each expert-parallel group on one "
-            "host, or leave this backend out and let the engine use its own."
+            "have: it joins ranks by the memory of one host. Keep each expert-parallel group on "
+            "one host, or leave this backend out and let the engine use its own."
         )
     if device == "cuda":
         found = _check_gpus(num_gpus)

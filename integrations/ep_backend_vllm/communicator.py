@@ -75,18 +75,24 @@ def _attach_our_manager(communicator: Any) -> None:
 
 
 def make_manager(cpu_group: Any, backend: str) -> Any:
-    """The manager that vLLM asks for buffers; `cpu_group` is the group's gloo process group."""
+    """The manager that vLLM asks for buffers; `cpu_group` is the group's gloo process group.
+    Collective.
+
+    Raises:
+        RendezvousError: a rank is on another host.
+    """
     from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
     logger = init_logger("vllm.ep_backend")
+    group = Group.from_process_group(cpu_group)
+    group.require_one_host()  # now, not after a model was loaded
 
     class EPBackendManager(All2AllManagerBase):
         def __init__(self) -> None:
             super().__init__(cpu_group)
-            self.group = Group.from_process_group(cpu_group)
-            self.group.require_one_host()  # before vLLM loads a model
+            self.group = group
             self.buffers: dict[tuple, Buffer] = {}
             logger.info(
                 "ep_backend: %s on rank %d of %d",
