@@ -44,7 +44,7 @@ class Process:
 
     @property
     def engine(self) -> str | None:
-        """ "vllm" or "sglang", if it is a server of one."""
+        """Whose server it is: "vllm", "sglang" or none."""
         return self.words[0] if self.words[1:2] == ["serve"] else None
 
 
