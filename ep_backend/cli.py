@@ -1,4 +1,4 @@
-"""`ep-backend`: the demo, the benchmarks, and the model they use."""
+"""`ep-backend`: the demo, the benchmarks, the model they use, and a check before deployment."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from ep_backend.bench.demo_engines import ENGINES
 from ep_backend.bench.demo_report import plot_latencies, print_report
 from ep_backend.bench.model import TinyMoE, make_model
 from ep_backend.doctor.report import examine, print_examination
+from ep_backend.preflight import KERNELS, NotDeployable
+from ep_backend.preflight import check as preflight
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each checks its results first.")
@@ -101,6 +103,21 @@ def doctor_command(
     else:
         print_examination(examination, Console())
     raise typer.Exit(0 if examination.can_run else 1)
+
+
+@app.command("check")
+def check_command(
+    hosts: Annotated[int, typer.Option(min=1, help="Hosts of one expert-parallel group.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of this host, with --device cuda.")] = 1,
+    kernels: Annotated[str, typer.Option(help=", ".join(KERNELS))] = KERNELS[0],
+) -> None:
+    """Whether this machine can do what a deployment will ask of it; deployments run it first."""
+    try:
+        typer.echo(preflight(num_hosts=hosts, device=device, num_gpus=gpus, kernels=kernels))
+    except NotDeployable as e:
+        typer.echo(f"not deployable: {e}", err=True)
+        raise typer.Exit(1) from e
 
 
 @app.command("make-model")

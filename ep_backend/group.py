@@ -158,17 +158,14 @@ class Group:
                     f"{what}: {key} differs between ranks ({listed}). Pass the same on every rank."
                 )
 
-    def allocate(self, num_bytes: int, device: torch.device) -> SymmetricMemory:
-        """Zeroed memory of this size on every rank's device, mapped by every rank. Collective.
+    def require_one_host(self) -> None:
+        """Does nothing where all ranks run under one kernel. Collective.
 
         Raises:
-            RendezvousError: the ranks are on different hosts (their link would be RDMA, which this
-                provider does not have), or a rank has no room.
+            RendezvousError: on every rank, when a rank is on another host.
         """
         if self.is_virtual:
-            if device.type == "cuda":
-                return cuda.allocate(self, num_bytes, device)
-            return shm.allocate_in_process(self, num_bytes)
+            return
         hosts = self.all_gather(_host_identity())
         for rank, host in enumerate(hosts):
             if host != hosts[0]:
@@ -176,8 +173,20 @@ class Group:
                     f"rank {rank} is on another host than rank 0. Ranks are joined by the memory "
                     "of one host; start all ranks of this group there."
                 )
+
+    def allocate(self, num_bytes: int, device: torch.device) -> SymmetricMemory:
+        """Zeroed memory of this size on every rank's device, mapped by every rank. Collective.
+
+        Raises:
+            RendezvousError: the ranks are on different hosts (their link would be RDMA, which this
+                provider does not have), or a rank has no room.
+        """
         if device.type == "cuda":
+            self.require_one_host()
             return cuda.allocate(self, num_bytes, device)
+        if self.is_virtual:
+            return shm.allocate_in_process(self, num_bytes)
+        self.require_one_host()
         return shm.allocate_shared(self, num_bytes)
 
 

@@ -21,6 +21,7 @@ def check() -> None:
         require(hasattr(ServerArgs, name), PLACE, f"lacks {name!r}")
     require_parameters(ServerArgs.add_cli_args, f"{PLACE}.add_cli_args", "parser")
     require_parameters(ServerArgs.resolve_once, f"{PLACE}.resolve_once", "self")
+    require(hasattr(ServerArgs, "nnodes"), PLACE, "lacks 'nnodes'")
 
 
 def install() -> None:
@@ -97,4 +98,10 @@ def _refuse_what_is_missing(record: Any) -> None:
         raise ValueError(
             "--enable-single-batch-overlap makes combine wait for signals of the experts' GEMM, "
             f"but combine of --moe-a2a-backend {choice.NAME} does not know them. Leave it out."
+        )
+    if record.nnodes > 1:
+        raise ValueError(
+            f"--nnodes is {record.nnodes}, but --moe-a2a-backend {choice.NAME} joins ranks by the "
+            "memory of one host: there is no RDMA yet. Keep the ranks of a server on one host, or "
+            f"choose {choice.BUILT_IN!r}."
         )

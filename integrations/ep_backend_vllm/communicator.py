@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from ep_backend import Group, LowLatencyBuffer, NormalBuffer, plugins
-from ep_backend_vllm.backends import BACKENDS
+from ep_backend_vllm.backends import BACKENDS, HIGH_THROUGHPUT, LOW_LATENCY
 from ep_backend_vllm.patching import require, require_parameters
 
 Buffer = LowLatencyBuffer | NormalBuffer
@@ -75,17 +75,30 @@ def _attach_our_manager(communicator: Any) -> None:
 
 
 def make_manager(cpu_group: Any, backend: str) -> Any:
-    """The manager that vLLM asks for buffers; `cpu_group` is the group's gloo process group."""
+    """The manager that vLLM asks for buffers; `cpu_group` is the group's gloo process group.
+    Collective.
+
+    Raises:
+        RendezvousError: a rank is on another host.
+        NotImplementedError: the backend does not serve on this platform.
+    """
     from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
     logger = init_logger("vllm.ep_backend")
+    if backend == HIGH_THROUGHPUT and not current_platform.is_cpu():
+        raise NotImplementedError(
+            f"--all2all-backend {HIGH_THROUGHPUT} serves on CPUs only so far: on GPUs vLLM's "
+            f"experts want other expert ids. Choose {LOW_LATENCY}; prefill goes through it, too."
+        )
+    group = Group.from_process_group(cpu_group)
+    group.require_one_host()  # now, not after a model was loaded
 
     class EPBackendManager(All2AllManagerBase):
         def __init__(self) -> None:
             super().__init__(cpu_group)
-            self.group = Group.from_process_group(cpu_group)
+            self.group = group
             self.buffers: dict[tuple, Buffer] = {}
             logger.info(
                 "ep_backend: %s on rank %d of %d",

@@ -1,0 +1,157 @@
+"""Whether this machine can do what a deployment is about to ask of it, before a model is loaded.
+
+Compose files and pods run it first (`ep-backend check`; seconds), so that what cannot work stops
+with a reason instead of with a time-out of the engine.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ep_backend import LowLatencyBuffer, NormalBuffer, __version__, _native, virtual_world
+from ep_backend.group import Group
+
+KERNELS = ("low-latency", "normal")
+
+NUM_TOKENS, HIDDEN, NUM_EXPERTS, TOP_K = 4, 128, 4, 2
+TIMEOUT_SECS = 30.0
+
+
+class NotDeployable(RuntimeError):
+    """This machine, or this ep_backend, cannot do it; the text says what to do instead."""
+
+
+def check(
+    *, num_hosts: int = 1, device: str = "cpu", num_gpus: int = 1, kernels: str = "low-latency"
+) -> str:
+    """Checks the topology, the GPUs and their links, then exchanges a few tokens.
+
+    Args:
+        num_hosts: over which the ranks of one expert-parallel group are spread.
+        device: "cpu" or "cuda".
+        num_gpus: of this host that the ranks will use; ignored on the CPU.
+        kernels: those that the engine will use, one of `KERNELS`.
+
+    Returns:
+        What was found, in a line.
+
+    Raises:
+        NotDeployable: something is missing.
+    """
+    if kernels not in KERNELS:
+        raise NotDeployable(f"kernels is {kernels!r}, expected one of {', '.join(KERNELS)}.")
+    if num_hosts > 1:
+        raise NotDeployable(
+            f"one group over {num_hosts} hosts needs RDMA, which ep_backend {__version__} does not "
+            "have: it joins ranks by the memory of one host. Keep each expert-parallel group on "
+            "one host, or leave this backend out and let the engine use its own."
+        )
+    if device == "cuda":
+        found = _check_gpus(num_gpus)
+    elif device == "cpu":
+        found = "CPU"
+    else:
+        raise NotDeployable(f"device is {device!r}, expected 'cpu' or 'cuda'.")
+    _check_exchange(device, kernels)
+    return f"ep_backend {__version__}: {found}, {kernels} kernels exchange correctly"
+
+
+def _check_gpus(num_gpus: int) -> str:
+    if not _native.has_cuda:
+        raise NotDeployable(
+            "this ep_backend was built without CUDA. Build it where nvcc is, with "
+            "EP_BACKEND_CUDA=ON."
+        )
+    num_visible = torch.cuda.device_count()
+    if num_visible < num_gpus:
+        raise NotDeployable(
+            f"{num_gpus} GPUs are needed, but torch sees {num_visible}. Reserve them for this "
+            "container, or start fewer ranks."
+        )
+    for own in range(num_gpus):
+        for peer in range(num_gpus):
+            if own != peer and not torch.cuda.can_device_access_peer(own, peer):
+                raise NotDeployable(
+                    f"GPU {own} cannot read GPU {peer}'s memory, but ranks exchange tokens that "
+                    "way. Use GPUs that are joined by NVLink (`nvidia-smi topo -p2p r` shows them)."
+                )
+    return f"{num_gpus} x {torch.cuda.get_device_name(0)}"
+
+
+def _check_exchange(device: str, kernels: str) -> None:
+    # On one GPU, kernels of several ranks on one stream would wait for each other.
+    num_ranks = 1 if device == "cuda" else 2
+    exchange = _low_latency if kernels == "low-latency" else _normal
+
+    def rank_main(group: Group) -> bool:
+        x, topk_idx, topk_weights = _batch(device)
+        combined = exchange(group, x, topk_idx, topk_weights)
+        factors = (topk_weights * (topk_idx + 1)).sum(dim=1, keepdim=True)
+        return torch.equal(combined.float(), x.float() * factors)
+
+    try:
+        is_right = all(virtual_world(num_ranks, TIMEOUT_SECS).run(rank_main))
+    except (RuntimeError, ValueError) as e:
+        raise NotDeployable(f"{kernels} kernels on {device}: {e}") from e
+    if not is_right:
+        raise NotDeployable(
+            f"{kernels} kernels on {device} gave a wrong result. Do not serve with this build."
+        )
+
+
+def _batch(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Small integers and halves: every sum is exact in bfloat16."""
+    x = (torch.arange(NUM_TOKENS * HIDDEN) % 8).view(NUM_TOKENS, HIDDEN).to(torch.bfloat16)
+    first = torch.arange(NUM_TOKENS) % NUM_EXPERTS
+    topk_idx = torch.stack([first, (first + 2) % NUM_EXPERTS], dim=1)
+    topk_weights = torch.full((NUM_TOKENS, TOP_K), 0.5)
+    return x.to(device), topk_idx.to(device), topk_weights.to(device)
+
+
+def _low_latency(
+    group: Group, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
+) -> torch.Tensor:
+    """Experts multiply by their number plus one."""
+    buffer = LowLatencyBuffer(
+        group,
+        num_max_tokens_per_rank=NUM_TOKENS,
+        hidden=HIDDEN,
+        num_experts=NUM_EXPERTS,
+        top_k=TOP_K,
+        dtype=x.dtype,
+        device=x.device,
+        timeout_secs=TIMEOUT_SECS,
+    )
+    result, recv_hook = buffer.dispatch(x, topk_idx, topk_weights)
+    recv_hook()
+    num_local = NUM_EXPERTS // group.num_ranks
+    numbers = torch.arange(1, num_local + 1, device=x.device) + group.self_rank * num_local
+    combined, recv_hook = buffer.combine(result.recv_x * numbers.view(-1, 1, 1), result.handle)
+    recv_hook()
+    combined = combined.clone()
+    buffer.close()
+    return combined
+
+
+def _normal(
+    group: Group, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
+) -> torch.Tensor:
+    """Experts multiply by their number plus one."""
+    buffer = NormalBuffer(
+        group,
+        hidden=HIDDEN,
+        num_experts=NUM_EXPERTS,
+        top_k=TOP_K,
+        dtype=x.dtype,
+        num_bytes=1 << 20,
+        device=x.device,
+        timeout_secs=TIMEOUT_SECS,
+    )
+    result = buffer.dispatch(x, topk_idx, topk_weights)
+    num_local = NUM_EXPERTS // group.num_ranks
+    numbers = result.recv_topk_idx + 1 + group.self_rank * num_local
+    is_ours = result.recv_topk_idx >= 0
+    factors = (result.recv_topk_weights * numbers * is_ours).sum(dim=1, keepdim=True)
+    combined = buffer.combine((result.recv_x.float() * factors).to(x.dtype), result.handle)
+    buffer.close()
+    return combined

@@ -1,0 +1,82 @@
+"""What is not possible yet stops early, with our reason."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from ep_backend import RendezvousError
+from ep_backend import group as group_module
+from ep_backend.cli import app
+from tests.serving_configs.configs import Process, all_processes
+from tests.support.processes import Rank, RankProcesses
+
+CHECKS = [process for process in all_processes() if process.is_check]
+OF_SEVERAL_HOSTS = [check for check in CHECKS if "--hosts" in check.options()]
+ON_CPUS = [check for check in CHECKS if check.options()["--device"] == "cpu"]
+
+
+@pytest.mark.parametrize("check", OF_SEVERAL_HOSTS, ids=lambda check: check.origin)
+def test_no_server_of_several_hosts_starts(check: Process) -> None:
+    result = CliRunner().invoke(app, check.words[1:])
+    assert result.exit_code == 1
+    assert "2 hosts needs RDMA" in result.stderr
+    assert "on one host" in result.stderr
+
+
+def test_those_are_all_wide_ones() -> None:
+    assert len(OF_SEVERAL_HOSTS) == 4, "two compose files, two pods"
+
+
+@pytest.mark.parametrize("check", ON_CPUS, ids=lambda check: check.origin)
+def test_servers_on_cpus_start(check: Process) -> None:
+    result = CliRunner().invoke(app, check.words[1:])
+    assert result.exit_code == 0, result.stderr
+    assert "exchange correctly" in result.stdout
+
+
+def make_manager_on_another_host(rank: Rank) -> None:
+    from ep_backend_vllm.communicator import make_manager
+
+    if rank.group.self_rank == 1:
+        group_module._host_identity = lambda: "another host"
+    make_manager(rank.group._exchange.process_group, "ep_backend_low_latency")
+
+
+def test_vllm_over_two_hosts_ends_before_it_loads_a_model() -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    with RankProcesses(2) as ranks:
+        ranks.start(make_manager_on_another_host)
+        for answer in ranks.answers():
+            assert answer.error_type == RendezvousError.__name__, answer.details
+            assert "rank 1 is on another host than rank 0" in answer.error
+
+
+def test_vllm_prefills_with_normal_kernels_on_cpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    from ep_backend_vllm.communicator import make_manager
+
+    gpus = SimpleNamespace(is_cpu=lambda: False)
+    monkeypatch.setattr("vllm.platforms.current_platform", gpus)
+    with pytest.raises(NotImplementedError, match="Choose ep_backend_low_latency"):
+        make_manager(None, "ep_backend_high_throughput")
+
+
+def test_sglang_over_two_hosts_ends_at_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sglang", reason="SGLang is not installed")
+    from ep_backend_sglang import choice
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    arguments = ServerArgs(
+        model_path="dummy",
+        moe_a2a_backend=choice.NAME,
+        deepep_mode="low_latency",
+        nnodes=2,
+    )
+    with pytest.raises(ValueError, match=r"--nnodes is 2.*there is no RDMA yet"):
+        arguments.resolve_once()
+    assert not choice.is_ours()
