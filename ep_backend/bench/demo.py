@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ep_backend.bench import exchange
 from ep_backend.bench.client import Completion, stream_all
 from ep_backend.bench.exchange import ExchangeReport
 from ep_backend.bench.model import TinyMoE, make_model
+from ep_backend.bench.provenance import commit
 from ep_backend.bench.server import (
     VLLM_ENVIRONMENT,
     Server,
@@ -114,6 +116,8 @@ class DemoResult:
         settings["output"] = str(self.settings.output)
         return {
             "engine": "vllm",
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "commit": commit(),
             "settings": settings,
             "good": self.is_good,
             "num_distinct_answers": self.num_distinct_answers,

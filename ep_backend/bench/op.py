@@ -32,6 +32,7 @@ from rich.table import Table
 from ep_backend import __version__
 from ep_backend.bench.op_processes import RankFailed, run_ranks
 from ep_backend.bench.op_rank import OpBenchSettings, RankReport, bench_rank
+from ep_backend.bench.provenance import commit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -137,6 +138,7 @@ def run_op_bench(
         document = {
             "bench": "op",
             "date": begin.isoformat(timespec="seconds"),
+            "commit": commit(),
             "machine": machine,
             "versions": _versions(),
             "settings": asdict(settings) | {"dtype": str(settings.dtype).removeprefix("torch.")},
