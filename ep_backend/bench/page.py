@@ -37,7 +37,7 @@ def page(title: str, sections: Sequence[Section]) -> str:
     numbered = [(f"section-{i}", section) for i, section in enumerate(sections, 1)]
     contents = ""
     if len(numbered) > 1:
-        items = "".join(f"<li><a href='#{a}'>{escape(s.title)}</a></li>" for a, s in numbered)
+        items = "".join(_link(anchor, section) for anchor, section in numbered)
         contents = f"<nav><ol>{items}</ol></nav>"
     style = (resources.files("ep_backend.bench") / "page.css").read_text()
     return "\n".join(
@@ -55,6 +55,11 @@ def page(title: str, sections: Sequence[Section]) -> str:
             "</body></html>\n",
         ]
     )
+
+
+def _link(anchor: str, section: Section) -> str:
+    failed = " (with failures)" if section.problems else ""
+    return f"<li><a href='#{anchor}'>{escape(section.title)}</a>{failed}</li>"
 
 
 def _section(anchor: str, section: Section) -> str:

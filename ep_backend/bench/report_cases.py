@@ -199,7 +199,10 @@ def _title(document: Document) -> str:
     card = machine.get("gpu") or machine.get("cpu") or ""
     cards = document.get("cards") or []
     where = f"{len(cards)} x {card}" if len(cards) > 1 else str(card)
-    return " | ".join(part for part in (title, where, str(document.get("date", ""))[:10]) if part)
+    num_ranks = (document.get("settings") or {}).get("num_ranks")
+    ranks = "" if num_ranks is None else _setting_text("num_ranks", num_ranks)
+    date = str(document.get("date", ""))[:10]
+    return " | ".join(part for part in (title, ranks, where, date) if part)
 
 
 def _facts(
@@ -230,19 +233,19 @@ def _pairs(values: dict[str, Any]) -> str:
 
 
 def _setting_text(name: str, value: Any) -> str:
-    return f"{_words(name)} {_text(value)}"
+    return f"{_words(name)} {'default' if value is None else _text(value)}"
 
 
 def _label(name: str, value: Any) -> str:
     """A word speaks for itself; a number does not."""
     if isinstance(value, str):
         return _words(value)
-    return f"{_words(name)} {'as usual' if value is None else _text(value)}"
+    return _setting_text(name, value)
 
 
 def _text(value: Any) -> str:
     if isinstance(value, list):
-        return "/".join(_text(v) for v in value)
+        return "/".join("default" if v is None else _text(v) for v in value)
     if isinstance(value, float):
         return number(value)
     return "" if value is None else str(value)

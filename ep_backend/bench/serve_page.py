@@ -112,6 +112,7 @@ def facts_of(document: Document, name: str = "") -> list[tuple[str, str]]:
         "command": document["command"],
         "date": ", resumed ".join([document["date"], *document.get("resumed", [])]),
         "commit": document.get("commit") or "not recorded",
+        "machine": _pairs({k: v for k, v in document["machine"].items() if v}),
         "versions": _pairs(document["versions"]),
         "load before": str(document.get("load_average_before", "")),
         "environment": _pairs(document["inherited_environment"]),
