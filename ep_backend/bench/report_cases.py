@@ -26,8 +26,11 @@ X_NAMES = (
     "num_sms",
     "num_ranks",
 )
-CENTRES = ("median", "p50")
-UNITS = {"us": "us", "ms": "ms"}
+STATISTICS = ("median", "mean", "p50")
+# Statistics that a table has and a chart does not, beside what they belong to.
+SPREADS = ("p10", "p90", "p95", "p99", "min", "max", "std")
+UNITS = ("us", "ms")
+NO_TIMES = ("difference", "error")
 NUM_MAX_CHARTS = 6
 NUM_MAX_LINES = 8
 TITLES = {
@@ -35,6 +38,7 @@ TITLES = {
     ("op", "cpu", "normal"): "Dispatch and combine by normal kernels, processes on a CPU",
     ("op", "cuda", "low_latency"): "Dispatch and combine, all ranks on one GPU",
     ("multi_gpu", "cpu", "low_latency"): "Dispatch and combine between GPUs",
+    ("decode", "cpu", "low_latency"): "A decode loop without an engine",
 }
 
 
@@ -77,35 +81,38 @@ def is_measured(name: str, value: Any) -> bool:
 
 
 def _unit(name: str) -> str | None:
-    return UNITS.get(name.rsplit("_", 1)[-1])
+    """Of a time: the word for it, as in `pair.median_us`, `ms_per_layer.step`, `ms_per_token`."""
+    words = name.replace(".", "_").split("_")
+    return next((word for word in words if word in UNITS), None)
 
 
 def varying_names(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]:
-    """Settings that differ between cases. A number counts as one if `settings` has it, or a list of
-    its values in the plural: a case's number of bytes was found, not asked for."""
+    """Settings that differ between cases. A number is one if `settings` has it, or its plural, or
+    if it counts something else than bytes: those were found, not asked for."""
     names = dict.fromkeys(name for row in rows for name in row)
     return [
         name
         for name in names
         if len({str(row.get(name)) for row in rows}) > 1
         and not any(is_measured(name, row[name]) for row in rows if name in row)
-        and (name in settings or f"{name}s" in settings or not _has_numbers(rows, name))
+        and (name in settings or f"{name}s" in settings or not _was_found(rows, name))
     ]
 
 
-def _has_numbers(rows: Sequence[Row], name: str) -> bool:
-    return any(type(row.get(name)) in (int, float) for row in rows)
+def _was_found(rows: Sequence[Row], name: str) -> bool:
+    is_count = name.startswith("num_") and "bytes" not in name
+    return not is_count and any(type(row.get(name)) in (int, float) for row in rows)
 
 
 def time_names(rows: Sequence[Row]) -> list[str]:
-    """Of medians, or of times that have no statistics."""
+    """Times to draw: medians, and what has no statistics."""
     names = dict.fromkeys(name for row in rows for name, value in row.items() if value is not None)
-    times = [name for name in names if _unit(name)]
     return [
         name
-        for name in times
-        if any(name.rsplit(".", 1)[-1].startswith(f"{c}_") for c in CENTRES)
-        or ("." not in name and not name.endswith("difference_us"))
+        for name in names
+        if _unit(name)
+        and not name.rsplit(".", 1)[-1].startswith(tuple(f"{s}_" for s in SPREADS))
+        and not any(word in name for word in NO_TIMES)
     ]
 
 
@@ -218,8 +225,8 @@ def _facts(
         "command": str(document.get("command") or "not recorded"),
         "date": str(document.get("date") or "not recorded"),
         "commit": str(document.get("commit") or "not recorded"),
-        "machine": _pairs(flat(document.get("machine", {}))),
-        "versions": _pairs(flat(document.get("versions", {}))),
+        "machine": _pairs(document.get("machine", {})),
+        "versions": _pairs(document.get("versions", {})),
         "settings": _pairs(document.get("settings", {})),
         "same in all": _pairs(constant),
     }
@@ -229,7 +236,12 @@ def _facts(
 
 
 def _pairs(values: dict[str, Any]) -> str:
-    return ", ".join(_setting_text(name, value) for name, value in values.items())
+    return ", ".join(
+        f"{_words(name)}: ({_pairs(value)})"
+        if isinstance(value, dict)
+        else _setting_text(name, value)
+        for name, value in values.items()
+    )
 
 
 def _setting_text(name: str, value: Any) -> str:
@@ -254,7 +266,11 @@ def _text(value: Any) -> str:
 def _short(time: str) -> str:
     """A time's name without its statistic, which the table has."""
     parent, _, last = time.rpartition(".")
-    return _words(parent or last.rsplit("_", 1)[0])
+    unit = _unit(time)
+    words = last.removesuffix(f"_{unit}").split("_")
+    if words[0] in STATISTICS:
+        words = words[1:]
+    return " ".join([*filter(None, [_words(parent)]), *words]) or _words(last)
 
 
 def _words(name: str) -> str:

@@ -17,7 +17,7 @@ def section_of(document: Document, name: str) -> Section:
     settings, exchange = document["settings"], document["exchange"]
     facts = {
         "file": name,
-        "command": document.get("command") or "not recorded",
+        "command": _command(document),
         "date": document.get("date") or "not recorded",
         "commit": document.get("commit") or "not recorded",
         "model": ", ".join(f"{k} {v}" for k, v in settings["shape"].items()),
@@ -32,6 +32,23 @@ def section_of(document: Document, name: str) -> Section:
         tables=[_latencies(document), _exchange(exchange)],
         problems=[] if document["good"] else ["the demo failed: see the facts below"],
     )
+
+
+def _command(document: Document) -> str:
+    """Which the demo does not write down, as its settings are all there is to it."""
+    settings = document["settings"]
+    options = {
+        "engine": document["engine"],
+        **{name: settings[name] for name in ("mode", "ranks")},
+        "prompts": settings["num_prompts"],
+        "tokens": settings["num_tokens"],
+        "layers": settings["shape"]["num_layers"],
+        "experts": settings["shape"]["num_experts"],
+        **{name.replace("_", "-"): settings["shape"][name] for name in ("top_k", "hidden", "seed")},
+    }
+    if settings["fault"]:
+        options["fault"] = settings["fault"]
+    return " ".join(["ep-backend demo", *(f"--{name} {value}" for name, value in options.items())])
 
 
 def _gaps(document: Document) -> Chart:

@@ -60,7 +60,7 @@ def charts_of(document: Document) -> dict[str, Chart]:
             for colour, backend in enumerate(backends)
             for dash, percentile in enumerate(PERCENTILES)
         ]
-        add(name, f"{label}, p50, p95 and p99", "ms", lines)
+        add(name, f"{label}, percentiles", "ms", lines)
     for name, label, y_label, metric in (
         ("throughput", "Throughput", "output tokens a second", "output_tokens_per_sec"),
         ("share", "Exchange in a step", "share of a forward pass", "exchange_share_of_forward"),

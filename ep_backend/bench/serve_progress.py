@@ -104,8 +104,10 @@ class Display:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Left())
         with Progress(*columns, transient=True) as self._bar:
             self._task = self._bar.add_task("", total=plan.num_stages)
-            yield
-        self._bar = None
+            try:
+                yield
+            finally:
+                self._bar = None
 
     def begin(self, stage: str, more: str = "") -> None:
         self._plan.begin(stage)

@@ -41,7 +41,9 @@ def demo_document() -> dict[str, Any]:
     ]
     exchange = {"ranks": ranks, "share_of_forward": 0.2}
     exchange |= {"dispatches_equal_layers_times_steps": True}
-    settings = {"ranks": 2, "mode": "low-latency", "shape": {"hidden": 128}}
+    shape = {"num_layers": 2, "num_experts": 8, "top_k": 2, "hidden": 128, "seed": 0}
+    settings = {"ranks": 2, "mode": "low-latency", "shape": shape, "fault": None}
+    settings |= {"num_prompts": 8, "num_tokens": 32}
     return {"engine": "vllm", "settings": settings, "good": True, "runs": runs} | {
         "exchange": exchange
     }
@@ -106,6 +108,23 @@ def test_an_unknown_benchmark_of_cases_is_drawn_by_what_varies() -> None:
     assert "bytes" in section.tables[0].heads
 
 
+def test_units_are_found_wherever_a_name_has_them() -> None:
+    """As `bench decode` writes its cases."""
+    cases = [
+        {"num_ranks": 2, "num_tokens": n, "num_micro_batches": m, "num_bytes": n * m}
+        | {"ms_per_layer": {"step": 1.0 * n, "exchange": 0.5 * n, "relative_error": 0.01}}
+        | {"exchange_share": 0.5, "ms_per_token": 60.0 * n}
+        for n in (1, 8)
+        for m in (1, 2)
+    ]
+    settings = {"num_ranks": [2], "num_tokens": [1, 8]}
+    charts = section_of(cases_document(cases=cases, settings=settings), "d.json").charts
+    titles = ["ms per layer step", "ms per layer exchange", "ms per token"]
+    assert [chart.title for chart in charts] == titles
+    assert {chart.y_label for chart in charts} == {"ms"}
+    assert [s.name for s in charts[0].series] == ["micro batches 1", "micro batches 2"]
+
+
 def test_a_case_that_failed_is_told_and_not_drawn() -> None:
     document = cases_document()
     document["cases"][0] = {"num_tokens": 1, "form": "plain", "error": "no peer"}
@@ -134,6 +153,10 @@ def test_the_demo_has_its_section(tmp_path: Path) -> None:
     assert [s.name for s in section.charts[0].series] == ["1 rank", "2 ranks, ep_backend"]
     assert [p.y for p in section.charts[0].series[0].points][-1] == 1.0
     assert not section.problems
+    assert dict(section.facts)["command"] == (
+        "ep-backend demo --engine vllm --mode low-latency --ranks 2 --prompts 8 --tokens 32 "
+        "--layers 2 --experts 8 --top-k 2 --hidden 128 --seed 0"
+    )
     failed = section_of_file(write(tmp_path / "r.json", demo_document() | {"good": False}))
     assert failed.problems
 
@@ -212,7 +235,7 @@ def console_messages(log: str) -> list[str]:
     return [line for line in log.splitlines() if ":CONSOLE" in line]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: no browser draws the page")
+@pytest.mark.skipif(CHROMIUM is None, reason="NO BROWSER: install chromium, or no report is drawn by one")
 def test_a_browser_draws_the_charts_without_errors(tmp_path: Path) -> None:
     output = tmp_path / "report.html"
     mine = write(tmp_path / "result.json", demo_document())
@@ -243,7 +266,7 @@ def test_a_browser_draws_the_charts_without_errors(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: no browser draws the page")
+@pytest.mark.skipif(CHROMIUM is None, reason="NO BROWSER: install chromium, or no report is drawn by one")
 def test_an_error_on_a_page_would_be_seen(tmp_path: Path) -> None:
     broken = tmp_path / "broken.html"
     broken.write_text("<!doctype html><body><script>throw new Error('seen')</script>")
