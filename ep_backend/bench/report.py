@@ -43,7 +43,9 @@ def section_of_file(path: Path) -> Section:
             return report_demo.section_of(document, path.name)
         if report_cases.has_cases(document):
             return report_cases.section_of(document, path.name)
-    except (KeyError, TypeError, AttributeError) as e:
+    except NoResult:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise NoResult(f"{path} lacks what its benchmark writes: {e!r}") from e
     raise NoResult(f"{path} holds no measurement that this version knows")
 

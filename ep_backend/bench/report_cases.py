@@ -117,17 +117,21 @@ def time_names(rows: Sequence[Row]) -> list[str]:
 
 
 def charts_of(rows: Sequence[Row], varying: Sequence[str]) -> list[Chart]:
-    """Times along the first of `X_NAMES` that varies. Where nothing else does, all are in one
-    chart. Else there is a chart for each time, and a line for each combination of what else varies;
-    if those are too many lines, the first such setting gets a chart for each of its values."""
+    """Times along the first of `X_NAMES` that varies. Where nothing else does, all of a
+    unit are in one chart. Else there is a chart for each time, and a line for each combination of
+    what else varies; if those are too many lines, the first such setting gets a chart for each of
+    its values."""
     x_name = next((name for name in X_NAMES if name in varying), None)
     times = time_names(rows)
     if x_name is None or not times:
         return []
     labels = [name for name in varying if name != x_name]
     if not labels:
-        chart = _chart("Times", x_name, {_short(t): (rows, t) for t in times})
-        return [chart] if chart else []
+        found = [
+            _chart("Times", x_name, {_short(t): (rows, t) for t in times if _unit(t) == unit})
+            for unit in UNITS
+        ]
+        return [chart for chart in found if chart]
     split, labels = _split(rows, labels)
     charts = []
     for time in times:

@@ -19,6 +19,9 @@ from tests.bench.pages import check_self_contained
 
 EVIL = "</script><script>throw 1</script>'\"<b>&"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="NO BROWSER: install chromium, or no report is ever drawn by one"
+)
 
 
 def demo_document() -> dict[str, Any]:
@@ -179,6 +182,7 @@ def test_the_demo_writes_what_the_report_reads() -> None:
         ("{}", "no measurement"),
         ('{"cases": []}', "no measurement"),
         ('{"cells": [], "gates": [], "servers": []}', "lacks what its benchmark writes"),
+        ('{"cases": [{"num_tokens": 1, "us": 1.0}, {"num_tokens": 2, "us": NaN}]}', "not a number"),
     ],
 )
 def test_other_files_are_refused_by_name(content: str, expected: str, tmp_path: Path) -> None:
@@ -235,7 +239,9 @@ def console_messages(log: str) -> list[str]:
     return [line for line in log.splitlines() if ":CONSOLE" in line]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="NO BROWSER: install chromium, or no report is drawn by one")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="NO BROWSER: install chromium, or no report is drawn by one"
+)
 def test_a_browser_draws_the_charts_without_errors(tmp_path: Path) -> None:
     output = tmp_path / "report.html"
     mine = write(tmp_path / "result.json", demo_document())
@@ -266,7 +272,9 @@ def test_a_browser_draws_the_charts_without_errors(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="NO BROWSER: install chromium, or no report is drawn by one")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="NO BROWSER: install chromium, or no report is drawn by one"
+)
 def test_an_error_on_a_page_would_be_seen(tmp_path: Path) -> None:
     broken = tmp_path / "broken.html"
     broken.write_text("<!doctype html><body><script>throw new Error('seen')</script>")
