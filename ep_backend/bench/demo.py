@@ -23,6 +23,7 @@ from ep_backend.bench.client import Completion, stream_all
 from ep_backend.bench.exchange import ExchangeReport
 from ep_backend.bench.model import TinyMoE, make_model
 from ep_backend.bench.provenance import commit
+from ep_backend.bench.serve_engine import machine
 from ep_backend.bench.server import (
     VLLM_ENVIRONMENT,
     Server,
@@ -118,6 +119,7 @@ class DemoResult:
             "engine": "vllm",
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": commit(),
+            "machine": machine(),
             "settings": settings,
             "good": self.is_good,
             "num_distinct_answers": self.num_distinct_answers,

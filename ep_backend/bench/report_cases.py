@@ -37,6 +37,8 @@ TITLES = {
     ("op", "cpu", "low_latency"): "Dispatch and combine between processes on a CPU",
     ("op", "cpu", "normal"): "Dispatch and combine by normal kernels, processes on a CPU",
     ("op", "cuda", "low_latency"): "Dispatch and combine, all ranks on one GPU",
+    ("op", "cuda", "normal"): "Dispatch and combine by normal kernels, all ranks on one GPU",
+    ("precision", "cpu", "low_latency"): "Errors of combine by the type of its rows",
     ("multi_gpu", "cpu", "low_latency"): "Dispatch and combine between GPUs",
     ("decode", "cpu", "low_latency"): "A decode loop without an engine",
 }
@@ -87,15 +89,20 @@ def _unit(name: str) -> str | None:
 
 
 def varying_names(rows: Sequence[Row], settings: Mapping[str, Any]) -> list[str]:
-    """Settings that differ between cases. A number is one if `settings` has it, or its plural, or
-    if it counts something else than bytes: those were found, not asked for."""
+    """Settings that differ between cases. A number is one if `settings` lists its values, under its
+    name or the plural, or if it counts something else than bytes, which are found, not asked for.
+    """
+
+    def is_swept(name: str) -> bool:
+        return isinstance(settings.get(name, settings.get(f"{name}s")), (list, tuple))
+
     names = dict.fromkeys(name for row in rows for name in row)
     return [
         name
         for name in names
         if len({str(row.get(name)) for row in rows}) > 1
         and not any(is_measured(name, row[name]) for row in rows if name in row)
-        and (name in settings or f"{name}s" in settings or not _was_found(rows, name))
+        and (is_swept(name) or not _was_found(rows, name))
     ]
 
 

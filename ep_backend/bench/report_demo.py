@@ -20,6 +20,7 @@ def section_of(document: Document, name: str) -> Section:
         "command": _command(document),
         "date": document.get("date") or "not recorded",
         "commit": document.get("commit") or "not recorded",
+        "machine": _machine(document.get("machine") or {}),
         "model": ", ".join(f"{k} {v}" for k, v in settings["shape"].items()),
         "tokens equal to one rank's": "yes" if document["runs"][-1]["tokens_equal"] else "no",
         "dispatches = layers x steps": str(exchange["dispatches_equal_layers_times_steps"]),
@@ -31,6 +32,12 @@ def section_of(document: Document, name: str) -> Section:
         charts=[_gaps(document)],
         tables=[_latencies(document), _exchange(exchange)],
         problems=[] if document["good"] else ["the demo failed: see the facts below"],
+    )
+
+
+def _machine(machine: Document) -> str:
+    return (
+        ", ".join(f"{name} {value}" for name, value in machine.items() if value) or "not recorded"
     )
 
 
