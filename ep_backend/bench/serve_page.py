@@ -20,6 +20,8 @@ from ep_backend.bench.serve_report import (
 )
 
 Document = dict[str, Any]
+Lines = list[tuple[str, str, int, int]]
+"""Of a chart: name, metric, index of the backend, dash."""
 LATENCIES = {"tpot": "TPOT", "itl": "Inter-token latency", "ttft": "Time to the first token"}
 X_LABEL = "requests in flight"
 NOTES = (
@@ -43,15 +45,13 @@ def charts_of(document: Document) -> dict[str, Chart]:
     backends = document["settings"]["backends"]
     charts: dict[str, Chart] = {}
 
-    def add(name: str, title: str, y_label: str, lines: list[tuple[str, str, int, int]]) -> None:
-        """`lines`: of a name, a metric, the backend's index and a dash."""
+    def add(name: str, title: str, y_label: str, lines: Lines, is_linear: bool = False) -> None:
         series = [
             Series(line, points, colour, dash)
             for line, metric, colour, dash in lines
             if (points := _points(rows, backends[colour], metric))
         ]
         if series:
-            is_linear = metric_is_share(lines[0][1])
             charts[name] = Chart(title, X_LABEL, y_label, tuple(series), is_linear=is_linear)
 
     for name, label in LATENCIES.items():
@@ -61,17 +61,11 @@ def charts_of(document: Document) -> dict[str, Chart]:
             for dash, percentile in enumerate(PERCENTILES)
         ]
         add(name, f"{label}, percentiles", "ms", lines)
-    for name, label, y_label, metric in (
-        ("throughput", "Throughput", "output tokens a second", "output_tokens_per_sec"),
-        ("share", "Exchange in a step", "share of a forward pass", "exchange_share_of_forward"),
-    ):
-        lines = [(backend, metric, colour, 0) for colour, backend in enumerate(backends)]
-        add(name, label, y_label, lines)
+    rates = [(backend, "output_tokens_per_sec", i, 0) for i, backend in enumerate(backends)]
+    add("throughput", "Throughput", "output tokens a second", rates)
+    shares = [(backend, "exchange_share_of_forward", i, 0) for i, backend in enumerate(backends)]
+    add("share", "Exchange in a step", "share of a forward pass", shares, is_linear=True)
     return charts
-
-
-def metric_is_share(metric: str) -> bool:
-    return "share" in metric
 
 
 def _points(rows: list[dict[str, Any]], backend: str, metric: str) -> tuple[Point, ...]:
