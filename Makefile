@@ -15,7 +15,7 @@ export EP_BACKEND_CUDA
 .PHONY: demo demo-sglang test test-fast lint format clean
 
 demo: $(VENV)/.package
-	@echo "== demo: two servers, one after the other; about three minutes"
+	@echo "== demo: two servers, one after the other; about three minutes; report: build/demo/report.html"
 	$(BIN)/ep-backend demo --engine vllm --mode low-latency --ranks 2 --output build/demo
 
 demo-sglang: $(VENV)/.package $(VENV)/.sglang

@@ -1,4 +1,4 @@
-"""`ep-backend`: the demo, the benchmarks, the model they use, and a check before deployment."""
+"""`ep-backend`: the demo, the benchmarks, their report, the model they use, checks of a machine."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ep_backend.bench.demo import DemoSettings, Progress, ServerFailed, run_demo
 from ep_backend.bench.demo_engines import ENGINES
 from ep_backend.bench.demo_report import plot_latencies, print_report
 from ep_backend.bench.model import TinyMoE, make_model
+from ep_backend.bench.report import NoResult, bundled_results, write_report
 from ep_backend.doctor.report import examine, print_examination
 from ep_backend.preflight import KERNELS, NotDeployable
 from ep_backend.preflight import check as preflight
@@ -120,6 +121,28 @@ def check_command(
         raise typer.Exit(1) from e
 
 
+@app.command("report")
+def report_command(
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="JSON of benchmarks and of the demo.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="HTML.")] = Path("build/report.html"),
+    bundled: Annotated[
+        bool, typer.Option(help="Also those that come with ep_backend, behind the given ones.")
+    ] = True,
+) -> None:
+    """Merges results of benchmarks into one page, which needs no network."""
+    paths = [*(results or []), *(bundled_results() if bundled else [])]
+    if not paths:
+        raise typer.BadParameter("no results are given, and none are bundled")
+    try:
+        sections = write_report(output, paths)
+    except NoResult as e:
+        raise typer.BadParameter(str(e)) from e
+    num_charts = sum(len(section.charts) for section in sections)
+    typer.echo(f"wrote {output}: {len(sections)} results, {num_charts} charts")
+
+
 @app.command("make-model")
 def make_model_command(
     directory: Annotated[Path, typer.Argument(help="Where the checkpoint goes.")],
@@ -141,7 +164,7 @@ def demo(
     ranks: Annotated[int, typer.Option(min=2, help="Expert-parallel ranks.")] = 2,
     prompts: Annotated[int, typer.Option(min=2)] = 8,
     tokens: Annotated[int, typer.Option(min=2, help="Greedy tokens a prompt.")] = 32,
-    output: Annotated[Path, typer.Option(help="Logs, model, plot.")] = Path("build/demo"),
+    output: Annotated[Path, typer.Option(help="Logs, model, plot, report.")] = Path("build/demo"),
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Also write the result here.")
     ] = None,
@@ -184,7 +207,9 @@ def demo(
     print_report(result, console)
     plot = output / "inter_token_latency.png"
     plot_latencies(result, plot)
-    console.print(f"wrote {output / 'result.json'} and {plot}")
+    report = output / "report.html"
+    write_report(report, [output / "result.json", *bundled_results()])
+    console.print(f"wrote {output / 'result.json'}, {plot} and {report}")
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(result.as_json(), indent=2) + "\n")

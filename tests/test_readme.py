@@ -153,6 +153,22 @@ def test_served_numbers_are_those_of_the_results() -> None:
     ]
 
 
+def test_numbers_served_on_a_cpu_are_those_of_the_results() -> None:
+    measured = results("serve-vllm-cpu-2-ranks.json")
+    runs = {(run["concurrency"], run["backend"]): run for run in measured["summary"]}
+    for concurrency in (1, 4):
+        pair = [runs[concurrency, b] for b in ("default", "ep_backend_low_latency")]
+        tpot = [run["tpot_mean_ms"] for run in pair]
+        times = [f"{ms['median']:.2f} ({ms['min']:.2f}-{ms['max']:.2f})" for ms in tpot]
+        shares = [f"{run['exchange_share_of_forward']['median']:.0%}" for run in pair]
+        assert (
+            f"| {concurrency} | {times[0]} | {times[1]} "
+            f"| {tpot[1]['median'] / tpot[0]['median']:.2f} | {shares[0]} | {shares[1]} |"
+        ) in README
+    assert f"load {measured['load_average_before']:.0f} at the start" in README
+    assert [gate["good"] for gate in measured["gates"]] == [True] * 4
+
+
 def test_numbers_are_those_of_the_results() -> None:
     names = [f"op-cpu-{num_ranks}-ranks.json" for num_ranks in (2, 4, 8)]
     names += [f"op-cpu-normal-{num_ranks}-ranks.json" for num_ranks in (2, 4)]

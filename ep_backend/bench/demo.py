@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from ep_backend.bench.client import Completion, stream_all
 from ep_backend.bench.demo_engines import ENGINES, Engine
 from ep_backend.bench.exchange import ExchangeReport
 from ep_backend.bench.model import HEAD_DIM, TinyMoE, make_model
+from ep_backend.bench.provenance import commit
+from ep_backend.bench.serve_engine import machine
 from ep_backend.bench.server import Server, ServerFailed, running_server
 from ep_backend.faults import FAULT_VARIABLE
 from ep_backend.observe.trace import TRACE_DIR_VARIABLE
@@ -122,6 +125,9 @@ class DemoResult:
         settings["output"] = str(self.settings.output)
         return {
             "engine": settings.pop("engine_name"),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "machine": machine(),
             "settings": settings,
             "good": self.is_good,
             "num_distinct_answers": self.num_distinct_answers,

@@ -22,6 +22,7 @@ from ep_backend.bench.multi_gpu_peers import COPY_BYTES, copy_gbs, time_nccl
 from ep_backend.bench.multi_gpu_settings import Options
 from ep_backend.bench.multi_gpu_world import StepFailed, World, WorldLost
 from ep_backend.bench.op_cuda_report import machine
+from ep_backend.bench.provenance import commit
 
 RENDEZVOUS_SECS = 60.0
 LAST_WORDS_SECS = 3.0
@@ -146,6 +147,7 @@ def _head(options: Options) -> dict[str, Any]:
         "bench": "multi_gpu",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": options.command,
+        "commit": commit(),
         "machine": machine(),
         "cards": [torch.cuda.get_device_name(gpu) for gpu in range(num_gpus)],
         "link": {

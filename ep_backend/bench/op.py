@@ -36,6 +36,7 @@ from ep_backend.bench.op_measure import BenchSettings, RankReport
 from ep_backend.bench.op_normal_rank import NormalBenchSettings, bench_normal_rank
 from ep_backend.bench.op_processes import RankFailed, RankMain, run_ranks
 from ep_backend.bench.op_rank import OpBenchSettings, bench_rank
+from ep_backend.bench.provenance import commit
 
 RANK_MAINS: dict[str, RankMain] = {
     OpBenchSettings.kind: bench_rank,
@@ -146,6 +147,7 @@ def run_op_bench(
             "bench": "op",
             "kind": settings.kind,
             "date": begin.isoformat(timespec="seconds"),
+            "commit": commit(),
             "machine": machine,
             "versions": _versions(),
             "settings": asdict(settings) | {"dtype": str(settings.dtype).removeprefix("torch.")},

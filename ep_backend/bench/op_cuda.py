@@ -45,6 +45,7 @@ from ep_backend.bench.op_cuda_settings import (
     CudaBenchSettings,
     parse_arguments,
 )
+from ep_backend.bench.provenance import commit
 
 T = TypeVar("T")
 
@@ -74,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
             "device": "cuda",
             "date": begin.isoformat(timespec="seconds"),
             "command": shlex.join([*PROGRAM.split(), *arguments]),
+            "commit": commit(),
             "machine": gpu,
             "settings": asdict(settings),
             "floors": asdict(floors) if floors is not None else None,

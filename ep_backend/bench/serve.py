@@ -1,21 +1,20 @@
 """`ep-backend bench serve`: an engine's latency and throughput, by all-to-all backend.
 
-One server after another serves the same model, each with another backend. In every one: warm-up,
-then a correctness check (`serve_gate`), then the sweep of concurrencies, `--repeats` times, with
+One server after another serves the same model, each with another backend, in turn. In every one:
+warm-up, then a correctness check (`serve_gate`), then the sweep of concurrencies, with
 `vllm bench serve`'s streaming client and random prompts. Every measurement is written when it is
-made, so that a run that is cut short has told what it knows.
+made: a run that is cut short has told what it knows, and `--resume` goes on from there.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import json
+import shlex
+import shutil
 import signal
 import sys
 import time
 from contextlib import AsyncExitStack
-from datetime import datetime, timezone
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -28,22 +27,32 @@ from ep_backend.bench.serve_client import (
     read_metrics,
     running_client,
 )
-from ep_backend.bench.serve_engine import (
-    inherited_environment,
-    machine,
-    model_directory,
-    server_command,
-    server_environment,
-    versions,
+from ep_backend.bench.serve_document import (
+    CannotResume,
+    forget_server,
+    missing_cells,
+    new_document,
+    read_reference,
+    reference_path,
+    resumed_document,
+    write_document,
+    write_reference,
 )
-from ep_backend.bench.serve_gate import Probe
-from ep_backend.bench.serve_report import gate_line, has_failed, print_results, summarise
+from ep_backend.bench.serve_engine import model_directory, server_command, server_environment
+from ep_backend.bench.serve_page import write_report
+from ep_backend.bench.serve_progress import Display, Plan, Stage
+from ep_backend.bench.serve_report import gate_line, has_failed, print_results
 from ep_backend.bench.serve_settings import PROGRAM, Options, Visit, parse_arguments
+from ep_backend.bench.serve_share import exchange_share
 from ep_backend.bench.server import START_TIMEOUT_SECS, Server, ServerFailed, running_server
+from ep_backend.observe.trace import TRACE_DIR_VARIABLE
+
+Cells = list[tuple[int, int]]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 1 where something failed or was not reached, 2 without vLLM."""
+    """Returns the exit status: 1 where something failed or was not reached, 2 where it cannot
+    begin."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     if util.find_spec("vllm") is None:
         print(f"{PROGRAM}: vLLM is not importable in {sys.executable}", file=sys.stderr)
@@ -51,10 +60,15 @@ def main(arguments: list[str] | None = None) -> int:
     # SIGTERM ends the servers as Ctrl-C does; a shell's background job begins with that ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    run = Run(options)
+    try:
+        run = Run(options)
+    except CannotResume as e:
+        print(f"{PROGRAM} --resume: {e}", file=sys.stderr)
+        return 2
     run.measure()
     print_results(run.document)
-    print(f"wrote {options.output}")
+    for path in [options.output, *write_report(run.document, options.output)]:
+        print(f"wrote {path}")
     return int(has_failed(run.document))
 
 
@@ -62,17 +76,30 @@ class Run:
     """All servers of one benchmark, and the document that grows with it."""
 
     def __init__(self, options: Options) -> None:
+        """A new run, or, with `options.resume`, what is missing of an earlier one.
+
+        Raises:
+            CannotResume: the earlier one was measured otherwise.
+        """
         self.options = options
-        self.document = new_document(options)
         self._begin = time.monotonic()
-        self._reference: tuple[str, Probe] | None = None
+        if options.resume:
+            self.document = resumed_document(options)
+            self._reference = read_reference(options)
+        else:
+            self.document = new_document(options)
+            self._reference = None
+        missing = ((v, missing_cells(self.document, v, options)) for v in options.visits())
+        self._visits: list[tuple[Visit, Cells]] = [(v, cells) for v, cells in missing if cells]
+        self._display = Display(Plan([s for v, cells in self._visits for s in stages(v, cells)]))
 
     def measure(self) -> None:
         """Everything, within the limit. Never raises for what an engine does: the document says
         it."""
-        self._say("model")
+        if self._reference is None:  # an earlier sweep's would be taken for this one's
+            reference_path(self.options).unlink(missing_ok=True)
         try:
-            with model_directory(self.options) as model:
+            with self._display.shown(), model_directory(self.options) as model:
                 asyncio.run(self._measure_within(model))
         except KeyboardInterrupt:
             self.document["error"] = f"stopped by hand in {self.document['running']}"
@@ -94,17 +121,18 @@ class Run:
         measuring.result()
 
     async def _measure(self, model: Path) -> None:
-        for visit in self.options.visits():
+        for visit, cells in self._visits:
+            forget_server(self.document, visit)
             entry = {"name": visit.name, "backend": visit.backend}
             self.document["servers"].append(entry)
             try:
-                await self._visit(visit, model, entry)
+                await self._visit(visit, cells, model, entry)
             except (ServerFailed, ClientFailed) as e:
                 entry["error"] = str(e)
-                print(f"{visit.name}: {e}", flush=True)
+                self._display.say(f"{visit.name}: {e}")
                 self._write()
 
-    async def _visit(self, visit: Visit, model: Path, entry: dict[str, Any]) -> None:
+    async def _visit(self, visit: Visit, cells: Cells, model: Path, entry: dict[str, Any]) -> None:
         """One server, from its start to its end.
 
         Raises:
@@ -114,8 +142,12 @@ class Run:
         command = server_command(self.options, model, visit.backend)
         environment = server_environment(self.options, visit.backend)
         log = self.options.log(visit.name)
-        entry |= {"command": command, "environment": environment, "log": log.name}
-        self._say(f"{visit.name}, start-up (log: {log})")
+        entry |= {"command": self._shown(command, model), "environment": environment.copy()}
+        entry["log"] = log.name
+        trace_dir = self._new_trace_dir(visit)
+        if trace_dir is not None:
+            environment[TRACE_DIR_VARIABLE] = str(trace_dir.resolve())
+        self._begin_stage(visit, "start-up", f" (log: {log})")
         async with AsyncExitStack() as stack:
             client = await stack.enter_async_context(
                 running_client(self.options.log("client"), environment)
@@ -129,14 +161,14 @@ class Run:
                 )
             )
             entry["start_secs"] = round(server.start_secs, 1)
-            self._say(f"{visit.name}, warm-up; up after {server.start_secs:.0f} s")
-            for concurrency in self.options.concurrency:
+            self._begin_stage(visit, "warm-up", f", up after {server.start_secs:.0f} s")
+            for concurrency in sorted({c for _, c in cells}):
                 await self._bench(client, server, model, concurrency, None)
-            self._say(f"{visit.name}, correctness")
+            self._begin_stage(visit, "correctness")
             await self._check(visit, server, model)
-            for repeat in visit.repeats:
-                for concurrency in self.options.concurrency:
-                    await self._cell(visit, client, server, model, concurrency, repeat)
+            for repeat, concurrency in cells:
+                self._begin_stage(visit, cell_name(repeat, concurrency))
+                await self._cell(visit, client, server, model, concurrency, repeat, trace_dir)
 
     async def _cell(
         self,
@@ -146,24 +178,35 @@ class Run:
         model: Path,
         concurrency: int,
         repeat: int,
+        trace_dir: Path | None,
     ) -> None:
-        self._say(f"{visit.name}, {concurrency} in flight, repeat {repeat}", end=": ")
-        cell = {
+        cell: dict[str, Any] = {
             "backend": visit.backend,
             "server": visit.name,
             "concurrency": concurrency,
             "repeat": repeat,
         }
+        begin_ns = time.monotonic_ns()
         try:
             metrics = await self._bench(client, server, model, concurrency, repeat)
         except ClientFailed as e:
-            print("failed", flush=True)
             self.document["cells"].append(cell | {"error": str(e)})
             raise
+        if trace_dir is not None:
+            metrics |= exchange_share(trace_dir, (begin_ns, time.monotonic_ns()))
+        arguments = self._bench_arguments(server, model, concurrency, repeat)
+        cell["client"] = shlex.join(["vllm", "bench", "serve", *self._shown(arguments, model)])
         self.document["cells"].append(cell | {"metrics": metrics})
         tpot, tokens = metrics["tpot_mean_ms"], metrics["output_tokens_per_sec"]
-        print(f"TPOT {tpot:.2f} ms, {tokens:.0f} tok/s", flush=True)
+        self._say(f"  TPOT {tpot:.2f} ms, {tokens:.0f} tok/s")
         self._write()
+
+    def _bench_arguments(
+        self, server: Server, model: Path, concurrency: int, repeat: int | None
+    ) -> list[str]:
+        return bench_arguments(
+            self.options, server.base_url, model, concurrency=concurrency, repeat=repeat
+        )
 
     async def _bench(
         self,
@@ -174,9 +217,7 @@ class Run:
         repeat: int | None,
     ) -> dict[str, Any]:
         num_prompts = concurrency if repeat is None else self.options.num_prompts(concurrency)
-        arguments = bench_arguments(
-            self.options, server.base_url, model, concurrency=concurrency, repeat=repeat
-        )
+        arguments = self._bench_arguments(server, model, concurrency, repeat)
         return read_metrics(await client.run(arguments), num_prompts)
 
     async def _check(self, visit: Visit, server: Server, model: Path) -> None:
@@ -192,41 +233,50 @@ class Run:
             gate["good"] = True
             if self._reference is None:
                 self._reference = (visit.name, found)
+                write_reference(self.options, visit.name, found)
             else:
                 name, reference = self._reference
                 difference = serve_gate.compare(reference, found)
                 gate |= {"versus": name, "good": difference.is_good} | difference.as_json()
         self.document["gates"].append(gate)
-        print(gate_line(gate), flush=True)
+        self._display.say(gate_line(gate))
         self._write()
 
-    def _say(self, running: str, end: str = "\n") -> None:
-        self.document["running"] = running
-        print(f"{time.monotonic() - self._begin:5.0f} s  {running}", end=end, flush=True)
+    def _new_trace_dir(self, visit: Visit) -> Path | None:
+        if not self.options.trace:
+            return None
+        trace_dir = self.options.beside(f"{visit.name}-trace")
+        shutil.rmtree(trace_dir, ignore_errors=True)
+        trace_dir.mkdir(parents=True)
+        return trace_dir
+
+    def _shown(self, command: list[str], model: Path) -> list[str]:
+        """As it may be typed elsewhere: a random model's path is of this run alone."""
+        names = {sys.executable: "python"}
+        if self.options.model is None:
+            names[str(model)] = "MODEL"
+        return [names.get(word, word) for word in command]
+
+    def _begin_stage(self, visit: Visit, name: str, more: str = "") -> None:
+        self.document["running"] = f"{visit.name}, {name}"
+        self._display.begin(self.document["running"], more)
+
+    def _say(self, text: str) -> None:
+        self._display.say(f"{time.monotonic() - self._begin:5.0f} s  {text}")
 
     def _write(self) -> None:
-        self.document["summary"] = summarise(self.document)
-        self.options.output.parent.mkdir(parents=True, exist_ok=True)
-        self.options.output.write_text(json.dumps(self.document, indent=2) + "\n")
+        write_document(self.document, self.options)
 
 
-def new_document(options: Options) -> dict[str, Any]:
-    settings = dataclasses.asdict(options)
-    for name in ("model", "output"):  # the command names them
-        del settings[name]
-    return {
-        "command": settings.pop("command"),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "versions": versions(),
-        "machine": machine(),
-        "inherited_environment": inherited_environment(),
-        "settings": settings,
-        "running": "start",
-        "servers": [],
-        "gates": [],
-        "cells": [],
-        "summary": [],
-    }
+def cell_name(repeat: int, concurrency: int) -> str:
+    return f"{concurrency} in flight, repeat {repeat}"
+
+
+def stages(visit: Visit, cells: Cells) -> list[Stage]:
+    """Of one server, as `Run` begins them."""
+    named = [(name, name, visit.backend) for name in ("start-up", "warm-up", "correctness")]
+    named += [(cell_name(r, c), "cell", f"{visit.backend} {c}") for r, c in cells]
+    return [Stage(f"{visit.name}, {name}", kind, variant) for name, kind, variant in named]
 
 
 if __name__ == "__main__":

@@ -20,15 +20,10 @@ from ep_backend.bench.server import LOG_TAIL_LINES
 
 NUM_WARMUP_TOKENS = 32
 # Our names, with the unit last, for vLLM's.
+PERCENTILES = (50, 95, 99)
 METRICS = {
-    "tpot_mean_ms": "mean_tpot_ms",
-    "tpot_p50_ms": "p50_tpot_ms",
-    "tpot_p99_ms": "p99_tpot_ms",
-    "itl_mean_ms": "mean_itl_ms",
-    "itl_p50_ms": "p50_itl_ms",
-    "itl_p99_ms": "p99_itl_ms",
-    "ttft_p50_ms": "p50_ttft_ms",
-    "ttft_p99_ms": "p99_ttft_ms",
+    **{f"{name}_mean_ms": f"mean_{name}_ms" for name in ("tpot", "itl")},
+    **{f"{n}_p{p}_ms": f"p{p}_{n}_ms" for n in ("tpot", "itl", "ttft") for p in PERCENTILES},
     "output_tokens_per_sec": "output_throughput",
     "duration_secs": "duration",
 }
@@ -60,7 +55,8 @@ def bench_arguments(
         *("--temperature", "1", "--ignore-eos"),
         # All backends get the same prompts, every measurement others.
         *("--seed", str(1000 * concurrency + (999 if repeat is None else repeat))),
-        *("--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99"),
+        *("--percentile-metrics", "ttft,tpot,itl"),
+        *("--metric-percentiles", ",".join(map(str, PERCENTILES))),
         "--disable-tqdm",
     ]
 

@@ -26,6 +26,8 @@ VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 NUM_MAX_SEQS = GRAPH_SIZES[-1]
 CPU_BATCHED_TOKENS = 256
+# What vLLM takes when it is not told, which the demo's command line spells out.
+CPU_DEFAULT = "allgather_reducescatter"
 RECORDED_PREFIXES = ("VLLM_", "NCCL_", "GLOO_", "TP_", "CUDA_", "TORCH_", "EP_BACKEND_", "OMP_")
 SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
@@ -36,7 +38,7 @@ def server_command(options: Options, model: Path, backend: str) -> list[str]:
         command = vllm_command(
             model,
             num_ranks=1 if backend == SINGLE else options.num_ranks,
-            backend=backend,
+            backend=CPU_DEFAULT if backend == DEFAULT else backend,
             max_num_batched_tokens=options.max_num_batched_tokens or CPU_BATCHED_TOKENS,
         )
         return [*VLLM, *command[1:], *options.server_arguments]
@@ -73,6 +75,8 @@ def server_environment(options: Options, backend: str) -> dict[str, str]:
         environment[VLLM_ON_CPU.binding_variable] = core_binding(
             1 if backend == SINGLE else options.num_ranks
         )
+        if backend == DEFAULT:
+            environment["EP_BACKEND_VLLM_CPU_DEFAULT"] = "1"
     return environment | options.environment
 
 

@@ -9,15 +9,19 @@ from ep_backend.bench.op_cuda_report import print_table
 from ep_backend.bench.serve_gate import MAX_LIMIT, MEAN_LIMIT, NUM_PROMPTS
 
 # Times of a table's row, in ms, then what is printed with its range over the repeats.
-TIMES = ("tpot_p50_ms", "tpot_p99_ms", "itl_p50_ms", "itl_p99_ms", "ttft_p50_ms")
+TIMES = (
+    *("tpot_p50_ms", "tpot_p95_ms", "tpot_p99_ms"),
+    *("itl_p50_ms", "itl_p95_ms", "itl_p99_ms", "ttft_p50_ms"),
+)
 RANGED = ("tpot_mean_ms", "output_tokens_per_sec")
 HEADS = (
-    *("in flight", "backend", "TPOT ms", "range", "/ first", "p50", "p99"),
-    *("ITL p50", "p99", "TTFT p50", "tok/s", "range", "/ first", "runs"),
+    *("in flight", "backend", "TPOT ms", "range", "/ first", "p50", "p95", "p99"),
+    *("ITL p50", "p95", "p99", "TTFT p50", "tok/s", "range", "/ first", "EP share", "runs"),
 )
 CAPTION = (
-    "Medians over runs of each run's mean TPOT, p50 and p99 (ms) and output tokens a second; "
-    "range: smallest to largest run; / first: over the first backend's."
+    "Medians over runs of each run's mean TPOT, percentiles (ms) and output tokens a second; "
+    "range: smallest to largest run; / first: over the first backend's; EP share: of a forward "
+    "pass, where workers were traced."
 )
 
 
@@ -36,7 +40,11 @@ def summarise(document: dict[str, Any]) -> list[dict[str, Any]]:
             if metrics:
                 rows.append(
                     {"concurrency": concurrency, "backend": backend, "num_runs": len(metrics)}
-                    | {name: _statistics([m[name] for m in metrics]) for name in metrics[0]}
+                    | {
+                        name: _statistics([m[name] for m in metrics])
+                        for name in metrics[0]
+                        if all(name in m for m in metrics)
+                    }
                 )
     return rows
 
@@ -60,10 +68,10 @@ def table_cells(document: dict[str, Any]) -> list[list[str]]:
     for row in rows:
         first = firsts.get(row["concurrency"])
         tpot, tokens = (_ranged(row, first, name) for name in RANGED)
-        times = [f"{row[name]['median']:.2f}" for name in TIMES]
-        lines.append(
-            [str(row["concurrency"]), row["backend"], *tpot, *times, *tokens, str(row["num_runs"])]
-        )
+        times = [f"{row[name]['median']:.2f}" if name in row else "" for name in TIMES]
+        share = row.get("exchange_share_of_forward")
+        end = ["" if share is None else f"{share['median']:.0%}", str(row["num_runs"])]
+        lines.append([str(row["concurrency"]), row["backend"], *tpot, *times, *tokens, *end])
     return lines
 
 
@@ -106,6 +114,28 @@ def has_failed(document: dict[str, Any]) -> bool:
     )
 
 
+def failures(document: dict[str, Any]) -> list[str]:
+    """A line for everything that was not measured, or is wrong; a server's log is not repeated."""
+    lines = [
+        f"failed: {cell['server']}, {cell['concurrency']} in flight, repeat {cell['repeat']}: "
+        f"{cell['error']}"
+        for cell in document["cells"]
+        if "error" in cell
+    ]
+    lines += [
+        f"failed: {server['name']}: {server['error'].splitlines()[0]}"
+        for server in document["servers"]
+        if "error" in server
+    ]
+    lines += [
+        f"failed: {gate['server']}: "
+        + ("correctness not checked" if "error" in gate else "different results")
+        for gate in document["gates"]
+        if not gate.get("good", False)
+    ]
+    return lines + ([f"error: {document['error']}"] if "error" in document else [])
+
+
 def title(document: dict[str, Any]) -> str:
     machine, settings, versions = (document[k] for k in ("machine", "settings", "versions"))
     gpus = machine["gpus"]
@@ -129,13 +159,5 @@ def print_results(document: dict[str, Any]) -> None:
         print(gate_line(gate))
     if document["gates"]:
         print(f"(expected: mean |d| at most {MEAN_LIMIT}, max at most {MAX_LIMIT})")
-    for cell in document["cells"]:
-        if "error" in cell:
-            where = f"{cell['server']}, {cell['concurrency']} in flight, repeat {cell['repeat']}"
-            print(f"failed: {where}: {cell['error']}")
-    for server in document["servers"]:
-        if "error" in server:
-            # The end of its log was printed when it happened.
-            print(f"failed: {server['name']}: {server['error'].splitlines()[0]}")
-    if "error" in document:
-        print(f"error: {document['error']}")
+    for failure in failures(document):
+        print(failure)

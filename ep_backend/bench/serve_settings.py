@@ -9,17 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROGRAM = "ep-backend bench serve"
-ENGINES = ("vllm",)
+ENGINES = ("vllm", "sglang")
+CLIENTS = ("vllm",)
 DEVICES = ("cuda", "cpu")
 
 DEFAULT = "default"
-"""All ranks, with the exchange that the engine takes when it is not told."""
+"""All ranks, with the exchange that the engine takes when it is not told. On a CPU vLLM's fails at
+the first request: there our plug-in supplies what it lacks (`ep_backend_vllm.cpu_default`)."""
 SINGLE = "single"
 """One rank, no exchange."""
 OURS = "ep_backend_low_latency"
 
-DEFAULT_BACKENDS = {"cuda": (DEFAULT, OURS), "cpu": (SINGLE, OURS)}
+BACKENDS = (DEFAULT, OURS)
 DEFAULT_CONCURRENCY = {"cuda": (1, 8, 32, 64, 128), "cpu": (1, 4)}
+DEFAULT_REPEATS = {"cuda": 3, "cpu": 2}
 # At concurrency 1, a request per slot would be measured by itself.
 MIN_PROMPTS = 8
 
@@ -43,10 +46,11 @@ class Options:
     command: str
     device: str = "cuda"
     engine: str = "vllm"
+    client: str = "vllm"
     num_ranks: int = 2
     model: Path | None = None
     """None: a random one is written, and removed in the end."""
-    backends: tuple[str, ...] = DEFAULT_BACKENDS["cuda"]
+    backends: tuple[str, ...] = BACKENDS
     """`DEFAULT`, `SINGLE`, or a name for the engine's --all2all-backend; the first is what the
     others are compared with."""
     concurrency: tuple[int, ...] = DEFAULT_CONCURRENCY["cuda"]
@@ -58,8 +62,12 @@ class Options:
     """Of every backend. None: the engine's default, on a CPU 256."""
     environment: dict[str, str] = field(default_factory=dict)
     server_arguments: tuple[str, ...] = ()
-    alternate: bool = False
+    alternate: bool = True
+    """Servers are started again for every repeat, in turn, against slow drift."""
+    trace: bool = False
+    """Workers record their operations, for the share of a step that is exchange."""
     limit_secs: float = 1800.0
+    resume: bool = False
     output: Path = Path("build/serve/result.json")
 
     def visits(self) -> list[Visit]:
@@ -75,8 +83,12 @@ class Options:
     def num_prompts(self, concurrency: int) -> int:
         return max(MIN_PROMPTS, concurrency * self.prompts_per_slot)
 
+    def beside(self, name: str) -> Path:
+        """A file that goes with the output."""
+        return self.output.with_name(f"{self.output.stem}-{name}")
+
     def log(self, name: str) -> Path:
-        return self.output.with_name(f"{self.output.stem}-{name}.log")
+        return self.beside(f"{name}.log")
 
 
 def parse_arguments(arguments: list[str]) -> Options:
@@ -84,8 +96,10 @@ def parse_arguments(arguments: list[str]) -> Options:
     parser = _parser()
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
     device = given.setdefault("device", Options.device)
-    given.setdefault("backends", DEFAULT_BACKENDS[device])
     given.setdefault("concurrency", DEFAULT_CONCURRENCY[device])
+    given.setdefault("repeats", DEFAULT_REPEATS[device])
+    # On GPUs, graphs replay the exchange: no trace sees it.
+    given.setdefault("trace", device == "cpu")
     given["environment"] = dict(given.pop("environment", []))
     given["server_arguments"] = tuple(shlex.split(given.pop("server_arguments", "")))
     options = Options(shlex.join([*PROGRAM.split(), *arguments]), **given)
@@ -94,10 +108,11 @@ def parse_arguments(arguments: list[str]) -> Options:
 
 
 def _check(parser: argparse.ArgumentParser, options: Options) -> None:
-    if options.device == "cpu" and DEFAULT in options.backends:
+    if options.engine == "sglang":
         parser.error(
-            f"--backends has {DEFAULT!r}: vLLM has no exchange of its own on a CPU; "
-            f"compare with {SINGLE!r}"
+            "--engine sglang is not measured yet: servers are compared by vLLM's prompt "
+            "log-probabilities first, which SGLang gives in another way. Run SGLang's own "
+            "sglang.bench_serving against a server of each backend"
         )
     for flag, value in (
         ("--ranks", options.num_ranks - 1),
@@ -147,17 +162,25 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--engine", choices=ENGINES)
     add("--device", choices=DEVICES, help="[default: cuda]")
+    add(
+        "--client",
+        choices=CLIENTS,
+        help="Who sends requests and measures: vllm is `vllm bench serve`. [default: vllm]",
+    )
     add("--ranks", dest="num_ranks", type=int, help="Data-parallel ranks. [default: 2]")
     add("--model", type=Path, help="A checkpoint. [default: a random Qwen3-MoE]")
     add(
         "--backends",
         type=_names,
         help=f"{DEFAULT}, {SINGLE} (one rank) or names for --all2all-backend; the first is the "
-        f"reference. [default: {','.join(DEFAULT_BACKENDS['cuda'])}; on a CPU "
-        f"{','.join(DEFAULT_BACKENDS['cpu'])}]",
+        f"reference. [default: {','.join(BACKENDS)}]",
     )
-    add("--concurrency", type=_numbers, help="Requests in flight; swept. [default: 1,8,32,64,128]")
-    add("--repeats", type=int, help="Sweeps by each backend. [default: 3]")
+    add(
+        "--concurrency",
+        type=_numbers,
+        help="Requests in flight; swept. [default: 1,8,32,64,128; on a CPU 1,4]",
+    )
+    add("--repeats", type=int, help="Sweeps by each backend. [default: 3, on a CPU 2]")
     add(
         "--prompts-per-slot",
         type=int,
@@ -172,9 +195,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--alternate",
-        action="store_const",
-        const=True,
-        help="Start every server again for every repeat, in turn, against slow drift.",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="Start servers again for every repeat, in turn, against slow drift; or each once. "
+        "[default: --alternate]",
+    )
+    add(
+        "--trace",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="Let workers record their operations, to tell the share of a step that is exchange; "
+        "on GPUs only what runs outside of graphs. [default: on a CPU]",
     )
     add(
         "--env",
@@ -192,5 +223,17 @@ def _parser() -> argparse.ArgumentParser:
         help="Seconds; then the servers are ended, which takes up to 20 s more, and what was "
         "measured is written. [default: 1800]",
     )
-    add("--output", type=Path, help="JSON; logs go beside it. [default: build/serve/result.json]")
+    add(
+        "--resume",
+        action="store_const",
+        const=True,
+        help="Measure what is missing in --output, under the same settings.",
+    )
+    add(
+        "--output",
+        "--json",
+        type=Path,
+        help="JSON; the report (HTML), its charts (PNG) and logs go beside it. "
+        "[default: build/serve/result.json]",
+    )
     return parser

@@ -3,12 +3,10 @@ themselves are not started here."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import shlex
 import sys
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from ep_backend.bench import serve, serve_engine
+from ep_backend.bench import serve_engine
 from ep_backend.bench.serve_client import (
     METRICS,
     ClientFailed,
@@ -30,15 +28,13 @@ from ep_backend.bench.serve_engine import model_directory, server_command, serve
 from ep_backend.bench.serve_gate import (
     NUM_PROMPT_TOKENS,
     NUM_PROMPTS,
-    Probe,
     compare,
     fixed_prompts,
     read_answer,
 )
 from ep_backend.bench.serve_model import RandomMoE, make_random_model
-from ep_backend.bench.serve_report import HEADS, has_failed, print_results, summarise, table_cells
 from ep_backend.bench.serve_settings import OURS, Options, parse_arguments
-from ep_backend.bench.server import Server, ServerFailed
+from tests.bench.fake_engine import logprobs_of, values_of
 
 MODEL = Path("/models/m")
 SMALL = RandomMoE(
@@ -54,12 +50,6 @@ SMALL = RandomMoE(
 )
 
 
-def values_of(command: list[str], flag: str) -> list[str]:
-    """What stands between this flag and the next one."""
-    rest = command[command.index(flag) + 1 :]
-    return rest[: next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))]
-
-
 # Settings
 
 
@@ -69,7 +59,9 @@ def test_defaults_go_by_the_device() -> None:
     assert options.backends == ("default", OURS)
     assert options.concurrency == (1, 8, 32, 64, 128)
     cpu = parse_arguments(["--device", "cpu"])
-    assert cpu.backends == ("single", OURS)
+    assert cpu.backends == ("default", OURS)
+    assert (cpu.concurrency, cpu.repeats) == ((1, 4), 2)
+    assert (options.trace, cpu.trace) == (False, True)
     assert shlex.split(cpu.command)[3:] == ["--device", "cpu"]
 
 
@@ -78,7 +70,7 @@ def test_everything_can_be_chosen(tmp_path: Path) -> None:
     line = (
         f"--engine vllm --ranks 4 --model {tmp_path} --backends default,x_y --concurrency 2,3 "
         "--repeats 5 --prompts-per-slot 7 --limit 60 --output o.json --env A=1=2 --env B= "
-        "--server-arguments '--block-size 64' --max-num-batched-tokens 512"
+        "--server-arguments '--block-size 64' --max-num-batched-tokens 512 --resume --trace"
     )
     options = parse_arguments(shlex.split(line))
     assert (options.num_ranks, options.model, options.repeats) == (4, tmp_path, 5)
@@ -86,6 +78,8 @@ def test_everything_can_be_chosen(tmp_path: Path) -> None:
     assert options.environment == {"A": "1=2", "B": ""}
     assert options.server_arguments == ("--block-size", "64")
     assert (options.limit_secs, options.output) == (60.0, Path("o.json"))
+    assert (options.resume, options.trace, options.alternate) == (True, True, True)
+    assert parse_arguments(["--json", "o.json", "--no-alternate"]).output == Path("o.json")
     assert [options.num_prompts(c) for c in (1, 2)] == [8, 14]
     assert options.log("default-0") == Path("o-default-0.log")
 
@@ -95,14 +89,15 @@ def test_everything_can_be_chosen(tmp_path: Path) -> None:
     [
         ("--backends a,../b", "'../b' is not a backend's name"),
         ("--backends a,a", "names one twice"),
-        ("--backends default --device cpu", "no exchange of its own on a CPU"),
         ("--concurrency 1,x", "expected numbers"),
         ("--concurrency 0", "--concurrency must be at least 1"),
         ("--ranks 1", "--ranks must be at least 2"),
         ("--repeats 0", "--repeats must be at least 1"),
         ("--output-tokens 1", "--output-tokens must be at least 2"),
         ("--env A", "expected NAME=VALUE"),
-        ("--engine sglang", "invalid choice"),
+        ("--engine sglang", "sglang is not measured yet"),
+        ("--engine vlm", "invalid choice"),
+        ("--client sglang", "invalid choice"),
         ("--model /nowhere", "has no config.json"),
     ],
 )
@@ -115,8 +110,8 @@ def test_wrong_arguments_end_the_program(
     assert expected in capsys.readouterr().err
 
 
-def test_servers_alternate_only_if_asked() -> None:
-    options = Options("", backends=("a", "b"), repeats=2)
+def test_servers_alternate_unless_each_is_to_be_started_once() -> None:
+    options = Options("", backends=("a", "b"), repeats=2, alternate=False)
     assert [(v.name, v.repeats) for v in options.visits()] == [("a-0", (0, 1)), ("b-0", (0, 1))]
     visits = replace(options, alternate=True).visits()
     assert [(v.name, v.repeats) for v in visits] == [
@@ -156,6 +151,14 @@ def test_a_cpu_serves_as_in_the_demo() -> None:
     ours = server_command(options, MODEL, OURS)
     assert "--enforce-eager" in ours
     assert values_of(ours, "--all2all-backend") == [OURS]
+    default = server_command(options, MODEL, "default")
+    assert values_of(default, "--all2all-backend") == ["allgather_reducescatter"]
+    assert [word for word in default if word != "allgather_reducescatter"] == [
+        word for word in ours if word != OURS
+    ]
+    needs_help = "EP_BACKEND_VLLM_CPU_DEFAULT"
+    assert server_environment(options, "default")[needs_help] == "1"
+    assert needs_help not in server_environment(options, OURS)
     assert "--data-parallel-size" not in server_command(options, MODEL, "single")
     binding = server_environment(options, OURS)["VLLM_CPU_OMP_THREADS_BIND"]
     assert binding.count("|") == 1
@@ -209,6 +212,7 @@ def test_vllm_takes_these_arguments() -> None:
     options = parse_arguments([])
     parsed = parser.parse_args(bench_arguments(options, "u", MODEL, concurrency=4, repeat=0))
     assert (parsed.num_prompts, parsed.random_input_len, parsed.ignore_eos) == (16, 64, True)
+    assert parsed.metric_percentiles == "50,95,99"
 
 
 # The client's process
@@ -254,10 +258,6 @@ async def test_one_process_runs_many_measurements_and_its_end_is_told(
 
 
 # The correctness check
-
-
-def logprobs_of(value: float) -> Probe:
-    return Probe([[value] * (NUM_PROMPT_TOKENS - 1)] * NUM_PROMPTS, [7] * NUM_PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -357,162 +357,3 @@ def test_a_written_model_is_removed_and_a_given_one_is_not(tmp_path: Path) -> No
     with model_directory(replace(options, model=tmp_path)) as given:
         assert given == tmp_path
     assert tmp_path.exists()
-
-
-# Runs, and their document
-
-
-def metrics(tpot: float, tokens: float) -> dict[str, float]:
-    return dict.fromkeys(METRICS, 1.0) | {"tpot_mean_ms": tpot, "output_tokens_per_sec": tokens}
-
-
-def canned_run(options: Options) -> serve.Run:
-    """As if measured: ours is 10 % faster in the median, and has one run less."""
-    run = serve.Run(options)
-    measured = [("default", 0, 4.0), ("default", 1, 5.0), ("default", 2, 4.4)]
-    measured += [(OURS, 0, 3.96), (OURS, 1, 3.0)]
-    for backend, repeat, tpot in measured:
-        cell = {"backend": backend, "server": f"{backend}-0", "concurrency": 8, "repeat": repeat}
-        run.document["cells"].append(cell | {"metrics": metrics(tpot, 1000 / tpot)})
-    again = compare(logprobs_of(-9.0), logprobs_of(-9.0)).as_json()
-    gate = {"server": f"{OURS}-0", "backend": OURS, "again": again, "versus": "default-0"}
-    run.document["gates"].append(gate | again | {"good": True})
-    return run
-
-
-def test_medians_and_ranges_are_over_repeats(capsys: pytest.CaptureFixture[str]) -> None:
-    document = canned_run(parse_arguments(["--concurrency", "1,8"])).document
-    first, second = summarise(document)
-    assert (first["backend"], first["concurrency"], first["num_runs"]) == ("default", 8, 3)
-    assert first["tpot_mean_ms"]["median"] == 4.4
-    assert first["tpot_mean_ms"]["spread"] == pytest.approx(1.0 / 4.4)
-    assert (second["tpot_mean_ms"]["min"], second["tpot_mean_ms"]["max"]) == (3.0, 3.96)
-    lines = table_cells(document)
-    assert {len(line) for line in lines} == {len(HEADS)}
-    assert lines[0][:5] == ["8", "default", "4.40", "4.00-5.00", ""]
-    assert lines[1][:5] == ["8", OURS, "3.48", "3.00-3.96", "0.79"]
-    print_results(document)
-    printed = capsys.readouterr().out
-    assert "against default-0: mean |d| 0.0000" in printed
-    assert not has_failed(document)
-
-
-@pytest.mark.parametrize(
-    ("where", "what"),
-    [
-        ("servers", {"name": "x-0", "error": "it ended"}),
-        (
-            "cells",
-            {"server": "x-0", "backend": "x", "concurrency": 1, "repeat": 0, "error": "it ended"},
-        ),
-        ("gates", {"server": "x-0", "error": "it ended"}),
-        ("error", "it ended"),
-    ],
-)
-def test_any_failure_is_told(where: str, what: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    document = canned_run(parse_arguments([])).document
-    if where == "error":
-        document["error"] = what
-    else:
-        document[where].append(what)
-    assert has_failed(document)
-    print_results(document)
-    assert "it ended" in capsys.readouterr().out
-
-
-def test_other_results_fail_the_run(capsys: pytest.CaptureFixture[str]) -> None:
-    document = canned_run(parse_arguments([])).document
-    document["gates"][0]["good"] = False
-    assert has_failed(document)
-    print_results(document)
-    assert f"DIFFERENT RESULTS: {OURS}-0" in capsys.readouterr().out
-
-
-class FakeEngine:
-    """Servers that answer at once; `broken` ones do not start, `slow` ones do not answer."""
-
-    def __init__(self, broken: str = "", slow: str = "") -> None:
-        self.broken = broken
-        self.slow = slow
-        self.num_running = 0
-        self.backend = ""
-
-    @asynccontextmanager
-    async def server(self, command: list[str], log: Path, **_: Any) -> Any:
-        flag = "--all2all-backend"
-        self.backend = values_of(command, flag)[0] if flag in command else "default"
-        if self.backend == self.broken:
-            raise ServerFailed("no GPU")
-        self.num_running += 1
-        try:
-            yield Server("http://127.0.0.1:1", log, 12.0)
-        finally:
-            self.num_running -= 1
-
-    @asynccontextmanager
-    async def client(self, log: Path, environment: dict[str, str]) -> Any:
-        yield self
-
-    async def run(self, arguments: list[str]) -> dict[str, Any]:
-        if self.backend == self.slow and values_of(arguments, "--random-output-len") == ["128"]:
-            await asyncio.sleep(60)
-        completed = int(values_of(arguments, "--num-prompts")[0])
-        result: dict[str, Any] = dict.fromkeys(METRICS.values(), 2.0)
-        return result | {"completed": completed, "total_output_tokens": 128 * completed}
-
-    async def probe(self, base_url: str, model: Path) -> Probe:
-        return logprobs_of(-9.0 if self.backend == "default" else -9.005)
-
-
-@pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(serve.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
-
-    def start(engine: FakeEngine, *arguments: str) -> tuple[int, dict[str, Any]]:
-        monkeypatch.setattr(serve, "running_server", engine.server)
-        monkeypatch.setattr(serve, "running_client", engine.client)
-        monkeypatch.setattr(serve.serve_gate, "probe", engine.probe)
-        output = tmp_path / "out" / "r.json"
-        given = ["--model", str(tmp_path), "--output", str(output), *arguments]
-        status = serve.main([*given, "--concurrency", "1,8", "--repeats", "2"])
-        assert engine.num_running == 0
-        return status, json.loads(output.read_text())
-
-    return start
-
-
-def test_a_run_measures_every_backend(start: Any) -> None:
-    status, document = start(FakeEngine())
-    assert status == 0
-    assert document["running"] is None
-    order = [(c["backend"], c["repeat"], c["concurrency"]) for c in document["cells"]]
-    assert order == [(b, r, c) for b in ("default", OURS) for r in (0, 1) for c in (1, 8)]
-    assert [s["start_secs"] for s in document["servers"]] == [12.0, 12.0]
-    assert [g.get("versus") for g in document["gates"]] == [None, "default-0"]
-    assert document["gates"][1]["mean"] == pytest.approx(0.005)
-    assert len(document["summary"]) == 4
-
-
-def test_a_server_that_does_not_start_leaves_the_others(start: Any) -> None:
-    status, document = start(FakeEngine(broken="default"))
-    assert status == 1
-    assert [s.get("error") for s in document["servers"]] == ["no GPU", None]
-    assert {c["backend"] for c in document["cells"]} == {OURS}
-
-
-def test_the_limit_ends_servers_and_keeps_what_was_measured(start: Any) -> None:
-    status, document = start(FakeEngine(slow=OURS), "--limit", "2")
-    assert status == 1
-    assert f"the limit of 2 s came in {OURS}-0, 1 in flight, repeat 0" in document["error"]
-    assert len(document["cells"]) == 4
-    assert len(document["summary"]) == 2
-
-
-def test_without_vllm_it_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(serve.util, "find_spec", lambda name: None)
-    assert serve.main([]) == 2
-    assert "vLLM is not importable" in capsys.readouterr().err

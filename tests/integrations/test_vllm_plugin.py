@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import ep_backend_vllm
-from ep_backend_vllm import communicator, config, cpu, kernels, tracing
+from ep_backend_vllm import communicator, config, cpu, cpu_default, kernels, tracing
 from ep_backend_vllm.backends import BACKENDS, HIGH_THROUGHPUT, LOW_LATENCY
 from ep_backend_vllm.patching import UnsupportedVLLM
 
@@ -98,6 +98,16 @@ def test_name_tests_of_vllm_know_the_backend(
             "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner._select_forward",
         ),
         (cpu, "vllm.distributed.device_communicators.shm_broadcast.sched_yield"),
+        (
+            cpu_default,
+            "vllm.distributed.device_communicators.base_device_communicator."
+            "DeviceCommunicatorBase.all_gatherv",
+        ),
+        (
+            cpu_default,
+            "vllm.model_executor.layers.fused_moe.prepare_finalize.naive_dp_ep."
+            "MoEPrepareAndFinalizeNaiveDPEPModular",
+        ),
         (tracing, "vllm.forward_context.set_forward_context"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
@@ -107,6 +117,7 @@ def test_a_vanished_target_stops_the_plugin_with_the_supported_versions(
 ) -> None:
     monkeypatch.setenv("EP_BACKEND_TRACE_DIR", str(tmp_path))
     monkeypatch.setenv("EP_BACKEND_VLLM_POLL_US", "200")
+    monkeypatch.setenv("EP_BACKEND_VLLM_CPU_DEFAULT", "1")
     monkeypatch.delattr(target)
     with pytest.raises(UnsupportedVLLM, match=r"Supported: vLLM 0\.26 to 0\.33") as caught:
         part.check()

@@ -10,6 +10,8 @@ from rich.console import Console
 
 from ep_backend.bench.demo import DemoResult, Run
 from ep_backend.bench.demo_report import plot_latencies, print_report
+from ep_backend.bench.report import write_report
+from tests.bench.pages import check_self_contained
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine
@@ -67,6 +69,11 @@ async def test_report_says_what_was_served(two_ranks: DemoResult, tmp_path: Path
     text = console.export_text()
     assert "all 512 tokens equal" in text
     assert "exchange as the engine sees it" in text
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(result))
+    (section,) = write_report(tmp_path / "report.html", [path])
+    assert [len(chart.series) for chart in section.charts] == [2]
+    check_self_contained((tmp_path / "report.html").read_text())
     plot = tmp_path / "plot.png"
     plot_latencies(two_ranks, plot)
     assert plot.read_bytes().startswith(b"\x89PNG")
