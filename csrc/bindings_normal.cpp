@@ -8,6 +8,7 @@
 
 #include "bindings.h"
 #include "bindings_run.h"
+#include "bindings_statistics.h"
 #include "cpu/normal.h"
 #include "protocol/normal_layout.h"
 #include "protocol/normal_op.h"
@@ -110,7 +111,8 @@ void bind_rank(py::module_& m) {
                  rows(num_rounds, num_rows, per_round), pointer<std::byte>(out)};
              return run([&] { return self.combine(params); });
            })
-      .def("epoch", &NormalRank::epoch);
+      .def("epoch", &NormalRank::epoch)
+      .def("statistics", [](const NormalRank& self) { return statistics_dict(self.statistics()); });
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ from ep_backend.kernel_calls import KernelCalls
 from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS, INDEX_DTYPES
 from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
 from ep_backend.normal_settings import CpuNormalKernels, NormalSettings, check_cpu
-from ep_backend.observe.trace import TraceWriter
+from ep_backend.observe.buffer import BufferObserver, start_exporter
 from ep_backend.settings import check_waits
 
 MAX_TOKENS = (1 << 31) - 1
@@ -78,6 +78,7 @@ class NormalBuffer:
         try:
             check_cpu(device)
             settings.check(group.num_ranks)
+            start_exporter(group)
             check_waits(timeout_secs, spin_us)
         except (TypeError, ValueError) as e:
             error = e
@@ -106,8 +107,8 @@ class NormalBuffer:
             config, group.self_rank, group.num_ranks, self._memory.bases, timeout_secs, spin_us
         )
         self._fault = faults.active_fault()
-        trace = TraceWriter.from_env(f"rank{group.self_rank}")
-        self._calls = KernelCalls(kernels, num_experts, self.device, trace)
+        observer = BufferObserver(group, self.device, self.first_expert, kernels.statistics)
+        self._calls = KernelCalls(kernels, num_experts, self.device, observer)
 
     def dispatch(
         self,

@@ -89,21 +89,21 @@ def test_threads_lose_no_span(tmp_path: Path) -> None:
 
 
 def test_without_the_variable_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(trace.TRACE_DIR_VARIABLE, raising=False)
+    monkeypatch.delenv(trace.TRACE_VARIABLE, raising=False)
     assert TraceWriter.from_env("rank0") is None
 
 
 def test_a_process_has_one_writer_a_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(trace.TRACE_DIR_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(trace.TRACE_VARIABLE, str(tmp_path))
     first = TraceWriter.from_env("rank0")
     assert first is TraceWriter.from_env("adapter")
     assert [p.name for p in tmp_path.iterdir()] == [f"rank0-{os.getpid()}.trace"]
 
 
 def run_traced(rank: Rank, scenario: Scenario, directory: str) -> int:
-    os.environ[trace.TRACE_DIR_VARIABLE] = directory
+    os.environ[trace.TRACE_VARIABLE] = directory
     with scenario.shape.buffer(rank.group) as buffer:
         Interpreter(buffer, scenario).run(PROGRAMS["plain_loop"](5, 2))
     return os.getpid()
