@@ -21,7 +21,7 @@ from ep_backend import _native, faults
 from ep_backend.checks import AtMost, check_int, check_tensor
 from ep_backend.errors import OrderError
 from ep_backend.group import Group
-from ep_backend.handles import address_of
+from ep_backend.handles import KernelStatistics, address_of
 from ep_backend.kernel_calls import KernelCalls
 from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS, INDEX_DTYPES
 from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
@@ -103,12 +103,12 @@ class NormalBuffer:
 
         self._lock = threading.Lock()
         self._memory = group.allocate(layout.num_bytes, self.device)
-        kernels = CpuNormalKernels(
+        self._kernels = CpuNormalKernels(
             config, group.self_rank, group.num_ranks, self._memory.bases, timeout_secs, spin_us
         )
         self._fault = faults.active_fault()
-        observer = BufferObserver(group, self.device, self.first_expert, kernels.statistics)
-        self._calls = KernelCalls(kernels, num_experts, self.device, observer)
+        observer = BufferObserver(group, self.device, self.first_expert, self._kernels.statistics)
+        self._calls = KernelCalls(self._kernels, num_experts, self.device, observer)
 
     def dispatch(
         self,
@@ -218,6 +218,10 @@ class NormalBuffer:
                 out.data_ptr(),
             )
         return out
+
+    def statistics(self) -> KernelStatistics:
+        """Who was waited for, and how much each expert got."""
+        return self._kernels.statistics()
 
     def close(self) -> None:
         """Unmaps this rank's view of the shared memory. Not collective; idempotent. No operation of

@@ -111,8 +111,15 @@ def look(urls: Sequence[str]) -> Look:
 
 
 def read(texts: Sequence[str]) -> Look:
-    """What some endpoints have said, in Prometheus's text format."""
-    from prometheus_client.parser import text_string_to_metric_families
+    """What some endpoints have said, in Prometheus's text format.
+
+    Raises:
+        ScrapeFailed: prometheus_client is not installed.
+    """
+    try:
+        from prometheus_client.parser import text_string_to_metric_families
+    except ImportError as e:
+        raise ScrapeFailed(f"Reading metrics takes ep_backend[metrics]: {e}") from e
 
     result = Look(
         seconds=0.0,

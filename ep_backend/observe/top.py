@@ -42,7 +42,16 @@ def show(
 
 def tables(seen: Look) -> Group:
     """Ranks, straggler map, experts."""
-    return Group(_ranks(seen), Text(), _stragglers(seen), Text(), _experts(seen))
+    period = f"{seen.seconds:.1f} s" if seen.seconds else "since the ranks started"
+    unit = "ms a second" if seen.seconds else "ms"
+    return Group(
+        Text(f"Ranks, {period}"),
+        _ranks(seen),
+        Text(f"\nStraggler map: {unit} that a row's rank waited for a column's"),
+        _stragglers(seen),
+        Text(f"\nExperts: {_unevenness(seen)}"),
+        _experts(seen),
+    )
 
 
 def imbalance(rows: Sequence[float]) -> float | None:
@@ -53,7 +62,7 @@ def imbalance(rows: Sequence[float]) -> float | None:
 
 def _ranks(seen: Look) -> Table:
     """One line a rank; what its endpoint does not export is "-"."""
-    table = Table(title="ranks" if seen.seconds else "ranks, since they started")
+    table = Table()
     columns = ("rank", "dispatches", "tokens", "MB sent", "us an exchange", "share of step")
     for column in (*columns, "waited, s", "expert rows", "timeouts"):
         table.add_column(column, justify="right")
@@ -79,8 +88,7 @@ def _ranks(seen: Look) -> Table:
 
 def _stragglers(seen: Look) -> Table:
     """Milliseconds waited for each peer a second, or, since the start, in all."""
-    unit = "ms a second" if seen.seconds else "ms"
-    table = Table(title=f"straggler map: {unit} that a row's rank waited for a column's")
+    table = Table()
     peers = sorted({peer for _, peer in seen.wait_seconds})
     for column in ("", *map(str, peers)):
         table.add_column(column, justify="right")
@@ -96,15 +104,20 @@ def _stragglers(seen: Look) -> Table:
     return table
 
 
-def _experts(seen: Look) -> Table:
-    """The experts with the most rows, and how uneven they are."""
+def _unevenness(seen: Look) -> str:
     rows = seen.expert_rows
     of_ranks = [
         sum(n for e, n in rows.items() if seen.expert_rank[e] == rank) for rank in seen.ranks
     ]
     uneven = (imbalance(list(rows.values())), imbalance(of_ranks))
     experts, ranks = ("-" if value is None else f"{value:.2f}" for value in uneven)
-    table = Table(title=f"experts: largest over mean {experts}, of ranks {ranks}")
+    return f"largest over mean {experts}, of ranks {ranks}"
+
+
+def _experts(seen: Look) -> Table:
+    """Those with the most rows."""
+    rows = seen.expert_rows
+    table = Table()
     for column in ("hottest", "rank", "rows", "over mean"):
         table.add_column(column, justify="right")
     mean = sum(rows.values()) / max(1, len(rows))

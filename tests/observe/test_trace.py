@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ep_backend.observe import trace
-from ep_backend.observe.trace import RECORD, TraceWriter, read_trace
+from ep_backend.observe.trace import RECORD, Operation, TraceWriter, read_trace
 from tests.support.processes import Rank, RankProcesses
 from tests.support.programs import PROGRAMS, Interpreter
 from tests.support.scenario import Scenario, mixed_scenario
@@ -28,10 +28,19 @@ def test_a_reader_gets_what_was_written_in_order(tmp_path: Path) -> None:
     writer.add("dispatch_recv", num_tokens=0, begin_ns=200, duration_ns=40)
     spans = read_trace(tmp_path / "t")
     assert spans.dtype == RECORD
-    assert spans.tolist() == [
-        (b"dispatch_send", 7, 100, 30, 20),
-        (b"dispatch_recv", 0, 200, 40, 0),
+    fields = ["kind", "num_tokens", "begin_ns", "duration_ns", "wait_ns", "epoch"]
+    assert spans[fields].tolist() == [
+        (b"dispatch_send", 7, 100, 30, 20, 0),
+        (b"dispatch_recv", 0, 200, 40, 0, 0),
     ]
+    assert spans["thread"].tolist() == [threading.get_native_id()] * 2
+
+
+def test_a_span_knows_its_operation(tmp_path: Path) -> None:
+    writer = TraceWriter(tmp_path / "t")
+    writer.add("dispatch_send", 1, 0, 1, operation=Operation(rank=3, buffer=2, epoch=9))
+    (span,) = read_trace(tmp_path / "t")
+    assert (span["rank"], span["buffer"], span["epoch"]) == (3, 2, 9)
 
 
 def test_an_empty_trace_reads_as_empty(tmp_path: Path) -> None:
@@ -119,6 +128,8 @@ def test_every_rank_writes_its_sends_and_hooks_to_its_own_file(tmp_path: Path) -
         assert spans["kind"].tolist() == kinds * 5
         num_tokens = [scenario.variant(op).x[rank].shape[0] for op in range(5) for _ in range(4)]
         assert spans["num_tokens"].tolist() == num_tokens
+        assert spans["epoch"].tolist() == [op + 1 for op in range(5) for _ in range(4)]
+        assert set(spans["rank"].tolist()) == {rank}
         assert (spans["wait_ns"] <= spans["duration_ns"]).all()
         ends = spans["begin_ns"] + spans["duration_ns"]
         assert (spans["begin_ns"][1:] >= ends[:-1]).all()
