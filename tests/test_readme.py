@@ -112,6 +112,14 @@ def test_served_numbers_are_those_of_the_results() -> None:
     ]
 
 
+def test_what_metrics_cost_is_that_of_the_results() -> None:
+    measured = results("observe-cpu.json")
+    assert measured["share"] < 0.01
+    flowing = " ".join(README.split())
+    assert f"took {measured['share'] * 100:.2f} % of the shortest operation" in flowing
+    assert f"(1 rank, 1 token, {measured['pair_us'] / 4:.1f} us;" in flowing
+
+
 def test_numbers_are_those_of_the_results() -> None:
     for num_ranks in (2, 4, 8):
         for case in results(f"op-cpu-{num_ranks}-ranks.json")["cases"]:

@@ -15,13 +15,16 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from ep_backend import LowLatencyBuffer, _native, virtual_world
+from ep_backend.bench.op import installed_versions, this_machine
 from ep_backend.group import Group
 from ep_backend.observe.counts import ProcessCounts, Source
 from ep_backend.observe.metrics import Collector, Publisher
@@ -50,8 +53,15 @@ class Cost:
         """Of an operation's time that counting and reading take."""
         return self.counting_ns * 1e-3 / (self.pair_us / OPS_A_PAIR) + self.reading_us * 1e-6
 
-    def as_json(self) -> dict[str, float]:
-        return dataclasses.asdict(self) | {"share": self.share}
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "bench": "observe",
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": this_machine(),
+            "versions": installed_versions(),
+            **dataclasses.asdict(self),
+            "share": self.share,
+        }
 
 
 def measure(seconds: float) -> Cost:

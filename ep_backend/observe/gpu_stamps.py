@@ -11,6 +11,8 @@ import torch
 
 from ep_backend.observe.trace import Operation, TraceWriter
 
+RESOLUTION_NS = 1000
+"""Of an event, about half of that."""
 NUM_PENDING = 64
 """Kernels whose events may be outstanding before the oldest are looked at."""
 
@@ -29,12 +31,12 @@ class GpuStamps:
         self._pending: deque[tuple[str, int, Operation, torch.cuda.Event, torch.cuda.Event]] = (
             deque()
         )
-        with torch.cuda.device(device):
-            torch.cuda.synchronize()
-            self._last = torch.cuda.Event(enable_timing=True)
-            self._last.record()
-            self._last.synchronize()
+        torch.cuda.synchronize(device)
+        self._last = torch.cuda.Event(enable_timing=True)
+        self._last.record(torch.cuda.current_stream(device))
+        self._last.synchronize()
         self._last_ns = float(time.monotonic_ns())
+        self._end_ns = 0
 
     @contextmanager
     def stamped(self, kind: str, num_tokens: int, operation: Operation) -> Iterator[None]:
@@ -59,9 +61,12 @@ class GpuStamps:
 
     def _write_oldest(self) -> None:
         kind, num_tokens, operation, begin, end = self._pending.popleft()
-        begin_ns = self._last_ns + self._last.elapsed_time(begin) * 1e6
-        duration_ns = begin.elapsed_time(end) * 1e6
-        self._last, self._last_ns = begin, begin_ns
-        self._trace.add(
-            kind, num_tokens, int(begin_ns), int(duration_ns), operation=operation, on_gpu=True
-        )
+        self._last_ns += self._last.elapsed_time(begin) * 1e6
+        self._last = begin
+        begin_ns = int(self._last_ns)
+        end_ns = int(self._last_ns + begin.elapsed_time(end) * 1e6)
+        if 0 < self._end_ns - begin_ns < RESOLUTION_NS:
+            begin_ns = self._end_ns  # kernels of a stream follow each other
+        self._end_ns = end_ns = max(begin_ns, end_ns)
+        duration_ns = end_ns - begin_ns
+        self._trace.add(kind, num_tokens, begin_ns, duration_ns, operation=operation, on_gpu=True)
