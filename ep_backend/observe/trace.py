@@ -125,14 +125,10 @@ class TraceWriter:
 
     def finish(self) -> None:
         """This process is done; the last of the directory makes the JSON. Idempotent."""
-        from ep_backend.observe.perfetto import write_json
-
         if self._header["is_done"][0] or self._header["pid"][0] != os.getpid():
             return
-        with contextlib.suppress(FileNotFoundError), _locked(self._directory):
-            self._header["is_done"] = 1
-            if not any(_is_recording(path) for path in self._directory.glob("*.trace")):
-                write_json(self._directory)
+        self._header["is_done"] = 1
+        write_if_done(self._directory)
 
     @contextmanager
     def span(self, kind: str, num_tokens: int) -> Iterator[Span]:
@@ -172,6 +168,16 @@ class TraceWriter:
             self._header["num_written"] = written + 1
 
 
+def write_if_done(directory: Path) -> None:
+    """Makes the JSON of what was recorded in `directory`, unless some process still records."""
+    from ep_backend.observe.perfetto import write_json
+
+    # Not there any more, or nobody has recorded: nothing to do.
+    with contextlib.suppress(FileNotFoundError), _locked(directory):
+        if not any(_is_recording(path) for path in directory.glob("*.trace")):
+            write_json(directory)
+
+
 def read_trace(path: Path) -> np.ndarray:
     """The spans in a file, oldest first, as a structured array of `RECORD`."""
     num_written = int(_read_header(path)["num_written"])
@@ -196,12 +202,11 @@ def _is_recording(path: Path) -> bool:
     if header["is_done"]:
         return False
     try:
-        os.kill(int(header["pid"]), 0)
-    except ProcessLookupError:
+        status = Path(f"/proc/{header['pid']}/stat").read_text()
+    except OSError:
         return False
-    except PermissionError:
-        pass
-    return True
+    # pid (name) state: killed ones wait for their parent as Z.
+    return status.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
 @contextmanager

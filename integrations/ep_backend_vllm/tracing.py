@@ -8,16 +8,18 @@ and there is no metric.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ep_backend.observe import metrics
 from ep_backend.observe.counts import ProcessCounts
-from ep_backend.observe.trace import TRACE_VARIABLE, TraceWriter
+from ep_backend.observe.trace import TRACE_VARIABLE, TraceWriter, write_if_done
 from ep_backend_vllm.patching import rebind_everywhere, require, require_parameters
 
 PLACE = "vllm.forward_context.set_forward_context"
@@ -39,6 +41,10 @@ def install() -> None:
 
     original = forward_context.set_forward_context
     counts = ProcessCounts.get() if _are_metrics_wanted() else None
+    directory = os.environ.get(TRACE_VARIABLE)
+    if directory:
+        # vLLM kills its workers, which therefore cannot: the API server does, which ends last.
+        atexit.register(write_if_done, Path(directory))
 
     @functools.wraps(original)
     @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 from ep_backend import NormalBuffer
 from ep_backend.cli import app
 from ep_backend.observe import perfetto
-from ep_backend.observe.trace import TRACE_VARIABLE, Operation, TraceWriter
+from ep_backend.observe.trace import TRACE_VARIABLE, Operation, TraceWriter, write_if_done
 from tests.support.processes import Rank, RankProcesses
 from tests.support.programs import PROGRAMS, Interpreter
 from tests.support.scenario import Scenario, mixed_scenario
@@ -192,6 +194,23 @@ def test_ranks_that_were_killed_are_merged_by_hand(tmp_path: Path) -> None:
     events = events_of(tmp_path)
     check_format(events)
     assert [e["ts"] for e in events if e["ph"] in "sf"] == [0.499, 1.099]
+
+
+def test_json_waits_for_those_who_record_and_not_for_the_dead(tmp_path: Path) -> None:
+    path = tmp_path / "rank0-1.trace"
+    writer = TraceWriter(path)
+    writer.add("dispatch_send", 1, 1000, 500, operation=Operation(0, 1, 1))
+    write_if_done(tmp_path)
+    assert not (tmp_path / "trace.json").exists(), "this process has not said that it is done"
+    killed = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    writer._header["pid"] = killed.pid
+    write_if_done(tmp_path)
+    assert not (tmp_path / "trace.json").exists(), "it lives"
+    killed.kill()
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # a zombie: nobody has taken it away
+    write_if_done(tmp_path)
+    check_format(events_of(tmp_path))
+    killed.communicate()
 
 
 def test_of_too_many_spans_the_newest_are_kept(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ep_backend.bench.demo import DemoResult, Run
 from ep_backend.bench.demo_report import plot_latencies, print_report
 from ep_backend.bench.exchange import ADAPTER_SPANS, BUFFER_SPANS
 from ep_backend.bench.server import RUN_VARIABLE
-from ep_backend.observe.perfetto import write_json
+from ep_backend.observe.perfetto import JSON_NAME
 from tests.observe.test_dashboard import ENGINES, OURS
 from tests.observe.test_perfetto import check_format
 
@@ -101,7 +101,7 @@ async def test_the_servers_metrics_hold_ours_and_match_the_counters(
 async def test_the_servers_ranks_make_a_trace(two_ranks: DemoResult) -> None:
     # Servers with as many ranks record in turn in the same place: of one, or of the other.
     trace_dir = two_ranks.settings.output / "trace-2-ranks"
-    events = json.loads(write_json(trace_dir).read_text())["traceEvents"]
+    events = json.loads((trace_dir / JSON_NAME).read_text())["traceEvents"]
     check_format(events)
     names = {event["name"] for event in events if event["ph"] == "X"}
     assert names >= {"forward", *ADAPTER_SPANS}
