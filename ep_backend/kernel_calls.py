@@ -38,6 +38,7 @@ class KernelCalls:
         self._num_experts = num_experts
         self._is_async = device.type == "cuda"
         self._observer = observer
+        self._is_traced = observer.trace is not None
         self._failure: Exception | None = None
         self._is_closed = False
 
@@ -52,10 +53,10 @@ class KernelCalls:
         if self._failure is not None:
             raise self._failure
         kernel = getattr(self._kernels, kind)
-        if self._observer.trace is None:
-            result = kernel(*args)
-        else:
+        if self._is_traced:
             result = self._observer.traced(kind, num_tokens, lambda: kernel(*args))
+        else:
+            result = kernel(*args)
         self._raise_unless_ok(result)
 
     def fail(self, error: Exception) -> None:

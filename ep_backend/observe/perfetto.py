@@ -36,7 +36,7 @@ from ep_backend.observe.trace import read_trace, trace_pid
 JSON_NAME = "trace.json"
 MAX_SPANS = 60_000
 """Of all ranks together; the newest. The page loads them in seconds."""
-GPU_TRACK = 1  # below any thread id
+GPU_TRACK = 1 << 23  # above any thread id
 # What a hook is the other end of; kinds that send and receive are both ends of themselves.
 SEND_OF = {"dispatch_recv": "dispatch_send", "combine_recv": "combine_send"}
 EXCHANGES = ("dispatch", "combine", "normal_counts", "normal_dispatch", "normal_combine")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ep_backend import LowLatencyBuffer
-from ep_backend.observe import counts
+from ep_backend.observe import counts, perfetto
 from ep_backend.observe.trace import TRACE_VARIABLE, read_trace
 from tests.observe.test_perfetto import check_format
 from tests.support.programs import STEPWISE_PROGRAMS, Interpreter
@@ -113,4 +113,5 @@ def test_a_trace_has_launches_and_kernels(tmp_path: Path, monkeypatch: pytest.Mo
         assert int(span["begin_ns"]) > begin_ns - 200_000, "as exact as the clocks are aligned"
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     check_format(events)
-    assert {e["tid"] for e in events if e["ph"] in "sf"} == {1}, "arrows are of kernels"
+    tracks = {e["tid"] for e in events if e["ph"] in "sf"}
+    assert tracks == {perfetto.GPU_TRACK}, "arrows are of kernels"
