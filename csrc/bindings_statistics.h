@@ -11,12 +11,17 @@
 
 namespace ep {
 
-inline std::vector<std::vector<uint64_t>> rows_of(const std::vector<uint64_t>& words,
-                                                  uint32_t num_columns) {
+inline std::vector<uint64_t> read_words(const uint64_t* words, size_t count) {
+  std::vector<uint64_t> values;
+  for (size_t i = 0; i < count; ++i) values.push_back(cpu::ld_relaxed(words + i));
+  return values;
+}
+
+inline std::vector<std::vector<uint64_t>> read_rows(const std::vector<uint64_t>& words,
+                                                    size_t num_columns) {
   std::vector<std::vector<uint64_t>> rows;
-  for (size_t i = 0; i < words.size(); ++i) {
-    if (i % num_columns == 0) rows.emplace_back();
-    rows.back().push_back(cpu::ld_relaxed(&words[i]));
+  for (size_t first = 0; first < words.size(); first += num_columns) {
+    rows.push_back(read_words(&words[first], num_columns));
   }
   return rows;
 }
@@ -29,18 +34,15 @@ inline pybind11::dict statistics_dict(const cpu::Statistics& statistics) {
     counters["num_rows"] = cpu::ld_relaxed(&op.num_rows);
     counters["total_ns"] = cpu::ld_relaxed(&op.total_ns);
     counters["wait_ns"] = cpu::ld_relaxed(&op.wait_ns);
-    std::vector<uint64_t> buckets;
-    for (const uint64_t& bucket : op.num_in_bucket) buckets.push_back(cpu::ld_relaxed(&bucket));
-    counters["num_in_bucket"] = buckets;
+    counters["num_in_bucket"] = read_words(op.num_in_bucket, cpu::kNumBuckets);
     ops.append(counters);
   }
   pybind11::dict result;
   result["ops"] = ops;
-  result["wait_ns"] = rows_of(statistics.wait_ns(), statistics.num_ranks());
-  result["sent_bytes"] = rows_of(statistics.sent_bytes(), statistics.num_ranks());
-  result["num_expert_rows"] = rows_of(statistics.num_expert_rows(),
-                                      static_cast<uint32_t>(statistics.num_expert_rows().size()))
-                                  .front();
+  result["wait_ns"] = read_rows(statistics.wait_ns(), statistics.num_ranks());
+  result["sent_bytes"] = read_rows(statistics.sent_bytes(), statistics.num_ranks());
+  const std::vector<uint64_t>& expert_rows = statistics.num_expert_rows();
+  result["num_expert_rows"] = read_words(expert_rows.data(), expert_rows.size());
   return result;
 }
 

@@ -26,6 +26,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 TRACE_VARIABLE = "EP_BACKEND_TRACE"
+POLL_SECS = 0.05
 CAPACITY = 1 << 16
 """Spans kept; older ones are overwritten."""
 
@@ -168,14 +169,22 @@ class TraceWriter:
             self._header["num_written"] = written + 1
 
 
-def write_if_done(directory: Path) -> None:
-    """Makes the JSON of what was recorded in `directory`, unless some process still records."""
+def write_if_done(directory: Path, wait_secs: float = 0.0) -> None:
+    """Makes the JSON of what was recorded in `directory`, unless some process still records.
+
+    Args:
+        wait_secs: for processes that are being killed.
+    """
     from ep_backend.observe.perfetto import write_json
 
+    deadline = time.monotonic() + wait_secs
+    while any(_is_recording(path) for path in directory.glob("*.trace")):
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(POLL_SECS)
     # Not there any more, or nobody has recorded: nothing to do.
     with contextlib.suppress(FileNotFoundError), _locked(directory):
-        if not any(_is_recording(path) for path in directory.glob("*.trace")):
-            write_json(directory)
+        write_json(directory)
 
 
 def read_trace(path: Path) -> np.ndarray:

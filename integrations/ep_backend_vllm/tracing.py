@@ -23,6 +23,8 @@ from ep_backend.observe.trace import TRACE_VARIABLE, TraceWriter, write_if_done
 from ep_backend_vllm.patching import rebind_everywhere, require, require_parameters
 
 PLACE = "vllm.forward_context.set_forward_context"
+KILL_SECS = 10.0
+"""That a killed worker may take to give its memory back."""
 
 
 def check() -> None:
@@ -44,7 +46,7 @@ def install() -> None:
     directory = os.environ.get(TRACE_VARIABLE)
     if directory:
         # vLLM kills its workers, which therefore cannot: the API server does, which ends last.
-        atexit.register(write_if_done, Path(directory))
+        atexit.register(write_if_done, Path(directory), wait_secs=KILL_SECS)
 
     @functools.wraps(original)
     @contextmanager

@@ -325,3 +325,8 @@ def test_bytes_are_those_of_rows_and_scales_by_peer() -> None:
         [partial, 2 * partial],
     ]
     assert [s.num_expert_rows for s in statistics] == [[3, 1], [1, 2]]
+
+
+def test_a_rank_without_experts_has_statistics() -> None:
+    buffers = Shape(2, num_experts=1, top_k=1).virtual_buffers()
+    assert [buffer.statistics().num_expert_rows for buffer in buffers] == [[0], []]
