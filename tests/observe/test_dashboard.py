@@ -84,8 +84,12 @@ def test_grafana_finds_its_datasource_and_prometheus_its_targets() -> None:
     services = yaml.safe_load((OBSERVE / "compose.yaml").read_text())["services"]
     host, port = source["url"].removeprefix("http://").split(":")
     assert any(mapped.endswith(f":{port}") for mapped in services[host]["ports"])
-    jobs = yaml.safe_load((OBSERVE / "prometheus.yml").read_text())["scrape_configs"]
-    assert jobs[0]["dns_sd_configs"][0]["port"] == 8000
+    (job,) = yaml.safe_load((OBSERVE / "prometheus.yml").read_text())["scrape_configs"]
+    (file,) = job["file_sd_configs"][0]["files"]
+    assert any(volume.endswith(f":{file}:ro") for volume in services[host]["volumes"])
+    for path in (OBSERVE / "targets").glob("*.yml"):
+        for group in yaml.safe_load(path.read_text()):
+            assert all(re.fullmatch(r"[\w.]+:\d+", target) for target in group["targets"])
 
 
 def test_mounts_and_images_of_the_compose_file() -> None:
@@ -94,7 +98,10 @@ def test_mounts_and_images_of_the_compose_file() -> None:
     for service in services.values():
         assert re.fullmatch(r"[\w/]+:v?\d+\.\d+\.\d+", service["image"]), "pinned"
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
-        files = [v.split(":-../../observe}")[1] for v in service["volumes"] if v.startswith("$")]
+        volumes = [
+            v.replace("${OBSERVE_TARGETS:-one-node}", "one-node") for v in service["volumes"]
+        ]
+        files = [v.split(":-../../observe}")[1] for v in volumes if v.startswith("$")]
         assert files
         for mounted in files:
             assert (OBSERVE / mounted.split(":")[0].strip("/")).exists(), mounted
