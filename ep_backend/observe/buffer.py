@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 
+from ep_backend import _native
 from ep_backend.errors import PeerTimeout
 from ep_backend.group import Group
 from ep_backend.handles import KernelStatistics
@@ -16,8 +17,6 @@ from ep_backend.observe.counts import ProcessCounts, Source
 from ep_backend.observe.gpu_stamps import GpuStamps
 from ep_backend.observe.metrics import Exporter
 from ep_backend.observe.trace import Operation, TraceWriter
-
-T = TypeVar("T")
 
 
 class BufferObserver:
@@ -52,10 +51,12 @@ class BufferObserver:
                 self._gpu = GpuStamps(self.trace, device)
         self._num_ops: dict[str, int] = defaultdict(int)
 
-    def traced(self, kind: str, num_tokens: int, run: Callable[[], T]) -> T:
+    def traced(
+        self, kind: str, num_tokens: int, run: Callable[[], _native.OpResult]
+    ) -> _native.OpResult:
         """Runs a kernel and records it: the time of the call, and on a GPU, where nothing is being
-        captured, also that of the kernel. Not recorded if it raises. The kernel's report may have a
-        `wait_ns`."""
+        captured, also that of the kernel. One that has failed, and so has had no effect, is not an
+        operation."""
         assert self.trace is not None
         # Operations of a kind follow each other, on every rank in the same order.
         operation = Operation(self._rank, self._buffer, self._num_ops[kind] + 1)
@@ -66,9 +67,9 @@ class BufferObserver:
             with self._gpu.stamped(kind, num_tokens, operation):
                 result = run()
         duration_ns = time.monotonic_ns() - begin_ns
-        self._num_ops[kind] += 1
-        wait_ns = getattr(result, "wait_ns", 0)
-        self.trace.add(kind, num_tokens, begin_ns, duration_ns, wait_ns, operation)
+        if result.ok:
+            self._num_ops[kind] += 1
+            self.trace.add(kind, num_tokens, begin_ns, duration_ns, result.wait_ns, operation)
         return result
 
     def failed(self, error: Exception) -> None:
@@ -78,10 +79,12 @@ class BufferObserver:
 
     def close(self) -> None:
         """The buffer is being closed."""
-        if self._source is not None:
-            ProcessCounts.get().close(self._source)
-        if self._gpu is not None:
-            self._gpu.close()
+        # A GPU that has failed has nothing to tell; the buffer is closed all the same.
+        with contextlib.suppress(RuntimeError):
+            if self._source is not None:
+                ProcessCounts.get().close(self._source)
+            if self._gpu is not None:
+                self._gpu.close()
         if self.trace is not None:
             self.trace.close_buffer()
 

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from ep_backend.observe import trace
 from ep_backend.observe.trace import RECORD, Operation, TraceWriter, read_trace
@@ -133,3 +134,22 @@ def test_every_rank_writes_its_sends_and_hooks_to_its_own_file(tmp_path: Path) -
         assert (spans["wait_ns"] <= spans["duration_ns"]).all()
         ends = spans["begin_ns"] + spans["duration_ns"]
         assert (spans["begin_ns"][1:] >= ends[:-1]).all()
+
+
+def test_a_call_that_was_refused_is_no_operation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its rank would number the next ones differently from its peers."""
+    monkeypatch.setenv(trace.TRACE_VARIABLE, str(tmp_path))
+    (buffer,) = Shape(1, top_k=1).virtual_buffers()
+    x = torch.ones(1, buffer.hidden, dtype=buffer.dtype)
+    for expert in (0, buffer.num_experts, 1):
+        idx = torch.tensor([[expert]])
+        if expert == buffer.num_experts:
+            with pytest.raises(ValueError, match="Nothing was sent"):
+                buffer.dispatch(x, idx, torch.ones(1, 1))
+        else:
+            buffer.dispatch_and_receive(x, idx, torch.ones(1, 1))
+    (path,) = tmp_path.glob("*.trace")
+    spans = read_trace(path)
+    assert spans["epoch"][spans["kind"] == b"dispatch_send"].tolist() == [1, 2]
