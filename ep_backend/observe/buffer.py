@@ -24,7 +24,7 @@ class BufferObserver:
 
     Args:
         first_expert: the global number of the rank's first expert.
-        statistics: reads the native kernels' counters, waiting for nothing.
+        statistics: reads the native kernels' counters, waiting for nothing; None: they have none.
 
     Attributes:
         trace: where spans go; None: nowhere.
@@ -35,12 +35,12 @@ class BufferObserver:
         group: Group,
         device: torch.device,
         first_expert: int,
-        statistics: Callable[[], KernelStatistics],
+        statistics: Callable[[], KernelStatistics] | None,
     ) -> None:
         self.trace = TraceWriter.from_env(f"rank{group.self_rank}")
         self._rank = group.self_rank
         self._source: Source | None = None
-        if Exporter.from_env(_process_rank(group)) is not None:
+        if statistics is not None and Exporter.from_env(_process_rank(group)) is not None:
             link = "p2p" if device.type == "cuda" else "shm"
             self._source = Source(group.self_rank, link, first_expert, statistics)
             ProcessCounts.get().add(self._source)
