@@ -8,7 +8,7 @@
 #include "bindings_normal.h"
 #include "bindings_protocol.h"
 #include "bindings_run.h"
-#include "cpu/atomics.h"
+#include "bindings_statistics.h"
 #include "cpu/low_latency.h"
 
 #if defined(EP_BACKEND_CUDA)
@@ -85,15 +85,8 @@ void bind_low_latency_rank(py::module_& m) {
       .def("combine_send", method(&LowLatencyRank::combine_send, &make_combine_send))
       .def("combine_recv", method(&LowLatencyRank::combine_recv, &make_combine_recv))
       .def("epoch", &LowLatencyRank::epoch)
-      .def("counters", [](const LowLatencyRank& self, Phase phase, Half half) {
-        const cpu::OpCounters& c = self.counters(phase, half);
-        py::dict counters;
-        counters["num_ops"] = cpu::ld_relaxed(&c.num_ops);
-        counters["num_rows"] = cpu::ld_relaxed(&c.num_rows);
-        counters["total_ns"] = cpu::ld_relaxed(&c.total_ns);
-        counters["wait_ns"] = cpu::ld_relaxed(&c.wait_ns);
-        return counters;
-      });
+      .def("statistics",
+           [](const LowLatencyRank& self) { return statistics_dict(self.statistics()); });
 }
 
 }  // namespace
@@ -102,6 +95,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of ep_backend (private: use ep_backend's buffers)";
   bind_protocol(m);
   bind_results(m);
+  bind_statistics(m);
   bind_low_latency_rank(m);
   bind_normal(m);
 #if defined(EP_BACKEND_CUDA)

@@ -47,6 +47,7 @@ auto method(OpResult (LowLatencyRank::*kernel)(const Send&, const Recv&, void*),
 // The same methods as the CPU's LowLatencyRank, with a stream behind the arguments, and more.
 void bind_rank(py::module_& m) {
   py::class_<cuda::Statistics>(m, "CudaStatistics")
+      .def_readonly("num_ops", &cuda::Statistics::num_ops)
       .def_readonly("wait_ns", &cuda::Statistics::wait_ns)
       .def_readonly("num_expert_rows", &cuda::Statistics::num_expert_rows);
   py::class_<LowLatencyRank>(m, "CudaLowLatencyRank")

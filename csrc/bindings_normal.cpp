@@ -8,6 +8,7 @@
 
 #include "bindings.h"
 #include "bindings_run.h"
+#include "bindings_statistics.h"
 #include "cpu/normal.h"
 #include "protocol/normal_device_layout.h"
 #include "protocol/normal_layout.h"
@@ -172,7 +173,8 @@ void bind_rank(py::module_& m) {
                  pointer<float>(combined_topk_weights)};
              return run([&] { return self.combine(params); });
            })
-      .def("epoch", &NormalRank::epoch);
+      .def("epoch", &NormalRank::epoch)
+      .def("statistics", [](const NormalRank& self) { return statistics_dict(self.statistics()); });
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 """Types of the native module (csrc/bindings*.cpp)."""
 
 import enum
+from typing import Any, TypedDict
 
 PROTOCOL_VERSION: int
 MAX_RANKS: int
@@ -177,6 +178,17 @@ class OpResult:
     expert: int
     wait_ns: int
 
+BUCKET_LIMITS_NS: tuple[int, ...]
+
+def bucket_of(ns: int) -> int: ...
+def counting_ns(num_ranks: int, num_local_experts: int, num_ops: int) -> float: ...
+
+class RankStatistics(TypedDict):
+    ops: list[dict[str, Any]]  # by kind, as OpCounters
+    wait_ns: list[list[int]]  # [kind][R]
+    sent_bytes: list[list[int]]  # [kind][R]
+    num_expert_rows: list[int]  # [L]
+
 class LowLatencyRank:
     def __init__(
         self,
@@ -234,7 +246,7 @@ class LowLatencyRank:
         num_slots: int,
     ) -> OpResult: ...
     def epoch(self, phase: Phase, half: Half) -> int: ...
-    def counters(self, phase: Phase, half: Half) -> dict[str, int]: ...
+    def statistics(self) -> RankStatistics: ...
 
 NORMAL_PROTOCOL_VERSION: int
 NUM_ROUND_BANKS: int
@@ -384,6 +396,7 @@ class NormalRank:
         combined_topk_weights: int,
     ) -> OpResult: ...
     def epoch(self, phase: Phase) -> int: ...
+    def statistics(self) -> RankStatistics: ...
 
 # Only where has_cuda is true.
 CUDA_MAX_EXPERTS: int
@@ -398,6 +411,7 @@ class PeerMemory:
     def __init__(self, ipc_handle: bytes) -> None: ...
 
 class CudaStatistics:
+    num_ops: list[int]
     wait_ns: list[int]
     num_expert_rows: list[int]
 

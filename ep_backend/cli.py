@@ -12,19 +12,26 @@ import typer
 from rich.console import Console
 from rich.status import Status
 
-from ep_backend.bench import decode, op, op_cuda, op_cuda_normal, precision, serve
+from ep_backend.bench import decode, observe_cost, op, op_cuda, op_cuda_normal, precision, serve
 from ep_backend.bench.demo import DemoSettings, Progress, ServerFailed, run_demo
 from ep_backend.bench.demo_engines import ENGINES
 from ep_backend.bench.demo_report import plot_latencies, print_report
 from ep_backend.bench.model import TinyMoE, make_model
 from ep_backend.bench.report import NoResult, bundled_results, write_report
 from ep_backend.doctor.report import examine, print_examination
+from ep_backend.observe import perfetto
+from ep_backend.observe.scrape import ScrapeFailed, endpoint_urls
+from ep_backend.observe.top import show
 from ep_backend.preflight import KERNELS, NotDeployable
 from ep_backend.preflight import check as preflight
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each checks its results first.")
 app.add_typer(bench, name="bench")
+trace = typer.Typer(
+    no_args_is_help=True, help="Traces that ranks have recorded (EP_BACKEND_TRACE)."
+)
+app.add_typer(trace, name="trace")
 bench.command()(precision.precision)
 # `bench op` parses only --device and --kind itself: what it measures has options of its own.
 op_cpu = typer.Typer(pretty_exceptions_enable=False)
@@ -141,6 +148,58 @@ def report_command(
         raise typer.BadParameter(str(e)) from e
     num_charts = sum(len(section.charts) for section in sections)
     typer.echo(f"wrote {output}: {len(sections)} results, {num_charts} charts")
+
+
+@bench.command("observe")
+def observe_command(
+    seconds: Annotated[float, typer.Option(min=0.5, help="Of each kind of run.")] = 5.0,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write the result here.")
+    ] = None,
+) -> None:
+    """What metrics cost an operation on this CPU."""
+    cost = observe_cost.measure(seconds)
+    observe_cost.print_cost(cost, Console())
+    if json_path is not None:
+        json_path.write_text(json.dumps(cost.as_json(), indent=2) + "\n")
+
+
+@app.command()
+def top(
+    endpoints: Annotated[
+        list[str] | None,
+        typer.Argument(help="HOST:PORT or URL of ranks, or of the engine. Default: localhost:8000"),
+    ] = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="As many ports from each endpoint's on: one a rank.")
+    ] = 1,
+    once: Annotated[bool, typer.Option("--once", help="All since the start; then exit.")] = False,
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+) -> None:
+    """Who waits for whom, and which experts are hot: of running ranks, from their metrics."""
+    try:
+        show(endpoint_urls(endpoints or ["localhost:8000"], ranks), once=once, interval=interval)
+    except ScrapeFailed as e:
+        typer.echo(str(e), err=True)
+        raise typer.Exit(1) from e
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+
+
+@trace.command("merge")
+def trace_merge_command(
+    directory: Annotated[Path, typer.Argument(help="Where ranks recorded.")],
+    max_spans: Annotated[
+        int, typer.Option(min=1, help="The newest of all ranks together.")
+    ] = perfetto.MAX_SPANS,
+) -> None:
+    """Makes DIRECTORY/trace.json of all ranks' recordings, for ui.perfetto.dev."""
+    try:
+        path = perfetto.write_json(directory, max_spans)
+    except FileNotFoundError as e:
+        typer.echo(str(e), err=True)
+        raise typer.Exit(1) from e
+    typer.echo(f"wrote {path}; open it at https://ui.perfetto.dev")
 
 
 @app.command("make-model")

@@ -6,7 +6,7 @@ C outcome columns: min(K, R), or K with reduction "source"; N scales a row: one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,14 +38,41 @@ class OpCounters:
 
 @dataclass(frozen=True)
 class KernelStatistics:
-    """What a rank's kernels on a GPU have counted since its buffer's creation."""
+    """What a rank's kernels have counted since its buffer's creation. Dicts are by the kind of
+    operation: "dispatch_send", "dispatch_recv", "combine_send", "combine_recv"; of normal kernels
+    "normal_counts", "normal_dispatch", "normal_combine"."""
 
+    num_ops: dict[str, int]
+    """Operations completed. Replays of a captured graph are counted, too."""
     wait_ns: dict[str, list[int]]
-    """Of "dispatch_send", "dispatch_recv", "combine_send", "combine_recv": nanoseconds that signals
-    and credits of each rank were waited for. Waits for tagged words are not among them."""
+    """Nanoseconds that signals and credits of each rank were waited for. On CUDA, waits for tagged
+    words are not among them."""
     num_expert_rows: list[int]
-    """Rows that each local expert has received; those that came to rank-major workspaces are not
-    counted."""
+    """Rows that each local expert has received. Not counted: on CUDA, those that came to rank-major
+    workspaces; by normal kernels, those of a cached routing."""
+    counters: dict[str, OpCounters]
+    """CPU; empty on CUDA, and so are the following."""
+    sent_bytes: dict[str, list[int]]
+    """Of rows and their scales that went to each rank."""
+    num_in_bucket: dict[str, list[int]]
+    """Operations by duration: up to `_native.BUCKET_LIMITS_NS`, each without those before it, then
+    longer ones."""
+
+    @classmethod
+    def of_cpu(cls, names: Sequence[str], counted: _native.RankStatistics) -> KernelStatistics:
+        """Args:
+        names: of the kinds, as the native kernels number them.
+        """
+        ops = dict(zip(names, counted["ops"], strict=True))
+        in_bucket = {name: op.pop("num_in_bucket") for name, op in ops.items()}
+        return cls(
+            num_ops={name: op["num_ops"] for name, op in ops.items()},
+            wait_ns=dict(zip(names, counted["wait_ns"], strict=True)),
+            num_expert_rows=counted["num_expert_rows"],
+            counters={name: OpCounters(**op) for name, op in ops.items()},
+            sent_bytes=dict(zip(names, counted["sent_bytes"], strict=True)),
+            num_in_bucket=in_bucket,
+        )
 
 
 class DispatchHandle:

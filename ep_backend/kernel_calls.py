@@ -1,4 +1,4 @@
-"""Calls of one buffer's kernels: traced, and refused once the buffer has failed or is closed."""
+"""Calls of one buffer's kernels: observed, and refused once the buffer has failed or is closed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from ep_backend import _native
 from ep_backend.errors import EPBackendError, PeerTimeout, ProtocolError
 from ep_backend.kernel_errors import exception_for
-from ep_backend.observe.trace import TraceWriter
+from ep_backend.observe.buffer import BufferObserver
 
 
 class Kernels(Protocol):
@@ -24,7 +24,7 @@ class KernelCalls:
     Args:
         num_experts: E, for messages.
         device: on CUDA, a call may raise what an earlier one found wrong.
-        trace: where spans go; None: nowhere.
+        observer: is told of calls and failures.
     """
 
     def __init__(
@@ -32,12 +32,13 @@ class KernelCalls:
         kernels: Kernels,
         num_experts: int,
         device: torch.device,
-        trace: TraceWriter | None,
+        observer: BufferObserver,
     ) -> None:
         self._kernels = kernels
         self._num_experts = num_experts
         self._is_async = device.type == "cuda"
-        self._trace = trace
+        self._observer = observer
+        self._is_traced = observer.trace is not None
         self._failure: Exception | None = None
         self._is_closed = False
 
@@ -52,12 +53,10 @@ class KernelCalls:
         if self._failure is not None:
             raise self._failure
         kernel = getattr(self._kernels, kind)
-        if self._trace is None:
-            result = kernel(*args)
+        if self._is_traced:
+            result = self._observer.traced(kind, num_tokens, lambda: kernel(*args))
         else:
-            with self._trace.span(kind, num_tokens) as span:
-                result = kernel(*args)
-                span.wait_ns = result.wait_ns
+            result = kernel(*args)
         self._raise_unless_ok(result)
 
     def fail(self, error: Exception) -> None:
@@ -75,6 +74,8 @@ class KernelCalls:
         """Refuses every later call; False if that was so already."""
         was_open = not self._is_closed
         self._is_closed = True
+        if was_open:
+            self._observer.close()
         return was_open
 
     def _raise_unless_ok(self, result: _native.OpResult) -> None:
@@ -83,4 +84,5 @@ class KernelCalls:
         error = exception_for(result, self._num_experts, is_async=self._is_async)
         if isinstance(error, (PeerTimeout, ProtocolError)) or self._is_async:
             self._failure = error  # every later call raises it again
+            self._observer.failed(error)
         raise error

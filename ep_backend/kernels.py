@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from itertools import product
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -16,7 +15,6 @@ from ep_backend.handles import KernelStatistics, OpCounters
 if TYPE_CHECKING:
     from ep_backend.group import Group
 
-Phase, Half = _native.Phase, _native.Half
 Kernel = Callable[..., _native.OpResult]
 # By phase, then half, as the native modules count them.
 KERNEL_NAMES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
@@ -103,14 +101,10 @@ class CpuKernels:
         self.combine_recv = rank.combine_recv
 
     def counters(self) -> dict[str, OpCounters]:
-        phases_and_halves = product((Phase.DISPATCH, Phase.COMBINE), (Half.SEND, Half.RECV))
-        return {
-            name: OpCounters(**self._rank.counters(phase, half))
-            for name, (phase, half) in zip(KERNEL_NAMES, phases_and_halves, strict=True)
-        }
+        return self.statistics().counters
 
     def statistics(self) -> KernelStatistics:
-        raise EPBackendError("the CPU's kernels keep no statistics by rank. Call counters().")
+        return KernelStatistics.of_cpu(KERNEL_NAMES, self._rank.statistics())
 
     def report(self) -> _native.OpResult:
         return _native.OpResult()
@@ -170,14 +164,20 @@ class CudaKernels:
         raise EPBackendError("kernels on a GPU keep no such counters. Call statistics().")
 
     def statistics(self) -> KernelStatistics:
-        counted = self._rank.statistics()
+        """As counted so far; waits for no kernel."""
+        with torch.cuda.device(self._device):
+            counted = self._rank.statistics()
         num_ranks = len(counted.wait_ns) // len(KERNEL_NAMES)
         return KernelStatistics(
+            num_ops=dict(zip(KERNEL_NAMES, counted.num_ops, strict=True)),
             wait_ns={
                 name: counted.wait_ns[i * num_ranks : (i + 1) * num_ranks]
                 for i, name in enumerate(KERNEL_NAMES)
             },
             num_expert_rows=counted.num_expert_rows,
+            counters={},
+            sent_bytes={},
+            num_in_bucket={},
         )
 
     def report(self) -> _native.OpResult:

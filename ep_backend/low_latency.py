@@ -37,7 +37,7 @@ from ep_backend.handles import (
 )
 from ep_backend.kernel_calls import KernelCalls
 from ep_backend.kernels import make_kernels
-from ep_backend.observe.trace import TraceWriter
+from ep_backend.observe.buffer import BufferObserver, start_exporter
 from ep_backend.order import PhaseOrder
 from ep_backend.outputs import OutputShape, RecvBank, RecvBanks
 from ep_backend.settings import (
@@ -163,6 +163,7 @@ class LowLatencyBuffer:
         error: Exception | None = None
         try:
             settings.check(group.num_ranks)
+            start_exporter(group)
             check_waits(timeout_secs, spin_us)
             self.device = usable_device(device)
             check_num_sms(num_sms, self.device)
@@ -214,8 +215,8 @@ class LowLatencyBuffer:
         self._combines = PhaseOrder("combine", num_banks)
         self._recv_banks = RecvBanks(output_shape, num_banks, self.device)
         self._fault = faults.active_fault()
-        trace = TraceWriter.from_env(f"rank{group.self_rank}")
-        self._calls = KernelCalls(self._kernels, num_experts, self.device, trace)
+        observer = BufferObserver(group, self.device, self.first_expert, self._kernels.statistics)
+        self._calls = KernelCalls(self._kernels, num_experts, self.device, observer)
 
     def dispatch(
         self,
@@ -405,7 +406,9 @@ class LowLatencyBuffer:
         return self._kernels.counters()
 
     def statistics(self) -> KernelStatistics:
-        """CUDA: who was waited for, and how much each expert got. Waits for the device."""
+        """Who was waited for, and how much each expert got. On CUDA, waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return self._kernels.statistics()
 
     def raise_if_failed(self) -> None:

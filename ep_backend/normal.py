@@ -23,12 +23,12 @@ from ep_backend import _native, faults
 from ep_backend.checks import AtMost, check_int, check_tensor, check_x_scales
 from ep_backend.errors import OrderError
 from ep_backend.group import Group
-from ep_backend.handles import address_of
+from ep_backend.handles import KernelStatistics, address_of
 from ep_backend.kernel_calls import KernelCalls
 from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS, INDEX_DTYPES
 from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
 from ep_backend.normal_settings import CpuNormalKernels, NormalSettings, check_cpu
-from ep_backend.observe.trace import TraceWriter
+from ep_backend.observe.buffer import BufferObserver, start_exporter
 from ep_backend.settings import check_waits, device_type
 
 MAX_TOKENS = (1 << 31) - 1
@@ -110,6 +110,7 @@ class NormalBuffer:
         try:
             check_cpu(device)
             settings.check(group.num_ranks)
+            start_exporter(group)
             check_waits(timeout_secs, spin_us)
         except (TypeError, ValueError) as e:
             error = e
@@ -139,12 +140,12 @@ class NormalBuffer:
         self._x_dtypes = tuple(dict.fromkeys((self.dtype, self.dispatch_dtype)))
         self._lock = threading.Lock()
         self._memory = group.allocate(layout.num_bytes, self.device)
-        kernels = CpuNormalKernels(
+        self._kernels = CpuNormalKernels(
             config, group.self_rank, group.num_ranks, self._memory.bases, timeout_secs, spin_us
         )
         self._fault = faults.active_fault()
-        trace = TraceWriter.from_env(f"rank{group.self_rank}")
-        self._calls = KernelCalls(kernels, num_experts, self.device, trace)
+        observer = BufferObserver(group, self.device, self.first_expert, self._kernels.statistics)
+        self._calls = KernelCalls(self._kernels, num_experts, self.device, observer)
 
     def dispatch(
         self,
@@ -311,6 +312,10 @@ class NormalBuffer:
     def raise_if_failed(self) -> None:
         """Raises what kernels have reported so far. On CUDA, synchronise first to be sure."""
         self._calls.raise_if_failed()
+
+    def statistics(self) -> KernelStatistics:
+        """Who was waited for, and how much each expert got."""
+        return self._kernels.statistics()
 
     def close(self) -> None:
         """Unmaps this rank's view of the shared memory. Not collective; idempotent. No operation of

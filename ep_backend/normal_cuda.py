@@ -15,7 +15,7 @@ from ep_backend import _native, faults
 from ep_backend.checks import check_alignment, check_int
 from ep_backend.errors import EPBackendError
 from ep_backend.group import Group
-from ep_backend.handles import address_of
+from ep_backend.handles import KernelStatistics, address_of
 from ep_backend.kernel_calls import KernelCalls
 from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS
 from ep_backend.normal import MAX_TOKENS, Bias, NormalBuffer, overlap
@@ -27,7 +27,7 @@ from ep_backend.normal_cuda_settings import (
     num_available_sms,
 )
 from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
-from ep_backend.observe.trace import TraceWriter
+from ep_backend.observe.buffer import BufferObserver
 from ep_backend.settings import CUDA_ROW_ALIGNMENT, check_waits, usable_device
 
 _NO_ROWS = (0, 0)
@@ -115,7 +115,7 @@ class CudaNormalBuffer(NormalBuffer):
         self._lock = threading.Lock()
         self._memory = group.allocate(layout.num_bytes, self.device)
         self._rows = SymmetricRows(self, layout, self._memory.bases[group.self_rank])
-        self._kernels = CudaNormalKernels(
+        self._device_kernels = CudaNormalKernels(
             config,
             group.self_rank,
             self._memory.bases,
@@ -125,8 +125,9 @@ class CudaNormalBuffer(NormalBuffer):
         )
         self._tickets = itertools.count(1)
         self._fault = faults.active_fault()
-        trace = TraceWriter.from_env(f"rank{group.self_rank}")
-        self._calls = KernelCalls(self._kernels, num_experts, self.device, trace)
+        # Its kernels count nothing yet.
+        observer = BufferObserver(group, self.device, self.first_expert, None)
+        self._calls = KernelCalls(self._device_kernels, num_experts, self.device, observer)
 
     def dispatch(
         self,
@@ -231,6 +232,9 @@ class CudaNormalBuffer(NormalBuffer):
             )
         return out if sums is None else (out, sums)
 
+    def statistics(self) -> KernelStatistics:
+        raise EPBackendError("the normal kernels on a GPU keep no statistics yet.")
+
     def combine_input(self, handle: NormalDispatchHandle) -> torch.Tensor:
         """`[N or num_worst_tokens, H]` of the buffer's dtype: in symmetric memory, if there is room
         for it, from which combine need not copy. It may be written when the handle's dispatch has
@@ -265,7 +269,7 @@ class CudaNormalBuffer(NormalBuffer):
             *(handle.expert_counts.data_ptr(), ticket, MAX_TOKENS, *nowhere, num_sms),
         )
         self._wait_for_counts(handle.num_tokens, ticket)
-        num_rows, num_rounds, has_room, expert_counts = self._kernels.counts()
+        num_rows, num_rounds, has_room, expert_counts = self._device_kernels.counts()
         try:
             handle.take_counts(num_rows, num_rounds, expert_counts)
             handle.allocate(num_rows)

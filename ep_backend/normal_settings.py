@@ -9,6 +9,7 @@ import torch
 
 from ep_backend import _native
 from ep_backend.checks import check_int
+from ep_backend.handles import KernelStatistics
 from ep_backend.kernels import default_spin_us
 from ep_backend.settings import (
     DTYPES,
@@ -19,6 +20,8 @@ from ep_backend.settings import (
     device_type,
 )
 
+# As the native module counts them.
+NORMAL_KERNEL_NAMES = ("normal_counts", "normal_dispatch", "normal_combine")
 MAX_NUM_BYTES = 1 << 46
 """Of symmetric memory: more than any host has."""
 
@@ -115,9 +118,13 @@ class CpuNormalKernels:
             timeout_ns=int(timeout_secs * 1e9),
             spin_ns=int((default_spin_us(num_ranks) if spin_us is None else spin_us) * 1e3),
         )
+        self._rank = rank
         self.normal_counts = rank.exchange_counts
         self.normal_dispatch = rank.dispatch
         self.normal_combine = rank.combine
+
+    def statistics(self) -> KernelStatistics:
+        return KernelStatistics.of_cpu(NORMAL_KERNEL_NAMES, self._rank.statistics())
 
     def report(self) -> _native.OpResult:
         return _native.OpResult()

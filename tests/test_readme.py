@@ -169,6 +169,14 @@ def test_numbers_served_on_a_cpu_are_those_of_the_results() -> None:
     assert [gate["good"] for gate in measured["gates"]] == [True] * 4
 
 
+def test_what_metrics_cost_is_that_of_the_results() -> None:
+    measured = results("observe-cpu.json")
+    assert measured["share"] < 0.01
+    flowing = " ".join(README.split())
+    assert f"took {measured['share'] * 100:.2f} % of the shortest operation" in flowing
+    assert f"(1 rank, 1 token, {measured['pair_us'] / 4:.1f} us;" in flowing
+
+
 def test_numbers_are_those_of_the_results() -> None:
     names = [f"op-cpu-{num_ranks}-ranks.json" for num_ranks in (2, 4, 8)]
     names += [f"op-cpu-normal-{num_ranks}-ranks.json" for num_ranks in (2, 4)]

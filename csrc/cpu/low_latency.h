@@ -13,19 +13,12 @@
 #include <vector>
 
 #include "cpu/rows.h"
+#include "cpu/statistics.h"
 #include "cpu/wait.h"
 #include "protocol/layout.h"
 #include "protocol/op.h"
 
 namespace ep::cpu {
-
-// Always on: two clock reads an operation.
-struct OpCounters {
-  uint64_t num_ops = 0;
-  uint64_t num_rows = 0;  // rows of x, messages: what the operation read
-  uint64_t total_ns = 0;
-  uint64_t wait_ns = 0;  // part of total_ns spent waiting for peers
-};
 
 using protocol::CombineRecvParams;
 using protocol::CombineSendParams;
@@ -51,9 +44,8 @@ class LowLatencyRank {
   uint64_t epoch(protocol::Phase phase, protocol::Half half) const {
     return epochs_[index(phase)][index(half)].load(std::memory_order_acquire);
   }
-  const OpCounters& counters(protocol::Phase phase, protocol::Half half) const {
-    return counters_[index(phase)][index(half)];
-  }
+  // By kind, phase * 2 + half.
+  const Statistics& statistics() const { return statistics_; }
 
  private:
   class Op;
@@ -93,7 +85,7 @@ class LowLatencyRank {
   // Operations completed, by phase and half. In CUDA these four words live on the device.
   std::atomic<uint64_t> epochs_[protocol::kNumPhases][protocol::kNumHalves] = {};
   std::atomic<bool> failed_{false};
-  OpCounters counters_[protocol::kNumPhases][protocol::kNumHalves];
+  Statistics statistics_;
 
   // Scratch of dispatch_send: messages for each rank so far, rows for each expert so far.
   std::vector<uint32_t> num_messages_to_;

@@ -132,6 +132,7 @@ void LowLatencyRank::write_messages(Op& op, const DispatchSendParams& params) {
 
 void LowLatencyRank::publish_counts_and_signals(Op& op) {
   const auto& partition = layout_.partition();
+  const uint64_t bytes_of_row = layout_.dispatch_row_bytes() + layout_.num_scales() * sizeof(float);
   // Starting behind this rank, so that not all ranks wake rank 0 first.
   for (uint32_t i = 1; i <= partition.num_ranks; ++i) {
     const uint32_t dst_rank = (self_rank_ + i) % partition.num_ranks;
@@ -141,6 +142,7 @@ void LowLatencyRank::publish_counts_and_signals(Op& op) {
       counts[local] = protocol::pack_signal(op.epoch(), num_rows_for_expert_[first_expert + local]);
     }
     op.publish_signal(dst_rank, num_messages_to_[dst_rank]);
+    op.count_sent(dst_rank, num_messages_to_[dst_rank] * bytes_of_row);
   }
 }
 
@@ -155,6 +157,7 @@ OpResult LowLatencyRank::dispatch_recv(const DispatchRecvParams& params) {
     if (!unpack_source(op, src_rank, params)) return op.result();
   }
   std::copy(next_row_.begin(), next_row_.end(), params.num_recv_tokens_per_expert);
+  for (uint32_t e = 0; e < next_row_.size(); ++e) statistics_.add_expert_rows(e, next_row_[e]);
   op.publish_credits();
   return op.complete(next_message_);
 }

@@ -16,6 +16,8 @@ LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_
       layout_(config),
       bases_(std::move(bases)),
       policy_(policy),
+      statistics_(protocol::kNumPhases * protocol::kNumHalves, config.num_ranks,
+                  layout_.partition().num_local_experts(self_rank)),
       num_messages_to_(config.num_ranks),
       num_rows_for_expert_(config.num_experts),
       outgoing_(config.dtype, config.dispatch_dtype, config.scale_format, config.hidden),
@@ -96,6 +98,10 @@ void LowLatencyRank::Op::publish_credits() {
 
 bool LowLatencyRank::Op::waited(Status status, uint32_t peer_rank, uint64_t expected,
                                 uint64_t seen) {
+  if (deadline_.waited_ns() != counted_wait_ns_) {
+    rank_.statistics_.add_wait(kind(), peer_rank, deadline_.waited_ns() - counted_wait_ns_);
+    counted_wait_ns_ = deadline_.waited_ns();
+  }
   if (status == Status::kOk) return true;
   if (status == Status::kTimeout) return fail(status, peer_rank, expected, seen);
   result_.status = status;
@@ -122,13 +128,8 @@ bool LowLatencyRank::Op::refuse_expert(uint32_t token, uint32_t k, int64_t exper
 
 OpResult LowLatencyRank::Op::complete(uint64_t num_rows) {
   fence_streamed_rows();  // of recv_x: the caller may hand it to another thread
-  OpCounters& counters = rank_.counters_[index(phase_)][index(half_)];
   result_.wait_ns = deadline_.waited_ns();
-  // One writer at a time; relaxed stores because another thread may read the counters meanwhile.
-  st_relaxed(&counters.num_ops, counters.num_ops + 1);
-  st_relaxed(&counters.num_rows, counters.num_rows + num_rows);
-  st_relaxed(&counters.total_ns, counters.total_ns + deadline_.elapsed_ns());
-  st_relaxed(&counters.wait_ns, counters.wait_ns + result_.wait_ns);
+  rank_.statistics_.add_op(kind(), num_rows, deadline_.elapsed_ns(), result_.wait_ns);
   rank_.epochs_[index(phase_)][index(half_)].store(epoch_, std::memory_order_release);
   return result_;
 }

@@ -27,6 +27,11 @@ class LowLatencyRank::Op {
   // Publishes: to every peer, that this rank has emptied this epoch's bank.
   void publish_credits();
 
+  // For the statistics: rows of so many bytes went to `dst_rank`.
+  void count_sent(uint32_t dst_rank, uint64_t num_bytes) {
+    rank_.statistics_.add_sent(kind(), dst_rank, num_bytes);
+  }
+
   // The buffer cannot be trusted any more: fails it. Always returns false.
   bool fail(Status status, uint32_t peer_rank, uint64_t expected, uint64_t seen);
   // A mistake in the arguments; the buffer stays usable. Always returns false.
@@ -34,6 +39,7 @@ class LowLatencyRank::Op {
   OpResult complete(uint64_t num_rows);
 
  private:
+  uint32_t kind() const { return index(phase_) * protocol::kNumHalves + index(half_); }
   bool waited(Status status, uint32_t peer_rank, uint64_t expected, uint64_t seen);
 
   LowLatencyRank& rank_;
@@ -42,6 +48,7 @@ class LowLatencyRank::Op {
   uint64_t epoch_;
   uint32_t bank_;
   Deadline deadline_;
+  uint64_t counted_wait_ns_ = 0;  // of the deadline's, what some peer has been charged with
   OpResult result_;
 };
 

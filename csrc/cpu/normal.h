@@ -11,12 +11,17 @@
 #include <vector>
 
 #include "cpu/rows.h"
+#include "cpu/statistics.h"
 #include "cpu/wait.h"
 #include "protocol/normal_layout.h"
 #include "protocol/normal_op.h"
 #include "protocol/op.h"
 
 namespace ep::cpu {
+
+// Kinds of calls, for the statistics.
+enum class NormalCall : uint32_t { kCounts, kDispatch, kCombine };
+constexpr uint32_t kNumNormalCalls = 3;
 
 class NormalRank {
  public:
@@ -33,6 +38,8 @@ class NormalRank {
   uint64_t epoch(protocol::Phase phase) const {
     return epochs_[static_cast<uint32_t>(phase)].load(std::memory_order_acquire);
   }
+  // By NormalCall.
+  const Statistics& statistics() const { return statistics_; }
 
  private:
   class Op;
@@ -58,6 +65,7 @@ class NormalRank {
 
   std::atomic<uint64_t> epochs_[protocol::kNumPhases] = {};
   std::atomic<bool> failed_{false};
+  Statistics statistics_;
 
   // Scratch: of a batch, rows for each rank and for each expert; of a round, rows for each rank.
   std::vector<uint64_t> num_rows_to_;

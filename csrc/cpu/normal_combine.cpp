@@ -17,7 +17,6 @@ namespace ep::cpu {
 
 using protocol::NormalCombineParams;
 using protocol::OpResult;
-using protocol::Phase;
 
 namespace {
 
@@ -29,13 +28,13 @@ uint64_t weights_bit(const NormalCombineParams& params) {
 }  // namespace
 
 OpResult NormalRank::combine(const NormalCombineParams& params) {
-  Op op(*this, Phase::kCombine);
+  Op op(*this, NormalCall::kCombine);
   if (!op.ok() || !op.wait_until_emptied()) return op.result();
   start_rows(params.rows);
   const bool is_done = op.run_rounds(
       params.rows.num_rounds, [&](uint64_t round) { send_home(op, round, params); },
       [&](uint64_t round) { return add_up(op, round, params); });
-  return is_done ? op.complete(params.rows.num_rounds) : op.result();
+  return is_done ? op.complete(params.rows.num_rounds, end_row_.back()) : op.result();
 }
 
 // The rows of this round's messages, to where those came from.
@@ -59,6 +58,7 @@ void NormalRank::send_home(Op& op, uint64_t round, const NormalCombineParams& pa
       }
     }
     op.publish_signal(round, src_rank, count | weights_bit(params));
+    op.count_sent(src_rank, count * row_bytes);
   }
 }
 

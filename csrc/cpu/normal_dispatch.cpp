@@ -20,7 +20,6 @@ using protocol::BatchCounts;
 using protocol::NormalCountsParams;
 using protocol::NormalDispatchParams;
 using protocol::OpResult;
-using protocol::Phase;
 
 namespace {
 
@@ -50,7 +49,7 @@ class RankSet {
 }  // namespace
 
 OpResult NormalRank::exchange_counts(const NormalCountsParams& params) {
-  Op op(*this, Phase::kDispatch);
+  Op op(*this, NormalCall::kCounts);
   if (!op.ok() || !check_experts(op, params)) return op.result();
   route(params);
   if (!op.wait_until_emptied()) return op.result();
@@ -62,7 +61,10 @@ OpResult NormalRank::exchange_counts(const NormalCountsParams& params) {
     if (!read_counts(op, src_rank, params)) return op.result();
   }
   op.publish_credits(0);
-  return op.complete(1);
+  for (uint32_t e = 0; e < num_local_experts; ++e) {
+    statistics_.add_expert_rows(e, params.num_recv_tokens_per_expert[e]);
+  }
+  return op.complete(1, params.routes.num_tokens);
 }
 
 bool NormalRank::check_experts(Op& op, const NormalCountsParams& params) const {
@@ -143,7 +145,7 @@ bool NormalRank::read_counts(Op& op, uint32_t src_rank, const NormalCountsParams
 }
 
 OpResult NormalRank::dispatch(const NormalDispatchParams& params) {
-  Op op(*this, Phase::kDispatch);
+  Op op(*this, NormalCall::kDispatch);
   if (!op.ok() || !op.wait_until_emptied()) return op.result();
   start_rows(params.rows);
   const uint32_t num_ranks = layout_.config().num_ranks;
@@ -155,7 +157,7 @@ OpResult NormalRank::dispatch(const NormalDispatchParams& params) {
         }
         return true;
       });
-  return is_done ? op.complete(params.rows.num_rounds) : op.result();
+  return is_done ? op.complete(params.rows.num_rounds, params.routes.num_tokens) : op.result();
 }
 
 // Where the rows of each source begin and end in recv_x.
@@ -195,6 +197,7 @@ void NormalRank::send_tokens(Op& op, uint64_t round, const NormalDispatchParams&
   for (uint32_t i = 1; i <= config.num_ranks; ++i) {
     const uint32_t dst_rank = (self_rank_ + i) % config.num_ranks;
     op.publish_signal(round, dst_rank, num_in_round_[dst_rank]);
+    op.count_sent(dst_rank, num_in_round_[dst_rank] * row_bytes);
   }
 }
 

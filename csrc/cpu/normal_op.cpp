@@ -17,6 +17,8 @@ NormalRank::NormalRank(const protocol::NormalConfig& config, uint32_t self_rank,
       layout_(config),
       bases_(std::move(bases)),
       policy_(policy),
+      statistics_(kNumNormalCalls, config.num_ranks,
+                  layout_.partition().num_local_experts(self_rank)),
       num_rows_to_(config.num_ranks),
       num_rows_for_expert_(config.num_experts),
       num_in_round_(config.num_ranks),
@@ -24,10 +26,14 @@ NormalRank::NormalRank(const protocol::NormalConfig& config, uint32_t self_rank,
       end_row_(config.num_ranks),
       outgoing_(config.dtype, config.dispatch_dtype, config.scale_format, config.hidden) {}
 
-NormalRank::Op::Op(NormalRank& rank, Phase phase)
-    : rank_(rank), phase_(phase), first_epoch_(rank.epoch(phase) + 1) {
+NormalRank::Op::Op(NormalRank& rank, NormalCall call)
+    : rank_(rank),
+      call_(call),
+      phase_(call == NormalCall::kCombine ? Phase::kCombine : Phase::kDispatch),
+      begin_ns_(now_ns()),
+      first_epoch_(rank.epoch(phase_) + 1) {
   result_.record.self_rank = static_cast<int32_t>(rank.self_rank_);
-  result_.record.phase = phase;
+  result_.record.phase = phase_;
   result_.record.epoch = first_epoch_;
   if (rank.failed_.load(std::memory_order_acquire)) result_.status = Status::kBufferFailed;
 }
@@ -42,8 +48,8 @@ bool NormalRank::Op::wait_for_credits(uint64_t epoch, Phase phase, uint64_t empt
   for (uint32_t peer = 0; peer < rank_.layout_.config().num_ranks; ++peer) {
     uint64_t seen;
     const bool has_come =
-        wait_for(rank_.layout_.credit(phase, peer), rank_.layout_.credit_sleepers(phase, peer),
-                 credit_arrived, emptied, &seen);
+        wait_for(peer, rank_.layout_.credit(phase, peer),
+                 rank_.layout_.credit_sleepers(phase, peer), credit_arrived, emptied, &seen);
     if (!has_come) return fail(result_.status, Half::kSend, epoch, peer, emptied, seen);
   }
   return true;
@@ -51,7 +57,7 @@ bool NormalRank::Op::wait_for_credits(uint64_t epoch, Phase phase, uint64_t empt
 
 bool NormalRank::Op::wait_for_signal(uint64_t round, uint32_t src_rank, uint64_t* count) {
   uint64_t seen;
-  const bool has_come = wait_for(rank_.layout_.signal(bank(round), phase_, src_rank),
+  const bool has_come = wait_for(src_rank, rank_.layout_.signal(bank(round), phase_, src_rank),
                                  rank_.layout_.signal_sleepers(phase_, src_rank), signal_arrived,
                                  epoch(round), &seen);
   const uint64_t seen_epoch = protocol::signal_epoch(seen);
@@ -65,14 +71,16 @@ bool NormalRank::Op::wait_for_signal(uint64_t round, uint32_t src_rank, uint64_t
 
 // Each wait has the whole timeout: a large batch may take longer than that while rounds keep
 // coming.
-bool NormalRank::Op::wait_for(uint64_t word, uint64_t sleepers, bool (*arrived)(uint64_t, uint64_t),
-                              uint64_t expected, uint64_t* seen) {
+bool NormalRank::Op::wait_for(uint32_t peer_rank, uint64_t word, uint64_t sleepers,
+                              bool (*arrived)(uint64_t, uint64_t), uint64_t expected,
+                              uint64_t* seen) {
   std::byte* self = rank_.bases_[rank_.self_rank_];
   Deadline deadline(rank_.policy_);
   result_.status = deadline.wait_until(at<uint64_t>(self, word), arrived, expected,
                                        at<uint32_t>(self, sleepers), seen);
   result_.wait_ns += deadline.waited_ns();
   result_.record.waited_ns = deadline.waited_ns();
+  rank_.statistics_.add_wait(kind(), peer_rank, deadline.waited_ns());
   return ok();
 }
 
@@ -116,8 +124,9 @@ bool NormalRank::Op::refuse_expert(uint64_t token, uint32_t k, int64_t expert) {
   return false;
 }
 
-OpResult NormalRank::Op::complete(uint64_t num_rounds) {
+OpResult NormalRank::Op::complete(uint64_t num_rounds, uint64_t num_rows) {
   fence_streamed_rows();  // of recv_x: the caller may hand it to another thread
+  rank_.statistics_.add_op(kind(), num_rows, now_ns() - begin_ns_, result_.wait_ns);
   rank_.epochs_[static_cast<uint32_t>(phase_)].store(first_epoch_ + num_rounds - 1,
                                                      std::memory_order_release);
   return result_;

@@ -10,7 +10,7 @@ namespace ep::cpu {
 class NormalRank::Op {
  public:
   // Refuses to start on a failed buffer.
-  Op(NormalRank& rank, protocol::Phase phase);
+  Op(NormalRank& rank, NormalCall call);
 
   bool ok() const { return result_.status == Status::kOk; }
   protocol::OpResult result() const { return result_; }
@@ -36,21 +36,29 @@ class NormalRank::Op {
   // Publishes: to every peer, that this rank has emptied this round's bank.
   void publish_credits(uint64_t round);
 
+  // For the statistics: rows of so many bytes went to `dst_rank`.
+  void count_sent(uint32_t dst_rank, uint64_t num_bytes) {
+    rank_.statistics_.add_sent(kind(), dst_rank, num_bytes);
+  }
+
   // Memory that contradicts its signal: fails the buffer. Always returns false.
   bool fail_corrupt(uint64_t round, uint32_t peer_rank, uint64_t expected, uint64_t seen);
   // A mistake in the arguments; the buffer stays usable. Always returns false.
   bool refuse_expert(uint64_t token, uint32_t k, int64_t expert);
-  protocol::OpResult complete(uint64_t num_rounds);
+  protocol::OpResult complete(uint64_t num_rounds, uint64_t num_rows);
 
  private:
+  uint32_t kind() const { return static_cast<uint32_t>(call_); }
   bool wait_for_credits(uint64_t epoch, protocol::Phase phase, uint64_t emptied);
-  bool wait_for(uint64_t word, uint64_t sleepers, bool (*arrived)(uint64_t, uint64_t),
-                uint64_t expected, uint64_t* seen);
+  bool wait_for(uint32_t peer_rank, uint64_t word, uint64_t sleepers,
+                bool (*arrived)(uint64_t, uint64_t), uint64_t expected, uint64_t* seen);
   bool fail(Status status, protocol::Half half, uint64_t epoch, uint32_t peer_rank,
             uint64_t expected, uint64_t seen);
 
   NormalRank& rank_;
+  NormalCall call_;
   protocol::Phase phase_;
+  uint64_t begin_ns_;
   uint64_t first_epoch_;
   protocol::OpResult result_;
 };

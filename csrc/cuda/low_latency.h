@@ -74,6 +74,7 @@ constexpr uint32_t kNumMaxExperts = 4096;
 
 // What a rank's kernels have counted since its creation.
 struct Statistics {
+  std::vector<uint64_t> num_ops;          // [phase][half]: completed
   std::vector<uint64_t> wait_ns;          // [phase][half][R]
   std::vector<uint64_t> num_expert_rows;  // [L]
 };
@@ -102,7 +103,8 @@ class LowLatencyRank {
                              void* stream);
   // What a kernel has reported so far; does not wait for the device.
   protocol::OpResult report() const;
-  // Waits for the device.
+  // As counted so far. Waits for no kernel, and any thread may call it, also while another one
+  // captures a graph.
   Statistics statistics() const;
 
  private:
@@ -123,6 +125,7 @@ class LowLatencyRank {
   bool has_room_for_two_;         // two blocks of any kernel fit an SM
   uint32_t num_tokens_ = 0;       // of the latest dispatch
   std::byte** bases_ = nullptr;
+  void* statistics_stream_ = nullptr;
 };
 
 }  // namespace ep::cuda

@@ -104,3 +104,13 @@ async def stream_all(
         base_url=base_url, timeout=timeout_secs, trust_env=False
     ) as client:
         return await asyncio.gather(*(one(client, prompt) for prompt in prompts))
+
+
+async def fetch_text(url: str, timeout_secs: float = 30.0) -> str:
+    """The body of a page.
+
+    Raises:
+        httpx.HTTPError: it could not be had.
+    """
+    async with httpx.AsyncClient(timeout=timeout_secs, trust_env=False) as client:
+        return (await client.get(url)).raise_for_status().text

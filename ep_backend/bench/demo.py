@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_backend.bench import exchange
-from ep_backend.bench.client import Completion, stream_all
+from ep_backend.bench.client import Completion, fetch_text, stream_all
 from ep_backend.bench.demo_engines import ENGINES, Engine
 from ep_backend.bench.exchange import ExchangeReport
 from ep_backend.bench.model import HEAD_DIM, TinyMoE, make_model
@@ -27,7 +27,8 @@ from ep_backend.bench.provenance import commit
 from ep_backend.bench.serve_engine import machine
 from ep_backend.bench.server import Server, ServerFailed, running_server
 from ep_backend.faults import FAULT_VARIABLE
-from ep_backend.observe.trace import TRACE_DIR_VARIABLE
+from ep_backend.observe import metrics
+from ep_backend.observe.trace import TRACE_VARIABLE
 
 SUBJECTS = ("alpha", "river", "engine", "lantern", "harbour", "violin", "glacier", "market")
 WARMUP_ROUNDS = 2
@@ -90,6 +91,8 @@ class Run:
     concurrent: list[Completion]
     """All prompts at once."""
     exchange: ExchangeReport | None = None
+    metrics: str = ""
+    """What the server's /metrics said at the end, where ep_backend was in it."""
 
 
 @dataclass
@@ -162,11 +165,16 @@ async def serve_reference(settings: DemoSettings, progress: Progress) -> Run:
 
 
 async def serve_ours(settings: DemoSettings, progress: Progress) -> Run:
-    """Serves on `settings.ranks` ranks through ep_backend, with a trace."""
+    """Serves on `settings.ranks` ranks through ep_backend, with a trace and metrics."""
     trace_dir = settings.output / f"trace-{settings.ranks}-ranks"
-    shutil.rmtree(trace_dir, ignore_errors=True)
-    trace_dir.mkdir(parents=True)
-    environment = {TRACE_DIR_VARIABLE: str(trace_dir.resolve())}
+    metrics_dir = settings.output / f"metrics-{settings.ranks}-ranks"
+    for directory in (trace_dir, metrics_dir):
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+    environment = {
+        TRACE_VARIABLE: str(trace_dir.resolve()),
+        metrics.DIRECTORY_VARIABLE: str(metrics_dir.resolve()),
+    }
     if settings.fault:
         environment[FAULT_VARIABLE] = settings.fault
     return await _serve(settings, settings.ranks, environment, progress, trace_dir)
@@ -258,6 +266,8 @@ async def _stream(
             num_ranks=ranks,
             window_ns=(begin_ns, end_ns),
         )
+        await asyncio.sleep(2 * metrics.INTERVAL_SECS)  # until the last counts are in the registry
+        run.metrics = await fetch_text(f"{server.base_url}/metrics")
     return run
 
 

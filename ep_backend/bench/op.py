@@ -140,7 +140,7 @@ def run_op_bench(
             status.update(f"measured {len(cases)} of {len(settings.num_tokens)} cases")
 
         run_ranks(RANK_MAINS[settings.kind], settings.num_ranks, settings, on_reports)
-    machine = _machine() | {"load_average_before": load_before[0]}
+    machine = this_machine() | {"load_average_before": load_before[0]}
     console.print(_table(settings, machine, cases))
     if json_path is not None:
         document = {
@@ -149,7 +149,7 @@ def run_op_bench(
             "date": begin.isoformat(timespec="seconds"),
             "commit": commit(),
             "machine": machine,
-            "versions": _versions(),
+            "versions": installed_versions(),
             "settings": asdict(settings) | {"dtype": str(settings.dtype).removeprefix("torch.")},
             "cases": [case.to_json() for case in cases],
         }
@@ -159,7 +159,7 @@ def run_op_bench(
 
 
 def _table(settings: BenchSettings, machine: dict[str, Any], cases: list[OpBenchCase]) -> Table:
-    versions = _versions()
+    versions = installed_versions()
     table = Table(
         title=f"{settings.kind} dispatch + combine, {settings.num_ranks} ranks | "
         f"hidden {settings.hidden}, {settings.num_experts} experts, top-{settings.top_k}, "
@@ -205,7 +205,7 @@ def _microseconds(us: float) -> str:
     return f"{us:.1f}" if us < 100 else f"{us:.0f}"
 
 
-def _machine() -> dict[str, Any]:
+def this_machine() -> dict[str, Any]:
     cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":", 1)[1].strip() for line in cpu_lines if line.startswith("model name")]
     return {
@@ -215,7 +215,7 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     return {
         "ep_backend": __version__,
         "python": platform.python_version(),

@@ -45,7 +45,7 @@ from ep_backend.bench.serve_report import gate_line, has_failed, print_results
 from ep_backend.bench.serve_settings import PROGRAM, Options, Visit, parse_arguments
 from ep_backend.bench.serve_share import exchange_share
 from ep_backend.bench.server import START_TIMEOUT_SECS, Server, ServerFailed, running_server
-from ep_backend.observe.trace import TRACE_DIR_VARIABLE
+from ep_backend.observe.trace import TRACE_VARIABLE
 
 Cells = list[tuple[int, int]]
 
@@ -146,7 +146,7 @@ class Run:
         entry["log"] = log.name
         trace_dir = self._new_trace_dir(visit)
         if trace_dir is not None:
-            environment[TRACE_DIR_VARIABLE] = str(trace_dir.resolve())
+            environment[TRACE_VARIABLE] = str(trace_dir.resolve())
         self._begin_stage(visit, "start-up", f" (log: {log})")
         async with AsyncExitStack() as stack:
             client = await stack.enter_async_context(

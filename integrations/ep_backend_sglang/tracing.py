@@ -1,7 +1,7 @@
 """Spans of SGLang's forward passes, and of a layer's exchange as its dispatcher sees it, beside
 those of our buffer.
 
-Only where a trace is asked for (`EP_BACKEND_TRACE_DIR`); otherwise SGLang is left alone.
+Only where a trace is asked for (`EP_BACKEND_TRACE`); otherwise SGLang is left alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ep_backend.observe.trace import TRACE_DIR_VARIABLE, TraceWriter
+from ep_backend.observe.trace import TRACE_VARIABLE, TraceWriter
 from ep_backend_sglang.patching import require, require_parameters
 
 RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
@@ -20,7 +20,7 @@ DISPATCHER = "sglang.srt.layers.moe.token_dispatcher.deepep.DeepEPDispatcher"
 
 
 def check() -> None:
-    if not os.environ.get(TRACE_DIR_VARIABLE):
+    if not os.environ.get(TRACE_VARIABLE):
         return
     from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPDispatcher
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -35,7 +35,7 @@ def check() -> None:
 
 
 def install() -> None:
-    if not os.environ.get(TRACE_DIR_VARIABLE):
+    if not os.environ.get(TRACE_VARIABLE):
         return
     from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPDispatcher
     from sglang.srt.model_executor.model_runner import ModelRunner

@@ -115,7 +115,7 @@ def test_name_tests_of_vllm_know_the_backend(
 def test_a_vanished_target_stops_the_plugin_with_the_supported_versions(
     part: SimpleNamespace, target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
-    monkeypatch.setenv("EP_BACKEND_TRACE_DIR", str(tmp_path))
+    monkeypatch.setenv("EP_BACKEND_TRACE", str(tmp_path))
     monkeypatch.setenv("EP_BACKEND_VLLM_POLL_US", "200")
     monkeypatch.setenv("EP_BACKEND_VLLM_CPU_DEFAULT", "1")
     monkeypatch.delattr(target)

@@ -7,9 +7,10 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from ep_backend.observe import trace
-from ep_backend.observe.trace import RECORD, TraceWriter, read_trace
+from ep_backend.observe.trace import RECORD, Operation, TraceWriter, read_trace
 from tests.support.processes import Rank, RankProcesses
 from tests.support.programs import PROGRAMS, Interpreter
 from tests.support.scenario import Scenario, mixed_scenario
@@ -28,10 +29,19 @@ def test_a_reader_gets_what_was_written_in_order(tmp_path: Path) -> None:
     writer.add("dispatch_recv", num_tokens=0, begin_ns=200, duration_ns=40)
     spans = read_trace(tmp_path / "t")
     assert spans.dtype == RECORD
-    assert spans.tolist() == [
-        (b"dispatch_send", 7, 100, 30, 20),
-        (b"dispatch_recv", 0, 200, 40, 0),
+    fields = ["kind", "num_tokens", "begin_ns", "duration_ns", "wait_ns", "epoch"]
+    assert spans[fields].tolist() == [
+        (b"dispatch_send", 7, 100, 30, 20, 0),
+        (b"dispatch_recv", 0, 200, 40, 0, 0),
     ]
+    assert spans["thread"].tolist() == [threading.get_native_id()] * 2
+
+
+def test_a_span_knows_its_operation(tmp_path: Path) -> None:
+    writer = TraceWriter(tmp_path / "t")
+    writer.add("dispatch_send", 1, 0, 1, operation=Operation(rank=3, buffer=2, epoch=9))
+    (span,) = read_trace(tmp_path / "t")
+    assert (span["rank"], span["buffer"], span["epoch"]) == (3, 2, 9)
 
 
 def test_an_empty_trace_reads_as_empty(tmp_path: Path) -> None:
@@ -89,21 +99,21 @@ def test_threads_lose_no_span(tmp_path: Path) -> None:
 
 
 def test_without_the_variable_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(trace.TRACE_DIR_VARIABLE, raising=False)
+    monkeypatch.delenv(trace.TRACE_VARIABLE, raising=False)
     assert TraceWriter.from_env("rank0") is None
 
 
 def test_a_process_has_one_writer_a_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(trace.TRACE_DIR_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(trace.TRACE_VARIABLE, str(tmp_path))
     first = TraceWriter.from_env("rank0")
     assert first is TraceWriter.from_env("adapter")
     assert [p.name for p in tmp_path.iterdir()] == [f"rank0-{os.getpid()}.trace"]
 
 
 def run_traced(rank: Rank, scenario: Scenario, directory: str) -> int:
-    os.environ[trace.TRACE_DIR_VARIABLE] = directory
+    os.environ[trace.TRACE_VARIABLE] = directory
     with scenario.shape.buffer(rank.group) as buffer:
         Interpreter(buffer, scenario).run(PROGRAMS["plain_loop"](5, 2))
     return os.getpid()
@@ -119,6 +129,27 @@ def test_every_rank_writes_its_sends_and_hooks_to_its_own_file(tmp_path: Path) -
         assert spans["kind"].tolist() == kinds * 5
         num_tokens = [scenario.variant(op).x[rank].shape[0] for op in range(5) for _ in range(4)]
         assert spans["num_tokens"].tolist() == num_tokens
+        assert spans["epoch"].tolist() == [op + 1 for op in range(5) for _ in range(4)]
+        assert set(spans["rank"].tolist()) == {rank}
         assert (spans["wait_ns"] <= spans["duration_ns"]).all()
         ends = spans["begin_ns"] + spans["duration_ns"]
         assert (spans["begin_ns"][1:] >= ends[:-1]).all()
+
+
+def test_a_call_that_was_refused_is_no_operation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its rank would number the next ones differently from its peers."""
+    monkeypatch.setenv(trace.TRACE_VARIABLE, str(tmp_path))
+    (buffer,) = Shape(1, top_k=1).virtual_buffers()
+    x = torch.ones(1, buffer.hidden, dtype=buffer.dtype)
+    for expert in (0, buffer.num_experts, 1):
+        idx = torch.tensor([[expert]])
+        if expert == buffer.num_experts:
+            with pytest.raises(ValueError, match="Nothing was sent"):
+                buffer.dispatch(x, idx, torch.ones(1, 1))
+        else:
+            buffer.dispatch_and_receive(x, idx, torch.ones(1, 1))
+    (path,) = tmp_path.glob("*.trace")
+    spans = read_trace(path)
+    assert spans["epoch"][spans["kind"] == b"dispatch_send"].tolist() == [1, 2]

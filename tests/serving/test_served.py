@@ -10,10 +10,16 @@ from rich.console import Console
 
 from ep_backend.bench.demo import DemoResult, Run
 from ep_backend.bench.demo_report import plot_latencies, print_report
+from ep_backend.bench.exchange import ADAPTER_SPANS, BUFFER_SPANS
 from ep_backend.bench.report import write_report
+from ep_backend.observe.perfetto import JSON_NAME
 from tests.bench.pages import check_self_contained
+from tests.observe.test_dashboard import ENGINES, OURS
+from tests.observe.test_perfetto import check_format
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+from prometheus_client.parser import text_string_to_metric_families  # comes with vLLM
+
 pytestmark = pytest.mark.engine
 
 
@@ -58,6 +64,46 @@ async def test_a_broken_combine_is_noticed(
         assert not result.is_good
         assert result.ours.exchange is not None
         assert result.ours.exchange.all_steps_dispatched, "the exchange itself went on"
+
+
+async def test_the_servers_metrics_hold_ours_and_match_the_counters(
+    two_ranks: DemoResult, high_throughput: DemoResult
+) -> None:
+    for result, sends in ((two_ranks, "dispatch_send"), (high_throughput, "normal_dispatch")):
+        exchange = result.ours.exchange
+        assert exchange is not None
+        samples = {
+            (sample.name, sample.labels.get("rank"), sample.labels.get("op")): sample.value
+            for family in text_string_to_metric_families(result.ours.metrics)
+            for sample in family.samples
+        }
+        for rank in exchange.ranks:
+            number = rank.name.removeprefix("rank")
+            num_dispatches = samples["ep_backend_operations_total", number, sends]
+            assert num_dispatches == rank.num_dispatches
+            assert samples["ep_backend_op_seconds_count", number, sends] == num_dispatches
+            assert samples["ep_backend_forwards_total", number, None] == rank.num_forwards
+            inside = sum(
+                value
+                for (name, of_rank, _), value in samples.items()
+                if (name, of_rank) == ("ep_backend_op_seconds_sum", number)
+            )
+            assert 0 < inside < samples["ep_backend_forward_seconds_total", number, None]
+        names = {name for name, _, _ in samples}
+        assert names >= {name for name in ENGINES if name.startswith("vllm:")}
+        assert names >= OURS.keys() - {"ep_backend_timeouts_total"}
+
+
+async def test_the_servers_ranks_make_a_trace(two_ranks: DemoResult) -> None:
+    # Servers with as many ranks record in turn in the same place: of one, or of the other.
+    trace_dir = two_ranks.settings.output / "trace-2-ranks"
+    events = json.loads((trace_dir / JSON_NAME).read_text())["traceEvents"]
+    check_format(events)
+    names = {event["name"] for event in events if event["ph"] == "X"}
+    assert names >= {"forward", *ADAPTER_SPANS}
+    assert any(names >= set(spans) for spans in BUFFER_SPANS)
+    starts = {event["id"]: event["pid"] for event in events if event["ph"] == "s"}
+    assert {starts[e["id"]] != e["pid"] for e in events if e["ph"] == "f"} == {True}
 
 
 async def test_report_says_what_was_served(two_ranks: DemoResult, tmp_path: Path) -> None:
