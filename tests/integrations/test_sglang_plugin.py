@@ -26,7 +26,7 @@ from sglang.srt.model_executor import forward_batch_info
 from sglang.srt.server_args import ServerArgs
 
 from ep_backend import Group, deep_ep, virtual_world
-from ep_backend.observe.trace import TRACE_DIR_VARIABLE
+from ep_backend.observe.trace import TRACE_VARIABLE
 
 REPLACED_ON_A_CPU = (
     (torch.cuda, "get_device_properties"),
@@ -164,7 +164,7 @@ def test_deepep_after_ours_in_one_process_is_refused() -> None:
 def test_a_vanished_target_stops_the_plugin_with_the_supported_versions(
     part: Any, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(TRACE_DIR_VARIABLE, "anywhere")
+    monkeypatch.setenv(TRACE_VARIABLE, "anywhere")
     monkeypatch.delattr(target)
     with pytest.raises(UnsupportedSGLang, match=r"Supported: SGLang 0\.5\.19 to 0\.5\.23") as e:
         part.check()
