@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from ep_backend import Group, LowLatencyBuffer, NormalBuffer, plugins
-from ep_backend_vllm.backends import BACKENDS, HIGH_THROUGHPUT, LOW_LATENCY
+from ep_backend_vllm.backends import BACKENDS
 from ep_backend_vllm.patching import require, require_parameters
 
 Buffer = LowLatencyBuffer | NormalBuffer
@@ -80,18 +80,12 @@ def make_manager(cpu_group: Any, backend: str) -> Any:
 
     Raises:
         RendezvousError: a rank is on another host.
-        NotImplementedError: the backend does not serve on this platform.
     """
     from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
     logger = init_logger("vllm.ep_backend")
-    if backend == HIGH_THROUGHPUT and not current_platform.is_cpu():
-        raise NotImplementedError(
-            f"--all2all-backend {HIGH_THROUGHPUT} serves on CPUs only so far: on GPUs vLLM's "
-            f"experts want other expert ids. Choose {LOW_LATENCY}; prefill goes through it, too."
-        )
     group = Group.from_process_group(cpu_group)
     group.require_one_host()  # now, not after a model was loaded
 

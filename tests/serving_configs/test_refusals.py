@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 from typer.testing import CliRunner
 
@@ -52,16 +50,6 @@ def test_vllm_over_two_hosts_ends_before_it_loads_a_model() -> None:
         for answer in ranks.answers():
             assert answer.error_type == RendezvousError.__name__, answer.details
             assert "rank 1 is on another host than rank 0" in answer.error
-
-
-def test_vllm_prefills_with_normal_kernels_on_cpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("vllm", reason="vLLM is not installed")
-    from ep_backend_vllm.communicator import make_manager
-
-    gpus = SimpleNamespace(is_cpu=lambda: False)
-    monkeypatch.setattr("vllm.platforms.current_platform", gpus)
-    with pytest.raises(NotImplementedError, match="Choose ep_backend_low_latency"):
-        make_manager(None, "ep_backend_high_throughput")
 
 
 def test_sglang_over_two_hosts_ends_at_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
