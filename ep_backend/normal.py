@@ -140,12 +140,13 @@ class NormalBuffer:
         self._x_dtypes = tuple(dict.fromkeys((self.dtype, self.dispatch_dtype)))
         self._lock = threading.Lock()
         self._memory = group.allocate(layout.num_bytes, self.device)
-        self._kernels = CpuNormalKernels(
+        kernels = CpuNormalKernels(
             config, group.self_rank, group.num_ranks, self._memory.bases, timeout_secs, spin_us
         )
         self._fault = faults.active_fault()
-        observer = BufferObserver(group, self.device, self.first_expert, self._kernels.statistics)
-        self._calls = KernelCalls(self._kernels, num_experts, self.device, observer)
+        self._statistics = kernels.statistics
+        observer = BufferObserver(group, self.device, self.first_expert, self._statistics)
+        self._calls = KernelCalls(kernels, num_experts, self.device, observer)
 
     def dispatch(
         self,
@@ -315,7 +316,7 @@ class NormalBuffer:
 
     def statistics(self) -> KernelStatistics:
         """Who was waited for, and how much each expert got."""
-        return self._kernels.statistics()
+        return self._statistics()
 
     def close(self) -> None:
         """Unmaps this rank's view of the shared memory. Not collective; idempotent. No operation of
