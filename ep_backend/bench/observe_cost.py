@@ -59,8 +59,7 @@ class Cost:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": this_machine(),
             "versions": installed_versions(),
-            **dataclasses.asdict(self),
-            "share": self.share,
+            "cases": [dataclasses.asdict(self) | {"share": self.share}],
         }
 
 

@@ -22,7 +22,7 @@ def test_the_command_prints_and_writes_a_measurement(
     path = tmp_path / "cost.json"
     result = CliRunner().invoke(app, ["bench", "observe", "--seconds", "0.5", "--json", str(path)])
     assert result.exit_code == 0, result.output
-    measured = json.loads(path.read_text())
+    (measured,) = json.loads(path.read_text())["cases"]
     assert measured["num_blocks"] == 10
     for name in ("counting_ns", "reading_us", "pair_us", "pair_read_us", "share"):
         assert measured[name] > 0
