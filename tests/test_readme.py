@@ -13,6 +13,9 @@ from ep_backend.cli import app
 ROOT = Path(__file__).parent.parent
 ROOMS = "csrc|ep_backend|integrations|serving_configs|tests"
 README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "ep_backend" / "bench" / "results"
+PAGES = README + (RESULTS / "NUMBERS.md").read_text()
+"""Where numbers are."""
 
 
 def test_every_path_exists() -> None:
@@ -49,7 +52,7 @@ def test_every_variable_is_read_somewhere() -> None:
 
 
 def results(name: str) -> dict:
-    return json.loads((ROOT / "ep_backend" / "bench" / "results" / name).read_text())
+    return json.loads((RESULTS / name).read_text())
 
 
 def test_nvlink_numbers_are_those_of_the_results() -> None:
@@ -63,7 +66,7 @@ def test_nvlink_numbers_are_those_of_the_results() -> None:
             f"| {num_tokens} | {case['output_layout'].replace('_', '-')} | {pair_us:.1f} "
             f"| {case['dispatch']['median_us']:.1f} | {nccl_us[num_tokens]:.1f} "
             f"| {nccl_us[num_tokens] / pair_us:.1f}x |"
-        ) in README
+        ) in PAGES
 
 
 def test_one_gpu_numbers_are_those_of_the_results() -> None:
@@ -84,7 +87,7 @@ def test_one_gpu_numbers_are_those_of_the_results() -> None:
             f"| {num_ranks} | {num_tokens} | {layout.replace('_', '-')} "
             f"| {fused['pair']['median_us']:.1f} | {hook_us:.1f} "
             f"| {fused['roofline_fraction']:.2f} |"
-        ) in README
+        ) in PAGES
 
 
 def test_precision_numbers_are_those_of_the_results() -> None:
@@ -96,7 +99,7 @@ def test_precision_numbers_are_those_of_the_results() -> None:
             of_both = [errors[distribution, reduction, dtype] for dtype in ("bf16", "fp8")]
             cells = [f"{100 * e:.2f}" for of_dtype in of_both for e in of_dtype.values()]
             row = [distribution.replace("_", " "), reduction, *cells]
-            assert f"| {' | '.join(row)} |" in README
+            assert f"| {' | '.join(row)} |" in PAGES
 
 
 def test_prefill_numbers_are_those_of_the_results() -> None:
@@ -109,18 +112,18 @@ def test_prefill_numbers_are_those_of_the_results() -> None:
             f"| {case['dispatch_copy_fraction']:.2f} | {case['dispatch_written_fraction']:.2f} "
             f"| {case['combine']['median_us']:.0f} | {case['combine_gbs']:.0f} "
             f"| {case['combine_copy_fraction']:.2f} |"
-        ) in README
+        ) in PAGES
     on_8 = measured["yardsticks"][0]
-    assert f"({on_8['copy_gbs']:.0f} GB/s on 8)" in README
-    assert f"({on_8['fill_gbs']:.0f} GB/s on 8)" in README
+    assert f"({on_8['copy_gbs']:.0f} GB/s on 8)" in PAGES
+    assert f"({on_8['fill_gbs']:.0f} GB/s on 8)" in PAGES
     bound = {
         y["num_sms"]: y["fill_gbs"] / y["copy_gbs"] * _moved_by_written(measured["cases"][0])
         for y in measured["yardsticks"]
     }
     assert (round(bound[8], 2), round(bound[24], 2)) == (0.75, 0.69)
     gemms = measured["gemm_beside_dispatch"]
-    assert "{:.2f}, {:.2f} and {:.2f} times".format(*(g["ratio"] for g in gemms)) in README
-    assert "{:.2f}, {:.2f} and {:.2f} beside".format(*(g["copy_ratio"] for g in gemms)) in README
+    assert "{:.2f}, {:.2f} and {:.2f} times".format(*(g["ratio"] for g in gemms)) in PAGES
+    assert "{:.2f}, {:.2f} and {:.2f} beside".format(*(g["copy_ratio"] for g in gemms)) in PAGES
 
 
 def _moved_by_written(case: dict) -> float:
@@ -145,7 +148,7 @@ def test_served_numbers_are_those_of_the_results() -> None:
             f"| {concurrency} | {tpot(theirs)} | {tpot(ours)} "
             f"| {ratio(ours, theirs, 'tpot_mean_ms')} | {rates[0]:.0f} | {rates[1]:.0f} "
             f"| {ratio(ours, theirs, 'output_tokens_per_sec')} |"
-        ) in README
+        ) in PAGES
     assert [gate["good"] for gate in measured["gates"]] == [True, True]
     assert [gate["good"] for gate in results("serve-vllm-2-h200-fault.json")["gates"]] == [
         True,
@@ -164,15 +167,15 @@ def test_numbers_served_on_a_cpu_are_those_of_the_results() -> None:
         assert (
             f"| {concurrency} | {times[0]} | {times[1]} "
             f"| {tpot[1]['median'] / tpot[0]['median']:.2f} | {shares[0]} | {shares[1]} |"
-        ) in README
-    assert f"load {measured['load_average_before']:.0f} at the start" in README
+        ) in PAGES
+    assert f"load {measured['load_average_before']:.0f} at the start" in PAGES
     assert [gate["good"] for gate in measured["gates"]] == [True] * 4
 
 
 def test_what_metrics_cost_is_that_of_the_results() -> None:
     (measured,) = results("observe-cpu.json")["cases"]
     assert measured["share"] < 0.01
-    flowing = " ".join(README.split())
+    flowing = " ".join(PAGES.split())
     assert f"took {measured['share'] * 100:.2f} % of the shortest operation" in flowing
     assert f"(1 rank, 1 token, {measured['pair_us'] / 4:.1f} us;" in flowing
 
@@ -189,4 +192,4 @@ def test_numbers_are_those_of_the_results() -> None:
                 f"| {num_ranks} | {case['num_tokens']} | {case['ours']['p50_us']:.0f} "
                 f"| {gloo_us:.0f} | {case['speedup']:.1f}x | {case['roofline_fraction']:.2f} |"
             )
-            assert row in README
+            assert row in PAGES
