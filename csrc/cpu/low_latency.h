@@ -54,6 +54,10 @@ class LowLatencyRank {
     return layout_.config().reduction == protocol::Reduction::kSource;
   }
   bool is_combine_float8() const { return layout_.num_combine_scales() > 0; }
+  // Of a row of combine with its scales.
+  uint64_t travelling_bytes() const {
+    return is_combine_float8() ? travelling_row_.size() : layout_.row_bytes();
+  }
 
   template <typename E>
   static uint32_t index(E value) {

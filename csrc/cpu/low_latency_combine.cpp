@@ -85,7 +85,7 @@ void LowLatencyRank::send_partials(Op& op, uint32_t src_rank, const CombineSendP
     send_sum(op, src_rank, messages[i].outcome_slot, rows, weights, messages[i].num_entries, store);
   }
   op.publish_signal(src_rank, num_messages);
-  op.count_sent(src_rank, num_messages * layout_.row_bytes());
+  op.count_sent(src_rank, num_messages * travelling_bytes());
 }
 
 // Every row of the messages that came from `src_rank`, each to the outcome of its k, then the
@@ -111,7 +111,7 @@ void LowLatencyRank::send_rows(Op& op, uint32_t src_rank, const CombineSendParam
     }
   }
   op.publish_signal(src_rank, num_messages);
-  op.count_sent(src_rank, num_rows * row_bytes);
+  op.count_sent(src_rank, num_rows * travelling_bytes());
 }
 
 OpResult LowLatencyRank::combine_recv(const CombineRecvParams& params) {

@@ -197,7 +197,8 @@ void NormalRank::send_tokens(Op& op, uint64_t round, const NormalDispatchParams&
   for (uint32_t i = 1; i <= config.num_ranks; ++i) {
     const uint32_t dst_rank = (self_rank_ + i) % config.num_ranks;
     op.publish_signal(round, dst_rank, num_in_round_[dst_rank]);
-    op.count_sent(dst_rank, num_in_round_[dst_rank] * row_bytes);
+    op.count_sent(dst_rank,
+                  num_in_round_[dst_rank] * (row_bytes + layout_.num_scales() * sizeof(float)));
   }
 }
 

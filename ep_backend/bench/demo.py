@@ -266,8 +266,9 @@ async def _stream(
             num_ranks=ranks,
             window_ns=(begin_ns, end_ns),
         )
-        await asyncio.sleep(2 * metrics.INTERVAL_SECS)  # until the last counts are in the registry
-        run.metrics = await fetch_text(f"{server.base_url}/metrics")
+        if settings.engine.metrics_path is not None:
+            await asyncio.sleep(2 * metrics.INTERVAL_SECS)  # the last counts are in the registry
+            run.metrics = await fetch_text(server.base_url + settings.engine.metrics_path)
     return run
 
 

@@ -26,6 +26,8 @@ class Engine:
     """Which takes a core for each rank, `0|1`."""
     num_tokens_variable: str | None = None
     """Which takes the tokens of a rank's step at most, where the command line does not say all."""
+    metrics_path: str | None = None
+    """Where it shows the metrics of its processes, ours among them."""
     shares_kv_heads: bool = False
     """On a CPU, ranks must divide the model's key heads, although each computes all of them."""
 
@@ -119,6 +121,7 @@ VLLM = Engine(
         "EP_BACKEND_VLLM_POLL_US": "200",
     },
     binding_variable="VLLM_CPU_OMP_THREADS_BIND",
+    metrics_path="/metrics",
 )
 SGLANG = Engine(
     title="SGLang",

@@ -330,3 +330,14 @@ def test_bytes_are_those_of_rows_and_scales_by_peer() -> None:
 def test_a_rank_without_experts_has_statistics() -> None:
     buffers = Shape(2, num_experts=1, top_k=1).virtual_buffers()
     assert [buffer.statistics().num_expert_rows for buffer in buffers] == [[0], []]
+
+
+def test_bytes_of_rows_that_come_home_as_float8() -> None:
+    shape = Shape(1, hidden=256, num_experts=2, top_k=1, combine_dtype=torch.float8_e4m3fn)
+    (buffer,) = shape.virtual_buffers()
+    idx = torch.tensor([[0], [1], [0]])
+    x = torch.zeros(3, 256, dtype=shape.dtype)
+    result = buffer.dispatch_and_receive(x, idx, torch.ones(3, 1))
+    rows = torch.zeros(result.recv_x.shape, dtype=shape.dtype)
+    buffer.combine_and_receive(rows, result.handle)
+    assert buffer.statistics().sent_bytes["combine_send"] == [3 * (256 + 2 * 4)]
