@@ -28,6 +28,8 @@ KILL_SECS = 10.0
 
 
 def check() -> None:
+    if directory := os.environ.get(metrics.DIRECTORY_VARIABLE):
+        Path(directory).mkdir(parents=True, exist_ok=True)  # vLLM fails where it does not exist
     if not _is_wanted():
         return
     from vllm import forward_context

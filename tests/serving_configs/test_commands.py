@@ -197,6 +197,7 @@ def readers_of(prefix: str) -> str:
         "GLOO": ["torch"],
         "NCCL": ["torch"],
         "OMP": ["vllm", "sglang"],
+        "PROMETHEUS": ["prometheus_client"],
         "UCX": ["vllm", "sglang"],
     }[prefix]
     return "\n".join(python_sources(package) for package in packages)
@@ -209,12 +210,12 @@ def variables_of(prefix: str) -> set[str]:
 
 def test_every_variable_belongs_to_somebody() -> None:
     names = {name for process in all_processes() for name in process.environment}
-    prefixes = ("EP_BACKEND", "VLLM", "SGLANG", "HF", "GLOO", "NCCL", "OMP", "UCX")
+    prefixes = ("EP_BACKEND", "VLLM", "SGLANG", "HF", "GLOO", "NCCL", "OMP", "PROMETHEUS", "UCX")
     assert set().union(*(variables_of(prefix) for prefix in prefixes)) == names
 
 
 @pytest.mark.parametrize(
-    "prefix", ["EP_BACKEND", "VLLM", "SGLANG", "HF", "GLOO", "NCCL", "OMP", "UCX"]
+    "prefix", ["EP_BACKEND", "VLLM", "SGLANG", "HF", "GLOO", "NCCL", "OMP", "PROMETHEUS", "UCX"]
 )
 def test_every_variable_is_read(prefix: str) -> None:
     sources = readers_of(prefix)
