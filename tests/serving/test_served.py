@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ep_backend.bench.demo import DemoResult, Run
 from ep_backend.bench.demo_report import plot_latencies, print_report
-from ep_backend.bench.exchange import ADAPTER_SPANS, BUFFER_SPANS
+from ep_backend.bench.exchange import ADAPTER_SPANS, LOW_LATENCY_SPANS, NORMAL_SPANS
 from ep_backend.bench.report import write_report
 from ep_backend.observe.perfetto import JSON_NAME
 from tests.bench.pages import check_self_contained
@@ -101,7 +101,7 @@ async def test_the_servers_ranks_make_a_trace(two_ranks: DemoResult) -> None:
     check_format(events)
     names = {event["name"] for event in events if event["ph"] == "X"}
     assert names >= {"forward", *ADAPTER_SPANS}
-    assert any(names >= set(spans) for spans in BUFFER_SPANS)
+    assert any(names >= set(spans) for spans in (LOW_LATENCY_SPANS, NORMAL_SPANS))
     starts = {event["id"]: event["pid"] for event in events if event["ph"] == "s"}
     assert {starts[e["id"]] != e["pid"] for e in events if e["ph"] == "f"} == {True}
 
