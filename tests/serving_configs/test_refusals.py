@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
@@ -52,19 +56,32 @@ def test_vllm_over_two_hosts_ends_before_it_loads_a_model() -> None:
             assert "rank 1 is on another host than rank 0" in answer.error
 
 
-def test_sglang_over_two_hosts_ends_at_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sglang", reason="SGLang is not installed")
-    from ep_backend_sglang import choice
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import ServerArgs
+# In a process of its own: SGLang's choice, once made, stays.
+SGLANG_ARGUMENTS = """
+from ep_backend_sglang import choice
+from sglang.srt.plugins import load_plugins
+from sglang.srt.server_args import ServerArgs
 
-    load_plugins()
-    arguments = ServerArgs(
-        model_path="dummy",
-        moe_a2a_backend=choice.NAME,
-        deepep_mode="low_latency",
-        nnodes=2,
+load_plugins()
+arguments = ServerArgs(
+    model_path="dummy", moe_a2a_backend=choice.NAME, deepep_mode="low_latency", nnodes=2
+)
+try:
+    arguments.resolve_once()
+except ValueError as error:
+    print(f"refused: {error}")
+print(f"chosen: {choice.is_ours()}")
+"""
+
+
+def test_sglang_over_two_hosts_ends_at_its_arguments() -> None:
+    pytest.importorskip("sglang", reason="SGLang is not installed")
+    result = subprocess.run(
+        [sys.executable, "-c", SGLANG_ARGUMENTS],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
-    with pytest.raises(ValueError, match=r"--nnodes is 2.*there is no RDMA yet"):
-        arguments.resolve_once()
-    assert not choice.is_ours()
+    assert re.search(r"refused: .*--nnodes is 2.*there is no RDMA yet", result.stdout), result
+    assert "chosen: False" in result.stdout
