@@ -46,7 +46,8 @@ def _registered() -> None:
 @pytest.fixture(autouse=True)
 def _not_chosen_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Choosing lasts as long as a process; here it ends with each test."""
-    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    monkeypatch.setenv(choice.VARIABLE, "")  # so that it is taken back, whoever sets it
+    monkeypatch.delenv(choice.VARIABLE)
     monkeypatch.setattr(choice, "_is_installed", False)
     for name in ("Buffer", "Config", "use_deepep"):
         monkeypatch.setattr(deepep, name, None, raising=False)
