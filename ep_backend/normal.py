@@ -27,7 +27,7 @@ from ep_backend.handles import KernelStatistics, address_of
 from ep_backend.kernel_calls import KernelCalls
 from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS, INDEX_DTYPES
 from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
-from ep_backend.normal_settings import CpuNormalKernels, NormalSettings, check_cpu
+from ep_backend.normal_settings import CpuNormalKernels, NormalSettings, NormalShape, check_cpu
 from ep_backend.observe.buffer import BufferObserver, start_exporter
 from ep_backend.settings import check_waits, device_type
 
@@ -116,37 +116,46 @@ class NormalBuffer:
             error = e
         group.agree("NormalBuffer", settings.agreed(), error)
 
-        self.group = group
-        self.hidden = hidden
-        self.num_experts = num_experts
-        self.top_k = top_k
-        self.dtype = dtype
-        self.dispatch_dtype = settings.dispatch_dtype
-        self.scale_format = scale_format
         self.device = torch.device("cpu")
         config = settings.config(group.num_ranks)
         layout = _native.NormalLayout(config)
+        self._take(group, settings, layout)
+        self._fault = faults.active_fault()
+        self.num_tokens_per_round: int = config.num_tokens_per_round
+        """Tokens of a rank that travel at once: what `num_bytes` has room for."""
+
+        kernels = CpuNormalKernels(
+            config, group.self_rank, group.num_ranks, self._memory.bases, timeout_secs, spin_us
+        )
+        self._statistics = kernels.statistics
+        observer = BufferObserver(group, self.device, self.first_expert, self._statistics)
+        self._calls = KernelCalls(kernels, num_experts, self.device, observer)
+
+    def _take(
+        self,
+        group: Group,
+        settings: NormalShape,
+        layout: _native.NormalLayout | _native.NormalDeviceLayout,
+    ) -> None:
+        """What is the same on any device. Collective: takes the memory."""
+        self.group = group
+        self.hidden = settings.hidden
+        self.num_experts = settings.num_experts
+        self.top_k = settings.top_k
+        self.dtype = settings.dtype
+        self.dispatch_dtype = settings.dispatch_dtype
+        self.scale_format = settings.scale_format
         self.num_local_experts: int = layout.partition.num_local_experts(group.self_rank)
         self.first_expert: int = layout.partition.first_expert(group.self_rank)
         self.num_columns: int = layout.num_max_messages_per_token
         """Ranks that a token can go to."""
         self.num_scales: int = layout.num_scales
-        """S, scales of a dispatched row; 0 where it is not float8."""
-        self.num_tokens_per_round: int = config.num_tokens_per_round
-        """Tokens of a rank that travel at once: what `num_bytes` has room for."""
+        """Of a dispatched row; 0 where it is not float8."""
         self.num_symmetric_bytes: int = layout.num_bytes
-        """Shared memory this buffer takes on every rank."""
-
+        """Memory of the device that this buffer takes on every rank for the exchange."""
         self._x_dtypes = tuple(dict.fromkeys((self.dtype, self.dispatch_dtype)))
         self._lock = threading.Lock()
         self._memory = group.allocate(layout.num_bytes, self.device)
-        kernels = CpuNormalKernels(
-            config, group.self_rank, group.num_ranks, self._memory.bases, timeout_secs, spin_us
-        )
-        self._fault = faults.active_fault()
-        self._statistics = kernels.statistics
-        observer = BufferObserver(group, self.device, self.first_expert, self._statistics)
-        self._calls = KernelCalls(kernels, num_experts, self.device, observer)
 
     def dispatch(
         self,

@@ -7,7 +7,6 @@ T tokens of this rank, N rows received, H hidden, K top_k, R ranks, P rows that 
 from __future__ import annotations
 
 import itertools
-import threading
 
 import torch
 
@@ -89,31 +88,15 @@ class CudaNormalBuffer(NormalBuffer):
             error = e
         group.agree("NormalBuffer", settings.agreed(), error)
 
-        self.group = group
-        self.hidden = hidden
-        self.num_experts = num_experts
-        self.top_k = top_k
-        self.dtype = dtype
-        self.dispatch_dtype = settings.dispatch_dtype
-        self.scale_format = scale_format
         config = settings.config(group.num_ranks)
         layout = _native.NormalDeviceLayout(config)
-        self.num_local_experts: int = layout.partition.num_local_experts(group.self_rank)
-        self.first_expert: int = layout.partition.first_expert(group.self_rank)
-        self.num_columns: int = layout.num_max_messages_per_token
-        """Ranks that a token can go to."""
-        self.num_scales: int = layout.num_scales
-        """Scales of a dispatched row; 0 where it is not float8."""
+        self._take(group, settings, layout)
+        self._fault = faults.active_fault()
         self.num_rows: int = config.num_rows
         """P, rows that a rank has room for: what `num_bytes` allows."""
         self.num_tokens_per_round: int = layout.num_tokens_per_round
         """Tokens of a rank that travel at once where rows have no room."""
-        self.num_symmetric_bytes: int = layout.num_bytes
-        """GPU memory this buffer takes on every rank for the exchange."""
 
-        self._x_dtypes = tuple(dict.fromkeys((self.dtype, self.dispatch_dtype)))
-        self._lock = threading.Lock()
-        self._memory = group.allocate(layout.num_bytes, self.device)
         self._rows = SymmetricRows(self, layout, self._memory.bases[group.self_rank])
         self._device_kernels = CudaNormalKernels(
             config,
@@ -124,7 +107,6 @@ class CudaNormalBuffer(NormalBuffer):
             self.device,
         )
         self._tickets = itertools.count(1)
-        self._fault = faults.active_fault()
         # Its kernels count nothing yet.
         observer = BufferObserver(group, self.device, self.first_expert, None)
         self._calls = KernelCalls(self._device_kernels, num_experts, self.device, observer)

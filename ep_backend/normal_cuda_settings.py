@@ -12,7 +12,7 @@ from ep_backend import _native
 from ep_backend.checks import check_int
 from ep_backend.group import Group
 from ep_backend.kernels import current_stream
-from ep_backend.normal_settings import MAX_NUM_BYTES
+from ep_backend.normal_settings import MAX_NUM_BYTES, NormalShape
 from ep_backend.settings import (
     DTYPES,
     SCALE_FORMATS,
@@ -28,16 +28,8 @@ GPU."""
 
 
 @dataclass(frozen=True)
-class CudaNormalSettings:
-    """What all ranks must agree on; see `NormalBuffer`."""
-
-    hidden: int
-    num_experts: int
-    top_k: int
-    dtype: torch.dtype
-    dispatch_dtype: torch.dtype
-    scale_format: str
-    num_bytes: int
+class CudaNormalSettings(NormalShape):
+    """Of a buffer on CUDA."""
 
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""

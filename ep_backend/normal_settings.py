@@ -27,8 +27,8 @@ MAX_NUM_BYTES = 1 << 46
 
 
 @dataclass(frozen=True)
-class NormalSettings:
-    """What all ranks must agree on; see `NormalBuffer`."""
+class NormalShape:
+    """What all ranks must agree on, on any device; see `NormalBuffer`."""
 
     hidden: int
     num_experts: int
@@ -37,6 +37,11 @@ class NormalSettings:
     dispatch_dtype: torch.dtype
     scale_format: str
     num_bytes: int
+
+
+@dataclass(frozen=True)
+class NormalSettings(NormalShape):
+    """Of a buffer on the CPU."""
 
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""

@@ -1,4 +1,4 @@
-// CUDA errors as exceptions.
+// CUDA errors as exceptions, and calls that every kind of rank makes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,6 +12,15 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
   }
+}
+
+// Of a rank's private state.
+template <typename T>
+T* zeroed_device_array(size_t count) {
+  T* array = nullptr;
+  check(cudaMalloc(&array, count * sizeof(T)), "allocating a rank's state");
+  check(cudaMemset(array, 0, count * sizeof(T)), "zeroing a rank's state");
+  return array;
 }
 
 }  // namespace ep::cuda

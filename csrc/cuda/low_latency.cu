@@ -14,14 +14,6 @@ using protocol::OpResult;
 
 namespace {
 
-template <typename T>
-T* zeroed_device_array(size_t count) {
-  T* array = nullptr;
-  check(cudaMalloc(&array, count * sizeof(T)), "allocating a rank's state");
-  check(cudaMemset(array, 0, count * sizeof(T)), "zeroing a rank's state");
-  return array;
-}
-
 // Calls of this thread neither join nor break a graph that another thread is capturing.
 class OutsideCapture {
  public:
@@ -66,6 +58,21 @@ bool check_shared_memory(const LowLatencyLayout& layout, uint32_t self_rank) {
   return kBlocksPerSM * (num_wanted + num_declared) <= static_cast<uint64_t>(of_sm);
 }
 
+// Those that may be launched.
+void prepare_kernels(const LowLatencyLayout& layout) {
+  if (layout.config().num_workspaces == 0) {
+    prepare_dispatch();
+    prepare_combine();
+    return;
+  }
+  const WorkspaceDispatch& of_few = workspace_dispatch(layout, 1);
+  const WorkspaceDispatch& of_many =
+      workspace_dispatch(layout, layout.config().num_max_tokens_per_rank);
+  of_few.prepare();
+  if (&of_many != &of_few) of_many.prepare();
+  prepare_workspace_combine();
+}
+
 }  // namespace
 
 LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_t self_rank,
@@ -75,12 +82,7 @@ LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_
       num_sms_(num_sms),
       shares_gpu_(shares_gpu) {
   has_room_for_two_ = check_shared_memory(view_.layout, self_rank);
-  prepare_dispatch();
-  prepare_combine();
-  for (const uint32_t num_slots : {1u, config.num_max_tokens_per_rank}) {
-    workspace_dispatch(view_.layout, num_slots).prepare();
-  }
-  prepare_workspace_combine();
+  prepare_kernels(view_.layout);
   const size_t num_ranks = bases.size();
   bases_ = zeroed_device_array<std::byte*>(num_ranks);
   check(cudaMemcpy(bases_, bases.data(), num_ranks * sizeof(std::byte*), cudaMemcpyHostToDevice),
@@ -247,13 +249,7 @@ OpResult LowLatencyRank::launched(const char* what) const {
   return report();
 }
 
-OpResult LowLatencyRank::report() const {
-  const volatile auto* status =
-      reinterpret_cast<const volatile uint32_t*>(&view_.report->result.status);
-  if (*status == static_cast<uint32_t>(Status::kOk)) return {};
-  __sync_synchronize();  // the status is written last
-  return view_.report->result;
-}
+OpResult LowLatencyRank::report() const { return read_report(*view_.report); }
 
 Statistics LowLatencyRank::statistics() const {
   const auto& partition = view_.layout.partition();

@@ -14,14 +14,6 @@ using protocol::OpResult;
 
 namespace {
 
-template <typename T>
-T* zeroed_device_array(size_t count) {
-  T* array = nullptr;
-  check(cudaMalloc(&array, count * sizeof(T)), "allocating a rank's state");
-  check(cudaMemset(array, 0, count * sizeof(T)), "zeroing a rank's state");
-  return array;
-}
-
 Launch launch_of(uint32_t num_sms, uint32_t num_threads, void* stream) {
   return {num_sms, num_threads, static_cast<cudaStream_t>(stream), false};
 }
@@ -127,12 +119,6 @@ OpResult NormalRank::launched(const char* what) const {
   return report();
 }
 
-OpResult NormalRank::report() const {
-  const volatile auto* status =
-      reinterpret_cast<const volatile uint32_t*>(&view_.report->result.status);
-  if (*status == static_cast<uint32_t>(Status::kOk)) return {};
-  __sync_synchronize();  // the status is written last
-  return view_.report->result;
-}
+OpResult NormalRank::report() const { return read_report(*view_.report); }
 
 }  // namespace ep::cuda

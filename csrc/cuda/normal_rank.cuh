@@ -95,9 +95,7 @@ class Op {
     return protocol::bank_of(round_epoch(round), kNumRoundBanks);
   }
   __device__ std::byte* self() const { return rank_.self_base; }
-  __device__ std::byte* peer(uint32_t r) const {
-    return r < kNumNearRanks ? rank_.near_bases[r] : rank_.bases[r];
-  }
+  __device__ std::byte* peer(uint32_t r) const { return base_of(rank_, r); }
   __device__ OpId id(Half half) const { return {phase_, half, epoch_}; }
 
   // Waits for: the word of every rank at `offset(rank)` in this rank's memory, of this epoch at

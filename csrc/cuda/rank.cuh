@@ -72,9 +72,7 @@ class Op {
   __device__ uint32_t tag() const { return static_cast<uint32_t>(epoch_); }
   __device__ uint32_t bank() const { return bank_; }
   __device__ std::byte* self() const { return rank_.self_base; }
-  __device__ std::byte* peer(uint32_t rank) const {
-    return rank < kNumNearRanks ? rank_.near_bases[rank] : rank_.bases[rank];
-  }
+  __device__ std::byte* peer(uint32_t r) const { return base_of(rank_, r); }
   __device__ OpId receiving() const { return {phase_, Half::kRecv, epoch_}; }
 
   // Gives every peer this rank's credit for what it has received, then waits for: the credit of

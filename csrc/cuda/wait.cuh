@@ -2,7 +2,8 @@
 //
 // The slow paths are functions of their own, called with plain values: inlined at every wait they
 // would make most of a kernel's instructions. A `View` is what the kernels of a family are given
-// (RankView, NormalView); it has `self_rank`, `state->failed`, `report` and `timeout_ns`.
+// (RankView, NormalView); it has `self_rank`, `state->failed`, `report`, `timeout_ns`, and the
+// bases of the peers.
 #pragma once
 
 #include <cstdint>
@@ -32,12 +33,26 @@ struct HostReport {
   protocol::OpResult result;
 };
 
+// On the host: what kernels have reported so far.
+inline protocol::OpResult read_report(const HostReport& report) {
+  const auto* status = reinterpret_cast<const volatile uint32_t*>(&report.result.status);
+  if (*status == static_cast<uint32_t>(Status::kOk)) return {};
+  __sync_synchronize();  // the status is written last
+  return report.result;
+}
+
 // Which operation a wait belongs to.
 struct OpId {
   Phase phase;
   Half half;
   uint64_t epoch;
 };
+
+// Where this GPU sees the memory of rank `r`.
+template <typename View>
+__device__ std::byte* base_of(const View& rank, uint32_t r) {
+  return r < kNumNearRanks ? rank.near_bases[r] : rank.bases[r];
+}
 
 template <typename View>
 __device__ inline void write_report(const View& rank, const protocol::OpResult& result) {

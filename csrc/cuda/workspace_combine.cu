@@ -74,8 +74,7 @@ class Answers {
       if (is_there) {
         const uint32_t i = size + __popc(there & ((1u << lane) - 1));
         const auto workspace = static_cast<uint32_t>(recv_.workspace);
-        std::byte* peer = a.rank < kNumNearRanks ? rank_.near_bases[a.rank] : rank_.bases[a.rank];
-        plan->rows[i] = peer + layout_.combine_input(workspace, a.row);
+        plan->rows[i] = base_of(rank_, a.rank) + layout_.combine_input(workspace, a.row);
         plan->weights[i] = a.weight;
       }
       size += __popc(there);

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -31,12 +30,11 @@ import torch
 import typer
 from rich.table import Table
 
-from ep_backend import __version__
 from ep_backend.bench.op_measure import BenchSettings, RankReport
 from ep_backend.bench.op_normal_rank import NormalBenchSettings, bench_normal_rank
 from ep_backend.bench.op_processes import RankFailed, RankMain, run_ranks
 from ep_backend.bench.op_rank import OpBenchSettings, bench_rank
-from ep_backend.bench.provenance import commit
+from ep_backend.bench.provenance import commit, installed_versions, this_machine
 
 RANK_MAINS: dict[str, RankMain] = {
     OpBenchSettings.kind: bench_rank,
@@ -203,24 +201,6 @@ def _table(settings: BenchSettings, machine: dict[str, Any], cases: list[OpBench
 
 def _microseconds(us: float) -> str:
     return f"{us:.1f}" if us < 100 else f"{us:.0f}"
-
-
-def this_machine() -> dict[str, Any]:
-    cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in cpu_lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "num_cpus": len(os.sched_getaffinity(0)),
-        "kernel": platform.release(),
-    }
-
-
-def installed_versions() -> dict[str, str]:
-    return {
-        "ep_backend": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 def op(

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from ep_backend import __version__
 
 
 def commit() -> str | None:
@@ -18,6 +25,28 @@ def commit() -> str | None:
         return _git(directory, "rev-parse", "--short=10", "HEAD") + ("+" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def this_machine() -> dict[str, Any]:
+    return {
+        "cpu": cpu_name(),
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+    }
+
+
+def cpu_name() -> str:
+    cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in cpu_lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def installed_versions() -> dict[str, str]:
+    return {
+        "ep_backend": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def _git(directory: Path, *arguments: str) -> str:

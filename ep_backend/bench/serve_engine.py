@@ -17,6 +17,7 @@ from typing import Any
 from ep_backend.bench.demo_engines import VLLM as VLLM_ON_CPU
 from ep_backend.bench.demo_engines import core_binding, vllm_command
 from ep_backend.bench.model import TinyMoE, make_model
+from ep_backend.bench.provenance import cpu_name
 from ep_backend.bench.serve_model import RandomMoE
 from ep_backend.bench.serve_settings import DEFAULT, SINGLE, Options
 from ep_backend.bench.server import SHM_DIR
@@ -134,12 +135,10 @@ def machine() -> dict[str, Any]:
         gpus = [line.split(", ") for line in lines.splitlines()]
     except (OSError, subprocess.SubprocessError):
         gpus = []
-    cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpus = [line.split(":", 1)[1].strip() for line in cpu_lines if line.startswith("model name")]
     return {
         "gpus": [name for name, _ in gpus],
         "driver": gpus[0][1] if gpus else None,
-        "cpu": cpus[0] if cpus else platform.machine(),
+        "cpu": cpu_name(),
         "num_cpus": len(os.sched_getaffinity(0)),
     }
 

@@ -4,8 +4,6 @@ UndefinedBehaviorSanitizer, in a program of their own (stress_normal.cpp)."""
 from __future__ import annotations
 
 import functools
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,9 @@ from tests.native.test_sanitizers import (
     CSRC,
     SANITIZERS,
     Run,
+    SeededBug,
     compile_with,
+    kernels_with,
     run_program,
     skip_without,
 )
@@ -60,16 +60,6 @@ def test_the_program_notices_one_wrong_row(stress: Run) -> None:
     assert "operation 6: wrong result (token, column)" in done.stderr
 
 
-@dataclass(frozen=True)
-class SeededBug:
-    """An edit of a copy of the kernels. `line` must be there: after a refactoring, seed it anew."""
-
-    id: str
-    file: str
-    line: str
-    becomes: str
-
-
 SEEDED_BUGS = [
     SeededBug(
         "no_wait_for_credit",
@@ -101,12 +91,7 @@ SEEDED_BUGS = [
 @pytest.mark.parametrize("bug", SEEDED_BUGS, ids=lambda bug: bug.id)
 def test_the_program_finds_a_bug_seeded_into_the_kernels(bug: SeededBug, tmp_path: Path) -> None:
     skip_without("thread", tmp_path)
-    csrc = tmp_path / "csrc"
-    for room in ("protocol", "cpu"):
-        shutil.copytree(CSRC / room, csrc / room)
-    text = (csrc / bug.file).read_text()
-    assert text.count(bug.line) == 1, f"{bug.file} has no line to seed {bug.id} into any more"
-    (csrc / bug.file).write_text(text.replace(bug.line, bug.becomes))
+    csrc = kernels_with(bug, tmp_path)
     compile_with("thread", sources(csrc), tmp_path / "stress", include=csrc)
     done = run_program(tmp_path / "stress", 3, 300, 37, "float32", 4)
     assert done.returncode != 0

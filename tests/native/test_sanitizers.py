@@ -153,7 +153,19 @@ class SeededBug:
     file: str
     line: str
     becomes: str
-    mode: str
+    mode: str = ""
+    """Of the program, where it has several."""
+
+
+def kernels_with(bug: SeededBug, tmp_path: Path) -> Path:
+    """The copy, where `csrc` has its rooms."""
+    csrc = tmp_path / "csrc"
+    for room in ("protocol", "cpu"):
+        shutil.copytree(CSRC / room, csrc / room)
+    text = (csrc / bug.file).read_text()
+    assert text.count(bug.line) == 1, f"{bug.file} has no line to seed {bug.id} into any more"
+    (csrc / bug.file).write_text(text.replace(bug.line, bug.becomes))
+    return csrc
 
 
 SEEDED_BUGS = [
@@ -198,12 +210,7 @@ SEEDED_BUGS = [
 @pytest.mark.parametrize("bug", SEEDED_BUGS, ids=lambda bug: bug.id)
 def test_the_program_finds_a_bug_seeded_into_the_kernels(bug: SeededBug, tmp_path: Path) -> None:
     skip_without("thread", tmp_path)
-    csrc = tmp_path / "csrc"
-    for room in ("protocol", "cpu"):
-        shutil.copytree(CSRC / room, csrc / room)
-    text = (csrc / bug.file).read_text()
-    assert text.count(bug.line) == 1, f"{bug.file} has no line to seed {bug.id} into any more"
-    (csrc / bug.file).write_text(text.replace(bug.line, bug.becomes))
+    csrc = kernels_with(bug, tmp_path)
     sources = [STRESS, *sorted((csrc / "cpu").glob("*.cpp"))]
     compile_with("thread", sources, tmp_path / "stress", include=csrc)
     done = run_program(tmp_path / "stress", bug.mode, 3, 2, 2000, 37, "float32", "expert_major")
