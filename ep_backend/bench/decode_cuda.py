@@ -24,6 +24,9 @@ def measure(settings: DecodeSettings, case: Case) -> Times:
     world = virtual_world(case.num_ranks)
     ranks = world.run(lambda group: DecodeRank(settings, case, group, device))
     try:
+        for rank in ranks:
+            rank.warm_up()
+        torch.cuda.synchronize()
         graphs = {part: capture([partial(rank.run, part) for rank in ranks]) for part in PARTS}
         _check(graphs["step"], ranks)
         times_us = {part: time_replays(graphs[part], settings.num_repeats) for part in PARTS}

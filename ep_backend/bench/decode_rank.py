@@ -45,17 +45,21 @@ class Experts:
         for i, expert in enumerate(experts):
             self._fill(expert, self.up[i], self.down[i])
 
-    def __call__(self, rows: torch.Tensor, counts: list[int] | None) -> torch.Tensor:
-        """`[L, S, H]` -> `[L, S, H]`.
+    def __call__(
+        self, rows: torch.Tensor, counts: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[L, S, H]` -> `[L, S, H]`, rows in use alone.
 
         Args:
-            counts: rows in use of each expert; None: they are on the GPU, and all rows are
-                computed, as a batched GEMM without masks does.
+            counts: `[L]` int32, rows in use of each expert. On a GPU nobody waits for them.
+            out: default: a new tensor.
         """
-        if counts is None:
-            return self._mlp(rows, self.up, self.down)
-        out = torch.empty_like(rows)
-        for i, n in enumerate(counts):
+        if rows.is_cuda:
+            from ep_backend.bench.decode_gemm import masked_mlp  # needs Triton
+
+            return masked_mlp(rows, self.up, self.down, counts, out)
+        out = torch.empty_like(rows) if out is None else out
+        for i, n in enumerate(counts.tolist()):
             if n > 0:
                 out[i, :n] = self._mlp(rows[i, :n], self.up[i], self.down[i])
         return out
@@ -99,7 +103,7 @@ class DecodeRank:
     ) -> None:
         shape, num_batches = settings.shape, case.num_micro_batches
         self._settings = settings
-        self._num_layers = settings.num_layers
+        self._num_layers, self._hidden = settings.num_layers, shape.hidden
         in_workspace = settings.layout == "expert_workspace"
         sizes = [
             case.num_tokens * (i + 1) // num_batches - case.num_tokens * i // num_batches
@@ -162,6 +166,14 @@ class DecodeRank:
             raise CheckFailed(f"a token of rank {rank} is wrong by {worst:.2g} of its norm")
         return worst
 
+    def warm_up(self) -> None:
+        """Has Triton compile what experts run, which it could not while a graph is captured.
+
+        The kernels depend on whether S is small; so this takes what a dispatch gives them."""
+        num_rows = self.buffer.group.num_ranks * self.buffer.num_max_tokens_per_rank
+        rows = self.batches[0].x.new_zeros(self.buffer.num_local_experts, num_rows, self._hidden)
+        self._experts(rows, torch.zeros(len(rows), dtype=torch.int32, device=rows.device))
+
     def forget(self) -> None:
         """What a step must write anew."""
         for batch in self.batches:
@@ -205,14 +217,12 @@ class DecodeRank:
         return self.buffer.combine(rows, handle, batch.out, weights)[1]
 
     def _compute(self, batch: MicroBatch) -> None:
-        assert batch.result is not None
-        counts: list[int] | None = None
-        if self.buffer.device.type == "cpu":
-            counts = batch.result.num_recv_tokens_per_expert.tolist()
-        rows = self._experts(batch.result.recv_x, counts)
+        result = batch.result
+        assert result is not None
+        out = None
         if self.buffer.num_workspaces > 0:
-            rows = self.buffer.combine_input(batch.workspace).copy_(rows)
-        batch.expert_out = rows
+            out = self.buffer.combine_input(batch.workspace)
+        batch.expert_out = self._experts(result.recv_x, result.num_recv_tokens_per_expert, out)
 
     def _dispatch_arguments(
         self, batch: MicroBatch

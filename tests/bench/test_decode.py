@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +71,7 @@ def test_an_experts_weights_are_the_same_on_every_rank() -> None:
     )
     x = torch.randn(shape.hidden)
     assert torch.equal(low.of_token(x, 9), high.of_token(x, 9))
-    rows = high(x.expand(8, 1, -1), [1] * 8)
+    rows = high(x.expand(8, 1, -1), torch.ones(8, dtype=torch.int32))
     assert torch.allclose(rows[1, 0], low.of_token(x, 9), atol=1e-5)
 
 
@@ -127,3 +131,41 @@ def test_a_step_on_a_gpu(layout: str, num_micro_batches: int) -> None:
     for num_ranks in (1, 2):
         times = decode_cuda.measure(settings, Case(num_ranks, 5, num_micro_batches))
         assert times.relative_error < 0.02
+
+
+def test_the_kernel_of_experts_leaves_unfilled_rows_alone() -> None:
+    """In Triton's interpreter, which cannot multiply bfloat16."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("no triton: the experts' kernel was NOT run")
+    program = """
+import torch
+from ep_backend.bench.decode_gemm import masked_mlp
+rows, up, down = (torch.randn(*n).half() for n in ((3, 70, 128), (3, 128, 512), (3, 256, 128)))
+up, down = up * 128**-0.5, down * 256**-0.5
+counts = torch.tensor([0, 1, 65], dtype=torch.int32)
+out = masked_mlp(rows, up, down, counts, torch.full_like(rows, torch.nan))
+for i, n in enumerate(counts.tolist()):
+    gate, value = (rows[i, :n].float() @ up[i].float()).chunk(2, dim=-1)
+    expected = (torch.nn.functional.silu(gate) * value) @ down[i].float()
+    torch.testing.assert_close(out[i, :n].float(), expected, rtol=0.01, atol=0.01)
+    assert out[i, n:].isnan().all()
+"""
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, env=os.environ | {"TRITON_INTERPRET": "1"}
+    )
+
+
+@pytest.mark.gpu
+def test_experts_on_a_gpu_equal_those_on_the_cpu() -> None:
+    if not HAS_GPU:
+        pytest.skip("no GPU: nothing was run")
+    shape, device = MODELS["tiny"], torch.device("cuda")
+    experts = Experts(shape, range(4), 1, torch.bfloat16, device)
+    rows = torch.randn(4, 70, shape.hidden, device=device).bfloat16()
+    counts = torch.tensor([0, 1, 65, 70], dtype=torch.int32, device=device)
+    out = torch.full_like(rows, torch.nan)
+    assert experts(rows, counts, out) is out
+    for i, n in enumerate(counts.tolist()):
+        expected = experts._mlp(rows[i, :n], experts.up[i], experts.down[i])
+        torch.testing.assert_close(out[i, :n], expected, rtol=0.05, atol=0.05)
+        assert out[i, n:].isnan().all()
