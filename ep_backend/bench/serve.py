@@ -19,7 +19,9 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from ep_backend.bench import serve_gate
+import httpx
+
+from ep_backend.bench import serve_gate, serve_profile
 from ep_backend.bench.serve_client import (
     BenchClient,
     ClientFailed,
@@ -91,7 +93,9 @@ class Run:
             self._reference = None
         missing = ((v, missing_cells(self.document, v, options)) for v in options.visits())
         self._visits: list[tuple[Visit, Cells]] = [(v, cells) for v, cells in missing if cells]
-        self._display = Display(Plan([s for v, cells in self._visits for s in stages(v, cells)]))
+        self._display = Display(
+            Plan([s for v, cells in self._visits for s in stages(v, cells, options.profile)])
+        )
 
     def measure(self) -> None:
         """Everything, within the limit. Never raises for what an engine does: the document says
@@ -140,6 +144,9 @@ class Run:
             ClientFailed: a measurement failed: the rest of this server's are not tried.
         """
         command = server_command(self.options, model, visit.backend)
+        profile_dir = self._profile_dir(visit)
+        if profile_dir is not None:
+            command += serve_profile.profiler_arguments(profile_dir)
         environment = server_environment(self.options, visit.backend)
         log = self.options.log(visit.name)
         entry |= {"command": self._shown(command, model), "environment": environment.copy()}
@@ -169,6 +176,10 @@ class Run:
             for repeat, concurrency in cells:
                 self._begin_stage(visit, cell_name(repeat, concurrency))
                 await self._cell(visit, client, server, model, concurrency, repeat, trace_dir)
+            if profile_dir is not None:
+                for concurrency in self.options.profile:
+                    self._begin_stage(visit, profile_name(concurrency))
+                    await self._profile(visit, client, server, model, concurrency, profile_dir)
 
     async def _cell(
         self,
@@ -200,6 +211,28 @@ class Run:
         tpot, tokens = metrics["tpot_mean_ms"], metrics["output_tokens_per_sec"]
         self._say(f"  TPOT {tpot:.2f} ms, {tokens:.0f} tok/s")
         self._write()
+
+    async def _profile(
+        self,
+        visit: Visit,
+        client: BenchClient,
+        server: Server,
+        model: Path,
+        concurrency: int,
+        profile_dir: Path,
+    ) -> None:
+        """While requests as those of the first repeat are answered."""
+        profile = {"server": visit.name, "backend": visit.backend, "concurrency": concurrency}
+        requests = asyncio.ensure_future(self._bench(client, server, model, concurrency, 0))
+        try:
+            traces = await serve_profile.record(server.base_url, profile_dir)
+            profile["ranks"] = serve_profile.profile_of(traces)
+        except (RuntimeError, httpx.HTTPError) as e:
+            profile["error"] = f"{type(e).__name__}: {e}"
+            self._display.say(f"{visit.name}: not profiled: {e}")
+        self.document["profiles"].append(profile)
+        self._write()
+        await requests
 
     def _bench_arguments(
         self, server: Server, model: Path, concurrency: int, repeat: int | None
@@ -250,6 +283,14 @@ class Run:
         trace_dir.mkdir(parents=True)
         return trace_dir
 
+    def _profile_dir(self, visit: Visit) -> Path | None:
+        if not self.options.profile or visit.number > 0:
+            return None
+        profile_dir = self.options.beside(f"{visit.name}-profile")
+        shutil.rmtree(profile_dir, ignore_errors=True)
+        profile_dir.mkdir(parents=True)
+        return profile_dir
+
     def _shown(self, command: list[str], model: Path) -> list[str]:
         """As it may be typed elsewhere: a random model's path is of this run alone."""
         names = {sys.executable: "python"}
@@ -272,10 +313,16 @@ def cell_name(repeat: int, concurrency: int) -> str:
     return f"{concurrency} in flight, repeat {repeat}"
 
 
-def stages(visit: Visit, cells: Cells) -> list[Stage]:
+def profile_name(concurrency: int) -> str:
+    return f"profile of {concurrency} in flight"
+
+
+def stages(visit: Visit, cells: Cells, profile: tuple[int, ...] = ()) -> list[Stage]:
     """Of one server, as `Run` begins them."""
     named = [(name, name, visit.backend) for name in ("start-up", "warm-up", "correctness")]
     named += [(cell_name(r, c), "cell", f"{visit.backend} {c}") for r, c in cells]
+    if visit.number == 0:
+        named += [(profile_name(c), "profile", f"{visit.backend} {c}") for c in profile]
     return [Stage(f"{visit.name}, {name}", kind, variant) for name, kind, variant in named]
 
 

@@ -41,6 +41,7 @@ def new_document(options: Options) -> Document:
         "servers": [],
         "gates": [],
         "cells": [],
+        "profiles": [],
         "summary": [],
     }
 
@@ -102,7 +103,8 @@ def missing_cells(document: Document, visit: Visit, options: Options) -> list[tu
 def forget_server(document: Document, visit: Visit) -> None:
     """Before it is started again: what its earlier start and check gave."""
     document["servers"] = [s for s in document["servers"] if s["name"] != visit.name]
-    document["gates"] = [g for g in document["gates"] if g["server"] != visit.name]
+    for part in ("gates", "profiles"):
+        document[part] = [p for p in document.get(part, []) if p["server"] != visit.name]
 
 
 def reference_path(options: Options) -> Path:

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ep_backend.bench import serve_profile
 from ep_backend.bench.charts import Chart, Point, Series, write_png
 from ep_backend.bench.page import Section, Table, page
 from ep_backend.bench.serve_client import PERCENTILES
@@ -92,6 +93,7 @@ def section_of(document: Document, name: str = "") -> Section:
         charts=list(charts.values()),
         tables=[
             Table(HEADS, table_cells(document), CAPTION),
+            *_profiles(document),
             _servers(document),
             _cells(document),
         ],
@@ -116,6 +118,11 @@ def facts_of(document: Document, name: str = "") -> list[tuple[str, str]]:
 
 def _pairs(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _profiles(document: Document) -> list[Table]:
+    rows = serve_profile.table_cells(document.get("profiles", []))
+    return [Table(serve_profile.HEADS, rows, serve_profile.CAPTION)] if rows else []
 
 
 def _servers(document: Document) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from ep_backend.bench import serve_profile
 from ep_backend.bench.op_cuda_report import print_table
 from ep_backend.bench.serve_gate import MAX_LIMIT, MEAN_LIMIT, NUM_PROMPTS
 
@@ -106,7 +107,8 @@ def _difference(difference: dict[str, Any], against: str) -> str:
 
 def has_failed(document: dict[str, Any]) -> bool:
     """Something was not measured, or a backend computes something else than the first one."""
-    parts = [*document["servers"], *document["cells"], *document["gates"]]
+    kinds = ("servers", "cells", "gates", "profiles")
+    parts = [part for kind in kinds for part in document.get(kind, [])]
     return (
         "error" in document
         or any("error" in part for part in parts)
@@ -126,6 +128,11 @@ def failures(document: dict[str, Any]) -> list[str]:
         f"failed: {server['name']}: {server['error'].splitlines()[0]}"
         for server in document["servers"]
         if "error" in server
+    ]
+    lines += [
+        f"failed: {profile['server']}, not profiled: {profile['error']}"
+        for profile in document.get("profiles", [])
+        if "error" in profile
     ]
     lines += [
         f"failed: {gate['server']}: "
@@ -155,6 +162,10 @@ def print_results(document: dict[str, Any]) -> None:
     cells = table_cells(document)
     if cells:
         print_table(title(document), list(HEADS), cells, CAPTION)
+    profiled = serve_profile.table_cells(document.get("profiles", []))
+    if profiled:
+        heads, caption = list(serve_profile.HEADS), serve_profile.CAPTION
+        print_table("Kernels of a decode step", heads, profiled, caption)
     for gate in document["gates"]:
         print(gate_line(gate))
     if document["gates"]:

@@ -66,6 +66,8 @@ class Options:
     """Servers are started again for every repeat, in turn, against slow drift."""
     trace: bool = False
     """Workers record their operations, for the share of a step that is exchange."""
+    profile: tuple[int, ...] = ()
+    """Concurrencies at which the first server of each backend has its kernels profiled."""
     limit_secs: float = 1800.0
     resume: bool = False
     output: Path = Path("build/serve/result.json")
@@ -127,6 +129,8 @@ def _check(parser: argparse.ArgumentParser, options: Options) -> None:
             parser.error(f"{flag} must be at least {least}")
     if len(set(options.backends)) != len(options.backends):
         parser.error(f"--backends names one twice: {','.join(options.backends)}")
+    if options.profile and (options.device, options.engine) != ("cuda", "vllm"):
+        parser.error("--profile looks at kernels on a GPU, and needs vLLM to record them")
     if options.model is not None and not (options.model / "config.json").exists():
         parser.error(f"--model {options.model} has no config.json")
 
@@ -206,6 +210,12 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="Let workers record their operations, to tell the share of a step that is exchange; "
         "on GPUs only what runs outside of graphs. [default: on a CPU]",
+    )
+    add(
+        "--profile",
+        type=_numbers,
+        help="Concurrencies, such as 1,64: after its sweep the first server of each backend is "
+        "profiled there for a moment: what a step's kernels take. On GPUs.",
     )
     add(
         "--env",
