@@ -7,8 +7,6 @@ L experts, S rows an expert has room for, K and N columns of a row before and be
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -18,11 +16,11 @@ BLOCK_N, BLOCK_K = 128, 64
 
 @triton.jit
 def _masked_gemm(
-    x: Any,
-    weights: Any,
-    out: Any,
-    counts: Any,
-    num_rows: Any,
+    x,
+    weights,
+    out,
+    counts,
+    num_rows,
     n: tl.constexpr,
     k: tl.constexpr,
     is_gated: tl.constexpr,
