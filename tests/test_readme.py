@@ -90,6 +90,20 @@ def test_one_gpu_numbers_are_those_of_the_results() -> None:
         ) in PAGES
 
 
+def test_decode_numbers_are_those_of_the_results() -> None:
+    names = ("decode-deepseek-v3-h100.json", "decode-deepseek-v3-h100-workspace.json")
+    packed, in_workspace = (results(name)["cases"] for name in names)
+    assert len(packed) == 18
+    for case, other in zip(packed, in_workspace, strict=True):
+        ms = case["ms_per_layer"]
+        assert (
+            f"| {case['num_ranks']} | {case['num_tokens']} | {case['num_micro_batches']} "
+            f"| {ms['step']:.3f} | {ms['experts']:.3f} | {1e3 * ms['exchange']:.0f} "
+            f"| {1e3 * other['ms_per_layer']['exchange']:.0f} | {case['exchange_share']:.1%} "
+            f"| {case['ms_per_token']:.0f} |"
+        ) in PAGES
+
+
 def test_precision_numbers_are_those_of_the_results() -> None:
     cases = results("precision-cpu.json")["cases"]
     errors = {(c["distribution"], c["reduction"], c["combine_dtype"]): c["errors"] for c in cases}
