@@ -1,9 +1,9 @@
 """`ep-backend bench decode`: the MoE layers of a decode step, without an engine.
 
-Dispatch, the experts' GEMMs (plain PyTorch, on a GPU Triton), combine; in bfloat16. With one micro-batch, whose
-dispatch and combine are one call each, and with two, which overlap through receive hooks on one
-stream. Timed are a step, a step without experts, and a step without the exchange: how much of the
-exchange passes beside the experts is the difference.
+Dispatch, the experts' GEMMs (plain PyTorch, on a GPU Triton), combine; in bfloat16. With one micro-
+batch, whose dispatch and combine are one call each, and with two, which overlap through receive
+hooks on one stream. Timed are a step, a step without experts, and a step without the exchange: how
+much of the exchange passes beside the experts is the difference.
 
 On a GPU all ranks of a virtual world share it: experts take as long as on a GPU that does the work
 of all ranks, and nothing is said about a link.
