@@ -170,6 +170,23 @@ def test_served_numbers_are_those_of_the_results() -> None:
     ]
 
 
+def test_profiled_numbers_are_those_of_the_results() -> None:
+    names = ("serve-vllm-2-h100.json", "serve-vllm-2-h100-ours.json")
+    profiles = [profile for name in names for profile in results(name)["profiles"]]
+    assert len(profiles) == 4
+    for profile in profiles:
+        for rank, row in enumerate(profile["ranks"]):
+            percent = {kind: 100 * share for kind, share in row["shares"].items()}
+            assert (
+                f"| {profile['concurrency']} "
+                f"| {'vLLM' if profile['backend'] == 'default' else 'ours'} | {rank} "
+                f"| {row['dispatch_shortest_us']:.1f} | {row['combine_shortest_us']:.1f} "
+                f"| {row['dispatch_us']:.1f} | {row['combine_us']:.1f} "
+                f"| {percent['dispatch'] + percent['combine']:.1f} | {percent['experts']:.1f} "
+                f"| {percent['attention']:.1f} | {percent['other']:.1f} | {percent['idle']:.1f} |"
+            ) in PAGES
+
+
 def test_numbers_served_on_a_cpu_are_those_of_the_results() -> None:
     measured = results("serve-vllm-cpu-2-ranks.json")
     runs = {(run["concurrency"], run["backend"]): run for run in measured["summary"]}
