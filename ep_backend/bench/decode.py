@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    untuned_unless_asked()
     begin = datetime.now(timezone.utc)
     rows: list[CaseRow] = []
 
