@@ -5,6 +5,7 @@ T tokens of every rank, H hidden, K top_k, R ranks, N rows that a rank receives.
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -73,6 +74,8 @@ def measure(
         finally:
             for candidate in opened:
                 candidate.close()
+            opened.clear()
+            gc.collect()
     return times_us
 
 
@@ -158,6 +161,9 @@ class LowLatencyCandidate:
             buffer.raise_if_failed()
 
     def close(self) -> None:
+        # A graph must not be left to the garbage collector, which may come in a capture.
+        del self._chain
+        self._ops.clear()
         _close(self._ranks, self._buffers)
 
 
@@ -222,6 +228,9 @@ class NormalCandidate:
             buffer.raise_if_failed()
 
     def close(self) -> None:
+        # A graph must not be left to the garbage collector, which may come in a capture.
+        del self._chain
+        self._ops.clear()
         _close(self._ranks, self._buffers)
 
 
