@@ -100,6 +100,7 @@ class LowLatencyCandidate:
         self._settings = settings
         self._shape = shape
         self._ops: list[RankOps] = []
+        self._chain: Chain | None = None
         self._results: dict[int, DispatchResult] = {}
         self._buffers = ranks.make(
             lambda group: LowLatencyBuffer(
@@ -133,9 +134,10 @@ class LowLatencyCandidate:
         self._ranks.run([partial(self._keep, RankOps.dispatch, i) for i in places])
         self._ranks.step(self._make_expert_out)
         acts = [partial(self._keep, RankOps.pair, i) for i in places]
-        self._chain = self._ranks.chain(acts, self._raise_if_failed)
+        chain = self._ranks.chain(acts, self._raise_if_failed)
+        self._chain = chain
         self.check()
-        return self._chain
+        return chain
 
     def _keep(self, operation: Callable[[RankOps], DispatchResult], place: int) -> None:
         self._results[place] = operation(self._ops[place])
@@ -149,6 +151,7 @@ class LowLatencyCandidate:
         def run() -> None:
             for place, ops in enumerate(self._ops):
                 ops.poison(self._results[place])
+            assert self._chain is not None
             self._chain.run()
             self._raise_if_failed()
             for place, ops in enumerate(self._ops):
@@ -162,7 +165,7 @@ class LowLatencyCandidate:
 
     def close(self) -> None:
         # A graph must not be left to the garbage collector, which may come in a capture.
-        del self._chain
+        self._chain = None
         self._ops.clear()
         _close(self._ranks, self._buffers)
 
@@ -175,6 +178,7 @@ class NormalCandidate:
         self._settings = settings
         self._shape = shape
         self._ops: list[NormalOps] = []
+        self._chain: Chain | None = None
         self._buffers = ranks.make(
             lambda group: NormalBuffer(
                 group,
@@ -203,9 +207,10 @@ class NormalCandidate:
         self._ranks.run([ops.dispatch for ops in self._ops])
         self._ranks.step(self._make_rows)
         acts = [ops.pair for ops in self._ops]
-        self._chain = self._ranks.chain(acts, self._raise_if_failed)
+        chain = self._ranks.chain(acts, self._raise_if_failed)
+        self._chain = chain
         self.check()
-        return self._chain
+        return chain
 
     def _make_rows(self) -> None:
         self._raise_if_failed()
@@ -216,6 +221,7 @@ class NormalCandidate:
         def run() -> None:
             for ops in self._ops:
                 ops.out.fill_(torch.nan)
+            assert self._chain is not None
             self._chain.run()
             self._raise_if_failed()
             for ops in self._ops:
@@ -229,7 +235,7 @@ class NormalCandidate:
 
     def close(self) -> None:
         # A graph must not be left to the garbage collector, which may come in a capture.
-        del self._chain
+        self._chain = None
         self._ops.clear()
         _close(self._ranks, self._buffers)
 
