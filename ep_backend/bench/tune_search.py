@@ -168,4 +168,4 @@ def search_normal(space: Space, defaults: Settings, measure: Measure) -> Found:
     if space.spin_us:
         settings = search.sweep("spin_us", space.spin_us, settings, LATENCY_TOLERANCE)
     settings = search.sweep("num_bytes", space.num_bytes, settings, BANDWIDTH_TOLERANCE)
-    return search.end(settings, 1 + 2 * BANDWIDTH_TOLERANCE)
+    return search.end(settings, 1 + BANDWIDTH_TOLERANCE)
