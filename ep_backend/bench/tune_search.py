@@ -63,10 +63,10 @@ def first_within(times_us: Sequence[Times], tolerance: float) -> int:
 
 
 def tagged_limit(tagged_us: Times, untagged_us: Times) -> int:
-    """The largest number of tokens up to which tagged words always win; 0 where they never do."""
+    """The largest number of tokens up to which tagged words always gain; 0 where they never do."""
     limit = 0
     for num_tokens in sorted(tagged_us):
-        if tagged_us[num_tokens] >= untagged_us[num_tokens]:
+        if tagged_us[num_tokens] > untagged_us[num_tokens] * (1 - LATENCY_TOLERANCE):
             break
         limit = num_tokens
     return limit
@@ -99,7 +99,7 @@ class Search:
         """The defaults with the best transfer, and up to where its batches are best tagged.
 
         Args:
-            transfers: as "transfer" may be; of one, nothing is said.
+            transfers: as "transfer" may be, the default first; of one, nothing is said.
         """
         best: tuple[Times, Settings] | None = None
         for transfer in transfers:
@@ -113,7 +113,7 @@ class Search:
             )
             limit = tagged_limit(on, off)
             times = {n: on[n] if n <= limit else off[n] for n in off}
-            if best is None or slowness(times, best[0]) < 1:
+            if best is None or slowness(times, best[0]) < 1 - LATENCY_TOLERANCE:
                 best = times, base | {"num_max_tagged_tokens": limit}
         assert best is not None
         return best[1]
