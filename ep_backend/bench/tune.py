@@ -33,7 +33,7 @@ from ep_backend.bench.tune_rank import ShapeResult, num_ops_of, rank_main, searc
 from ep_backend.bench.tune_ranks import VirtualRanks
 from ep_backend.bench.tune_report import print_found, print_table_file
 from ep_backend.bench.tune_settings import PROGRAM, Request, TuneSettings, parse_arguments
-from ep_backend.tuning import TUNING_VARIABLE, merge_into, table_path
+from ep_backend.tuning import TUNING_VARIABLE, Table, merge_into, table_path
 from ep_backend.tuning.table import OFF
 
 
@@ -133,8 +133,9 @@ def _write(
         "commit": commit(),
         "machine": machine() if is_cuda else this_machine() | installed_versions(),
         "settings": asdict(request.settings),
-        "entries": [asdict(result.entry(about)) for result in results],
         "cases": [case for result in results for case in result.cases()],
+        "tried": [line for result in results for line in result.tried()],
+        "table": Table(tuple(result.entry(about) for result in results)).to_json(),
     }
     if error is not None:
         document["error"] = error

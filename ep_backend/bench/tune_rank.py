@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,15 +68,38 @@ class ShapeResult:
         )
 
     def cases(self) -> list[dict[str, Any]]:
+        """Of each number of tokens, the time by default and with what was found."""
+        found = self.found
+        return [
+            self._name()
+            | {"num_tokens": n, "default_us": us, "tuned_us": found.tuned_us[n]}
+            | {"tuned": told(found.settings)}
+            for n, us in found.default_us.items()
+        ]
+
+    def tried(self) -> list[dict[str, Any]]:
         """A line for each candidate and number of tokens."""
         return [
-            asdict(self.shape)
-            | {"step": measured.step}
-            | measured.settings
+            self._name()
+            | {"step": measured.step, "settings": told(measured.settings)}
             | {"num_tokens": num_tokens, "pair_us": us}
             for measured in self.found.measured
             for num_tokens, us in measured.times_us.items()
         ]
+
+    def _name(self) -> dict[str, Any]:
+        shape = self.shape
+        return {
+            "kernels": shape.kernels,
+            "num_ranks": shape.num_ranks,
+            "output_layout": shape.output_layout,
+            "reduction": shape.reduction,
+            "has_workspaces": shape.has_workspaces,
+        }
+
+
+def told(settings: Settings) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def search(
@@ -98,8 +121,7 @@ def search(
     def timed(candidates: Any) -> list[Times]:
         times_us = measure(ranks, open_candidate, settings.tokens_of(shape), candidates)
         for tried, times in zip(candidates, times_us, strict=True):
-            told = ", ".join(f"{name} {value}" for name, value in tried.items())
-            say(f"{told}: {', '.join(f'{us:.1f}' for us in times.values())} us")
+            say(f"{told(tried)}: {', '.join(f'{us:.1f}' for us in times.values())} us")
         return times_us
 
     run = search_low_latency if shape.kernels == "low_latency" else search_normal

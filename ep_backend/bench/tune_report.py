@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from ep_backend.bench.op_cuda_report import print_table
-from ep_backend.bench.tune_rank import ShapeResult
+from ep_backend.bench.tune_rank import ShapeResult, told
 from ep_backend.bench.tune_search import Settings, Times
 from ep_backend.tuning import Table, TableUnreadable
 
@@ -22,8 +22,7 @@ def print_found(result: ShapeResult) -> None:
     ]
     heads = ["sought", *names, *(f"{n} tokens, us" for n in tokens)]
     title = f"{result.shape} | {result.site.device}, {result.site.link}"
-    settings = ", ".join(f"{name} {value}" for name, value in found.settings.items())
-    caption = f"A pair, dispatch and combine. Chosen: {settings}; defaults / chosen: "
+    caption = f"A pair, dispatch and combine. Chosen: {told(found.settings)}; defaults / chosen: "
     print_table(title, heads, cells, f"{caption}{found.gain:.2f} in time.")
 
 
@@ -46,8 +45,7 @@ def print_table_file(path: Path) -> int:
     for entry in table.entries:
         site = entry.site
         print(f"{entry.shape}\n  {site.device}, {site.link}, protocol {site.protocol}")
-        settings = ", ".join(f"{name} {value}" for name, value in entry.settings.items())
-        print(f"  {settings}; found {entry.found.get('date', 'some time')}")
+        print(f"  {told(entry.settings)}; found {entry.found.get('date', 'some time')}")
     if not table.entries:
         print("no entries")
     return 0

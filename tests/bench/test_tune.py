@@ -234,7 +234,9 @@ def test_a_table_made_here_is_what_new_buffers_take(
     ]
     assert {e.site.link for e in table.entries} == {"shm"}
     document = json.loads(output.read_text())
-    assert len(document["entries"]) == 3
+    assert [c["kernels"] for c in document["cases"]] == ["low_latency"] * 4 + ["normal"]
+    assert len(document["table"]["entries"]) == 3
+    assert {line["step"] for line in document["tried"]} == {"spin_us", "num_bytes", "end"}
     assert str(path) not in document["command"]
     assert section_of_file(output).charts
 
