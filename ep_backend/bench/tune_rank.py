@@ -44,6 +44,8 @@ NORMAL_CHAIN = 2
 """Pairs of a chain: they take milliseconds."""
 SHARES_OF_MEMORY = (8, 4, 2, 1)
 """Of what all rows need: an eighth to all of it."""
+ROUTING_HEADROOM = 1.25
+"""No two batches are routed alike, and one row too many sends all of them in rounds."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,8 @@ def _num_bytes(
         topk_idx = [
             inputs_of(settings, shape, group.self_rank, num_tokens).topk_idx for group in groups
         ]
-        room = most_rows(ranks, shape, topk_idx)
+        most = shape.num_ranks * num_tokens
+        room = min(most, int(ROUTING_HEADROOM * most_rows(ranks, shape, topk_idx)))
     else:
         room = num_tokens
     budgets = {sized.num_bytes_for(shape.num_ranks, max(1, room // s)) for s in SHARES_OF_MEMORY}

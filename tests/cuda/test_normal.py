@@ -137,25 +137,6 @@ def test_any_number_of_sms_gives_the_same_bits() -> None:
     on_ranks(CudaNormalShape(shape, 2000), act)
 
 
-@pytest.mark.parametrize("num_rows", [9000, 1000], ids=["direct", "rounds"])
-@pytest.mark.parametrize("num_sms", [2, 16])
-def test_a_rank_that_comes_last_sends_as_the_others(num_sms: int, num_rows: int) -> None:
-    """It waits for nobody but its own blocks, which number the tokens that others of them send."""
-    shape = NormalShape(8, hidden=512, num_experts=64, top_k=8)
-    case = make_case(shape, "uniform", [1000] * 8, seed=6)
-
-    def act(rank: CudaNormalRank) -> None:
-        inputs = on_gpu(case.inputs(rank.rank))
-        for late_rank in range(8):
-            rank.meet()
-            if rank.rank == late_rank:
-                time.sleep(0.01)
-            result = rank.buffer.dispatch(*inputs, num_worst_tokens=8000)
-            rank.check(case, result)
-
-    on_ranks(CudaNormalShape(shape, num_rows, num_sms=num_sms), act)
-
-
 @pytest.mark.parametrize("num_rows", [1024, 100], ids=["direct", "rounds"])
 def test_a_graph_of_worst_sizes_is_replayed_with_other_tokens(num_rows: int) -> None:
     shape = replace(SHAPE, num_rows=num_rows)
