@@ -51,31 +51,33 @@ def measure(
     open_candidate: Callable[[Settings], Candidate],
     num_tokens: Sequence[int],
     candidates: Sequence[Settings],
+    say: Callable[[str], None],
 ) -> list[Times]:
     """Of each candidate, the median microseconds of a dispatch and its combine. Those that are open
-    at a time are timed in turns. Collective."""
+    at a time are timed in turns. Collective.
+
+    Args:
+        say: told how far it is, so that who waits knows that ranks are alive.
+    """
     times_us: list[Times] = []
     for begin in range(0, len(candidates), ranks.num_open):
-        opened: list[Candidate] = []
-        try:
-            for settings in candidates[begin : begin + ranks.num_open]:
-                opened.append(open_candidate(settings))
-            of_opened: list[Times] = [{} for _ in opened]
-            for n in num_tokens:
-                chains = [candidate.chain(n) for candidate in opened]
-                samples: list[list[float]] = [[] for _ in chains]
-                for _ in range(NUM_ROUNDS):
-                    for chain, sample in zip(chains, samples, strict=True):
-                        sample += chain.time()
-                for candidate, sample, times in zip(opened, samples, of_opened, strict=True):
-                    times[n] = statistics.median(sample)
-                    candidate.check()
-            times_us += of_opened
-        finally:
-            for candidate in opened:
-                candidate.close()
-            opened.clear()
-            gc.collect()
+        opened = [open_candidate(each) for each in candidates[begin : begin + ranks.num_open]]
+        of_opened: list[Times] = [{} for _ in opened]
+        for n in num_tokens:
+            chains = [candidate.chain(n) for candidate in opened]
+            samples: list[list[float]] = [[] for _ in chains]
+            for _ in range(NUM_ROUNDS):
+                for chain, sample in zip(chains, samples, strict=True):
+                    sample += chain.time()
+            for candidate, sample, times in zip(opened, samples, of_opened, strict=True):
+                times[n] = statistics.median(sample)
+                candidate.check()
+            say(f"  {n} tokens, {len(opened)} of {len(candidates)} candidates")
+        times_us += of_opened
+        # After a failure nothing is closed: it ends the program, and peers may be anywhere.
+        for candidate in opened:
+            candidate.close()
+        gc.collect()
     return times_us
 
 

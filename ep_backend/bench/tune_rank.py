@@ -121,7 +121,7 @@ def search(
         return kind(ranks, settings, shape, tried)
 
     def timed(candidates: Any) -> list[Times]:
-        times_us = measure(ranks, open_candidate, settings.tokens_of(shape), candidates)
+        times_us = measure(ranks, open_candidate, settings.tokens_of(shape), candidates, say)
         for tried, times in zip(candidates, times_us, strict=True):
             say(f"{told(tried)}: {', '.join(f'{us:.1f}' for us in times.values())} us")
         return times_us
