@@ -12,7 +12,16 @@ import typer
 from rich.console import Console
 from rich.status import Status
 
-from ep_backend.bench import decode, observe_cost, op, op_cuda, op_cuda_normal, precision, serve
+from ep_backend.bench import (
+    decode,
+    observe_cost,
+    op,
+    op_cuda,
+    op_cuda_normal,
+    precision,
+    serve,
+    tune,
+)
 from ep_backend.bench.demo import DemoSettings, Progress, ServerFailed, run_demo
 from ep_backend.bench.demo_engines import ENGINES
 from ep_backend.bench.demo_report import plot_latencies, print_report
@@ -88,6 +97,16 @@ def serve_command(context: typer.Context) -> None:
 def decode_command(context: typer.Context) -> None:
     """Time of a decode step's MoE layers, without an engine."""
     raise typer.Exit(decode.main(context.args))
+
+
+@app.command(
+    "tune",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def tune_command(context: typer.Context) -> None:
+    """Searches settings for a shape on this machine; buffers then take them."""
+    raise typer.Exit(tune.main(context.args))
 
 
 @app.command("doctor")

@@ -8,7 +8,7 @@ a token.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -132,7 +132,13 @@ class Group:
         """
         return self._exchange.all_gather(self.self_rank, value)
 
-    def agree(self, what: str, settings: dict[str, Any], error: Exception | None = None) -> None:
+    def agree(
+        self,
+        what: str,
+        settings: dict[str, Any],
+        error: Exception | None = None,
+        remedies: Mapping[str, str] | None = None,
+    ) -> None:
         """Makes sure that every rank came with the same settings. Collective.
 
         Args:
@@ -140,6 +146,7 @@ class Group:
             settings: compared key by key; values must compare and pickle.
             error: what this rank found wrong with its own arguments. It is raised here, after the
                 other ranks have been told, so that none of them waits for this one.
+            remedies: what to do where a setting differs, by its name. Default: pass the same.
 
         Raises:
             SettingsMismatch: names the setting and every rank's value, on every rank.
@@ -154,9 +161,8 @@ class Group:
             values = [theirs.get(key) for theirs, _ in answers]
             if any(value != values[0] for value in values):
                 listed = ", ".join(f"rank {rank}: {value!r}" for rank, value in enumerate(values))
-                raise SettingsMismatch(
-                    f"{what}: {key} differs between ranks ({listed}). Pass the same on every rank."
-                )
+                remedy = (remedies or {}).get(key, "Pass the same on every rank.")
+                raise SettingsMismatch(f"{what}: {key} differs between ranks ({listed}). {remedy}")
 
     def require_one_host(self) -> None:
         """Does nothing where all ranks run under one kernel. Collective.

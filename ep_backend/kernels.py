@@ -84,6 +84,7 @@ class CpuKernels:
     ) -> None:
         if spin_us is None:
             spin_us = default_spin_us(config.num_ranks)
+        self.spin_us = spin_us
         rank = _native.LowLatencyRank(
             config,
             self_rank,
@@ -129,6 +130,7 @@ class CudaKernels:
         device: torch.device,
     ) -> None:
         self._device = device
+        self.num_sms = num_sms
         with torch.cuda.device(device):
             self._rank = _native.CudaLowLatencyRank(
                 config,
@@ -192,13 +194,20 @@ def make_kernels(
     timeout_secs: float,
     spin_us: float | None,
     num_sms: int | None,
+    tuned_num_sms: int | None,
 ) -> RankKernels:
-    """The kernels for `device`; arguments that it does not know are ignored."""
+    """The kernels for `device`; arguments that it does not know are ignored.
+
+    Args:
+        tuned_num_sms: of the tuning table: in place of `num_sms`, if there are as many.
+    """
     if device.type == "cpu":
         return CpuKernels(config, group.self_rank, bases, timeout_secs, spin_us)
     if num_sms is None:
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         if group.is_virtual:
             num_sms = max(1, num_sms // group.num_ranks)
+        if tuned_num_sms is not None:
+            num_sms = min(num_sms, tuned_num_sms)
     shares_gpu = group.is_virtual and group.num_ranks > 1
     return CudaKernels(config, group.self_rank, bases, timeout_secs, num_sms, shares_gpu, device)

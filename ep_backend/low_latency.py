@@ -48,6 +48,7 @@ from ep_backend.settings import (
     device_type,
     usable_device,
 )
+from ep_backend.tuning import REMEDY, TABLE_KEY, Tuned, log_taken, look_up
 from ep_backend.workspaces import Workspace, Workspaces
 
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -89,8 +90,9 @@ class LowLatencyBuffer:
             sum a (token, rank) goes home. "source": at home, by the weights that combine is given;
             every row goes home as it is: more to send, but the sum is rounded only once, and
             dispatch need not wait for the weights. Expert-major only.
-        transfer: CUDA: "pull", the receiver fetches rows, or "push", the sender writes them into
-            its peers' memory. The CPU always pushes; so does a combine with reduction "source".
+        transfer: CUDA: "pull", the receiver fetches rows, the default, or "push", the sender writes
+            them into its peers' memory. The CPU always pushes; so does a combine with reduction
+            "source".
         num_max_tagged_tokens: CUDA: batches of up to so many tokens travel with an epoch in every
             16 bytes, so that a receiver need not wait for a signal. Default: 256 / ranks,
             and 0 where a row has more than 32 KiB. In rank-major workspaces dispatches of up to so
@@ -112,6 +114,10 @@ class LowLatencyBuffer:
         num_sms: CUDA: blocks a kernel has at most. Default: all SMs, shared between virtual ranks,
             whose waiting kernels must fit on the GPU together.
 
+    `transfer`, `num_max_tagged_tokens`, `spin_us` and `num_sms`, where they are left out, are those
+    that `ep-backend tune` has found for the shape on this machine, if it has (`ep_backend.tuning`).
+    What the table says must be the same on every rank.
+
     Raises:
         ValueError: an argument is out of range; the text names the limit.
         SettingsMismatch: ranks disagree; raised on every rank.
@@ -132,7 +138,7 @@ class LowLatencyBuffer:
         scale_format: str = "float32",
         output_layout: str = "expert_major",
         reduction: str = "rank",
-        transfer: str = "pull",
+        transfer: str | None = None,
         num_max_tagged_tokens: int | None = None,
         num_workspaces: int = 0,
         expert_ids: str = "local",
@@ -153,7 +159,7 @@ class LowLatencyBuffer:
             scale_format=scale_format,
             output_layout=output_layout,
             reduction=reduction,
-            transfer=transfer,
+            transfer="pull" if transfer is None else transfer,
             num_max_tagged_tokens=num_max_tagged_tokens,
             num_workspaces=num_workspaces,
             expert_ids=expert_ids,
@@ -161,15 +167,28 @@ class LowLatencyBuffer:
             device=device_type(device),
         )
         error: Exception | None = None
+        tuned = Tuned()
         try:
             settings.check(group.num_ranks)
             start_exporter(group)
             check_waits(timeout_secs, spin_us)
             self.device = usable_device(device)
             check_num_sms(num_sms, self.device)
+            tuned = look_up(settings.tuning_shape(group.num_ranks), group, self.device)
         except (TypeError, ValueError) as e:
             error = e
-        group.agree("LowLatencyBuffer", settings.agreed(), error)
+        given = {
+            "transfer": transfer,
+            "num_max_tagged_tokens": num_max_tagged_tokens,
+            "spin_us": spin_us,
+            "num_sms": num_sms,
+        }
+        settings = settings.tuned(tuned, given)
+        agreed = {TABLE_KEY: tuned} | settings.agreed()
+        group.agree("LowLatencyBuffer", agreed, error, {TABLE_KEY: REMEDY})
+        log_taken("LowLatencyBuffer", group, tuned, given)
+        if spin_us is None:
+            spin_us = tuned.settings.get("spin_us")
 
         self.group = group
         self.num_max_tokens_per_rank = num_max_tokens_per_rank
@@ -205,7 +224,14 @@ class LowLatencyBuffer:
         self._expert_out_shape = (*output_shape.rows, hidden)
         self._memory = group.allocate(layout.num_bytes, self.device)
         self._kernels = make_kernels(
-            config, group, self._memory.bases, self.device, timeout_secs, spin_us, num_sms
+            config,
+            group,
+            self._memory.bases,
+            self.device,
+            timeout_secs,
+            spin_us,
+            num_sms,
+            tuned.int_of("num_sms"),
         )
         base = self._memory.bases[group.self_rank]
         self._workspaces = Workspaces(

@@ -27,9 +27,16 @@ from ep_backend.handles import KernelStatistics, address_of
 from ep_backend.kernel_calls import KernelCalls
 from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS, INDEX_DTYPES
 from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
-from ep_backend.normal_settings import CpuNormalKernels, NormalSettings, NormalShape, check_cpu
+from ep_backend.normal_settings import (
+    DEFAULT_NUM_BYTES,
+    CpuNormalKernels,
+    NormalSettings,
+    NormalShape,
+    check_cpu,
+)
 from ep_backend.observe.buffer import BufferObserver, start_exporter
 from ep_backend.settings import check_waits, device_type
+from ep_backend.tuning import REMEDY, TABLE_KEY, Tuned, log_taken, look_up
 
 MAX_TOKENS = (1 << 31) - 1
 """Of a batch; also the most rows that a rank may ask for."""
@@ -53,7 +60,7 @@ class NormalBuffer:
         dtype: of `x` and of combine's rows, `torch.float32` or `torch.bfloat16`. Sums are in
             float32.
         num_bytes: symmetric memory that a rank may take. It bounds no batch: larger batches travel
-            in more rounds, with the same results.
+            in more rounds, with the same results. Default: 64 MiB.
         dispatch_dtype: of dispatch's rows as they travel and as the experts get them: `dtype`, the
             default, or `torch.float8_e4m3fn`, with a scale for every 128 channels.
         scale_format: of those scales: "float32" (amax / 448), "power_of_two" (the next one), or
@@ -65,6 +72,10 @@ class NormalBuffer:
             core, else 0.
         num_sms: CUDA: blocks a kernel has, each with an SM of its own. Default: 16, or what there
             is for each virtual rank.
+
+    `num_bytes`, `spin_us` and `num_sms`, where they are left out, are those that `ep-backend tune`
+    has found for the shape on this machine, if it has (`ep_backend.tuning`). What the table says
+    must be the same on every rank.
 
     Raises:
         ValueError: an argument is out of range; the text names the limit.
@@ -89,7 +100,7 @@ class NormalBuffer:
         num_experts: int,
         top_k: int,
         dtype: torch.dtype,
-        num_bytes: int,
+        num_bytes: int | None = None,
         dispatch_dtype: torch.dtype | None = None,
         scale_format: str = "float32",
         timeout_secs: float = DEFAULT_TIMEOUT_SECS,
@@ -104,17 +115,25 @@ class NormalBuffer:
             dtype=dtype,
             dispatch_dtype=dtype if dispatch_dtype is None else dispatch_dtype,
             scale_format=scale_format,
-            num_bytes=num_bytes,
+            num_bytes=DEFAULT_NUM_BYTES if num_bytes is None else num_bytes,
         )
+        given = {"num_bytes": num_bytes, "spin_us": spin_us}
         error: Exception | None = None
+        tuned = Tuned()
         try:
             check_cpu(device)
+            tuned = look_up(settings.tuning_shape(group.num_ranks), group, torch.device("cpu"))
+            settings = settings.tuned(tuned, given)
             settings.check(group.num_ranks)
             start_exporter(group)
             check_waits(timeout_secs, spin_us)
         except (TypeError, ValueError) as e:
             error = e
-        group.agree("NormalBuffer", settings.agreed(), error)
+        agreed = {TABLE_KEY: tuned} | settings.agreed()
+        group.agree("NormalBuffer", agreed, error, {TABLE_KEY: REMEDY})
+        log_taken("NormalBuffer", group, tuned, given)
+        if spin_us is None:
+            spin_us = tuned.settings.get("spin_us")
 
         self.device = torch.device("cpu")
         config = settings.config(group.num_ranks)

@@ -26,8 +26,10 @@ from ep_backend.normal_cuda_settings import (
     num_available_sms,
 )
 from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
+from ep_backend.normal_settings import DEFAULT_NUM_BYTES
 from ep_backend.observe.buffer import BufferObserver
 from ep_backend.settings import CUDA_ROW_ALIGNMENT, check_waits, usable_device
+from ep_backend.tuning import REMEDY, TABLE_KEY, Tuned, log_taken, look_up
 
 _NO_ROWS = (0, 0)
 _NOTHING_BESIDE_ROWS = (0, 0, 0)
@@ -58,7 +60,7 @@ class CudaNormalBuffer(NormalBuffer):
         num_experts: int,
         top_k: int,
         dtype: torch.dtype,
-        num_bytes: int,
+        num_bytes: int | None = None,
         dispatch_dtype: torch.dtype | None = None,
         scale_format: str = "float32",
         timeout_secs: float = DEFAULT_TIMEOUT_SECS,
@@ -73,20 +75,28 @@ class CudaNormalBuffer(NormalBuffer):
             dtype=dtype,
             dispatch_dtype=dtype if dispatch_dtype is None else dispatch_dtype,
             scale_format=scale_format,
-            num_bytes=num_bytes,
+            num_bytes=DEFAULT_NUM_BYTES if num_bytes is None else num_bytes,
         )
+        given = {"num_bytes": num_bytes, "num_sms": num_sms}
         error: Exception | None = None
+        tuned = Tuned()
         try:
             self.device = usable_device(device)
+            tuned = look_up(settings.tuning_shape(group.num_ranks), group, self.device)
+            settings = settings.tuned(tuned, given)
             settings.check(group.num_ranks)
             check_waits(timeout_secs, spin_us)
             self._num_max_sms = num_available_sms(group, self.device)
             self.num_sms = self._checked_num_sms(
-                min(DEFAULT_NUM_SMS, self._num_max_sms) if num_sms is None else num_sms
+                min(tuned.int_of("num_sms") or DEFAULT_NUM_SMS, self._num_max_sms)
+                if num_sms is None
+                else num_sms
             )
         except (TypeError, ValueError) as e:
             error = e
-        group.agree("NormalBuffer", settings.agreed(), error)
+        agreed = {TABLE_KEY: tuned} | settings.agreed()
+        group.agree("NormalBuffer", agreed, error, {TABLE_KEY: REMEDY})
+        log_taken("NormalBuffer", group, tuned, given)
 
         config = settings.config(group.num_ranks)
         layout = _native.NormalDeviceLayout(config)

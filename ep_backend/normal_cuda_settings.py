@@ -47,7 +47,7 @@ class CudaNormalSettings(NormalShape):
         check_choice("dtype", self.dtype, DTYPES)
         check_dispatch_dtype(self.dtype, self.dispatch_dtype, self.scale_format)
         check_row_alignment(self.hidden, (self.dtype, self.dispatch_dtype))
-        least = _native.NormalDeviceLayout.budget_for(self._config(num_ranks, 2 * num_ranks))
+        least = self.num_bytes_for(num_ranks, 0)
         check_int(
             "num_bytes",
             self.num_bytes,
@@ -56,6 +56,11 @@ class CudaNormalSettings(NormalShape):
             f"With {num_ranks} ranks, one token of each rank at a time, twice, takes {least}. Pass "
             "at least that; batches whose rows all have room are faster.",
         )
+
+    def num_bytes_for(self, num_ranks: int, num_rows: int) -> int:
+        """Budget in which a rank has room for so many rows; at least for the fewest."""
+        config = self._config(num_ranks, max(num_rows, 2 * num_ranks))
+        return _native.NormalDeviceLayout.budget_for(config)
 
     def config(self, num_ranks: int) -> _native.NormalDeviceConfig:
         """With as many rows as the budget has room for."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,12 +19,17 @@ from ep_backend.settings import (
     check_choice,
     check_dispatch_dtype,
     device_type,
+    dtype_name,
 )
+from ep_backend.tuning import Shape, Tuned
 
 # As the native module counts them.
 NORMAL_KERNEL_NAMES = ("normal_counts", "normal_dispatch", "normal_combine")
+DEFAULT_NUM_BYTES = 64 << 20
 MAX_NUM_BYTES = 1 << 46
 """Of symmetric memory: more than any host has."""
+
+Settings = TypeVar("Settings", bound="NormalShape")
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,29 @@ class NormalShape:
     dispatch_dtype: torch.dtype
     scale_format: str
     num_bytes: int
+
+    def tuning_shape(self, num_ranks: int) -> Shape:
+        """By which the tuning table knows such a buffer."""
+        return Shape(
+            kernels="normal",
+            num_ranks=num_ranks,
+            hidden=self.hidden,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            dtype=dtype_name(self.dtype),
+            dispatch_dtype=dtype_name(self.dispatch_dtype),
+            combine_dtype=dtype_name(self.dtype),
+            output_layout="normal",
+            reduction="normal",
+            has_workspaces=False,
+        )
+
+    def tuned(self: Settings, tuned: Tuned, given: Mapping[str, Any]) -> Settings:
+        """With what the table says in place of what the caller has not given."""
+        num_bytes = tuned.int_of("num_bytes")
+        if num_bytes is None or given["num_bytes"] is not None:
+            return self
+        return replace(self, num_bytes=num_bytes)
 
 
 @dataclass(frozen=True)
@@ -68,6 +97,10 @@ class NormalSettings(NormalShape):
     def least_num_bytes(self, num_ranks: int) -> int:
         """For one token of each rank at a time; of any settings that `num_bytes` may go with."""
         return self._least(num_ranks).num_bytes
+
+    def num_bytes_for(self, num_ranks: int, num_tokens: int) -> int:
+        """Budget in which so many tokens of a rank travel at once."""
+        return _native.NormalLayout(self._config(num_ranks, num_tokens)).num_bytes
 
     def config(self, num_ranks: int) -> _native.NormalConfig:
         """With as many tokens a round as the budget has room for."""
@@ -116,12 +149,13 @@ class CpuNormalKernels:
         timeout_secs: float,
         spin_us: float | None,
     ) -> None:
+        self.spin_us = default_spin_us(num_ranks) if spin_us is None else spin_us
         rank = _native.NormalRank(
             config,
             self_rank,
             bases,
             timeout_ns=int(timeout_secs * 1e9),
-            spin_ns=int((default_spin_us(num_ranks) if spin_us is None else spin_us) * 1e3),
+            spin_ns=int(self.spin_us * 1e3),
         )
         self._rank = rank
         self.normal_counts = rank.exchange_counts

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from ep_backend import _native
 from ep_backend.checks import check_int
+from ep_backend.tuning import Shape, Tuned
 
 DTYPES = {
     torch.float32: _native.DType.FLOAT32,
@@ -70,6 +72,34 @@ class BufferSettings:
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""
         return asdict(self) | {"protocol version": _native.PROTOCOL_VERSION}
+
+    def tuning_shape(self, num_ranks: int) -> Shape:
+        """By which the tuning table knows such a buffer."""
+        return Shape(
+            kernels="low_latency",
+            num_ranks=num_ranks,
+            hidden=self.hidden,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            dtype=dtype_name(self.dtype),
+            dispatch_dtype=dtype_name(self.dispatch_dtype),
+            combine_dtype=dtype_name(self.combine_dtype),
+            output_layout=self.output_layout,
+            reduction=self.reduction,
+            has_workspaces=self.num_workspaces > 0,
+        )
+
+    def tuned(self, tuned: Tuned, given: Mapping[str, Any]) -> BufferSettings:
+        """With what the table says in place of what the caller has not given."""
+        changes: dict[str, Any] = {
+            name: tuned.settings[name]
+            for name in ("transfer", "num_max_tagged_tokens")
+            if name in tuned.settings and given[name] is None
+        }
+        if "num_max_tagged_tokens" in changes:
+            num_tagged = changes["num_max_tagged_tokens"]
+            changes["num_max_tagged_tokens"] = min(num_tagged, self.num_max_tokens_per_rank)
+        return replace(self, **changes)
 
     def check(self, num_ranks: int) -> None:
         """Raises `ValueError` for what no kernel could serve."""
@@ -190,6 +220,11 @@ def default_tagged_tokens(num_ranks: int) -> int:
     fences and a signal's trip. Two H100s over NVLink gain from it at 128 tokens still (pair of
     hidden 7168, top-8: 33 instead of 38 us); with more ranks memory sets the limit."""
     return max(1, 256 // num_ranks)
+
+
+def dtype_name(dtype: Any) -> str:
+    """Of a dtype as of anything else, which `check_choice` refuses later."""
+    return str(dtype).removeprefix("torch.")
 
 
 def check_choice(name: str, value: Any, choices: dict[Any, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,11 +10,14 @@ import torch
 from hypothesis import settings
 
 from ep_backend.memory import shm
+from ep_backend.tuning import TUNING_VARIABLE
 from tests.support.processes import started_pids
 
 # Derandomised: a run says the same thing every time. No deadline: machines differ.
 settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("fixed")
+# What this machine was tuned to is no test's business; processes of tests inherit it.
+os.environ[TUNING_VARIABLE] = "off"
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -289,7 +289,7 @@ BAD_SETTINGS: list[tuple[str, Any, str]] = [
     ("scale_format", "ue8m0", "rows of torch.bfloat16 have no scales. Leave it out, or pass disp"),
     ("output_layout", "token", "output_layout is 'token', expected 'expert_major' or 'rank_major'"),
     ("reduction", "home", "reduction is 'home', expected 'rank' or 'source'"),
-    ("transfer", None, "transfer is None, expected 'push' or 'pull'"),
+    ("transfer", 3, "transfer is 3, expected 'push' or 'pull'"),
     ("num_max_tagged_tokens", -1, "num_max_tagged_tokens is -1, expected an integer in 0..4"),
     ("num_max_tagged_tokens", 5, "No batch is larger than num_max_tokens_per_rank"),
     ("device", "meta", "device is 'meta', expected 'cpu' or a CUDA device"),

@@ -140,6 +140,27 @@ def test_prefill_numbers_are_those_of_the_results() -> None:
     assert "{:.2f}, {:.2f} and {:.2f} beside".format(*(g["copy_ratio"] for g in gemms)) in PAGES
 
 
+def test_tuned_numbers_are_those_of_the_results() -> None:
+    measured = results("tuning-h100.json")
+    assert measured["command"] in PAGES.replace("\n", " ")
+    assert len(measured["cases"]) == 18
+    for case in measured["cases"]:
+        is_normal = case["kernels"] == "normal"
+        layout = "normal" if is_normal else case["output_layout"].replace("_", "-")
+        assert (
+            f"| {case['num_ranks']} | {layout} | {case['num_tokens']} | {case['default_us']:.1f} "
+            f"| {case['tuned_us']:.1f} | {case['tuned']} |"
+        ) in PAGES
+    on_one_rank = {
+        line["settings"]: f"{line['pair_us']:.1f}"
+        for line in measured["tried"]
+        if line["num_ranks"] == 1 and line["step"] == "num_sms" and line["kernels"] == "normal"
+    }
+    by_sms = {name.split(",")[0]: us for name, us in on_one_rank.items()}
+    assert f"gives {by_sms['num_sms 16']} us on the 16 SMs" in PAGES
+    assert f"and {by_sms['num_sms 64']} on 64" in PAGES
+
+
 def _moved_by_written(case: dict) -> float:
     """Of a dispatch: bytes read and written by those written."""
     return case["num_bytes"]["dispatch_bytes"] / case["num_row_bytes"]

@@ -33,6 +33,7 @@ from ep_backend.bench.decode_settings import PROGRAM, Case, DecodeSettings, pars
 from ep_backend.bench.decode_times import CaseRow, Times
 from ep_backend.bench.op_cuda_report import machine as gpu_machine
 from ep_backend.bench.op_processes import RankFailed
+from ep_backend.tuning import untuned_unless_asked
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    untuned_unless_asked()
     begin = datetime.now(timezone.utc)
     rows: list[CaseRow] = []
 

@@ -27,6 +27,7 @@ from ep_backend import _native
 from ep_backend.bench.multi_gpu_rank import DOCUMENT, rank_main
 from ep_backend.bench.multi_gpu_report import has_failed, note_crash, print_results
 from ep_backend.bench.multi_gpu_settings import Options, parse_arguments
+from ep_backend.tuning import untuned_unless_asked
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     num_visible = torch.cuda.device_count() if _native.has_cuda else 0
     options = parse_arguments(arguments, num_visible)
+    untuned_unless_asked()
     with tempfile.TemporaryDirectory(prefix="ep-backend-bench-") as directory:
         crash = run_ranks(options, Path(directory))
         document = read_document(Path(directory) / DOCUMENT)

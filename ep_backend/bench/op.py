@@ -35,6 +35,7 @@ from ep_backend.bench.op_normal_rank import NormalBenchSettings, bench_normal_ra
 from ep_backend.bench.op_processes import RankFailed, RankMain, run_ranks
 from ep_backend.bench.op_rank import OpBenchSettings, bench_rank
 from ep_backend.bench.provenance import commit, installed_versions, this_machine
+from ep_backend.tuning import untuned_unless_asked
 
 RANK_MAINS: dict[str, RankMain] = {
     OpBenchSettings.kind: bench_rank,
@@ -128,6 +129,7 @@ def run_op_bench(
     Raises:
         RankFailed: a way gave a wrong result, or a rank failed; nothing is printed or written.
     """
+    untuned_unless_asked()
     cases: list[OpBenchCase] = []
     begin = datetime.now(timezone.utc)
     load_before = os.getloadavg()

@@ -46,6 +46,7 @@ from ep_backend.bench.op_cuda_settings import (
     parse_arguments,
 )
 from ep_backend.bench.provenance import commit
+from ep_backend.tuning import untuned_unless_asked
 
 T = TypeVar("T")
 
@@ -63,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not _native.has_cuda or not torch.cuda.is_available():
         print("bench op --device cuda: needs a GPU and a build with CUDA", file=sys.stderr)
         return 1
+    untuned_unless_asked()
     begin = datetime.now(timezone.utc)
     floors = measure_floors(settings) if settings.with_floors else None
     rows = measure_rows(settings)

@@ -37,6 +37,7 @@ from ep_backend.bench.op_cuda_normal_case import (
 )
 from ep_backend.bench.op_cuda_report import machine, print_table, reason
 from ep_backend.bench.op_cuda_settings import TRAVELLING_DTYPES
+from ep_backend.tuning import untuned_unless_asked
 
 PROGRAM = "ep-backend bench op --kind normal --device cuda"
 CAPTION = (
@@ -171,6 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     # So that no two streams share one of the GPU's queues; read when CUDA starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    untuned_unless_asked()
     begin = datetime.now(timezone.utc)
     yardsticks = {n: yardstick(n, settings.num_repeats) for n in settings.num_sms}
     give_memory_back()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ep_backend import __version__
+from ep_backend.tuning.site import cpu_name
 
 
 def commit() -> str | None:
@@ -33,12 +34,6 @@ def this_machine() -> dict[str, Any]:
         "num_cpus": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
     }
-
-
-def cpu_name() -> str:
-    cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in cpu_lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def installed_versions() -> dict[str, str]:

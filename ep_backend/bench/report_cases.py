@@ -41,6 +41,8 @@ TITLES = {
     ("precision", "cpu", "low_latency"): "Errors of combine by the type of its rows",
     ("observe", "cpu", "low_latency"): "What metrics cost an operation",
     ("multi_gpu", "cpu", "low_latency"): "Dispatch and combine between GPUs",
+    ("tune", "cpu", "low_latency"): "Settings tried by tune, processes on a CPU",
+    ("tune", "cuda", "low_latency"): "Settings tried by tune, on GPUs",
     ("decode", "cpu", "low_latency"): "A decode loop without an engine",
 }
 

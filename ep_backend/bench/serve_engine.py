@@ -17,10 +17,10 @@ from typing import Any
 from ep_backend.bench.demo_engines import VLLM as VLLM_ON_CPU
 from ep_backend.bench.demo_engines import core_binding, vllm_command
 from ep_backend.bench.model import TinyMoE, make_model
-from ep_backend.bench.provenance import cpu_name
 from ep_backend.bench.serve_model import RandomMoE
 from ep_backend.bench.serve_settings import DEFAULT, SINGLE, Options
 from ep_backend.bench.server import SHM_DIR
+from ep_backend.tuning.site import cpu_name
 
 # As a module: the `vllm` script is not there where vLLM is only on PYTHONPATH.
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")

@@ -15,6 +15,7 @@ from ep_backend.doctor.gpu import Gpus, check_gpus
 from ep_backend.doctor.host import check_host
 from ep_backend.doctor.links import Link, link_table
 from ep_backend.doctor.rdma import check_rdma
+from ep_backend.doctor.tuning import check_tuning
 
 CONFIGS = {
     "cpu": ("host",),
@@ -83,7 +84,7 @@ def examine(
     return Examination(
         config,
         {
-            "host": check_host(machine),
+            "host": [*check_host(machine), *check_tuning(machine, gpus)],
             "gpus": check_gpus(machine, gpus),
             "rdma": check_rdma(machine, gpus),
         },

@@ -15,9 +15,6 @@ import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from ep_backend import NormalBuffer, NormalDispatchHandle
 from ep_backend_vllm.adapter import Prepared, StandardAdapter, reduced_rows, weighted_input
 
-NUM_BYTES = 64 << 20
-"""Of symmetric memory a rank and shape. Larger batches travel in rounds."""
-
 
 class NormalPrepareAndFinalize(StandardAdapter[NormalBuffer]):
     """A finalize follows each prepare."""

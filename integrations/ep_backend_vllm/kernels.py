@@ -71,7 +71,7 @@ def _make_high_throughput(moe: Any) -> Any:
     import torch
     from vllm.distributed import get_ep_group
 
-    from ep_backend_vllm.high_throughput import NUM_BYTES, NormalPrepareAndFinalize
+    from ep_backend_vllm.high_throughput import NormalPrepareAndFinalize
 
     device = torch.device(moe.device).type
     if device != "cpu":
@@ -85,7 +85,6 @@ def _make_high_throughput(moe: Any) -> Any:
             "num_experts": moe.num_experts,
             "top_k": moe.experts_per_token,
             "dtype": moe.in_dtype,
-            "num_bytes": NUM_BYTES,
             "device": device,
         }
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from ep_backend import _native
 from ep_backend.cli import app
 from ep_backend.doctor import Check, Level, Link, Machine, examine, link_table
 from ep_backend.doctor.gpu import Gpus, check_gpus
 from ep_backend.doctor.rdma import check_rdma
 from ep_backend.doctor.report import Examination, print_examination
+from ep_backend.doctor.tuning import check_tuning
+from ep_backend.tuning import Site, Table
+from tests.tuning.test_table import ENTRY
 
 HOPPER = ("NVIDIA H100 80GB HBM3", (9, 0))
 WHEELS = {"nvidia-nvshmem-cu13": "3.4.5", "nvshmem4py-cu13": "0.4.1"}
@@ -207,3 +212,40 @@ def test_this_machine() -> None:
             assert check["found"]
             assert check["remedy"] or check["level"] == "ok"
     assert CliRunner().invoke(app, ["doctor", "--config", "tpu"]).exit_code == 2
+
+
+def tuned(tmp_path: Path, text: str | None = None) -> list[Check]:
+    """Of a machine with two H100s, with this text as its table."""
+    path = "/home/u/.cache/ep_backend/tuning.json"
+    if text is not None:
+        write(tmp_path, path, text)
+    return check_tuning(Machine(tmp_path, {"HOME": "/home/u"}), gpus(2))
+
+
+def test_a_table_that_is_not_there_or_off_is_no_fault(tmp_path: Path) -> None:
+    (check,) = tuned(tmp_path)
+    assert check.level is Level.OK
+    assert "/home/u/.cache/ep_backend/tuning.json: none" in check.found
+    (check,) = check_tuning(Machine(tmp_path, {"EP_BACKEND_TUNING": "off"}), gpus(2))
+    assert check.found == "off (EP_BACKEND_TUNING)"
+
+
+def test_a_table_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    (check,) = tuned(tmp_path, "{}")
+    assert check.level is Level.NOTE
+    assert "is ignored: its schema is None" in check.found
+
+
+def test_what_of_a_table_holds_here(tmp_path: Path) -> None:
+    site = Site(HOPPER[0], "nvlink-18", _native.PROTOCOL_VERSION)
+    here = replace(ENTRY, site=site)
+    elsewhere = [
+        replace(ENTRY, site=replace(site, device="NVIDIA H200")),
+        replace(ENTRY, site=replace(site, protocol=1)),
+    ]
+    table, *entries = tuned(tmp_path, json.dumps(Table((here, *elsewhere)).to_json()))
+    assert table.level is Level.OK
+    assert "1 entries for this machine; 2 of another device or version are ignored" in table.found
+    assert [check.found for check in entries] == [
+        f"{ENTRY.shape}, nvlink-18: num_sms 24, transfer push, num_max_tagged_tokens 16"
+    ]
