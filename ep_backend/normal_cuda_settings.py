@@ -47,7 +47,7 @@ class CudaNormalSettings(NormalShape):
         check_choice("dtype", self.dtype, DTYPES)
         check_dispatch_dtype(self.dtype, self.dispatch_dtype, self.scale_format)
         check_row_alignment(self.hidden, (self.dtype, self.dispatch_dtype))
-        least = _native.NormalDeviceLayout.budget_for(self._config(num_ranks, 2 * num_ranks))
+        least = self.least_num_bytes(num_ranks)
         check_int(
             "num_bytes",
             self.num_bytes,
@@ -56,6 +56,10 @@ class CudaNormalSettings(NormalShape):
             f"With {num_ranks} ranks, one token of each rank at a time, twice, takes {least}. Pass "
             "at least that; batches whose rows all have room are faster.",
         )
+
+    def least_num_bytes(self, num_ranks: int) -> int:
+        """For one token of each rank at a time; of any settings that `num_bytes` may go with."""
+        return _native.NormalDeviceLayout.budget_for(self._config(num_ranks, 2 * num_ranks))
 
     def config(self, num_ranks: int) -> _native.NormalDeviceConfig:
         """With as many rows as the budget has room for."""
@@ -132,3 +136,7 @@ class CudaNormalKernels:
 
     def report(self) -> _native.OpResult:
         return self._rank.report()
+
+    def epochs(self) -> int:
+        """Address of how many dispatches, and combines, have been completed."""
+        return self._rank.epochs()
