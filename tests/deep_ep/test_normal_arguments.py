@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ep_backend import (
     EPBackendError,
@@ -250,20 +249,6 @@ def test_a_handle_belongs_to_its_buffer_and_its_half(group: Group, buffer: deep_
         buffer.combine(arguments["x"], low_latency_handle)
     with pytest.raises(ValueError, match="handle is not one that low_latency_dispatch"):
         buffer.low_latency_combine(rows, topk_idx, torch.ones((T, K)), arguments["handle"])
-
-
-def test_tensors_on_a_gpu_are_refused_for_now(buffer: deep_ep.Buffer) -> None:
-    arguments = of_combine(buffer)
-    with FakeTensorMode():
-        x = torch.empty((T, H), dtype=torch.bfloat16, device="cuda")
-        idx = torch.empty((T, K), dtype=torch.int64, device="cuda")
-    message = "on cuda:0, but the normal calls run on CPU tensors so far"
-    with pytest.raises(NotImplementedError, match=message):
-        buffer.get_dispatch_layout(idx, E)
-    with pytest.raises(NotImplementedError, match=message):
-        buffer.dispatch(**of_dispatch(x=x))
-    with pytest.raises(NotImplementedError, match=message):
-        buffer.combine(x, arguments["handle"])
 
 
 def test_more_ranks_than_a_token_can_list_need_topk_idx() -> None:
