@@ -36,7 +36,7 @@ class Buffer(deep_ep.Buffer):
         NotImplementedError, ValueError: see `deep_ep.Buffer`.
     """
 
-    num_sms = _NumSms()  # type: ignore[assignment]
+    num_sms = _NumSms()
 
     def __init__(self, group: dist.ProcessGroup, *arguments: Any, **options: Any) -> None:
         group = gloo_group_of(group)

@@ -87,6 +87,7 @@ def test_name_tests_of_vllm_know_the_backend(
     [
         (config, "vllm.config.parallel.ParallelConfig.use_batched_dp_moe"),
         (config, "vllm.engine.arg_utils._compute_kwargs"),
+        (config, "vllm.config.compilation.CompilationConfig.set_splitting_ops_for_v1"),
         (
             communicator,
             "vllm.distributed.device_communicators.base_device_communicator.All2AllManagerBase",
