@@ -90,7 +90,9 @@ class CommStream:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream: torch.cuda.Stream | None = None
-        self._last_elsewhere: torch.cuda.Stream | None = None
+        # Once there was an operation on our stream, outside of graphs, others leave an event.
+        self._is_used = False
+        self._last_elsewhere: torch.cuda.Event | None = None
         self._in_flight: deque[_InFlight] = deque()
 
     @property
@@ -109,17 +111,20 @@ class CommStream:
         if previous_event is None and not async_finish:
             if self._stream is not None:
                 _let_wait(current, self._stream)
-            self._last_elsewhere = current
             yield operation
+            if self._is_used and not torch.cuda.is_current_stream_capturing():
+                self._last_elsewhere = current.record_event()
             return
         stream = self.stream
         is_captured = torch.cuda.is_current_stream_capturing()
         self._let_go(is_captured)
-        if previous_event is None or is_captured:
+        if previous_event is None or is_captured or not self._is_used:
             stream.wait_stream(current)
-        if self._last_elsewhere is not None:
-            _let_wait(stream, self._last_elsewhere)
-            self._last_elsewhere = None
+        if not is_captured:
+            self._is_used = True
+            if self._last_elsewhere is not None:
+                stream.wait_event(self._last_elsewhere)
+                self._last_elsewhere = None
         try:
             with torch.cuda.stream(stream):
                 if previous_event is not None:

@@ -39,6 +39,9 @@ class Stream:
     def wait_stream(self, other: Stream) -> None:
         self.gpu.log.append(f"{self.name} waits for {other.name}")
 
+    def wait_event(self, event: Event) -> None:
+        self.gpu.log.append(f"{self.name} waits for {event.stream.name}'s event")
+
     def record_event(self) -> Event:
         self.gpu.events.append(Event(self.gpu, self))
         return self.gpu.events[-1]
@@ -116,9 +119,13 @@ def test_without_a_previous_event_all_of_the_caller_comes_first(gpu: Gpu) -> Non
 
 
 def test_a_previous_event_is_all_that_is_waited_for(gpu: Gpu) -> None:
-    previous = EventOverlap(Event(gpu, gpu.callers))
-    run(gpu, CommStream(DEVICE), previous)
-    assert gpu.log == ["comm waits for callers's event", "runs on comm", "callers waits for comm"]
+    streams, previous = CommStream(DEVICE), EventOverlap(Event(gpu, gpu.callers))
+    run(gpu, streams, previous)
+    first = ["comm waits for callers"]  # which may have been given earlier operations
+    rest = ["comm waits for callers's event", "runs on comm", "callers waits for comm"]
+    assert gpu.take_log() == first + rest
+    run(gpu, streams, previous)
+    assert gpu.take_log() == rest
 
 
 def test_an_event_that_nobody_waits_for_keeps_tensors_until_it_happens(gpu: Gpu) -> None:
@@ -146,7 +153,7 @@ def test_operations_are_ordered_whatever_stream_each_is_on(gpu: Gpu) -> None:
     run(gpu, streams)
     assert gpu.take_log() == ["callers waits for comm", "runs on callers"]
     run(gpu, streams, EventOverlap(), async_finish=True)
-    assert gpu.take_log() == ["comm waits for callers", "runs on comm"]
+    assert gpu.take_log() == ["comm waits for callers's event", "runs on comm"]
     run(gpu, streams, EventOverlap(), async_finish=True)
     assert gpu.take_log() == ["runs on comm"]
 
