@@ -90,6 +90,8 @@ class CommStream:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream: torch.cuda.Stream | None = None
+        # Of our stream; None: there was none.
+        self._last_is_captured: bool | None = None
         # Once there was an operation on our stream, outside of graphs, others leave an event.
         self._is_used = False
         self._last_elsewhere: torch.cuda.Event | None = None
@@ -107,19 +109,20 @@ class CommStream:
         self, previous_event: EventOverlap | None = None, async_finish: bool = False
     ) -> Iterator[Operation]:
         current = torch.cuda.current_stream(self._device)
+        is_captured = torch.cuda.is_current_stream_capturing()
         operation = Operation()
         if previous_event is None and not async_finish:
-            if self._stream is not None:
-                _let_wait(current, self._stream)
+            if self._is_beside(is_captured):
+                current.wait_stream(self.stream)
             yield operation
-            if self._is_used and not torch.cuda.is_current_stream_capturing():
+            if self._is_used and not is_captured:
                 self._last_elsewhere = current.record_event()
             return
         stream = self.stream
-        is_captured = torch.cuda.is_current_stream_capturing()
         self._let_go(is_captured)
         if previous_event is None or is_captured or not self._is_used:
             stream.wait_stream(current)
+        self._last_is_captured = is_captured
         if not is_captured:
             self._is_used = True
             if self._last_elsewhere is not None:
@@ -145,6 +148,16 @@ class CommStream:
 
     def close(self) -> None:
         self._in_flight.clear()
+
+    def _is_beside(self, is_captured: bool) -> bool:
+        """Whether operations on our stream may run beside one on the current stream: not those
+        outside of a graph, which have ended before it, nor those in another."""
+        if self._last_is_captured != is_captured:
+            return False
+        if not is_captured:
+            return True
+        with torch.cuda.stream(self.stream):
+            return torch.cuda.is_current_stream_capturing()
 
     def _let_go(self, is_capturing: bool) -> None:
         """Of what operations that have ended have read."""
@@ -179,15 +192,3 @@ class _InFlight:
         if not self._read:
             return True
         return not is_capturing and (self._is_captured or self._event.query())
-
-
-def _let_wait(stream: torch.cuda.Stream, other: torch.cuda.Stream) -> None:
-    """`stream` waits for what `other` has been given; not where one of them is in a graph that the
-    other is not in: what is outside has ended, or comes with another replay."""
-    if _is_capturing(stream) == _is_capturing(other):
-        stream.wait_stream(other)
-
-
-def _is_capturing(stream: torch.cuda.Stream) -> bool:
-    with torch.cuda.stream(stream):
-        return torch.cuda.is_current_stream_capturing()

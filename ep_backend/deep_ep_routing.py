@@ -40,9 +40,8 @@ def layout_of(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layou
     check_topk_idx(topk_idx)
     if topk_idx.device.type == "cpu":
         _check_experts(topk_idx, num_experts)
-    topk_idx = topk_idx.clamp(-1, num_experts - 1)
-    of_expert = _listed(topk_idx, num_experts)
-    is_token_in_rank = ranks_of(topk_idx, num_experts, num_ranks)
+    of_expert = _experts_listed(topk_idx, num_experts)
+    is_token_in_rank = _ranks_listed(of_expert, num_ranks)
     return Layout(
         is_token_in_rank.sum(0, dtype=torch.int32),
         of_expert.sum(0, dtype=torch.int32),
@@ -68,23 +67,26 @@ def check_topk_idx(topk_idx: torch.Tensor) -> None:
 
 def ranks_of(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> torch.Tensor:
     """`[T, R]` bool: the ranks that own some of a token's experts."""
-    # The first ranks own one more. By arithmetic: a table would have to be copied to a GPU.
-    num_each, num_larger = divmod(num_experts, num_ranks)
-    num_in_larger = num_larger * (num_each + 1)
-    owners = torch.where(
-        topk_idx < num_in_larger,
-        topk_idx // (num_each + 1),
-        num_larger + (topk_idx - num_in_larger) // max(1, num_each),
-    )
-    return _listed(torch.where(topk_idx >= 0, owners, -1), num_ranks)
+    return _ranks_listed(_experts_listed(topk_idx, num_experts), num_ranks)
 
 
-def _listed(numbers: torch.Tensor, num_columns: int) -> torch.Tensor:
-    """`[T, num_columns]` bool: which of 0 .. num_columns - 1 each row of `[T, K]` lists."""
-    shape = (len(numbers), num_columns + 1)
-    is_listed = torch.zeros(shape, dtype=torch.bool, device=numbers.device)
-    is_listed.scatter_(1, torch.where(numbers >= 0, numbers, num_columns).long(), True)
-    return is_listed[:, :num_columns].contiguous()
+# On a GPU the host's time counts, which is that of a few kernels: none is there to be tidy.
+def _experts_listed(topk_idx: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """`[T, E]` bool: which experts a token lists; one that does not exist is the nearest."""
+    columns = topk_idx.long().clamp(-1, num_experts - 1) + 1  # the first is for -1
+    shape = (len(topk_idx), 1 + num_experts)
+    is_listed = torch.zeros(shape, dtype=torch.bool, device=topk_idx.device)
+    return is_listed.scatter_(1, columns, True)[:, 1:]
+
+
+def _ranks_listed(of_expert: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """`[T, R]` bool: the ranks that own some of the experts listed in `[T, E]`."""
+    num_experts = of_expert.shape[1]
+    if num_experts % num_ranks == 0:
+        return of_expert.unflatten(1, (num_ranks, -1)).any(2)
+    partition = _native.ExpertPartition(num_experts, num_ranks)
+    sizes = [partition.num_local_experts(rank) for rank in range(num_ranks)]
+    return torch.stack([own.any(1) for own in of_expert.split(sizes, 1)], 1)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Event:
         self.gpu.log.append(f"{self.gpu.current.name} waits for {self.stream.name}'s event")
 
     def query(self) -> bool:
-        assert not self.gpu.is_capturing, "no event may be asked while a graph is captured"
+        assert not self.gpu.captured, "no event may be asked while a graph is captured"
         return self.has_happened
 
 
@@ -60,11 +60,12 @@ class Gpu:
         self.log: list[str] = []
         self.events: list[Event] = []
         self.callers = self.current = Stream(self, "callers")
-        self.is_capturing = False
+        self.captured: set[str] = set()
+        """Streams in the graph that is captured."""
         cuda: Any = torch.cuda
         monkeypatch.setattr(cuda, "Stream", lambda *_, **__: Stream(self, "comm"))
         monkeypatch.setattr(cuda, "current_stream", lambda *_: self.current)
-        monkeypatch.setattr(cuda, "is_current_stream_capturing", lambda: self.is_capturing)
+        monkeypatch.setattr(cuda, "is_current_stream_capturing", self.is_capturing)
         monkeypatch.setattr(cuda, "stream", self.stream)
 
     @contextmanager
@@ -72,6 +73,9 @@ class Gpu:
         before, self.current = self.current, stream
         yield
         self.current = before
+
+    def is_capturing(self) -> bool:
+        return self.current.name in self.captured
 
     def take_log(self) -> list[str]:
         log, self.log = self.log, []
@@ -160,7 +164,7 @@ def test_operations_are_ordered_whatever_stream_each_is_on(gpu: Gpu) -> None:
 
 def test_in_a_graph_nothing_is_recorded_and_readers_come_first(gpu: Gpu) -> None:
     streams = CommStream(DEVICE)
-    gpu.is_capturing = True
+    gpu.captured = {"callers"}
     previous = EventOverlap(Event(gpu, gpu.callers))
     _, made = run(gpu, streams, previous, async_finish=True)
     assert gpu.take_log() == [
@@ -173,8 +177,16 @@ def test_in_a_graph_nothing_is_recorded_and_readers_come_first(gpu: Gpu) -> None
     assert num_kept(streams) == 2
     event.current_stream_wait()
     assert num_kept(streams) == 1
-    gpu.is_capturing = False
-    run(gpu, streams)  # on the current stream: nothing is looked at
+    gpu.captured.add("comm")  # it is, since it waits for one that is
+    gpu.take_log()
+    run(gpu, streams)
+    assert gpu.take_log() == ["callers waits for comm", "runs on callers"]
+    gpu.captured = {"callers"}
+    run(gpu, streams)
+    assert gpu.take_log() == ["runs on callers"], "the other stream is not in this graph"
+    gpu.captured = set()
+    run(gpu, streams)
+    assert gpu.take_log() == ["runs on callers"], "what is in graphs comes with their replays"
     run(gpu, streams, async_finish=True)
     assert num_kept(streams) == 1, "the graph has been captured; its memory is its own"
 
