@@ -1,6 +1,5 @@
-#include "cuda/counters.h"
-
 #include "cuda/check.h"
+#include "cuda/counters.h"
 
 namespace ep::cuda {
 
