@@ -61,6 +61,7 @@ def test_processes_pass_what_deep_ep_tests(
 
 def run_cases(rank: Rank, cases: list[NormalCase], num_nvl_bytes: int) -> None:
     buffer = buffer_of(rank, num_nvl_bytes)
+    assert buffer.get_comm_stream() not in (None, torch.cuda.current_stream())
     for case in cases:
         for i, events in enumerate(ALL_EVENTS):
             options: dict[str, Any] = dict(expert_alignment=1 + 3 * i)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -311,6 +312,24 @@ def test_configs_exist_for_any_number_of_ranks_and_carry_num_sms(
         deep_ep.Buffer.set_num_sms(-2)
     with pytest.raises(ValueError, match="num_ranks is 0"):
         deep_ep.Buffer.get_combine_config(0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "most", "taken"),
+    [(24, 132, 24), (24, 16, 16), (0, 132, None), (24, 0, None)],
+    ids=["as asked", "what there is", "as the buffer thinks best", "cpu"],
+)
+def test_normal_calls_take_the_sms_of_their_config(
+    buffer: deep_ep.Buffer,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: int,
+    most: int,
+    taken: int | None,
+) -> None:
+    normal: Any = SimpleNamespace(num_max_sms=most)
+    assert buffer._num_sms_of(deep_ep.Config(asked), normal) == taken
+    monkeypatch.setattr(deep_ep.Buffer, "num_sms", asked)
+    assert buffer._num_sms_of(None, normal) == taken
 
 
 def test_events_and_streams_are_nothing_on_a_cpu(buffer: deep_ep.Buffer) -> None:
