@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings.h"
+#include "cuda/counters.h"
 #include "cuda/low_latency.h"
 #include "cuda/memory.h"
 #include "cuda/protocol_selftest.h"
@@ -69,7 +70,16 @@ void bind_rank(py::module_& m) {
       .def("combine", method(&LowLatencyRank::combine, &make_combine_send, &make_combine_recv))
       .def("report", &LowLatencyRank::report)
       .def("statistics", &LowLatencyRank::statistics,
-           "Waits for the device: wait_ns [phase][half][R], num_expert_rows [L].");
+           "wait_ns [phase][half][R], num_expert_rows [L].");
+}
+
+void bind_counters(py::module_& m) {
+  using cuda::CounterReader;
+  py::class_<CounterReader>(m, "CudaCounterReader")
+      .def(py::init<>())
+      .def("read", [](const CounterReader& self, uintptr_t counters, size_t count) {
+        return self.read(pointer<const uint64_t>(counters), count);
+      });
 }
 
 }  // namespace
@@ -77,6 +87,7 @@ void bind_rank(py::module_& m) {
 void bind_cuda(py::module_& m) {
   bind_memory(m);
   bind_rank(m);
+  bind_counters(m);
   m.attr("CUDA_MAX_EXPERTS") = cuda::kNumMaxExperts;
   m.def("cuda_protocol_mismatches", &cuda::protocol_mismatches, py::arg("config"),
         "Words that a GPU computes differently from the host in the protocol headers; -1: no GPU.");

@@ -121,7 +121,9 @@ void bind_rank(py::module_& m) {
                                   self.expert_counts());
           },
           "N, I, whether all ranks have room, and rows of each local expert.")
-      .def("report", &NormalRank::report);
+      .def("report", &NormalRank::report)
+      .def("epochs",
+           [](const NormalRank& self) { return reinterpret_cast<uintptr_t>(self.epochs()); });
 }
 
 void bind_yardsticks(py::module_& m) {

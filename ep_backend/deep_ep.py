@@ -14,7 +14,7 @@ It translates, kernels are elsewhere. Names in signatures are DeepEP's. For deco
     )
     hook()
 
-For prefill, on CPU tensors so far:
+For prefill:
 
     per_rank, _, per_expert, is_token_in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
     recv_x, recv_topk_idx, recv_topk_weights, counts, handle, _ = buffer.dispatch(
@@ -39,11 +39,12 @@ import torch.distributed as dist
 
 from ep_backend import _native
 from ep_backend.checks import check_int
+from ep_backend.comm_stream import CommStream
 from ep_backend.deep_ep_arguments import refuse_masking
 from ep_backend.deep_ep_config import MOST, Config
-from ep_backend.deep_ep_event import EventHandle, EventOverlap
 from ep_backend.deep_ep_low_latency import LowLatencyCalls
 from ep_backend.deep_ep_normal import NormalCalls
+from ep_backend.events import EventHandle, EventOverlap
 from ep_backend.group import Group
 
 __all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "topk_idx_t"]
@@ -71,7 +72,8 @@ class Buffer(LowLatencyCalls, NormalCalls):
     Args:
         group: a torch.distributed process group with a gloo backend, or ours.
         num_nvl_bytes: if not 0, the most that a shape of the normal calls takes; a token of every
-            rank fits always. Never more than 64 MiB are taken.
+            rank fits always. On the CPU never more than 64 MiB are taken; on a GPU so much, or 256
+            MiB if it is 0: batches that have no room travel in rounds, which is slower.
         num_rdma_bytes: not used: low-latency memory is taken at first use, as much as is needed.
         low_latency_mode: not used: both halves are always there.
         num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric: not used: they
@@ -91,7 +93,8 @@ class Buffer(LowLatencyCalls, NormalCalls):
     """
 
     num_sms: int = 20
-    """Of every buffer: what `set_num_sms` was given. The normal calls need none on the CPU."""
+    """Of every buffer: what `set_num_sms` was given. Blocks, and so SMs, that the kernels of normal
+    calls on CUDA tensors take at most; 0: as many as they think best. An odd number is fine."""
 
     def __init__(
         self,
@@ -139,7 +142,8 @@ class Buffer(LowLatencyCalls, NormalCalls):
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
-        """Of every buffer, for `get_dispatch_config` and `get_combine_config`.
+        """Of every buffer: of its normal calls without a config, and for `get_dispatch_config` and
+        `get_combine_config`.
 
         Raises:
             ValueError: out of range.
@@ -154,7 +158,7 @@ class Buffer(LowLatencyCalls, NormalCalls):
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
-        """A `Config` for any number of ranks. Ours need no tuning."""
+        """A `Config` for any number of ranks, of what `set_num_sms` was given."""
         check_int("num_ranks", num_ranks, 1, _native.MAX_RANKS)
         return Config(Buffer.num_sms)
 
@@ -164,8 +168,13 @@ class Buffer(LowLatencyCalls, NormalCalls):
         return Buffer.get_dispatch_config(num_ranks)
 
     def get_comm_stream(self) -> torch.cuda.Stream | None:
-        """The stream that calls use: the current one. None where no GPU is in use."""
-        return torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+        """The stream of calls with `previous_event` or `async_finish` on tensors of the current
+        device; others run on the current stream. None where no GPU is in use."""
+        if not torch.cuda.is_initialized():
+            return None
+        streams = self._streams_of(torch.device("cuda", torch.cuda.current_device()))
+        assert isinstance(streams, CommStream)
+        return streams.stream
 
     def get_local_buffer_tensor(
         self,
@@ -186,4 +195,6 @@ class Buffer(LowLatencyCalls, NormalCalls):
         self._is_destroyed = True
         for buffer in self._buffers.values():
             buffer.close()
+        for streams in self._streams.values():
+            streams.close()
         self._combine_inputs.clear()

@@ -14,7 +14,7 @@ MOST = (1 << 31) - 1
 class Config:
     """SMs of a normal call, and how many tokens a queue between two ranks takes and holds.
 
-    Our kernels need no tuning: calls accept it and do as they would without. Its hints say what a
+    Normal calls on CUDA tensors take `num_sms`; our kernels have no queues. Its hints say what a
     rank's memory would be with as many tokens in flight; `Buffer` takes no more than it is given.
 
     Raises:

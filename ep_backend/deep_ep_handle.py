@@ -181,6 +181,11 @@ class NormalHandle(TupleHandle):
             "where that was float8."
         )
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that a later call reads on a GPU."""
+        handles = self._by_buffer.values()
+        return (self.topk_idx, *(tensor for handle in handles for tensor in handle.tensors()))
+
     @property
     def num_experts(self) -> int:
         return self._first.buffer.num_experts

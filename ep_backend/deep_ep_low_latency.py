@@ -25,9 +25,9 @@ from ep_backend.deep_ep_arguments import (
     weights_for_combine,
 )
 from ep_backend.deep_ep_base import BufferBase
-from ep_backend.deep_ep_event import EventOverlap, event_of
 from ep_backend.deep_ep_handle import LowLatencyHandle
 from ep_backend.errors import OrderError
+from ep_backend.events import EventOverlap
 from ep_backend.group import Group
 from ep_backend.low_latency import LowLatencyBuffer
 from ep_backend.settings import BufferSettings
@@ -137,8 +137,9 @@ class LowLatencyCalls(BufferBase):
             round_scale: scales are powers of two.
             use_ue8m0: scales are the exponents of those; needs `round_scale`. Without `use_fp8`
                 both are ignored.
-            async_finish: CUDA: the returned event marks the end of the dispatch on the current
-                stream, where it runs. Nothing on the CPU.
+            async_finish: CUDA: runs on the stream of `Buffer.get_comm_stream()`, behind all that
+                the current stream was given, which waits for it when the returned event's
+                `current_stream_wait()` is called. Nothing on the CPU.
             return_recv_hook: only send; the hook receives.
             topk_weights: ours: `[T, K]` float32. Weights are applied where the experts are: one row
                 a rank comes home instead of one for each expert. Combine is then given this very
@@ -195,26 +196,31 @@ class LowLatencyCalls(BufferBase):
             shape, name = (buffer.num_local_experts,), "cumulative_local_expert_recv_stats"
             check_tensor(name, stats, shape, (torch.int32,), buffer.device)
 
-        recv_hook: Hook = _do_nothing
-        if return_recv_hook:
-            result, recv_hook = buffer.dispatch(x, topk_idx, topk_weights)
-        else:
-            result = buffer.dispatch_and_receive(x, topk_idx, topk_weights)
-        recv_count = result.num_recv_tokens_per_expert
+        streams = self._streams_of(buffer.device)
+        with streams.operation(async_finish=async_finish) as operation:
+            operation.reads(x, topk_idx, topk_weights, stats)
+            recv_hook: Hook = _do_nothing
+            if return_recv_hook:
+                result, recv_hook = buffer.dispatch(x, topk_idx, topk_weights)
+            else:
+                result = buffer.dispatch_and_receive(x, topk_idx, topk_weights)
+            recv_count = result.num_recv_tokens_per_expert
+            if stats is not None and not return_recv_hook:
+                stats.add_(recv_count)
+            operation.writes(result.handle.storage)
 
         def receive() -> None:
-            recv_hook()
-            if stats is not None:
-                stats.add_(recv_count)
+            with streams.operation():
+                recv_hook()
+                if stats is not None:
+                    stats.add_(recv_count)
 
-        if not return_recv_hook:
-            receive()
         scales = result.recv_scales
         return (
             result.recv_x if scales is None else (result.recv_x, scales),
             recv_count,
             LowLatencyHandle(self, result.handle, topk_weights),
-            event_of(async_finish, buffer.device),
+            operation.event,
             receive if return_recv_hook else _do_nothing,
         )
 
@@ -280,11 +286,22 @@ class LowLatencyCalls(BufferBase):
         weights = weights_for_combine(handle.topk_weights, topk_weights)
         if zero_copy:
             x = self._combine_input_of(handle)
-        if return_recv_hook:
-            combined, recv_hook = buffer.combine(x, dispatch_handle, out, weights)
-            return combined, EventOverlap(), recv_hook
-        combined = buffer.combine_and_receive(x, dispatch_handle, out, weights)
-        return combined, event_of(async_finish, buffer.device), _do_nothing
+        streams = self._streams_of(buffer.device)
+        with streams.operation(async_finish=async_finish) as operation:
+            if return_recv_hook:
+                combined, recv_hook = buffer.combine(x, dispatch_handle, out, weights)
+            else:
+                combined = buffer.combine_and_receive(x, dispatch_handle, out, weights)
+            operation.reads(x, weights, out, dispatch_handle.storage)
+            operation.writes(combined if out is None else None)
+        if not return_recv_hook:
+            return combined, operation.event, _do_nothing
+
+        def receive() -> None:
+            with streams.operation():
+                recv_hook()
+
+        return combined, operation.event, receive
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         """`[L, S, H]` of dispatch's `x.dtype`, contiguous, for the experts to write to and for a

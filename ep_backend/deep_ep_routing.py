@@ -33,19 +33,15 @@ def layout_of(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layou
         topk_idx: `[T, K]` int64 or int32, global expert, -1 = not routed.
 
     Raises:
-        ValueError: wrong shape, dtype or expert.
+        ValueError: wrong shape or dtype; on a CPU also a wrong expert. On a GPU, where looking for
+            one would wait, it counts as the nearest: dispatch will say.
     """
     check_int("num_experts", num_experts, 1, _native.MAX_EXPERTS)
     check_topk_idx(topk_idx)
-    is_wrong = (topk_idx < -1) | (topk_idx >= num_experts)
-    if is_wrong.any():
-        token, k = is_wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"topk_idx[{token}, {k}] is {topk_idx[token, k]}, expected -1 (not routed) or an "
-            f"expert in 0..{num_experts - 1}."
-        )
-    of_expert = _listed(topk_idx.long(), num_experts)
-    is_token_in_rank = ranks_of(topk_idx, num_experts, num_ranks)
+    if topk_idx.device.type == "cpu":
+        _check_experts(topk_idx, num_experts)
+    of_expert = _experts_listed(topk_idx, num_experts)
+    is_token_in_rank = _ranks_listed(of_expert, num_ranks)
     return Layout(
         is_token_in_rank.sum(0, dtype=torch.int32),
         of_expert.sum(0, dtype=torch.int32),
@@ -53,25 +49,44 @@ def layout_of(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layou
     )
 
 
+def _check_experts(topk_idx: torch.Tensor, num_experts: int) -> None:
+    is_wrong = (topk_idx < -1) | (topk_idx >= num_experts)
+    if is_wrong.any():
+        token, k = is_wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"topk_idx[{token}, {k}] is {topk_idx[token, k]}, expected -1 (not routed) or an "
+            f"expert in 0..{num_experts - 1}."
+        )
+
+
 def check_topk_idx(topk_idx: torch.Tensor) -> None:
     if topk_idx.dim() != 2:
         raise ValueError(f"topk_idx has shape {list(topk_idx.shape)}, expected [T, top_k].")
-    check_tensor("topk_idx", topk_idx, tuple(topk_idx.shape), INDEX_DTYPES, torch.device("cpu"))
+    check_tensor("topk_idx", topk_idx, tuple(topk_idx.shape), INDEX_DTYPES, topk_idx.device)
 
 
 def ranks_of(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> torch.Tensor:
     """`[T, R]` bool: the ranks that own some of a token's experts."""
+    return _ranks_listed(_experts_listed(topk_idx, num_experts), num_ranks)
+
+
+# On a GPU the host's time counts, which is that of a few kernels: none is there to be tidy.
+def _experts_listed(topk_idx: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """`[T, E]` bool: which experts a token lists; one that does not exist is the nearest."""
+    columns = topk_idx.long().clamp(-1, num_experts - 1) + 1  # the first is for -1
+    shape = (len(topk_idx), 1 + num_experts)
+    is_listed = torch.zeros(shape, dtype=torch.bool, device=topk_idx.device)
+    return is_listed.scatter_(1, columns, True)[:, 1:]
+
+
+def _ranks_listed(of_expert: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """`[T, R]` bool: the ranks that own some of the experts listed in `[T, E]`."""
+    num_experts = of_expert.shape[1]
+    if num_experts % num_ranks == 0:
+        return of_expert.unflatten(1, (num_ranks, -1)).any(2)
     partition = _native.ExpertPartition(num_experts, num_ranks)
-    first_experts = torch.tensor([partition.first_expert(r) for r in range(1, num_ranks)])
-    owners = torch.bucketize(topk_idx.long(), first_experts.long(), right=True)
-    return _listed(torch.where(topk_idx >= 0, owners, -1), num_ranks)
-
-
-def _listed(numbers: torch.Tensor, num_columns: int) -> torch.Tensor:
-    """`[T, num_columns]` bool: which of 0 .. num_columns - 1 each row of `[T, K]` lists."""
-    is_listed = torch.zeros((len(numbers), num_columns + 1), dtype=torch.bool)
-    is_listed.scatter_(1, torch.where(numbers >= 0, numbers, num_columns), True)
-    return is_listed[:, :num_columns].contiguous()
+    sizes = [partition.num_local_experts(rank) for rank in range(num_ranks)]
+    return torch.stack([own.any(1) for own in of_expert.split(sizes, 1)], 1)
 
 
 @dataclass(frozen=True)
@@ -92,10 +107,11 @@ def routing_of_experts(
 ) -> Routing:
     """
     Raises:
-        ValueError: `is_token_in_rank` says something else than `topk_idx`.
+        ValueError: on a CPU, `is_token_in_rank` says something else than `topk_idx`. On a GPU it is
+            not looked at: that would wait.
     """
     check_topk_idx(topk_idx)
-    if is_token_in_rank is not None:
+    if is_token_in_rank is not None and topk_idx.device.type == "cpu":
         # Experts that do not exist are refused by the kernels.
         ranks = ranks_of(topk_idx.clamp(-1, num_experts - 1), num_experts, num_ranks)
         is_wrong = (ranks != is_token_in_rank).any(1)
@@ -118,14 +134,17 @@ def routing_of_ranks(is_token_in_rank: torch.Tensor) -> Routing:
     num_tokens, num_ranks = is_token_in_rank.shape
     why = "A dispatch without topk_idx lists the ranks of a token. Pass topk_idx and topk_weights."
     check_int("the number of ranks", num_ranks, 1, _native.MAX_TOP_K, why)
-    topk_idx = torch.where(is_token_in_rank, torch.arange(num_ranks, dtype=torch.int32), -1)
-    return Routing(topk_idx, torch.zeros((num_tokens, num_ranks)), num_ranks)
+    device = is_token_in_rank.device
+    ranks = torch.arange(num_ranks, dtype=torch.int32, device=device)
+    topk_idx = torch.where(is_token_in_rank, ranks, -1)
+    return Routing(topk_idx, torch.zeros((num_tokens, num_ranks), device=device), num_ranks)
 
 
 def expert_counts_of_all(
     group: Group, num_tokens_per_expert: torch.Tensor, alignment: int
 ) -> list[int]:
-    """Of each local expert the tokens of all ranks, rounded up. Collective."""
+    """Of each local expert the tokens of all ranks, rounded up. Collective; on a GPU, waits for
+    what counts them."""
     partition = _native.ExpertPartition(len(num_tokens_per_expert), group.num_ranks)
     first = partition.first_expert(group.self_rank)
     own = slice(first, first + partition.num_local_experts(group.self_rank))

@@ -12,7 +12,7 @@ import torch
 
 from ep_backend.checks import AtMost, check_tensor
 from ep_backend.deep_ep_arguments import X_DTYPES
-from ep_backend.normal import MAX_TOKENS
+from ep_backend.normal_checks import MAX_TOKENS
 from ep_backend.normal_handles import NormalDispatchResult
 from ep_backend.reference import CHANNELS_PER_SCALE, unpack_ue8m0
 
@@ -61,7 +61,6 @@ def rows_of(x: Any) -> Rows:
             first, or `[T]` or `[T, 1]` float32, one for a row. Scales may have any strides.
 
     Raises:
-        NotImplementedError: a tensor is on a GPU.
         ValueError: wrong shape or dtype.
     """
     if isinstance(x, torch.Tensor):
@@ -71,6 +70,8 @@ def rows_of(x: Any) -> Rows:
         raise ValueError("x is neither a tensor nor a pair of float8 rows and their scales.")
     rows, scales = x
     _check_rows("x[0]", rows, (FLOAT8,))
+    if scales.device != rows.device:
+        raise ValueError(f"x[1], the scales, is on {scales.device}, but x[0] on {rows.device}.")
     num_tokens, num_scales = len(rows), -(-rows.shape[1] // CHANNELS_PER_SCALE)
     full = (num_tokens, num_scales)
     if scales.dtype == torch.float32 and scales.shape == full:
@@ -87,16 +88,19 @@ def rows_of(x: Any) -> Rows:
     )
 
 
-def refuse_gpu(tensor: torch.Tensor) -> None:
-    """Raises `NotImplementedError` for a tensor on a GPU."""
-    if tensor.device.type == "cuda":
-        raise NotImplementedError(
-            f"a tensor is on {tensor.device}, but the normal calls run on CPU tensors so far. Use "
-            "the low-latency calls, which have CUDA kernels."
-        )
+def tensors_of(x: Any) -> tuple[torch.Tensor, ...]:
+    """Of rows, or of a pair."""
+    return tuple(x) if isinstance(x, (tuple, list)) else (x,)
+
+
+def device_of(x: Any) -> torch.device:
+    """Of rows, or of a pair; of anything else, which `rows_of` refuses, the CPU."""
+    for tensor in tensors_of(x):
+        if isinstance(tensor, torch.Tensor):
+            return tensor.device
+    return torch.device("cpu")
 
 
 def _check_rows(name: str, rows: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    refuse_gpu(rows)
     shape = (AtMost(MAX_TOKENS), *rows.shape[-1:])
-    check_tensor(name, rows, shape, dtypes, torch.device("cpu"))
+    check_tensor(name, rows, shape, dtypes, rows.device)

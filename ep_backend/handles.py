@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from ep_backend.low_latency import LowLatencyBuffer
 
 
+SENDING_OPS = ("dispatch_send", "normal_dispatch")
+"""Kinds of operations that are given a batch of tokens."""
+
+
 def address_of(tensor: torch.Tensor | None) -> int:
     """For a kernel; 0 is none."""
     return 0 if tensor is None else tensor.data_ptr()
@@ -46,17 +50,19 @@ class KernelStatistics:
     """Operations completed. Replays of a captured graph are counted, too."""
     wait_ns: dict[str, list[int]]
     """Nanoseconds that signals and credits of each rank were waited for. On CUDA, waits for tagged
-    words are not among them."""
+    words are not among them, nor those of normal kernels."""
     num_expert_rows: list[int]
     """Rows that each local expert has received. Not counted: on CUDA, those that came to rank-major
     workspaces; by normal kernels, those of a cached routing."""
     counters: dict[str, OpCounters]
-    """CPU; empty on CUDA, and so are the following."""
+    """On CUDA only of "normal_counts": there the host's wait for the sizes of a dispatch."""
     sent_bytes: dict[str, list[int]]
-    """Of rows and their scales that went to each rank."""
+    """Of rows and their scales that went to each rank. Empty on CUDA, low latency."""
     num_in_bucket: dict[str, list[int]]
     """Operations by duration: up to `_native.BUCKET_LIMITS_NS`, each without those before it, then
     longer ones."""
+    num_tokens: int | None = None
+    """That dispatches were given; None: nobody counts them."""
 
     @classmethod
     def of_cpu(cls, names: Sequence[str], counted: _native.RankStatistics) -> KernelStatistics:
@@ -72,6 +78,7 @@ class KernelStatistics:
             counters={name: OpCounters(**op) for name, op in ops.items()},
             sent_bytes=dict(zip(names, counted["sent_bytes"], strict=True)),
             num_in_bucket=in_bucket,
+            num_tokens=sum(ops[name]["num_rows"] for name in names if name in SENDING_OPS),
         )
 
 

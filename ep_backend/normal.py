@@ -15,17 +15,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import overload
+from typing import Literal, overload
 
 import torch
 
 from ep_backend import _native, faults
-from ep_backend.checks import AtMost, check_int, check_tensor, check_x_scales
+from ep_backend.comm_stream import CommStream, NoStreams, Streams
 from ep_backend.errors import OrderError
+from ep_backend.events import EventOverlap, check_overlap
 from ep_backend.group import Group
 from ep_backend.handles import KernelStatistics, address_of
 from ep_backend.kernel_calls import KernelCalls
-from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS, INDEX_DTYPES
+from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS
+from ep_backend.normal_checks import ArgumentChecks, Bias
 from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
 from ep_backend.normal_settings import (
     DEFAULT_NUM_BYTES,
@@ -38,13 +40,16 @@ from ep_backend.observe.buffer import BufferObserver, start_exporter
 from ep_backend.settings import check_waits, device_type
 from ep_backend.tuning import REMEDY, TABLE_KEY, Tuned, log_taken, look_up
 
-MAX_TOKENS = (1 << 31) - 1
-"""Of a batch; also the most rows that a rank may ask for."""
+Combined = (
+    torch.Tensor
+    | tuple[torch.Tensor, torch.Tensor]
+    | tuple[torch.Tensor, EventOverlap]
+    | tuple[torch.Tensor, torch.Tensor, EventOverlap]
+)
+"""What combine returns, see there."""
 
-Bias = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 
-
-class NormalBuffer:
+class NormalBuffer(ArgumentChecks):
     """Symmetric memory and state for normal dispatch and combine of one MoE shape.
 
     Creation is collective. Afterwards every rank issues the same sequence of operations, one at a
@@ -140,6 +145,8 @@ class NormalBuffer:
         layout = _native.NormalLayout(config)
         self._take(group, settings, layout)
         self._fault = faults.active_fault()
+        self.num_max_sms = 0
+        """CUDA: what a call may take."""
         self.num_tokens_per_round: int = config.num_tokens_per_round
         """Tokens of a rank that travel at once: what `num_bytes` has room for."""
 
@@ -174,6 +181,8 @@ class NormalBuffer:
         """Memory of the device that this buffer takes on every rank for the exchange."""
         self._x_dtypes = tuple(dict.fromkeys((self.dtype, self.dispatch_dtype)))
         self._lock = threading.Lock()
+        is_cuda = self.device.type == "cuda"
+        self._streams: Streams = CommStream(self.device) if is_cuda else NoStreams()
         self._memory = group.allocate(layout.num_bytes, self.device)
 
     def dispatch(
@@ -188,6 +197,9 @@ class NormalBuffer:
         expert_alignment: int = 1,
         copy: bool = False,
         num_sms: int | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
     ) -> NormalDispatchResult:
         """Brings every token once to each rank that owns one of its experts.
 
@@ -206,6 +218,12 @@ class NormalBuffer:
             expert_alignment: `num_recv_tokens_per_expert` is rounded up to multiples of this.
             copy: CUDA: `recv_x` and `recv_scales` are the caller's too. On the CPU they always are.
             num_sms: CUDA: as the buffer's, for this call.
+            previous_event: CUDA: run on a stream of the buffer's own, behind this event, instead of
+                on the current stream. It comes behind all that has read what earlier calls brought.
+            async_finish: CUDA: run there, and do not let the current stream wait for it:
+                `result.event.current_stream_wait()` does, before anything reads the result.
+                Without `previous_event` all that the current stream was given comes first.
+            allocate_on_comm_stream: that stream's tensors are its own anyway. Only with both.
 
         Raises:
             ValueError: wrong shape, dtype or expert; nothing was sent. Or more rows came than
@@ -214,13 +232,14 @@ class NormalBuffer:
             PeerTimeout: a peer did not come in time. After this, and after a call that was
                 interrupted (Ctrl-C), create a new buffer.
         """
+        check_overlap(previous_event, async_finish, allocate_on_comm_stream)
         self._check_rows(x, x_scales, num_worst_tokens, expert_alignment)
         is_cached = handle is not None
         if handle is None:
             self._check_routing(x.shape[0], topk_idx, topk_weights)
         else:
             self._check_cached(x.shape[0], handle, topk_idx, topk_weights, num_worst_tokens)
-        with self._exclusive("dispatch"):
+        with self._exclusive("dispatch"), self._streams.operation(previous_event):
             if handle is None:
                 handle, received = self._exchange_counts(topk_idx, x.shape[0], num_worst_tokens)
             else:
@@ -263,6 +282,9 @@ class NormalBuffer:
         topk_weights: None = None,
         bias: Bias = None,
         num_sms: int | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: Literal[False] = False,
+        allocate_on_comm_stream: bool = False,
     ) -> torch.Tensor: ...
 
     @overload
@@ -275,7 +297,40 @@ class NormalBuffer:
         topk_weights: torch.Tensor,
         bias: Bias = None,
         num_sms: int | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: Literal[False] = False,
+        allocate_on_comm_stream: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    @overload
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: NormalDispatchHandle,
+        out: torch.Tensor | None = None,
+        *,
+        topk_weights: None = None,
+        bias: Bias = None,
+        num_sms: int | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: Literal[True],
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, EventOverlap]: ...
+
+    @overload
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: NormalDispatchHandle,
+        out: torch.Tensor | None = None,
+        *,
+        topk_weights: torch.Tensor,
+        bias: Bias = None,
+        num_sms: int | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: Literal[True],
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, EventOverlap]: ...
 
     def combine(
         self,
@@ -285,7 +340,10 @@ class NormalBuffer:
         topk_weights: torch.Tensor | None = None,
         bias: Bias = None,
         num_sms: int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> Combined:
         """Sends every row home, where a token adds up its rows, in rank order, in float32.
 
         Args:
@@ -299,26 +357,31 @@ class NormalBuffer:
             bias: one or two tensors `[T, H]` of the buffer's dtype, added behind the rows before
                 the sum is rounded.
             num_sms: CUDA: as the buffer's, for this call.
+            previous_event, async_finish, allocate_on_comm_stream: as `dispatch`; the event is
+                returned.
 
         Returns:
-            `[T, H]`; with `topk_weights` that and their sums, `[T, K]` float32. A token that went
-            nowhere is 0, or its biases, and its weights are 0.
+            `[T, H]`; with `topk_weights` that and their sums, `[T, K]` float32; with `async_finish`
+            the event behind them. A token that went nowhere is 0, or its biases, and its weights
+            are 0.
 
         Raises:
             ValueError: wrong shape or dtype, or a handle of another buffer; nothing was sent.
             ProtocolError: some ranks have given `topk_weights` and others not.
             OrderError, PeerTimeout: as `dispatch`.
         """
-        out, biases, sums = self._prepare_combine(x, handle, out, topk_weights, bias)
-        if self._fault is faults.Fault.DROP_REMOTE_CONTRIBUTIONS:
-            rows_per_rank = handle.num_recv_tokens_per_rank
-            x = faults.drop_remote_rows(x, rows_per_rank, self.group.self_rank)
-        # Tokens come home before the last rows have left. vLLM passes the same tensor for both
-        # where N equals T.
-        if overlap(x, out):
-            x = x.clone()
-        biases = [b.clone() if b is not None and overlap(b, out) else b for b in biases]
-        with self._exclusive("combine"):
+        check_overlap(previous_event, async_finish, allocate_on_comm_stream)
+        biases = self._check_combine(x, handle, out, topk_weights, bias)
+        with self._exclusive("combine"), self._streams.operation(previous_event) as operation:
+            out, sums = self._home(handle, out, topk_weights)
+            if self._fault is faults.Fault.DROP_REMOTE_CONTRIBUTIONS:
+                rows_per_rank = handle.num_recv_tokens_per_rank
+                x = faults.drop_remote_rows(x, rows_per_rank, self.group.self_rank)
+            # Tokens come home before the last rows have left. vLLM passes the same tensor for both
+            # where N equals T.
+            if overlap(x, out):
+                x = x.clone()
+            biases = [b.clone() if b is not None and overlap(b, out) else b for b in biases]
             self._calls.run(
                 "normal_combine",
                 handle.num_tokens,
@@ -331,7 +394,7 @@ class NormalBuffer:
                 out.data_ptr(),
                 address_of(sums),
             )
-        return out if sums is None else (out, sums)
+        return combined(out, sums, operation.event if async_finish else None)
 
     def combine_input(self, handle: NormalDispatchHandle) -> torch.Tensor:
         """A tensor of the shape and dtype that `combine` takes, for experts to write; on CUDA in
@@ -350,6 +413,7 @@ class NormalBuffer:
         """Unmaps this rank's view of the shared memory. Not collective; idempotent. No operation of
         this rank may be running; tensors that were returned stay valid."""
         if self._calls.close():
+            self._streams.close()
             self._memory.close()
 
     def __enter__(self) -> NormalBuffer:
@@ -378,97 +442,19 @@ class NormalBuffer:
             self._calls.fail(e)  # peers count on this rank to go on
             raise
 
-    def _check_rows(
+    def _home(
         self,
-        x: torch.Tensor,
-        x_scales: torch.Tensor | None,
-        num_worst_tokens: int,
-        expert_alignment: int,
-    ) -> None:
-        check_tensor("x", x, (AtMost(MAX_TOKENS), self.hidden), self._x_dtypes, self.device)
-        if x_scales is not None or x.dtype != self.dtype:
-            check_x_scales(x, x_scales, self.num_scales, self.device)
-        check_int("num_worst_tokens", num_worst_tokens, 0, MAX_TOKENS)
-        check_int("expert_alignment", expert_alignment, 1, MAX_TOKENS)
-
-    def _prepare_combine(
-        self,
-        x: torch.Tensor,
         handle: NormalDispatchHandle,
         out: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
-        bias: Bias,
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor | None]:
-        """Checks the arguments; gives the tensor for the result, two biases, and, with weights, the
-        tensor for their sums."""
-        self._check_handle(handle)
-        rows, dtypes = (handle.num_rows, self.hidden), (self.dtype,)
-        check_tensor("x", x, rows, dtypes, self.device, "It has a row for each row of recv_x.")
-        home = (handle.num_tokens, self.hidden)
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tensors for the result and, with weights, for their sums."""
         if out is None:
-            out = torch.empty(home, dtype=self.dtype, device=self.device)
-        check_tensor("out", out, home, dtypes, self.device)
-        biases = self._check_bias(bias, home)
-        sums = None
-        if topk_weights is not None:
-            shape = (handle.num_rows, self.top_k)
-            check_tensor("topk_weights", topk_weights, shape, (torch.float32,), self.device)
-            sums = torch.empty((handle.num_tokens, self.top_k), device=self.device)
-        return out, biases, sums
-
-    def _check_routing(
-        self, num_tokens: int, topk_idx: torch.Tensor | None, topk_weights: torch.Tensor | None
-    ) -> None:
-        if topk_idx is None or topk_weights is None:
-            missing = "topk_idx" if topk_idx is None else "topk_weights"
-            raise ValueError(
-                f"{missing} was not given. Pass topk_idx and topk_weights of shape "
-                f"[{num_tokens}, {self.top_k}], or the handle of an earlier dispatch."
-            )
-        shape = (num_tokens, self.top_k)
-        check_tensor("topk_idx", topk_idx, shape, INDEX_DTYPES, self.device)
-        check_tensor("topk_weights", topk_weights, shape, (torch.float32,), self.device)
-
-    def _check_bias(self, bias: Bias, home: tuple[int, int]) -> list[torch.Tensor | None]:
-        """Both of a pair, or what stands for them."""
-        pair = (bias, None) if bias is None or isinstance(bias, torch.Tensor) else bias
-        if len(pair) != 2:
-            raise ValueError(f"bias has {len(pair)} tensors, expected one, or a pair.")
-        for one in pair:
-            if one is not None:
-                check_tensor("bias", one, home, (self.dtype,), self.device)
-        return list(pair)
-
-    def _check_cached(
-        self,
-        num_tokens: int,
-        handle: NormalDispatchHandle,
-        topk_idx: torch.Tensor | None,
-        topk_weights: torch.Tensor | None,
-        num_worst_tokens: int,
-    ) -> None:
-        self._check_handle(handle)
-        if topk_idx is not None or topk_weights is not None:
-            raise ValueError(
-                "topk_idx or topk_weights was given together with a handle, whose routing is used "
-                "again. Leave them out, or leave the handle out."
-            )
-        if num_worst_tokens != 0:
-            raise ValueError(
-                f"num_worst_tokens is {num_worst_tokens}, but the handle's dispatch has decided on "
-                f"{handle.num_rows} rows. Leave it out."
-            )
-        if num_tokens != handle.num_tokens:
-            raise ValueError(
-                f"x has {num_tokens} tokens, but the handle's dispatch had {handle.num_tokens}. "
-                "Pass as many, or leave the handle out."
-            )
-
-    def _check_handle(self, handle: NormalDispatchHandle) -> None:
-        if handle.buffer is not self:
-            raise ValueError(
-                "the handle comes from another buffer. Use the buffer that dispatched the tokens."
-            )
+            shape = (handle.num_tokens, self.hidden)
+            out = torch.empty(shape, dtype=self.dtype, device=self.device)
+        if topk_weights is None:
+            return out, None
+        return out, torch.empty((handle.num_tokens, self.top_k), device=self.device)
 
     @contextmanager
     def _exclusive(self, what: str) -> Iterator[None]:
@@ -481,6 +467,13 @@ class NormalBuffer:
             yield
         finally:
             self._lock.release()
+
+
+def combined(out: torch.Tensor, sums: torch.Tensor | None, event: EventOverlap | None) -> Combined:
+    """What combine returns; `event` is None where it was not asked for."""
+    if event is None:
+        return out if sums is None else (out, sums)
+    return (out, event) if sums is None else (out, sums, event)
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:

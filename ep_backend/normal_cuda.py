@@ -13,11 +13,14 @@ import torch
 from ep_backend import _native, faults
 from ep_backend.checks import check_alignment, check_int
 from ep_backend.errors import EPBackendError
+from ep_backend.events import EventOverlap, check_overlap
 from ep_backend.group import Group
 from ep_backend.handles import KernelStatistics, address_of
 from ep_backend.kernel_calls import KernelCalls
 from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS
-from ep_backend.normal import MAX_TOKENS, Bias, NormalBuffer, overlap
+from ep_backend.normal import Combined, NormalBuffer, combined, overlap
+from ep_backend.normal_checks import MAX_TOKENS, Bias
+from ep_backend.normal_cuda_counters import CudaNormalCounters
 from ep_backend.normal_cuda_handles import CudaNormalDispatchHandle, Rows, SymmetricRows
 from ep_backend.normal_cuda_settings import (
     DEFAULT_NUM_SMS,
@@ -27,7 +30,7 @@ from ep_backend.normal_cuda_settings import (
 )
 from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
 from ep_backend.normal_settings import DEFAULT_NUM_BYTES
-from ep_backend.observe.buffer import BufferObserver
+from ep_backend.observe.buffer import BufferObserver, start_exporter
 from ep_backend.settings import CUDA_ROW_ALIGNMENT, check_waits, usable_device
 from ep_backend.tuning import REMEDY, TABLE_KEY, Tuned, log_taken, look_up
 
@@ -38,9 +41,10 @@ _NOTHING_BESIDE_ROWS = (0, 0, 0)
 class CudaNormalBuffer(NormalBuffer):
     """A `NormalBuffer` on CUDA; made by that name. What differs from the CPU's:
 
-    - Kernels are launched on the current stream; calls return at once, but for a dispatch of exact
-      sizes, which waits until counts are known. What a kernel finds wrong is raised by a later
-      call, or by `raise_if_failed()`.
+    - Kernels are launched on the current stream, or with `previous_event` or `async_finish` on one
+      of the buffer's own; calls return at once, but for a dispatch of exact sizes, which waits
+      until counts are known. What a kernel finds wrong is raised by a later call, or by
+      `raise_if_failed()`.
     - `recv_x` and `recv_scales` are views of symmetric memory, unless `copy` is asked for or rows
       have no room: valid until the next dispatch, on the stream, and until `close()`.
     - With `num_worst_tokens`, or a handle, a call can be captured in a graph.
@@ -85,10 +89,11 @@ class CudaNormalBuffer(NormalBuffer):
             tuned = look_up(settings.tuning_shape(group.num_ranks), group, self.device)
             settings = settings.tuned(tuned, given)
             settings.check(group.num_ranks)
+            start_exporter(group)
             check_waits(timeout_secs, spin_us)
-            self._num_max_sms = num_available_sms(group, self.device)
+            self.num_max_sms = num_available_sms(group, self.device)
             self.num_sms = self._checked_num_sms(
-                min(tuned.int_of("num_sms") or DEFAULT_NUM_SMS, self._num_max_sms)
+                min(tuned.int_of("num_sms") or DEFAULT_NUM_SMS, self.num_max_sms)
                 if num_sms is None
                 else num_sms
             )
@@ -113,12 +118,13 @@ class CudaNormalBuffer(NormalBuffer):
             group.self_rank,
             self._memory.bases,
             timeout_secs,
-            self._num_max_sms,
+            self.num_max_sms,
             self.device,
         )
         self._tickets = itertools.count(1)
-        # Its kernels count nothing yet.
-        observer = BufferObserver(group, self.device, self.first_expert, None)
+        row_bytes = self.hidden * self.dispatch_dtype.itemsize + 4 * layout.num_scale_words
+        self.counters = CudaNormalCounters(self, self._device_kernels.epochs(), row_bytes)
+        observer = BufferObserver(group, self.device, self.first_expert, self.counters.statistics)
         self._calls = KernelCalls(self._device_kernels, num_experts, self.device, observer)
 
     def dispatch(
@@ -133,6 +139,9 @@ class CudaNormalBuffer(NormalBuffer):
         expert_alignment: int = 1,
         copy: bool = False,
         num_sms: int | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
     ) -> NormalDispatchResult:
         """As `NormalBuffer.dispatch`; see this class for what differs.
 
@@ -141,39 +150,58 @@ class CudaNormalBuffer(NormalBuffer):
                 and more rows than `num_worst_tokens`, are noticed by the kernel: they are raised by
                 a later call, and the buffer stays failed.
         """
+        check_overlap(previous_event, async_finish, allocate_on_comm_stream)
         self._check_rows(x, x_scales, num_worst_tokens, expert_alignment)
         check_alignment("x", x, CUDA_ROW_ALIGNMENT)
         num_blocks = self.num_sms if num_sms is None else self._checked_num_sms(num_sms)
-        rows = (x.data_ptr(), x_scales is not None, address_of(x_scales))
         if handle is not None:
             self._check_cached(x.shape[0], handle, topk_idx, topk_weights, num_worst_tokens)
-            assert isinstance(handle, CudaNormalDispatchHandle)
-            with self._exclusive("dispatch"):
-                received = self._dispatch_again(rows, handle, copy, num_blocks)
         else:
             self._check_routing(x.shape[0], topk_idx, topk_weights)
-            assert topk_idx is not None
-            routing = (
-                topk_idx.data_ptr(),
-                topk_idx.dtype == torch.int64,
-                address_of(topk_weights),
-            )
-            handle = CudaNormalDispatchHandle(self, x.shape[0])
-            with self._exclusive("dispatch"):
+            if num_worst_tokens == 0 and torch.cuda.is_current_stream_capturing():
+                raise ValueError(
+                    "a dispatch of exact sizes was captured in a graph, but the host waits for its "
+                    "counts. Pass num_worst_tokens, or the handle of an earlier dispatch."
+                )
+        rows = (x.data_ptr(), x_scales is not None, address_of(x_scales))
+        with (
+            self._exclusive("dispatch"),
+            self._streams.operation(previous_event, async_finish) as operation,
+        ):
+            operation.reads(x, topk_idx, topk_weights, x_scales)
+            is_cached = handle is not None
+            if handle is not None:
+                assert isinstance(handle, CudaNormalDispatchHandle)
+                operation.reads(*handle.tensors())
+                received = self._dispatch_again(rows, handle, copy, num_blocks)
+            else:
+                assert topk_idx is not None
+                routing = (
+                    topk_idx.data_ptr(),
+                    topk_idx.dtype == torch.int64,
+                    address_of(topk_weights),
+                )
+                handle = CudaNormalDispatchHandle(self, x.shape[0])
                 if num_worst_tokens > 0:
                     handle.allocate(num_worst_tokens)
                     received = self._dispatch_unknown(rows, routing, handle, copy, num_blocks)
                 else:
                     received = self._dispatch_exact(rows, routing, handle, copy, num_blocks)
-        counts = handle.expert_counts
-        if expert_alignment > 1:
-            counts = (-(-counts // expert_alignment) * expert_alignment).to(counts.dtype)
+                operation.writes(*handle.tensors())
+            self.counters.dispatched(handle, is_cached)
+            counts = handle.expert_counts
+            if expert_alignment > 1:
+                counts = (-(-counts // expert_alignment) * expert_alignment).to(counts.dtype)
+                if not handle.is_exact:
+                    operation.writes(counts)
+            operation.writes(*received)
         return NormalDispatchResult(
             *received,
             handle.recv_topk_idx,
             handle.recv_topk_weights,
             counts.tolist() if handle.is_exact else counts,
             handle,
+            operation.event,
         )
 
     def combine(  # type: ignore[override]
@@ -184,30 +212,33 @@ class CudaNormalBuffer(NormalBuffer):
         topk_weights: torch.Tensor | None = None,
         bias: Bias = None,
         num_sms: int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> Combined:
         """As `NormalBuffer.combine`; see this class for what differs."""
-        out, biases, sums = self._prepare_combine(x, handle, out, topk_weights, bias)
+        check_overlap(previous_event, async_finish, allocate_on_comm_stream)
+        biases = self._check_combine(x, handle, out, topk_weights, bias)
         assert isinstance(handle, CudaNormalDispatchHandle)
         num_blocks = self.num_sms if num_sms is None else self._checked_num_sms(num_sms)
         for name, tensor in (("x", x), ("out", out), ("bias", biases[0]), ("bias", biases[1])):
             if tensor is not None:
                 check_alignment(name, tensor, CUDA_ROW_ALIGNMENT)
-        if self._rows.holds(out):
+        if out is not None and self._rows.holds(out):
             raise ValueError(
                 "out is in the buffer's symmetric memory, which peers read meanwhile. Pass a "
                 "tensor of your own, or none."
             )
-        if self._fault is faults.Fault.DROP_REMOTE_CONTRIBUTIONS:
-            rows_per_rank = handle.num_recv_tokens_per_rank
-            x = faults.drop_remote_rows(x, rows_per_rank, self.group.self_rank)
-        where = self._rows.input_of(x)
-        is_in_the_way = where == _native.CombineInput.ELSEWHERE and self._rows.holds(x)
-        if handle.may_need_rounds(self.num_rows):
-            is_in_the_way |= self._rows.holds(x)
-        if is_in_the_way or overlap(x, out):
-            x, where = x.clone(), _native.CombineInput.ELSEWHERE
-        biases = [b.clone() if b is not None and overlap(b, out) else b for b in biases]
-        with self._exclusive("combine"):
+        with (
+            self._exclusive("combine"),
+            self._streams.operation(previous_event, async_finish) as operation,
+        ):
+            operation.reads(x, topk_weights, out, *biases, *handle.tensors())
+            is_new = out is None
+            out, sums = self._home(handle, out, topk_weights)
+            operation.writes(out if is_new else None, sums)
+            x, where = self._input_of(x, handle, out)
+            biases = [b.clone() if b is not None and overlap(b, out) else b for b in biases]
             self._calls.run(
                 "normal_combine",
                 handle.num_tokens,
@@ -222,10 +253,14 @@ class CudaNormalBuffer(NormalBuffer):
                 address_of(sums),
                 num_blocks,
             )
-        return out if sums is None else (out, sums)
+            self.counters.combined(handle)
+        return combined(out, sums, operation.event if async_finish else None)
 
     def statistics(self) -> KernelStatistics:
-        raise EPBackendError("the normal kernels on a GPU keep no statistics yet.")
+        """As `NormalBuffer.statistics`; waits for the device. Tokens, rows and bytes are counted
+        only where metrics are asked for when the buffer is made."""
+        torch.cuda.synchronize(self.device)
+        return self.counters.statistics()
 
     def combine_input(self, handle: NormalDispatchHandle) -> torch.Tensor:
         """`[N or num_worst_tokens, H]` of the buffer's dtype: in symmetric memory, if there is room
@@ -237,6 +272,21 @@ class CudaNormalBuffer(NormalBuffer):
             return super().combine_input(handle)
         return self._rows.combined[: handle.num_rows]
 
+    def _input_of(
+        self, x: torch.Tensor, handle: CudaNormalDispatchHandle, out: torch.Tensor
+    ) -> tuple[torch.Tensor, _native.CombineInput]:
+        """What combine reads instead of `x`, which may be in its way, and where."""
+        if self._fault is faults.Fault.DROP_REMOTE_CONTRIBUTIONS:
+            rows_per_rank = handle.num_recv_tokens_per_rank
+            x = faults.drop_remote_rows(x, rows_per_rank, self.group.self_rank)
+        where = self._rows.input_of(x)
+        is_in_the_way = where == _native.CombineInput.ELSEWHERE and self._rows.holds(x)
+        if handle.may_need_rounds(self.num_rows):
+            is_in_the_way |= self._rows.holds(x)
+        if is_in_the_way or overlap(x, out):
+            return x.clone(), _native.CombineInput.ELSEWHERE
+        return x, where
+
     def _dispatch_exact(
         self,
         rows: tuple[int, bool, int],
@@ -247,11 +297,6 @@ class CudaNormalBuffer(NormalBuffer):
     ) -> Rows:
         """The kernel sends rows as soon as it knows that all have room. The host waits for counts
         meanwhile, and makes room itself if they have none."""
-        if torch.cuda.is_current_stream_capturing():
-            raise ValueError(
-                "a dispatch of exact sizes was captured in a graph, but the host waits for its "
-                "counts. Pass num_worst_tokens, or the handle of an earlier dispatch."
-            )
         ticket = next(self._tickets)
         nowhere = (False, *_NO_ROWS, *_NOTHING_BESIDE_ROWS)
         self._calls.run(
@@ -284,7 +329,8 @@ class CudaNormalBuffer(NormalBuffer):
 
     def _wait_for_counts(self, num_tokens: int, ticket: int) -> None:
         try:
-            self._calls.run("normal_counts", num_tokens, ticket)
+            with self.counters.waiting(num_tokens):
+                self._calls.run("normal_counts", num_tokens, ticket)
         except (EPBackendError, ValueError):
             raise  # kept for later calls already
         except BaseException as e:  # a signal handler's, as that of Ctrl-C; or CUDA has failed
@@ -357,5 +403,5 @@ class CudaNormalBuffer(NormalBuffer):
 
     def _checked_num_sms(self, num_sms: int) -> int:
         why = f"{self.device} has so many for a rank."
-        check_int("num_sms", num_sms, 1, self._num_max_sms, why)
+        check_int("num_sms", num_sms, 1, self.num_max_sms, why)
         return num_sms

@@ -89,18 +89,24 @@ class CudaNormalDispatchHandle(NormalDispatchHandle):
         """`[T, D]`: where each token went, ranks ascending, as `rank << 32 | number`, the number
         among this rank's rows for that one; -1 behind them."""
         num_rounds = -(-num_tokens // buffer.num_tokens_per_round)
-        self._round_begins = torch.empty(
+        self.round_begins = torch.empty(
             (num_rounds + 1, num_ranks), dtype=torch.int32, device=device
         )
         """`[ceil(T / C) + 1, R]`: of those numbers, where each round begins."""
-        self._batch = torch.empty((num_ranks, 1 + num_ranks), dtype=torch.int32, device=device)
+        # Zeros, where they are added up: a kernel that fails leaves them as they are.
+        new = torch.zeros if buffer.counters.are_rows_counted else torch.empty
+        num_counts = num_ranks * (1 + num_ranks)
+        size = num_counts + buffer.num_local_experts
+        self.counts = new(size, dtype=torch.int32, device=device)
+        """`[R * (1 + R) + L]`: `batch`, and rows that list each local expert."""
+        self.batch = self.counts[:num_counts].view(num_ranks, 1 + num_ranks)
         """`[R, 1 + R]`: of each source, its tokens, and its rows for each rank."""
-        self.expert_counts = torch.empty(buffer.num_local_experts, dtype=torch.int32, device=device)
+        self.expert_counts = self.counts[num_counts:]
 
     @property
     def num_recv_tokens_per_rank(self) -> torch.Tensor:  # type: ignore[override]
         """`[R]` int32 on the GPU: rows from each rank; N is their sum."""
-        return self._batch[:, 1 + self.buffer.group.self_rank]
+        return self.batch[:, 1 + self.buffer.group.self_rank]
 
     def take_counts(self, num_rows: int, num_rounds: int, expert_counts: list[int]) -> None:
         """What the host has waited for."""
@@ -133,8 +139,19 @@ class CudaNormalDispatchHandle(NormalDispatchHandle):
         return (
             self.num_tokens,
             self.messages.data_ptr(),
-            self._round_begins.data_ptr(),
-            self._batch.data_ptr(),
+            self.round_begins.data_ptr(),
+            self.batch.data_ptr(),
+        )
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that is on the GPU."""
+        return (
+            self.messages,
+            self.round_begins,
+            self.counts,
+            self.recv_topk_idx,
+            self.recv_topk_weights,
+            self.recv_src_tokens,
         )
 
     def beside_rows(self) -> tuple[int, int, int]:

@@ -47,7 +47,7 @@ class CudaNormalSettings(NormalShape):
         check_choice("dtype", self.dtype, DTYPES)
         check_dispatch_dtype(self.dtype, self.dispatch_dtype, self.scale_format)
         check_row_alignment(self.hidden, (self.dtype, self.dispatch_dtype))
-        least = self.num_bytes_for(num_ranks, 0)
+        least = self.least_num_bytes(num_ranks)
         check_int(
             "num_bytes",
             self.num_bytes,
@@ -61,6 +61,10 @@ class CudaNormalSettings(NormalShape):
         """Budget in which a rank has room for so many rows; at least for the fewest."""
         config = self._config(num_ranks, max(num_rows, 2 * num_ranks))
         return _native.NormalDeviceLayout.budget_for(config)
+
+    def least_num_bytes(self, num_ranks: int) -> int:
+        """For one token of each rank at a time; of any settings that `num_bytes` may go with."""
+        return self.num_bytes_for(num_ranks, 0)
 
     def config(self, num_ranks: int) -> _native.NormalDeviceConfig:
         """With as many rows as the budget has room for."""
@@ -137,3 +141,7 @@ class CudaNormalKernels:
 
     def report(self) -> _native.OpResult:
         return self._rank.report()
+
+    def epochs(self) -> int:
+        """Address of how many dispatches, and combines, have been completed."""
+        return self._rank.epochs()

@@ -7,10 +7,12 @@ of a float8 row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+
+from ep_backend.events import EventOverlap
 
 if TYPE_CHECKING:
     from ep_backend.normal import NormalBuffer
@@ -91,6 +93,10 @@ class NormalDispatchHandle:
             return rows, torch.empty((self.num_rows, num_words), dtype=torch.int32)
         return rows, torch.empty((self.num_rows, buffer.num_scales))
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that is on a GPU."""
+        return ()
+
     def routes(self) -> tuple[int, int, int]:
         """T, and addresses of `num_messages` and `messages`."""
         return self.num_tokens, self.num_messages.data_ptr(), self.messages.data_ptr()
@@ -123,3 +129,5 @@ class NormalDispatchResult:
     """Rows that list each local expert, rounded up to a multiple of `expert_alignment`: a list of L
     integers; with `num_worst_tokens` a tensor `[L]` int32."""
     handle: NormalDispatchHandle
+    event: EventOverlap = field(default_factory=EventOverlap)
+    """When all of it is there; with `async_finish` nothing may read it before."""

@@ -14,25 +14,6 @@ using protocol::OpResult;
 
 namespace {
 
-// Calls of this thread neither join nor break a graph that another thread is capturing.
-class OutsideCapture {
- public:
-  OutsideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~OutsideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
-
-std::vector<uint64_t> copy_to_host(const uint64_t* array, size_t count, cudaStream_t stream) {
-  std::vector<uint64_t> values(count);
-  check(cudaMemcpyAsync(values.data(), array, count * sizeof(uint64_t), cudaMemcpyDeviceToHost,
-                        stream),
-        "reading a rank's statistics");
-  check(cudaStreamSynchronize(stream), "reading a rank's statistics");
-  return values;
-}
-
 // Whether two blocks of the largest dispatch fit an SM.
 bool check_shared_memory(const LowLatencyLayout& layout, uint32_t self_rank) {
   int device, of_block, of_sm;
@@ -98,9 +79,6 @@ LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_
   check(cudaHostAlloc(&view_.report, sizeof(HostReport), cudaHostAllocMapped),
         "allocating a rank's report");
   view_.report->result = {};
-  cudaStream_t stream;
-  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
-  statistics_stream_ = stream;
   std::copy_n(bases.begin(), std::min<size_t>(num_ranks, kNumNearRanks), view_.near_bases);
   view_.bases = bases_;
   view_.timeout_ns = timeout_ns;
@@ -118,7 +96,6 @@ LowLatencyRank::~LowLatencyRank() {
   cudaFree(view_.workspace_epochs);
   cudaFree(view_.workspace_counts);
   cudaFreeHost(view_.report);
-  cudaStreamDestroy(static_cast<cudaStream_t>(statistics_stream_));
 }
 
 struct LowLatencyRank::Plan {
@@ -254,13 +231,10 @@ OpResult LowLatencyRank::report() const { return read_report(*view_.report); }
 Statistics LowLatencyRank::statistics() const {
   const auto& partition = view_.layout.partition();
   constexpr size_t kNumKinds = size_t{protocol::kNumPhases} * protocol::kNumHalves;
-  const OutsideCapture outside;
-  const auto stream = static_cast<cudaStream_t>(statistics_stream_);
-  std::vector<uint64_t> num_ops = copy_to_host(&view_.state->progress[0][0], kNumKinds, stream);
+  std::vector<uint64_t> num_ops = counters_.read(&view_.state->progress[0][0], kNumKinds);
   for (uint64_t& progress : num_ops) progress >>= kProgressShift;
-  return {
-      std::move(num_ops), copy_to_host(view_.wait_ns, kNumKinds * partition.num_ranks, stream),
-      copy_to_host(view_.num_expert_rows, partition.num_local_experts(view_.self_rank), stream)};
+  return {std::move(num_ops), counters_.read(view_.wait_ns, kNumKinds * partition.num_ranks),
+          counters_.read(view_.num_expert_rows, partition.num_local_experts(view_.self_rank))};
 }
 
 }  // namespace ep::cuda

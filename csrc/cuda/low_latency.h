@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cuda/counters.h"
 #include "cuda/divide.h"
 #include "protocol/layout.h"
 #include "protocol/op.h"
@@ -103,8 +104,7 @@ class LowLatencyRank {
                              void* stream);
   // What a kernel has reported so far; does not wait for the device.
   protocol::OpResult report() const;
-  // As counted so far. Waits for no kernel, and any thread may call it, also while another one
-  // captures a graph.
+  // As counted so far, see CounterReader.
   Statistics statistics() const;
 
  private:
@@ -125,7 +125,7 @@ class LowLatencyRank {
   bool has_room_for_two_;         // two blocks of any kernel fit an SM
   uint32_t num_tokens_ = 0;       // of the latest dispatch
   std::byte** bases_ = nullptr;
-  void* statistics_stream_ = nullptr;
+  CounterReader counters_;
 };
 
 }  // namespace ep::cuda

@@ -121,4 +121,6 @@ OpResult NormalRank::launched(const char* what) const {
 
 OpResult NormalRank::report() const { return read_report(*view_.report); }
 
+const uint64_t* NormalRank::epochs() const { return view_.state->epochs; }
+
 }  // namespace ep::cuda

@@ -134,6 +134,8 @@ class NormalRank {
 
   // What a kernel has reported so far; does not wait for the device.
   protocol::OpResult report() const;
+  // On the device: how many dispatches, and combines, have been completed.
+  const uint64_t* epochs() const;
 
  private:
   protocol::OpResult launched(const char* what) const;

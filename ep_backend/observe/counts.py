@@ -18,8 +18,6 @@ from ep_backend.handles import KernelStatistics
 
 NS = 1e-9
 BUCKET_LIMITS_SECS = tuple(limit * NS for limit in _native.BUCKET_LIMITS_NS)
-SENDING_OPS = ("dispatch_send", "normal_dispatch")
-"""Kinds of operations that are given a batch of tokens."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,16 @@ OPERATIONS = Metric(
     ("rank", "op"),
     "Operations completed; on CUDA, replays of a captured graph are counted, too.",
 )
-TOKENS = Metric("ep_backend_tokens", ("rank",), "Tokens that this rank gave to dispatch. CPU.")
+TOKENS = Metric(
+    "ep_backend_tokens",
+    ("rank",),
+    "Tokens that this rank gave to dispatch. CPU; on CUDA, normal kernels.",
+)
 OP_SECONDS = Metric(
     "ep_backend_op_seconds",
     ("rank", "op"),
-    "Time inside a send or a hook, waits for peers included. CPU.",
+    "Time inside a send or a hook, waits for peers included. CPU; on CUDA, normal_counts: how long "
+    "the host waited for the sizes of a dispatch.",
     is_histogram=True,
 )
 WAIT_SECONDS = Metric(
@@ -59,7 +62,8 @@ WAIT_SECONDS = Metric(
 SENT_BYTES = Metric(
     "ep_backend_sent_bytes",
     ("rank", "op", "peer", "link"),
-    "Bytes of rows and their scales that went to a peer, by the link that joins the two. CPU.",
+    "Bytes of rows and their scales that went to a peer, by the link that joins the two. CPU; on "
+    "CUDA, normal kernels.",
 )
 EXPERT_ROWS = Metric(
     "ep_backend_expert_rows",
@@ -159,9 +163,9 @@ class Source:
                     counts.add(SENT_BYTES, (rank, op, str(peer), link), num_bytes)
         for expert, num_rows in enumerate(counted.num_expert_rows, self.first_expert):
             counts.add(EXPERT_ROWS, (rank, str(expert)), num_rows)
+        if counted.num_tokens is not None:
+            counts.add(TOKENS, (rank,), counted.num_tokens)
         for op, counters in counted.counters.items():
-            if op in SENDING_OPS:
-                counts.add(TOKENS, (rank,), counters.num_rows)
             counts.add_histogram(
                 OP_SECONDS, (rank, op), counters.total_ns * NS, counted.num_in_bucket[op]
             )

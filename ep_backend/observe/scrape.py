@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import httpx
 
+from ep_backend.handles import SENDING_OPS
 from ep_backend.observe import counts
 
 TIMEOUT_SECS = 5.0
@@ -148,7 +149,7 @@ def read(texts: Sequence[str]) -> Look:
                 if sample.name in by_rank:
                     by_rank[sample.name][rank] += sample.value
                 elif sample.name == f"{counts.OPERATIONS.name}_total":
-                    if sample.labels["op"] in counts.SENDING_OPS:
+                    if sample.labels["op"] in SENDING_OPS:
                         result.operations[rank] += sample.value
                 elif sample.name == f"{counts.SENT_BYTES.name}_total":
                     if sample.labels["link"] != "self":

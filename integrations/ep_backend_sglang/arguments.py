@@ -6,7 +6,7 @@ import argparse
 import functools
 from typing import Any
 
-from ep_backend_sglang import choice, cpu_only
+from ep_backend_sglang import choice
 from ep_backend_sglang.patching import require, require_parameters
 
 FIELDS = ("moe_a2a_backend", "speculative_moe_a2a_backend")
@@ -16,8 +16,7 @@ PLACE = "sglang.srt.server_args.ServerArgs"
 def check() -> None:
     from sglang.srt.server_args import ServerArgs
 
-    read = ("deepep_mode", "enable_single_batch_overlap")
-    for name in (*FIELDS, *read, "add_cli_args", "resolve_once"):
+    for name in (*FIELDS, "enable_single_batch_overlap", "add_cli_args", "resolve_once"):
         require(hasattr(ServerArgs, name), PLACE, f"lacks {name!r}")
     require_parameters(ServerArgs.add_cli_args, f"{PLACE}.add_cli_args", "parser")
     require_parameters(ServerArgs.resolve_once, f"{PLACE}.resolve_once", "self")
@@ -88,12 +87,6 @@ def _choose(record: Any) -> None:
 
 
 def _refuse_what_is_missing(record: Any) -> None:
-    if record.deepep_mode != "low_latency" and not cpu_only.is_active():
-        raise ValueError(
-            f"--deepep-mode is {record.deepep_mode!r}, which needs normal kernels for prefill, but "
-            f"--moe-a2a-backend {choice.NAME} has them on CPUs only so far. Pass --deepep-mode "
-            "low_latency: prefill then goes through the low-latency kernels."
-        )
     if record.enable_single_batch_overlap:
         raise ValueError(
             "--enable-single-batch-overlap makes combine wait for signals of the experts' GEMM, "

@@ -8,9 +8,21 @@ import torch
 import torch.distributed as dist
 
 from ep_backend import deep_ep, plugins
+from ep_backend_sglang import cpu_only
 
 MOST_TOKENS_VARIABLE = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
 MOST_TOKENS_LIMIT = 1024  # SGLang's
+
+
+class _NumSms:
+    """What SGLang keeps from the experts' GEMM of one micro-batch, and our normal kernels take of
+    the other's exchange. Low-latency kernels occupy none between a send and its hook."""
+
+    def __get__(self, buffer: Any, cls: Any = None) -> int:
+        from sglang.srt.layers.moe.utils import get_deepep_mode
+
+        has_normal_kernels = get_deepep_mode().enable_normal() and not cpu_only.is_active()
+        return deep_ep.Buffer.num_sms if has_normal_kernels else 0
 
 
 class Buffer(deep_ep.Buffer):
@@ -24,8 +36,7 @@ class Buffer(deep_ep.Buffer):
         NotImplementedError, ValueError: see `deep_ep.Buffer`.
     """
 
-    num_sms = 0
-    """What SGLang keeps from the experts' GEMM: between a send and its hook we occupy none."""
+    num_sms = _NumSms()
 
     def __init__(self, group: dist.ProcessGroup, *arguments: Any, **options: Any) -> None:
         group = gloo_group_of(group)

@@ -14,6 +14,7 @@ PLACE = "sglang.srt.layers.moe.token_dispatcher.deepep"
 
 def check() -> None:
     from sglang.srt.distributed.parallel_state import GroupCoordinator, get_tp_group
+    from sglang.srt.layers.moe import utils
     from sglang.srt.layers.moe.token_dispatcher import deepep
 
     users = (
@@ -38,6 +39,9 @@ def check() -> None:
         "group",
         "num_max_dispatch_tokens_per_rank",
     )
+    require(hasattr(utils, "get_deepep_mode"), utils.__name__, "lacks 'get_deepep_mode'")
+    has_mode = hasattr(getattr(utils, "DeepEPMode", None), "enable_normal")
+    require(has_mode, f"{utils.__name__}.DeepEPMode", "lacks 'enable_normal'")
     place = f"{GroupCoordinator.__module__}.GroupCoordinator"
     for name in ("cpu_group", "device_group"):
         require(name in GroupCoordinator.__annotations__, place, f"lacks {name!r}")

@@ -1,4 +1,4 @@
-"""ep_backend in vLLM: `--all2all-backend ep_backend_low_latency`.
+"""ep_backend in vLLM: `--all2all-backend ep_backend_low_latency | ep_backend_high_throughput`.
 
 vLLM loads `register` as a general plugin in every process: before the command line is parsed, in
 engine cores and in workers. It changes vLLM only as far as needed for the backend's name to be

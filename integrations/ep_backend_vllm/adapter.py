@@ -11,6 +11,7 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
     TopKWeightAndReduceContiguous,
     TopKWeightAndReduceDelegate,
 )
+from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
 
 from ep_backend import LowLatencyBuffer, NormalBuffer
 from ep_backend.observe.trace import TraceWriter
@@ -65,6 +66,35 @@ def weighted_input(
             f"apply_router_weight_on_input needs top_k 1, this layer has {topk_weights.shape[1]}."
         )
     return a1 * topk_weights.to(a1.dtype), torch.ones_like(topk_weights)
+
+
+def quantised_rows(
+    x: torch.Tensor, scales: torch.Tensor | None, quant_config: Any, defer_input_quant: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Received rows as the experts take them. What travels is bfloat16, or blocks of float8 with
+    scales; experts that want anything else get it quantised here."""
+    is_wanted = quant_config.quant_dtype is not None and not defer_input_quant
+    if scales is not None or not is_wanted or x.numel() == 0:
+        return x, scales
+    return moe_kernel_quantize_input(
+        x,
+        quant_config.a1_scale,
+        quant_dtype=quant_config.quant_dtype,
+        per_act_token_quant=quant_config.per_act_token_quant,
+        block_shape=quant_config.block_shape,
+    )
+
+
+def dispatch_dtype_for(quant_config: Any, dtype: torch.dtype) -> torch.dtype:
+    """How rows travel: quantised where the experts want float8 with a scale for every 128 channels,
+    which is half the bytes of bfloat16, else as they are."""
+    wants_blocks = (
+        quant_config is not None
+        and quant_config.quant_dtype == torch.float8_e4m3fn
+        and quant_config.block_shape is not None
+        and quant_config.block_shape[1] == 128
+    )
+    return torch.float8_e4m3fn if wants_blocks else dtype
 
 
 def reduced_rows(

@@ -1,30 +1,61 @@
 """`ep_backend_high_throughput`: NormalBuffer behind vLLM's modular MoE kernel, for prefill.
 
 The standard format with exact sizes: experts get the N rows that other ranks have for this one, and
-no more. So the number is known on the host, and a step waits for it.
+no more. So the number is known on the host, and a step waits for it: the one wait of a layer.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 
-from ep_backend import NormalBuffer, NormalDispatchHandle
-from ep_backend_vllm.adapter import Prepared, StandardAdapter, reduced_rows, weighted_input
+from ep_backend import NormalBuffer, NormalDispatchHandle, NormalDispatchResult
+from ep_backend_vllm.adapter import (
+    Prepared,
+    StandardAdapter,
+    quantised_rows,
+    reduced_rows,
+    weighted_input,
+)
+
+LEAST_CUDA_BYTES, MOST_CUDA_BYTES = 64 << 20, 1 << 30
+"""Of symmetric memory a rank and shape on a GPU, where rounds cost more than on a CPU; the most is
+what vLLM gives DeepEP's buffer."""
+
+
+def num_bytes_for(moe: Any, num_ranks: int, device: str) -> int | None:
+    """Symmetric memory for a layer of vLLM's `FusedMoEConfig`: on a GPU, up to the limit, room for
+    what a rank gets when all have the largest batch and experts get equal shares. On a CPU None:
+    as tuned, or by default."""
+    if device == "cpu":
+        return None
+    num_rows = moe.max_num_tokens * min(num_ranks, moe.experts_per_token)
+    # There and back, scales for every 128 channels, and an expert, a weight and a weight that goes
+    # home for each k.
+    row_bytes = moe.hidden_dim * (2 * moe.in_dtype.itemsize + 1) + 16 * moe.experts_per_token
+    return max(LEAST_CUDA_BYTES, min(MOST_CUDA_BYTES, num_rows * row_bytes))
 
 
 class NormalPrepareAndFinalize(StandardAdapter[NormalBuffer]):
-    """A finalize follows each prepare."""
+    """A finalize follows each prepare.
 
-    def __init__(self, buffer: NormalBuffer) -> None:
+    Args:
+        is_for_gpus: experts are vLLM's for GPUs, which take global ids with an `expert_map`, and
+            the rows of each expert; shared experts run beside combine, which is on a stream of its
+            own. Else those for CPUs.
+    """
+
+    def __init__(self, buffer: NormalBuffer, is_for_gpus: bool = False) -> None:
         super().__init__(buffer)
+        self._is_for_gpus = is_for_gpus
         self._handle: NormalDispatchHandle | None = None
 
     def supports_async(self) -> bool:
-        return False
+        return self._is_for_gpus
 
     def prepare(
         self,
@@ -37,42 +68,94 @@ class NormalPrepareAndFinalize(StandardAdapter[NormalBuffer]):
         quant_config: Any,
         defer_input_quant: bool = False,
     ) -> Prepared:
-        """Sends `a1` `[T, H]` to its experts, and receives `(x [N, H], None, None, ids [N, K],
-        weights [N, K])`. Ids are local, as vLLM's CPU experts want them; a place without an expert
-        of this rank has expert 0 with weight 0."""
+        """Sends `a1` `[T, H]` to its experts, and receives `(x [N, H], scales or None, rows of each
+        expert or None, ids [N, K], weights [N, K])`. A place without an expert of this rank has
+        weight 0, and on a GPU an expert of another rank, which `expert_map` says to skip; on a CPU,
+        whose experts take local ids, expert 0."""
         begin_ns = time.monotonic_ns()
-        if quant_config.quant_dtype is not None and not defer_input_quant:
-            raise NotImplementedError(
-                f"ep_backend_high_throughput dispatches rows as they are; this layer wants "
-                f"{quant_config.quant_dtype}. Choose another --all2all-backend."
-            )
+        self._check_quantisation(quant_config, defer_input_quant)
         if apply_router_weight_on_input:
             a1, topk_weights = weighted_input(a1, topk_weights)
         result = self.buffer.dispatch(a1.contiguous(), topk_ids, topk_weights)
         self._handle = result.handle
         self._record("prepare", a1.shape[0], begin_ns)
-        ids = result.recv_topk_idx.clamp(min=0).to(torch.int32)
-        return result.recv_x, None, None, ids, result.recv_topk_weights
-
-    def finalize(
-        self,
-        output: torch.Tensor,
-        fused_expert_output: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        apply_router_weight_on_input: bool,
-        weight_and_reduce_impl: mk.TopKWeightAndReduce,
-    ) -> None:
-        """Sends the experts' rows `[N, H]` home; `output` `[T, H]` is the sum."""
-        begin_ns = time.monotonic_ns()
-        rows = reduced_rows(
-            fused_expert_output,
-            topk_weights,
-            topk_ids,
-            apply_router_weight_on_input,
-            weight_and_reduce_impl,
+        if not self._is_for_gpus:
+            ids = result.recv_topk_idx.clamp(min=0).to(torch.int32)
+            return result.recv_x, None, None, ids, result.recv_topk_weights
+        x, scales = quantised_rows(
+            result.recv_x, result.recv_scales, quant_config, defer_input_quant
         )
-        handle, self._handle = self._handle, None
-        assert handle is not None
+        counts = mk.ExpertTokensMetadata.make_from_list(
+            result.num_recv_tokens_per_expert, device=x.device
+        )
+        return x, scales, counts, self._global_ids(result, num_experts), result.recv_topk_weights
+
+    def prepare_async(self, *args: Any, **kwargs: Any) -> Callable[[], Prepared]:
+        """`prepare`, whose host must wait: what is received is there."""
+        prepared = self.prepare(*args, **kwargs)
+        return lambda: prepared
+
+    def allocate_fused_expert_output(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        weight_and_reduce_impl: mk.TopKWeightAndReduce | None = None,
+    ) -> torch.Tensor | None:
+        """Where experts on a GPU leave their output, so that peers find it; None where it would not
+        fit what they leave."""
+        if not self._is_for_gpus or self._handle is None:
+            return None
+        rows = self.buffer.combine_input(self._handle)
+        return rows if rows.shape == tuple(shape) and rows.dtype == dtype else None
+
+    def finalize(self, output: torch.Tensor, *experts: Any) -> None:
+        """Sends the experts' rows `[N, H]` home; `output` `[T, H]` is the sum.
+
+        Args:
+            experts: of `reduced_rows`.
+        """
+        begin_ns = time.monotonic_ns()
+        rows, handle = self._to_combine(*experts)
         self.buffer.combine(rows, handle, out=output)
         self._record("finalize", output.shape[0], begin_ns)
+
+    def finalize_async(self, output: torch.Tensor, *experts: Any) -> Callable[[], None]:
+        """`finalize` on a stream of its own; the receiver lets the current stream wait for it."""
+        begin_ns = time.monotonic_ns()
+        rows, handle = self._to_combine(*experts)
+        _, event = self.buffer.combine(rows, handle, out=output, async_finish=True)
+
+        def receiver() -> None:
+            event.current_stream_wait()
+            self._record("finalize", output.shape[0], begin_ns)
+
+        return receiver
+
+    def _to_combine(
+        self, fused_expert_output: torch.Tensor, *how: Any
+    ) -> tuple[torch.Tensor, NormalDispatchHandle]:
+        handle, self._handle = self._handle, None
+        assert handle is not None
+        if fused_expert_output.numel() == 0:  # nothing has come; vLLM's reductions need rows
+            return fused_expert_output, handle
+        return reduced_rows(fused_expert_output, *how), handle
+
+    def _global_ids(self, result: NormalDispatchResult, num_experts: int) -> torch.Tensor:
+        first = self.buffer.first_expert
+        foreign = num_experts - 1 if first == 0 else 0
+        idx = result.recv_topk_idx
+        return torch.where(idx < 0, foreign, idx + first)
+
+    def _check_quantisation(self, quant_config: Any, defer_input_quant: bool) -> None:
+        """The buffer was made for what the layer's experts take; experts may differ in the end."""
+        wanted = None if defer_input_quant else quant_config.quant_dtype
+        is_right = self._is_for_gpus or wanted is None
+        if self.buffer.num_scales > 0 and wanted != self.buffer.dispatch_dtype:
+            is_right = False
+        if not is_right:
+            raise NotImplementedError(
+                f"ep_backend_high_throughput dispatches {self.buffer.dispatch_dtype} here; this "
+                f"layer wants {wanted or 'unquantised activations'}. Choose other experts, or "
+                "another --all2all-backend."
+            )

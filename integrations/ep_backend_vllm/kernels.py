@@ -32,9 +32,10 @@ def install() -> None:
         parallel = moe.moe_parallel_config
         if not (parallel.use_all2all_kernels and parallel.all2all_backend in BACKENDS):
             return original(moe, *args, **kwargs)
+        quant_config = args[0] if args else kwargs.get("quant_config")
         if parallel.all2all_backend == HIGH_THROUGHPUT:
-            return _make_high_throughput(moe)
-        return _make_low_latency(moe, args[0] if args else kwargs.get("quant_config"))
+            return _make_high_throughput(moe, quant_config)
+        return _make_low_latency(moe, quant_config)
 
     rebind_everywhere(original, maybe_make_prepare_finalize)
     _let_experts_write_to_workspaces(_modular_kernel())
@@ -67,28 +68,31 @@ def _let_experts_write_to_workspaces(kernel: Any) -> None:
     kernel._allocate_buffers = allocate
 
 
-def _make_high_throughput(moe: Any) -> Any:
+def _make_high_throughput(moe: Any, quant_config: Any) -> Any:
     import torch
     from vllm.distributed import get_ep_group
 
-    from ep_backend_vllm.high_throughput import NormalPrepareAndFinalize
+    from ep_backend_vllm.adapter import dispatch_dtype_for
+    from ep_backend_vllm.high_throughput import NormalPrepareAndFinalize, num_bytes_for
 
+    manager = get_ep_group().device_communicator.all2all_manager
     device = torch.device(moe.device).type
-    if device != "cpu":
-        raise NotImplementedError(
-            f"ep_backend_high_throughput was chosen on {device}, but it is for CPUs so far. Choose "
-            "--all2all-backend ep_backend_low_latency."
-        )
-    buffer = get_ep_group().device_communicator.all2all_manager.get_normal_buffer(
+    is_cpu = device == "cpu"
+    buffer = manager.get_normal_buffer(
         {
             "hidden": moe.hidden_dim,
             "num_experts": moe.num_experts,
             "top_k": moe.experts_per_token,
             "dtype": moe.in_dtype,
+            # On a CPU, whose experts take no float8, it is refused.
+            "dispatch_dtype": moe.in_dtype
+            if is_cpu
+            else dispatch_dtype_for(quant_config, moe.in_dtype),
+            "num_bytes": num_bytes_for(moe, manager.group.num_ranks, device),
             "device": device,
         }
     )
-    return NormalPrepareAndFinalize(buffer)
+    return NormalPrepareAndFinalize(buffer, is_for_gpus=not is_cpu)
 
 
 def _make_low_latency(moe: Any, quant_config: Any) -> Any:
@@ -96,7 +100,8 @@ def _make_low_latency(moe: Any, quant_config: Any) -> Any:
     from vllm.config import get_current_vllm_config_or_none
     from vllm.distributed import get_ep_group
 
-    from ep_backend_vllm.low_latency import LowLatencyPrepareAndFinalize, dispatch_dtype_for
+    from ep_backend_vllm.adapter import dispatch_dtype_for
+    from ep_backend_vllm.low_latency import LowLatencyPrepareAndFinalize
 
     manager = get_ep_group().device_communicator.all2all_manager
     shape = {

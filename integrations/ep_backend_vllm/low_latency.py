@@ -20,18 +20,6 @@ from ep_backend import DispatchHandle, LowLatencyBuffer
 from ep_backend_vllm.adapter import Adapter, Prepared, weighted_input
 
 
-def dispatch_dtype_for(quant_config: Any, dtype: torch.dtype) -> torch.dtype:
-    """How rows travel: quantised where the experts want float8 with a scale for every 128 channels,
-    which is half the bytes of bfloat16, else as they are."""
-    wants_blocks = (
-        quant_config is not None
-        and quant_config.quant_dtype == torch.float8_e4m3fn
-        and quant_config.block_shape is not None
-        and quant_config.block_shape[1] == 128
-    )
-    return torch.float8_e4m3fn if wants_blocks else dtype
-
-
 class LowLatencyPrepareAndFinalize(Adapter[LowLatencyBuffer]):
     """In the batched-experts format."""
 

@@ -15,11 +15,16 @@ from typing import Any, TypedDict
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
 from vllm.v1.worker.ubatching import dbo_current_ubatch_id, dbo_maybe_run_recv_hook
 
 from ep_backend import DispatchHandle, DispatchResult, LowLatencyBuffer
-from ep_backend_vllm.adapter import Prepared, StandardAdapter, reduced_rows, weighted_input
+from ep_backend_vllm.adapter import (
+    Prepared,
+    StandardAdapter,
+    quantised_rows,
+    reduced_rows,
+    weighted_input,
+)
 
 # A micro-batch of vLLM's dual-batch overlap each.
 NUM_WORKSPACES = 2
@@ -153,18 +158,13 @@ class WorkspacePrepareAndFinalize(StandardAdapter[LowLatencyBuffer]):
     ) -> Prepared:
         assert result.recv_topk_idx is not None
         assert result.recv_topk_weights is not None
-        x, scales = result.recv_x.flatten(0, 1), result.recv_scales
-        if scales is not None:
-            scales = scales.flatten(0, 1)
-        elif quant_config.quant_dtype is not None and not defer_input_quant:
-            # What travels is bfloat16; experts that take anything but blocks get it quantised here.
-            x, scales = moe_kernel_quantize_input(
-                x,
-                quant_config.a1_scale,
-                quant_dtype=quant_config.quant_dtype,
-                per_act_token_quant=quant_config.per_act_token_quant,
-                block_shape=quant_config.block_shape,
-            )
+        scales = result.recv_scales
+        x, scales = quantised_rows(
+            result.recv_x.flatten(0, 1),
+            None if scales is None else scales.flatten(0, 1),
+            quant_config,
+            defer_input_quant,
+        )
         self._record("prepare", result.handle.num_tokens, begin_ns)
         idx, weights = result.recv_topk_idx, result.recv_topk_weights
         return x, scales, None, idx.flatten(0, 1), weights.flatten(0, 1)

@@ -42,28 +42,36 @@ def expected_gradients(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return combined.detach(), x.grad, weights.grad
 
 
+def check_gradients(buffer: NormalBuffer, num_worst_tokens: int) -> None:
+    """Of one rank; all of them call it."""
+    rank, device = buffer.group.self_rank, buffer.device
+    x, idx, weights = (tensor.to(device) for tensor in inputs_of(rank))
+    x.requires_grad_()
+    weights.requires_grad_()
+    recv_x, recv_weights, result = normal_autograd.dispatch(
+        buffer, x, idx, weights, num_worst_tokens=num_worst_tokens
+    )
+    first = buffer.first_expert
+    scales = torch.arange(1.0 + first, 1 + first + buffer.num_local_experts, device=device)
+    rows = expert_rows(recv_x, result.recv_topk_idx.long(), recv_weights, scales)
+    # What is behind N must not matter, nor get a gradient.
+    is_used = result.handle.recv_src_tokens[:, None] >= 0
+    rows = torch.where(is_used, rows, 0.0)
+    combined = normal_autograd.combine(buffer, rows, result.handle)
+    combined.square().sum().backward()
+    assert x.grad is not None
+    assert weights.grad is not None
+    expected, of_x, of_weights = expected_gradients(rank)
+    torch.testing.assert_close(combined.cpu(), expected)
+    torch.testing.assert_close(x.grad.cpu(), of_x)
+    torch.testing.assert_close(weights.grad.cpu(), of_weights)
+
+
 @pytest.mark.parametrize("num_worst_tokens", [0, 20])
 def test_gradients_are_those_without_an_exchange(num_worst_tokens: int) -> None:
     def rank_main(group: Group) -> None:
-        x, idx, weights = inputs_of(group.self_rank)
-        x.requires_grad_()
-        weights.requires_grad_()
         with SHAPE.buffer(group, timeout_secs=10.0) as buffer:
-            recv_x, recv_weights, result = normal_autograd.dispatch(
-                buffer, x, idx, weights, num_worst_tokens=num_worst_tokens
-            )
-            first = buffer.first_expert
-            scales = torch.arange(1.0 + first, 1 + first + buffer.num_local_experts)
-            rows = expert_rows(recv_x, result.recv_topk_idx.long(), recv_weights, scales)
-            # What is behind N must not matter, nor get a gradient.
-            is_used = result.handle.recv_src_tokens[:, None] >= 0
-            rows = torch.where(is_used, rows, 0.0)
-            combined = normal_autograd.combine(buffer, rows, result.handle)
-            combined.square().sum().backward()
-        expected, of_x, of_weights = expected_gradients(group.self_rank)
-        torch.testing.assert_close(combined, expected)
-        torch.testing.assert_close(x.grad, of_x)
-        torch.testing.assert_close(weights.grad, of_weights)
+            check_gradients(buffer, num_worst_tokens)
 
     virtual_world(SHAPE.num_ranks).run(rank_main)
 

@@ -18,12 +18,10 @@ SHAPE = Shape(2, hidden=256, device="cuda")
 FLOAT8 = {"dispatch_dtype": torch.float8_e4m3fn, "scale_format": "ue8m0"}
 
 
-@pytest.mark.parametrize("is_hooked", [True, False], ids=["hook", "no-hook"])
+@pytest.mark.parametrize("way", ["hook", "no-hook", "async"])
 @pytest.mark.parametrize("format_of", [{}, FLOAT8], ids=["bf16", "fp8-ue8m0"])
 @pytest.mark.parametrize("reduction", ["rank", "source"])
-def test_exchanges_equal_the_reference(
-    reduction: str, format_of: dict[str, Any], is_hooked: bool
-) -> None:
+def test_exchanges_equal_the_reference(reduction: str, format_of: dict[str, Any], way: str) -> None:
     shape = replace(SHAPE, reduction=reduction, **format_of)
     scenario = Scenario(shape)
     for seed, routing in enumerate(("uniform", "masked", "repeated", "skewed")):
@@ -45,8 +43,9 @@ def test_exchanges_equal_the_reference(
     buffers = [buffer_of(group) for group in world.groups]
     for op in range(10):
         # The first with hooks: what it loads on the way would wait for kernels that wait for peers.
-        with_hook, variant = is_hooked or op == 0, scenario.variant(op)
-        exchanges = [Exchange(buffer, shape, variant, with_hook) for buffer in buffers]
+        with_hook, variant = way == "hook" or op == 0, scenario.variant(op)
+        is_async = way == "async" and not with_hook
+        exchanges = [Exchange(buffer, shape, variant, with_hook, is_async) for buffer in buffers]
         on_ranks(lambda r: exchanges[r].dispatch())  # noqa: B023
         on_ranks(lambda r: exchanges[r].receive())  # noqa: B023
         on_ranks(lambda r: exchanges[r].combine(zero_copy=op % 2 == 1))  # noqa: B023

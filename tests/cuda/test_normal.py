@@ -67,7 +67,14 @@ def operations(
         )
         num_all = sum(len(x) for x in case.x)
         worst = draw(st.sampled_from([0, max(1, num_all), num_all + 600]))
-        drawn.append((case, How(worst, draw(st.booleans()), draw(st.booleans()))))
+        how = How(
+            worst,
+            copy=draw(st.booleans()),
+            in_place=draw(st.booleans()),
+            has_previous=draw(st.booleans()),
+            is_async=draw(st.booleans()),
+        )
+        drawn.append((case, how))
     return shape, drawn
 
 

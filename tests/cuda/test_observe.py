@@ -10,14 +10,18 @@ import pytest
 import torch
 
 from ep_backend import LowLatencyBuffer
-from ep_backend.observe import counts, perfetto
+from ep_backend.bench.op_cuda_graph import capture
+from ep_backend.observe import counts, metrics, perfetto
 from ep_backend.observe.trace import TRACE_VARIABLE, read_trace
 from tests.observe.test_perfetto import check_format
+from tests.support.normal import NormalShape, make_case
+from tests.support.normal_cuda import CudaNormalRank, CudaNormalShape, How, on_gpu, on_ranks
 from tests.support.programs import STEPWISE_PROGRAMS, Interpreter
 from tests.support.scenario import mixed_scenario
 from tests.support.shapes import Shape
 
 CUDA_SHAPE = Shape(2, hidden=64, device="cuda")
+SMALL = NormalShape(1, hidden=64, num_experts=6, top_k=3)
 KINDS = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
 
 
@@ -115,3 +119,71 @@ def test_a_trace_has_launches_and_kernels(tmp_path: Path, monkeypatch: pytest.Mo
     check_format(events)
     tracks = {e["tid"] for e in events if e["ph"] in "sf"}
     assert tracks == {perfetto.GPU_TRACK}, "arrows are of kernels"
+
+
+def test_normal_kernels_count_what_they_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "are_wanted", lambda: True)
+    shape = NormalShape(2, hidden=64, num_experts=6, top_k=3)
+    case = make_case(shape, "masked", [30, 17], seed=2)
+
+    def act(rank: CudaNormalRank) -> None:
+        first = rank.run(case, How())
+        rank.run(case, How(num_worst_tokens=100, is_async=True))
+        rank.run_again(case, first, How())
+        buffer = rank.buffer
+        counted = buffer.statistics()
+        assert counted.num_ops == dict(normal_counts=1, normal_dispatch=3, normal_combine=3)
+        assert counted.num_tokens == 3 * len(case.x[rank.rank])
+        expected = case.received[rank.rank]
+        assert counted.num_expert_rows == [2 * n for n in expected.num_tokens_per_expert]
+        sent = [sum(src == rank.rank for src, _ in case.received[r].origins) for r in range(2)]
+        home = [sum(src == r for src, _ in expected.origins) for r in range(2)]
+        row_bytes = 64 * 2
+        assert counted.sent_bytes == dict(
+            normal_dispatch=[3 * n * row_bytes for n in sent],
+            normal_combine=[3 * n * row_bytes for n in home],
+        )
+        assert counted.counters["normal_counts"].num_rows == len(case.x[rank.rank])
+        assert sum(counted.num_in_bucket["normal_counts"]) == 1
+        read = counts.Source(rank.rank, "p2p", buffer.first_expert, buffer.statistics).counts()
+        assert sum(read.counters[counts.EXPERT_ROWS].values()) == sum(counted.num_expert_rows)
+        peer, own = str(1 - rank.rank), str(rank.rank)
+        links = {labels[2:]: value for labels, value in read.counters[counts.SENT_BYTES].items()}
+        assert set(links) == {(peer, "p2p"), (own, "self")}
+        assert read.counters[counts.TOKENS][own,] == counted.num_tokens
+
+    on_ranks(CudaNormalShape(shape), act)
+
+
+def test_replays_of_normal_kernels_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "are_wanted", lambda: True)
+    case = make_case(SMALL, "uniform", [9], seed=0)
+
+    def act(rank: CudaNormalRank) -> None:
+        inputs = on_gpu(case.inputs(0))
+
+        def pair() -> None:
+            result = rank.buffer.dispatch(*inputs, num_worst_tokens=9)
+            rank.buffer.combine(result.recv_x, result.handle)
+
+        pair()
+        graph = capture([pair])
+        for _ in range(5):
+            graph.replay()
+        counted = rank.buffer.statistics()
+        assert counted.num_ops["normal_dispatch"] == counted.num_ops["normal_combine"] == 6
+        assert counted.num_tokens == 6 * 9
+        assert counted.sent_bytes["normal_combine"] == [6 * 9 * 64 * 2]
+
+    on_ranks(CudaNormalShape(SMALL), act)
+
+
+def test_rows_of_normal_kernels_are_counted_only_where_metrics_are_wanted() -> None:
+    def act(rank: CudaNormalRank) -> None:
+        rank.run(make_case(SMALL, "uniform", [4], seed=0), How())
+        counted = rank.buffer.statistics()
+        assert counted.num_ops["normal_dispatch"] == counted.num_ops["normal_combine"] == 1
+        assert counted.num_tokens is None
+        assert counted.sent_bytes == {}
+
+    on_ranks(CudaNormalShape(SMALL), act)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.cpu.test_normal_autograd import SHAPE, check_gradients
 from tests.support.normal import NormalCase, NormalShape, make_case
 from tests.support.normal_cuda import CudaNormalRank, CudaNormalShape, How
 from tests.support.processes import Rank, RankProcesses
@@ -54,3 +55,20 @@ def test_normal_kernels_of_processes_equal_the_reference(num_ranks: int, num_row
     cases = [make_case(shape, "uniform", [60, 11, 37][:num_ranks], seed) for seed in range(2)]
     with RankProcesses(num_ranks) as ranks:
         ranks.run(run_normally, CudaNormalShape(shape, num_rows), cases, deadline_secs=60)
+
+
+def differentiate(rank: Rank, num_rows: int) -> None:
+    torch.cuda.set_device(rank.group.self_rank % torch.cuda.device_count())
+    with CudaNormalShape(SHAPE, num_rows).buffer(rank.group) as buffer:
+        for num_worst_tokens in (0, 20):
+            check_gradients(buffer, num_worst_tokens)
+        torch.cuda.synchronize()
+        buffer.raise_if_failed()
+        rank.group.all_gather(None)  # nobody's memory goes while a peer still reads it
+
+
+@pytest.mark.parametrize("num_rows", [100, 6], ids=["direct", "rounds"])
+def test_gradients_are_those_without_an_exchange(num_rows: int) -> None:
+    """Not between virtual ranks: PyTorch runs the backward of a process in one thread."""
+    with RankProcesses(SHAPE.num_ranks) as ranks:
+        ranks.run(differentiate, num_rows, deadline_secs=60)

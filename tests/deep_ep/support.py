@@ -31,12 +31,18 @@ class Exchange:
     dispatch here."""
 
     def __init__(
-        self, buffer: deep_ep.Buffer, shape: Shape, variant: Variant, is_hooked: bool = True
+        self,
+        buffer: deep_ep.Buffer,
+        shape: Shape,
+        variant: Variant,
+        is_hooked: bool = True,
+        is_async: bool = False,
     ) -> None:
         self.buffer = buffer
         self.shape = shape
         self.variant = variant
         self.is_hooked = is_hooked
+        self.is_async = is_async
         self.rank = buffer.rank
         self.x = variant.x[self.rank].to(shape.device)
         self.topk_idx = variant.topk_idx[self.rank].to(shape.device)
@@ -52,6 +58,7 @@ class Exchange:
                 self.shape.num_max_tokens_per_rank,
                 self.shape.num_experts,
                 return_recv_hook=self.is_hooked,
+                async_finish=self.is_async,
                 **format_of(self.shape),
                 **options,
             )
@@ -64,6 +71,7 @@ class Exchange:
         return DispatchResult(handle, self.recv_x, self.scales, None, None, self.recv_count)
 
     def receive(self) -> None:
+        self.event.current_stream_wait()
         self.hook()
         check_received(self.result, self.variant, self.shape, self.rank)
 
@@ -79,10 +87,12 @@ class Exchange:
             self.handle,
             zero_copy=zero_copy,
             return_recv_hook=self.is_hooked,
+            async_finish=self.is_async,
             out=out,
         )
 
     def finish(self) -> None:
+        self.event.current_stream_wait()
         self.hook()
         check_combined(self.combined, self.variant, self.rank)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -37,31 +38,64 @@ def run_on_ranks(num_ranks: int, rank_main: Callable[[deep_ep.Buffer], object]) 
     virtual_world(num_ranks).run(run)
 
 
-def x_of(case: NormalCase, rank: int) -> Any:
+def x_of(case: NormalCase, rank: int, device: str = "cpu") -> Any:
     """What DeepEP's users pass: rows, or a pair with scales."""
+    x = case.x[rank].to(device)
     if case.x_scales is None:
-        return case.x[rank]
-    scales = case.x_scales[rank]
+        return x
+    scales = case.x_scales[rank].to(device)
     if case.shape.scale_format == "ue8m0":
         scales = packed(scales)
-    return case.x[rank], scales
+    return x, scales
 
 
 def packed(scales: torch.Tensor) -> torch.Tensor:
     """Four exponents a word, the lowest first, column by column as GEMMs want them."""
     exponents = torch.nn.functional.pad(scales.view(torch.int32) >> 23, (0, -scales.shape[1] % 4))
-    words = (exponents.unflatten(1, (-1, 4)) << torch.tensor([0, 8, 16, 24])).sum(-1)
+    shifts = torch.tensor([0, 8, 16, 24], device=scales.device)
+    words = (exponents.unflatten(1, (-1, 4)) << shifts).sum(-1)
     return words.int().t().contiguous().t()
 
 
-def run_pair(buffer: deep_ep.Buffer, case: NormalCase, **options: Any) -> Any:
+@dataclass(frozen=True)
+class Events:
+    """How the calls of a pair are ordered with the current stream."""
+
+    has_previous: bool = False
+    is_async: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """When all that a call is given has been made."""
+        previous = deep_ep.Buffer.capture() if self.has_previous else None
+        allocates = self.has_previous and self.is_async
+        return dict(
+            previous_event=previous,
+            async_finish=self.is_async,
+            allocate_on_comm_stream=allocates,
+        )
+
+
+PLAIN = Events()
+
+
+def run_pair(
+    buffer: deep_ep.Buffer,
+    case: NormalCase,
+    device: str = "cpu",
+    events: Events = PLAIN,
+    **options: Any,
+) -> Any:
     """Layout, dispatch and combine of one rank, every result checked. Returns the handle."""
     rank, shape = buffer.rank, case.shape
-    topk_idx, topk_weights = case.topk_idx[rank], case.topk_weights[rank]
-    layout = buffer.get_dispatch_layout(topk_idx, shape.num_experts)
-    per_rank, _, per_expert, is_token_in_rank, _ = layout
-    received, recv_topk_idx, recv_topk_weights, counts, handle, _ = buffer.dispatch(
-        x_of(case, rank),
+    x = x_of(case, rank, device)
+    topk_idx, topk_weights = case.topk_idx[rank].to(device), case.topk_weights[rank].to(device)
+    layout = buffer.get_dispatch_layout(topk_idx, shape.num_experts, **events.options())
+    per_rank, _, per_expert, is_token_in_rank, event = layout
+    ordered = events.options()
+    if events.is_async:  # as SGLang does: the layout's event orders the dispatch
+        ordered |= dict(previous_event=event, allocate_on_comm_stream=True)
+    received, recv_topk_idx, recv_topk_weights, counts, handle, event = buffer.dispatch(
+        x,
         None,
         per_rank,
         None,
@@ -69,19 +103,21 @@ def run_pair(buffer: deep_ep.Buffer, case: NormalCase, **options: Any) -> Any:
         per_expert,
         topk_idx,
         topk_weights,
+        **ordered,
         **options,
     )
+    event.current_stream_wait()
     check_rows(received, case, rank)
     expected = case.received[rank]
     n = len(expected.rows)
     assert recv_topk_idx.dtype == topk_idx.dtype
-    assert torch.equal(recv_topk_idx[:n], expected.topk_idx.to(topk_idx.dtype))
+    assert torch.equal(recv_topk_idx[:n].cpu(), expected.topk_idx.to(topk_idx.dtype))
     assert bool((recv_topk_idx[n:] == -1).all())
-    assert same_bits(recv_topk_weights[:n], expected.topk_weights)
+    assert same_bits(recv_topk_weights[:n].cpu(), expected.topk_weights)
     alignment = options.get("expert_alignment", 1)
     aligned = [-(-count // alignment) * alignment for count in expected.num_tokens_per_expert]
     assert counts == ([] if options.get("num_worst_tokens") else aligned)
-    combine(buffer, case, received, recv_topk_weights, handle)
+    combine(buffer, case, received, recv_topk_weights, handle, events)
     return handle
 
 
@@ -90,9 +126,9 @@ def check_rows(received: Any, case: NormalCase, rank: int) -> None:
     n = len(expected.rows)
     assert isinstance(received, tuple) == (expected.scales is not None)
     if expected.scales is None:
-        assert same_bits(received[:n], expected.rows)
+        assert same_bits(received[:n].cpu(), expected.rows)
         return
-    rows, scales = received
+    rows, scales = (part.cpu() for part in received)
     assert same_bits(rows[:n], expected.rows)
     if case.shape.scale_format == "ue8m0":
         assert same_bits(scales[:n], packed(expected.scales).contiguous())
@@ -106,24 +142,28 @@ def combine(
     received: Any,
     recv_topk_weights: torch.Tensor,
     handle: Any,
+    events: Events = PLAIN,
 ) -> None:
     rank, expected = buffer.rank, case.received[buffer.rank]
     n, num_rows = len(expected.rows), len(recv_topk_weights)
+    device = recv_topk_weights.device
     y = torch.full((num_rows, case.shape.hidden), float("nan"), dtype=case.shape.dtype)
     rows = values_of(expected.rows, expected.scales, case.shape.dtype)
     y[:n] = rows_for_home(rows, rank)
     weights = None
     if case.with_weights:
         weights = torch.full_like(recv_topk_weights, float("nan"))
-        weights[:n] = weights_for_home(recv_topk_weights[:n], rank)
-    bias: Any = case.biases[rank]
+        weights[:n] = weights_for_home(recv_topk_weights[:n].cpu(), rank).to(device)
+    bias: Any = tuple(one.to(device) for one in case.biases[rank])
     if len(bias) < 2:
         bias = bias[0] if bias else None
-    combined, sums, _ = buffer.combine(y, handle, weights, bias)
-    check_combined(combined, case, rank)
+    y = y.to(device)
+    combined, sums, event = buffer.combine(y, handle, weights, bias, **events.options())
+    event.current_stream_wait()
+    check_combined(combined.cpu(), case, rank)
     assert (sums is None) == (weights is None)
     if sums is not None:
-        assert same_bits(sums, case.combined_weights[rank])
+        assert same_bits(sums.cpu(), case.combined_weights[rank])
 
 
 @settings(max_examples=100)

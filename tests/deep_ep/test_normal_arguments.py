@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ep_backend import (
     EPBackendError,
@@ -252,20 +252,6 @@ def test_a_handle_belongs_to_its_buffer_and_its_half(group: Group, buffer: deep_
         buffer.low_latency_combine(rows, topk_idx, torch.ones((T, K)), arguments["handle"])
 
 
-def test_tensors_on_a_gpu_are_refused_for_now(buffer: deep_ep.Buffer) -> None:
-    arguments = of_combine(buffer)
-    with FakeTensorMode():
-        x = torch.empty((T, H), dtype=torch.bfloat16, device="cuda")
-        idx = torch.empty((T, K), dtype=torch.int64, device="cuda")
-    message = "on cuda:0, but the normal calls run on CPU tensors so far"
-    with pytest.raises(NotImplementedError, match=message):
-        buffer.get_dispatch_layout(idx, E)
-    with pytest.raises(NotImplementedError, match=message):
-        buffer.dispatch(**of_dispatch(x=x))
-    with pytest.raises(NotImplementedError, match=message):
-        buffer.combine(x, arguments["handle"])
-
-
 def test_more_ranks_than_a_token_can_list_need_topk_idx() -> None:
     def rank_main(group: Group) -> None:
         arguments = of_dispatch(
@@ -326,6 +312,24 @@ def test_configs_exist_for_any_number_of_ranks_and_carry_num_sms(
         deep_ep.Buffer.set_num_sms(-2)
     with pytest.raises(ValueError, match="num_ranks is 0"):
         deep_ep.Buffer.get_combine_config(0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "most", "taken"),
+    [(24, 132, 24), (24, 16, 16), (0, 132, None), (24, 0, None)],
+    ids=["as asked", "what there is", "as the buffer thinks best", "cpu"],
+)
+def test_normal_calls_take_the_sms_of_their_config(
+    buffer: deep_ep.Buffer,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: int,
+    most: int,
+    taken: int | None,
+) -> None:
+    normal: Any = SimpleNamespace(num_max_sms=most)
+    assert buffer._num_sms_of(deep_ep.Config(asked), normal) == taken
+    monkeypatch.setattr(deep_ep.Buffer, "num_sms", asked)
+    assert buffer._num_sms_of(None, normal) == taken
 
 
 def test_events_and_streams_are_nothing_on_a_cpu(buffer: deep_ep.Buffer) -> None:

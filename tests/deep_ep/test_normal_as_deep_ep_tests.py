@@ -9,6 +9,7 @@ ours meet tighter ones in test_normal.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -40,9 +41,10 @@ SHAPES = {
 
 
 class Case:
-    """Inputs and layout of one rank: `x` is its rank in every element."""
+    """Inputs and layout of one rank: `x` is its rank in every element. Made on the CPU, where ranks
+    gather, then moved to the device."""
 
-    def __init__(self, shape: Shape, buffer: deep_ep.Buffer) -> None:
+    def __init__(self, shape: Shape, buffer: deep_ep.Buffer, device: str) -> None:
         self.shape, self.rank, self.num_ranks = shape, buffer.rank, buffer.group_size
         n = shape.num_tokens  # the same on every rank: DeepEP's tests gather with collectives
         generator = torch.Generator().manual_seed(self.rank)
@@ -63,12 +65,17 @@ class Case:
         self.per_expert = torch.bincount(self.topk_idx.flatten(), minlength=shape.num_experts)
         self.all_per_rank = gathered(self.per_rank).sum(0)
         self.all_per_expert = gathered(self.per_expert).sum(0)
+        for name, value in list(vars(self).items()):
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.to(device))
 
 
-def check_all(rank: Rank, shape: Shape) -> int:
+def check_all(rank: Rank, shape: Shape, device: str = "cpu") -> int:
+    """Returns how many combinations were checked."""
     assert dist.group.WORLD is not None
-    buffer = deep_ep.Buffer(dist.group.WORLD, int(2e9), 0)
-    case = Case(shape, buffer)
+    num_bytes = int(2e9) if device == "cpu" else 1 << 26
+    buffer = deep_ep.Buffer(dist.group.WORLD, num_bytes, 0)
+    case = Case(shape, buffer, device)
     layout = check_layout(buffer, case)
     num_checked = 0
     for previous, is_async, kind, with_topk in product(
@@ -76,6 +83,9 @@ def check_all(rank: Rank, shape: Shape) -> int:
     ):
         check_one(buffer, case, layout, previous, is_async, kind, with_topk)
         num_checked += 1
+    if device != "cpu":
+        torch.cuda.synchronize()
+        rank.group.all_gather(None)  # nobody's memory goes while a peer still reads it
     buffer.destroy()
     return num_checked
 
@@ -121,17 +131,21 @@ def check_one(
     kind: str,
     with_topk: bool,
 ) -> None:
-    events: dict[str, Any] = dict(async_finish=is_async)
-    if previous:
-        events["previous_event"] = buffer.capture()
+    def events() -> dict[str, Any]:
+        """When all that a call is given has been made."""
+        previous_event = dict(previous_event=buffer.capture()) if previous else {}
+        return dict(async_finish=is_async) | previous_event
+
     x: Any = case.x_pure if kind == "random" else case.x
     if kind == "fp8":
         x = reference.quantize(case.x)
-    arguments = dict(x=x, **layout, **events)
+    arguments = dict(x=x, **layout)
     if with_topk:
         weights = torch.randn_like(case.topk_weights) if kind == "random" else case.topk_weights
         arguments |= dict(topk_idx=case.topk_idx, topk_weights=weights)
-    received, recv_idx, recv_weights, counts, handle, event = buffer.dispatch(**arguments)
+    received, recv_idx, recv_weights, counts, handle, event = buffer.dispatch(
+        **arguments, **events()
+    )
     event.current_stream_wait()
     rows, num_received = rows_of(received), int(case.all_per_rank[case.rank])
     rank_prefix_matrix = handle[0]
@@ -143,8 +157,8 @@ def check_one(
         check_experts(recv_idx, recv_weights, counts, case, rank_prefix_matrix, kind)
     else:
         assert recv_idx is recv_weights is None
-    check_worst_tokens(buffer, arguments, case, rows, recv_idx, recv_weights)
-    check_cached(buffer, x, handle, events, rows)
+    check_worst_tokens(buffer, arguments | events(), case, rows, recv_idx, recv_weights)
+    check_cached(buffer, x, handle, events(), rows)
     check_combine(buffer, case, rows, handle, recv_weights, events, arguments)
 
 
@@ -206,7 +220,7 @@ def check_combine(
     rows: torch.Tensor,
     handle: Any,
     recv_weights: torch.Tensor | None,
-    events: dict[str, Any],
+    events: Callable[[], dict[str, Any]],
     arguments: dict[str, Any],
 ) -> None:
     num_homes = case.is_token_in_rank.sum(1, keepdim=True)
@@ -214,7 +228,7 @@ def check_combine(
     bias = torch.ones_like(case.x)
     for biases in (None, bias, (bias, 2 * bias)):
         combined, sums, event = buffer.combine(
-            x=rows, handle=handle, topk_weights=recv_weights, bias=biases, **events
+            x=rows, handle=handle, topk_weights=recv_weights, bias=biases, **events()
         )
         event.current_stream_wait()
         added = 0 if biases is None else 1 if isinstance(biases, torch.Tensor) else 3

@@ -19,6 +19,7 @@ import ep_backend_sglang
 from ep_backend_sglang import arguments, buffer, choice, cpu_experts, cpu_only, dispatcher, tracing
 from ep_backend_sglang.patching import UnsupportedSGLang
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.moe import utils
 from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE
 from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
 from sglang.srt.layers.moe.token_dispatcher import deepep
@@ -128,14 +129,19 @@ def test_what_is_missing_stops_the_server(fields: dict[str, Any], message: str) 
     assert not choice.is_ours()
 
 
-@pytest.mark.parametrize("deepep_mode", ["auto", "normal"])
-def test_normal_kernels_are_for_cpus_alone(
-    deepep_mode: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("has_gpu", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("deepep_mode", ["auto", "normal", "low_latency"])
+def test_the_experts_gemm_leaves_what_normal_kernels_take(
+    deepep_mode: str, has_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments_of(deepep_mode=deepep_mode).resolve_once()
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    with pytest.raises(ValueError, match=f"{deepep_mode!r}, which needs normal kernels"):
-        arguments_of(deepep_mode=deepep_mode).resolve_once()
+    mode = utils.DeepEPMode(deepep_mode)
+    monkeypatch.setattr(utils, "get_deepep_mode", lambda: mode)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(deep_ep.Buffer, "num_sms", 24)
+    is_taken = has_gpu and deepep_mode != "low_latency"
+    assert deepep.Buffer.num_sms == (24 if is_taken else 0)
+    assert deepep.DeepEPConfig().num_sms == deepep.Buffer.num_sms
 
 
 def test_deepep_after_ours_in_one_process_is_refused() -> None:

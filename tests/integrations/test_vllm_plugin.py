@@ -87,6 +87,7 @@ def test_name_tests_of_vllm_know_the_backend(
     [
         (config, "vllm.config.parallel.ParallelConfig.use_batched_dp_moe"),
         (config, "vllm.engine.arg_utils._compute_kwargs"),
+        (config, "vllm.config.compilation.CompilationConfig.set_splitting_ops_for_v1"),
         (
             communicator,
             "vllm.distributed.device_communicators.base_device_communicator.All2AllManagerBase",
@@ -178,7 +179,8 @@ def test_shared_experts_run_between_the_combine_and_its_hook() -> None:
 
 
 def test_experts_that_want_float8_blocks_get_rows_and_scales() -> None:
-    from ep_backend_vllm.low_latency import LowLatencyPrepareAndFinalize, dispatch_dtype_for
+    from ep_backend_vllm.adapter import dispatch_dtype_for
+    from ep_backend_vllm.low_latency import LowLatencyPrepareAndFinalize
     from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
 
     one = torch.ones(1)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ep_backend import Group, NormalBuffer, NormalDispatchResult, _native, virtual_world
+from ep_backend.events import EventHandle, EventOverlap
 from ep_backend.normal_cuda import CudaNormalBuffer
 from ep_backend.normal_cuda_settings import CudaNormalSettings
 from tests.support.normal import (
@@ -99,6 +100,18 @@ class How:
     in_place: bool = False
     """Combine's rows are put where it finds them."""
     num_sms: dict[str, int] = field(default_factory=dict)
+    has_previous: bool = False
+    """It is ordered by an event, on the buffer's stream."""
+    is_async: bool = False
+    """It is waited for by its own event, so too."""
+
+    def options(self) -> dict[str, Any]:
+        """Of a call, when all that it is given has been made."""
+        return self.num_sms | dict(
+            previous_event=EventOverlap(EventHandle()) if self.has_previous else None,
+            async_finish=self.is_async,
+            allocate_on_comm_stream=self.has_previous and self.is_async,
+        )
 
 
 class CudaNormalRank:
@@ -114,9 +127,10 @@ class CudaNormalRank:
 
     def run(self, case: NormalCase, how: How) -> NormalDispatchResult:
         inputs = on_gpu(case.inputs(self.rank))
+        options = how.options()
         self.meet()
         result = self.buffer.dispatch(
-            *inputs, num_worst_tokens=how.num_worst_tokens, copy=how.copy, **how.num_sms
+            *inputs, num_worst_tokens=how.num_worst_tokens, copy=how.copy, **options
         )
         self.check(case, result)
         self.combine(case, result, how)
@@ -125,12 +139,14 @@ class CudaNormalRank:
     def run_again(self, case: NormalCase, first: NormalDispatchResult, how: How) -> None:
         """With the routing of another operation's handle."""
         rows = {name: t.cuda() for name, t in case.rows(self.rank).items()}
+        options = how.options()
         self.meet()
-        result = self.buffer.dispatch(**rows, handle=first.handle, copy=how.copy, **how.num_sms)
+        result = self.buffer.dispatch(**rows, handle=first.handle, copy=how.copy, **options)
         self.check(case, result)
         self.combine(case, result, how)
 
     def check(self, case: NormalCase, result: NormalDispatchResult) -> None:
+        result.event.current_stream_wait()
         torch.cuda.current_stream().synchronize()
         self.buffer.raise_if_failed()
         received = on_cpu(result)
@@ -163,10 +179,15 @@ class CudaNormalRank:
             weights[: len(expected.rows)] = weights_for_home(of_rows, self.rank)
             weights = weights.cuda()
         torch.cuda.current_stream().synchronize()
+        options = how.options()
         self.meet()
         combined: Any = self.buffer.combine(
-            given, result.handle, topk_weights=weights, bias=bias, **how.num_sms
+            given, result.handle, topk_weights=weights, bias=bias, **options
         )
+        if how.is_async:
+            *combined, event = combined
+            event.current_stream_wait()
+            combined = combined if case.with_weights else combined[0]
         torch.cuda.current_stream().synchronize()
         self.buffer.raise_if_failed()
         out, sums = combined if case.with_weights else (combined, None)

@@ -1,4 +1,4 @@
-"""Events of `deep_ep.Buffer`: when an operation will have ended on its stream."""
+"""Events: when an operation will have ended on its stream. In DeepEP's words."""
 
 from __future__ import annotations
 
@@ -66,10 +66,12 @@ class EventOverlap:
         self.current_stream_wait()
 
 
-def event_of(async_finish: bool, device: torch.device) -> EventOverlap:
-    """Of an operation that was given to the current stream of a GPU, or has ended on the CPU."""
-    if not async_finish or device.type != "cuda":
-        return EventOverlap()
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return EventOverlap(event)
+def check_overlap(
+    previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool
+) -> None:
+    """Raises `ValueError` for arguments of a call that do not go together."""
+    if allocate_on_comm_stream and not (async_finish and previous_event is not None):
+        raise ValueError(
+            "allocate_on_comm_stream is True, which needs async_finish=True and a previous_event. "
+            "Pass both, or leave it out."
+        )
