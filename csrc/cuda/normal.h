@@ -36,8 +36,8 @@ struct NormalView {
   std::byte* near_bases[kNumNearRanks];
   std::byte* const* bases;  // device table [R]: where this GPU sees each rank's memory
   NormalState* state;
-  uint32_t* block_rank_counts;    // scratch [block][R]
-  uint32_t* block_expert_counts;  // scratch [block][E]
+  uint32_t* block_rank_counts;  // scratch [block][R]
+  uint32_t* expert_counts;      // scratch [E]: of a batch while it is routed, else 0
   HostReport* report;
   HostCounts* host_counts;
   uint64_t timeout_ns;
