@@ -8,12 +8,25 @@ import pytest
 import torch
 from hypothesis import settings
 
+from ep_backend import _native
 from ep_backend.memory import shm
 from tests.support.processes import started_pids
 
 # Derandomised: a run says the same thing every time. No deadline: machines differ.
 settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("fixed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    num_gpus = torch.cuda.device_count() if _native.has_cuda else 0
+    for item in items:
+        marker = item.get_closest_marker("gpus")
+        if marker is None:
+            continue
+        item.add_marker(pytest.mark.gpu)
+        if num_gpus < marker.args[0]:
+            reason = f"needs {marker.args[0]} GPUs, {num_gpus} here: NOT run"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True, scope="session")

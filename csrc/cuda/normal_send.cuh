@@ -44,8 +44,24 @@ struct CopiedRows {
   }
 };
 
-// Rows of T that become float8 on the way, in place: what a step of the loop writes, an earlier one
-// or itself has read.
+// `values[i]` of eight lanes is one set; lane j of them returns the largest of set j.
+__device__ inline float largest_of_sets(float (&values)[8]) {
+  const uint32_t lane = threadIdx.x;
+#pragma unroll
+  for (uint32_t half = 4; half > 0; half /= 2) {
+    const bool is_upper = (lane & half) != 0;
+#pragma unroll
+    for (uint32_t i = 0; i < half; ++i) {
+      const float given = is_upper ? values[i] : values[i + half];
+      const float kept = is_upper ? values[i + half] : values[i];
+      values[i] = fmaxf(kept, __shfl_xor_sync(kAllLanes, given, half));
+    }
+  }
+  return values[0];
+}
+
+// Rows of T that become float8 on the way, in place: what a step of a loop writes, an earlier one
+// or itself has read last.
 template <typename T>
 struct QuantizedRows {
   const std::byte* x;  // [T, H]
@@ -56,32 +72,30 @@ struct QuantizedRows {
   using Row = QuantizeRow<T>;
   static constexpr uint32_t kBytesPerByte = sizeof(T);
 
+  // Eight vectors of a lane at a time. Eight lanes share a scale; each of them finds one of the
+  // eight scales, not all of them every one.
   __device__ void finish(const SendBuffer& buffer, uint32_t, uint32_t, uint32_t num_bytes) const {
     const uint32_t lane = threadIdx.x % kWarp, num_vectors = num_bytes / (16 * sizeof(T));
-    auto* inputs_of_row = reinterpret_cast<const uint4*>(buffer.row);
+    auto* row = reinterpret_cast<uint4*>(buffer.row);
     for (uint32_t first = lane; first - lane < num_vectors; first += kAtOnce * kWarp) {
-      uint4 inputs[kAtOnce][Row::kInputs] = {};
+      float amax[kAtOnce];
 #pragma unroll
       for (uint32_t v = 0; v < kAtOnce; ++v) {
-#pragma unroll
-        for (uint32_t i = 0; i < Row::kInputs; ++i) {
-          const uint32_t vector = first + v * kWarp;
-          if (vector < num_vectors) inputs[v][i] = inputs_of_row[vector * Row::kInputs + i];
-        }
+        uint4 inputs[Row::kInputs];
+        read(row, first + v * kWarp, num_vectors, inputs);
+        amax[v] = Row::largest(inputs);
       }
-      __syncwarp();
-      uint4 quantized[kAtOnce];
-      uint32_t scale_bits[kAtOnce];
-#pragma unroll
-      for (uint32_t v = 0; v < kAtOnce; ++v) {
-        quantized[v] = Row::quantize(inputs[v], format, &scale_bits[v]);
-      }
+      const protocol::Scale own = protocol::scale_for(largest_of_sets(amax), format);
+      const uint32_t group = (first + lane % kAtOnce * kWarp) / kAtOnce;
+      if (group * kAtOnce < num_vectors) buffer.scales[group] = own.scale;
 #pragma unroll
       for (uint32_t v = 0; v < kAtOnce; ++v) {
         const uint32_t vector = first + v * kWarp;
-        if (vector >= num_vectors) continue;
-        reinterpret_cast<uint4*>(buffer.row)[vector] = quantized[v];
-        if (lane % 8 == 0) buffer.scales[vector / 8] = __uint_as_float(scale_bits[v]);
+        uint4 inputs[Row::kInputs];
+        read(row, vector, num_vectors, inputs);
+        const float inverse = __shfl_sync(kAllLanes, own.inverse, v, kAtOnce);
+        __syncwarp();
+        if (vector < num_vectors) row[vector] = Row::quantize(inputs, {0.0f, inverse});
       }
     }
     ptx::fence_proxy_async();
@@ -89,7 +103,16 @@ struct QuantizedRows {
   }
 
  private:
-  static constexpr uint32_t kAtOnce = 2;  // vectors of a lane
+  static constexpr uint32_t kAtOnce = 8;  // lanes of a scale, and vectors of a lane
+
+  // Zeros behind the last.
+  __device__ static void read(const uint4* row, uint32_t vector, uint32_t num_vectors,
+                              uint4 (&inputs)[Row::kInputs]) {
+#pragma unroll
+    for (uint32_t i = 0; i < Row::kInputs; ++i) {
+      inputs[i] = vector < num_vectors ? row[vector * Row::kInputs + i] : uint4{};
+    }
+  }
 };
 
 // Ranks of a token, two in a lane.

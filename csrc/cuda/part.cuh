@@ -265,13 +265,15 @@ struct QuantizeRow {
                                    uint32_t* scale_bits) {
     const protocol::Scale scale = scale_of_lanes(largest(inputs), format);
     *scale_bits = __float_as_uint(scale.scale);
+    return quantize(inputs, scale);
+  }
+  __device__ static uint4 quantize(const uint4 (&inputs)[kInputs], const protocol::Scale& scale) {
     float values[kInputs][kWidth];
 #pragma unroll
     for (uint32_t j = 0; j < kInputs; ++j) widen(inputs[j], values[j]);
     return quantized(reinterpret_cast<const float (&)[kChannelsPerVector]>(values), scale);
   }
 
- private:
   // Of this lane's elements, NaN left out.
   __device__ static float largest(const uint4 (&inputs)[kInputs]) {
     float amax = 0.0f;
@@ -292,6 +294,8 @@ struct QuantizeRow {
     }
     return amax;
   }
+
+ private:
   __device__ static __nv_bfloat162 magnitudes(uint32_t pair) {
     pair &= 0x7fff7fff;
     __nv_bfloat162 out;

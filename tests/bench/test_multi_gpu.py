@@ -184,8 +184,7 @@ def test_a_crash_at_the_start_is_told(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "error: in start: process 0 died" in capsys.readouterr().out
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(NUM_GPUS < 2, reason="fewer than two GPUs: nothing was timed")
+@pytest.mark.gpus(2)
 def test_cases_are_timed_between_gpus(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     sizes = "--hidden 512 --experts 64 --chain 4 --repeats 5 --tokens 1,64 --form fused,hook"
