@@ -240,30 +240,36 @@ __global__ void __launch_bounds__(kSendThreads, 1)
   const Op op(rank, Phase::kDispatch);
   const uint32_t num_ranks = op.num_ranks();
   if (!op.ok()) return;
+  if (threadIdx.x < kSendWarps) ptx::mbarrier_init(&shared.barriers[threadIdx.x], 1);
   if (params.start == DispatchStart::kRoute) {
     auto* experts = reinterpret_cast<uint32_t*>(buffers);
     if (!Router(op, params, &shared.route, experts).run()) return;
   } else if (params.start == DispatchStart::kCached && blockIdx.x == 0 && threadIdx.x < num_ranks) {
     op.publish_ready(threadIdx.x, 0);
   }
-  if (threadIdx.x < kSendWarps) ptx::mbarrier_init(&shared.barriers[threadIdx.x], 1);
   ptx::fence_proxy_async();
-  if (!find_ranges(op, params, &shared.ranges)) return;
+  __syncthreads();
+  RowSender<Rows> sender(op, rows, params, buffers, shared.barriers);
+  const bool resumes = params.start == DispatchStart::kResume;
+  if (!resumes) sender.fetch_first();
+  const bool has_ranges = find_ranges(op, params, &shared.ranges);
+  const bool is_direct = has_ranges && shared.ranges.is_direct(rank.layout);
+  if (!is_direct) sender.forget_first();
+  if (!has_ranges) return;
   if (params.start == DispatchStart::kRoute && blockIdx.x == 0) {
     write_counts(op, params, shared.ranges);
   }
   const uint64_t num_rows = shared.ranges.first_received[num_ranks];
   if (num_rows > params.num_rows) {
+    sender.forget_first();
     fail(rank, op.id(Half::kRecv), Status::kTooManyRows, rank.self_rank, params.num_rows, num_rows,
          0);
     return;
   }
-  RowSender<Rows> sender(op, rows, params, buffers, shared.barriers);
-  if (shared.ranges.is_direct(rank.layout)) {
+  if (is_direct) {
     send_directly(op, params, shared.ranges, &sender);
     return;
   }
-  const bool resumes = params.start == DispatchStart::kResume;
   if (params.ticket != 0 && !resumes) return;  // the host makes room and calls again
   if (!params.may_come_in_rounds) {
     fail(rank, op.id(Half::kRecv), Status::kTooManyRows, shared.ranges.rank_of_most,

@@ -40,6 +40,7 @@ struct CopiedRows {
     for (uint32_t i = threadIdx.x % kWarp; i < protocol::scales_for(num_bytes); i += kWarp) {
       buffer.scales[i] = of_token[i];
     }
+    ptx::fence_proxy_async();
     __syncwarp();
   }
 };
@@ -133,8 +134,22 @@ class RowSender {
         topk_(op.rank(), params),
         warp_(threadIdx.x / kWarp),
         lane_(threadIdx.x % kWarp) {
+    has_bulk_scales_ = rows.num_scales > 0 && rows.num_scales % 4 == 0 &&
+                       layout_.config().scale_format != protocol::ScaleFormat::kUE8M0;
     auto* scales = reinterpret_cast<float*>(shared + kSendWarps * kChunkBytes);
     buffer_ = {shared + warp_ * kChunkBytes, scales + warp_ * kChunkScales, barriers + warp_};
+  }
+
+  // Asks for the row that this warp sends first, while nobody knows yet where to. `run` from token
+  // 0 to the last must follow, or `forget_first`: a block must not end before it is here.
+  __device__ void fetch_first() {
+    const uint32_t token = warp_ * gridDim.x + blockIdx.x;
+    is_fetched_ = token < params_.routes.num_tokens;
+    if (is_fetched_) load(token, 0);
+  }
+  __device__ void forget_first() {
+    if (is_fetched_) await_load();
+    is_fetched_ = false;
   }
 
   // Tokens begin .. end - 1, among all warps of the grid. `place(rank, number)`: in which row of
@@ -150,25 +165,37 @@ class RowSender {
   }
 
  private:
+  __device__ uint32_t chunk_bytes(uint32_t first) const {
+    return min(kChunkBytes, static_cast<uint32_t>(rows_.row_bytes) - first);
+  }
+  // A chunk of a token's row, from byte `first` on. Whole warp, done with what is there.
+  __device__ void load(uint32_t token, uint32_t first) const {
+    __syncwarp();
+    if (lane_ != 0) return;
+    ptx::mbarrier_arrive_expect(buffer_.barrier, chunk_bytes(first));
+    ptx::bulk_load(buffer_.row, rows_.x + token * rows_.row_bytes + first, chunk_bytes(first),
+                   buffer_.barrier);
+  }
+  __device__ void await_load() {
+    ptx::mbarrier_wait(buffer_.barrier, parity_);
+    parity_ ^= 1;
+  }
+
   template <typename Place>
   __device__ void send(uint32_t token, Place place) {
-    const std::byte* row = rows_.x + token * rows_.row_bytes;
-    const uint32_t row_bytes = static_cast<uint32_t>(rows_.row_bytes);
     Targets targets;
-    for (uint32_t first = 0; first < row_bytes; first += kChunkBytes) {
-      const uint32_t num_bytes = min(kChunkBytes, row_bytes - first);
-      ptx::bulk_wait_read();
-      __syncwarp();
-      if (lane_ == 0) {
-        ptx::mbarrier_arrive_expect(buffer_.barrier, num_bytes);
-        ptx::bulk_load(buffer_.row, row + first, num_bytes, buffer_.barrier);
+    for (uint32_t first = 0; first < rows_.row_bytes; first += kChunkBytes) {
+      const uint32_t num_bytes = chunk_bytes(first);
+      if (!is_fetched_) {
+        ptx::bulk_wait_read();
+        load(token, first);
       }
+      is_fetched_ = false;
       if (first == 0) {
         find_targets(token, place, &targets);
         if (params_.start != DispatchStart::kCached) send_routes(token, targets);
       }
-      ptx::mbarrier_wait(buffer_.barrier, parity_);
-      parity_ ^= 1;
+      await_load();
       rows_.finish(buffer_, token, first, num_bytes);
       const uint32_t first_out = first / Rows::kBytesPerByte;
       const uint32_t num_out = num_bytes / Rows::kBytesPerByte;
@@ -176,10 +203,17 @@ class RowSender {
       for (uint32_t half = 0; half < 2; ++half) {
         if (targets.messages[half] == kNoMessage) continue;
         std::byte* peer = op_.peer(message_rank(targets.messages[half]));
-        ptx::bulk_store(peer + layout_.row(targets.rows[half]) + first_out, buffer_.row, num_out);
+        const uint64_t row = targets.rows[half];
+        ptx::bulk_store(peer + layout_.row(row) + first_out, buffer_.row, num_out);
+        if (has_bulk_scales_) {
+          ptx::bulk_store(peer + layout_.scales(row) + first_out / 128 * 4, buffer_.scales,
+                          protocol::scales_for(num_out) * 4);
+        }
       }
       ptx::bulk_commit();
-      if (rows_.num_scales > 0) send_scales(targets, first_out / 128, num_out);
+      if (rows_.num_scales > 0 && !has_bulk_scales_) {
+        send_scales(targets, first_out / 128, num_out);
+      }
     }
   }
 
@@ -268,6 +302,8 @@ class RowSender {
   const NormalDispatch& params_;
   TopK topk_;
   uint32_t warp_, lane_;
+  bool is_fetched_ = false;
+  bool has_bulk_scales_;  // they travel as they are, in whole vectors
   SendBuffer buffer_;
   uint32_t parity_ = 0;
 };
