@@ -89,7 +89,7 @@ struct QuantizedRows {
       const protocol::Scale own = protocol::scale_for(largest_of_sets(amax), format);
       const uint32_t group = (first + lane % kAtOnce * kWarp) / kAtOnce;
       if (group * kAtOnce < num_vectors) buffer.scales[group] = own.scale;
-#pragma unroll
+#pragma unroll 2
       for (uint32_t v = 0; v < kAtOnce; ++v) {
         const uint32_t vector = first + v * kWarp;
         uint4 inputs[Row::kInputs];
