@@ -45,24 +45,7 @@ struct CopiedRows {
   }
 };
 
-// `values[i]` of eight lanes is one set; lane j of them returns the largest of set j.
-__device__ inline float largest_of_sets(float (&values)[8]) {
-  const uint32_t lane = threadIdx.x;
-#pragma unroll
-  for (uint32_t half = 4; half > 0; half /= 2) {
-    const bool is_upper = (lane & half) != 0;
-#pragma unroll
-    for (uint32_t i = 0; i < half; ++i) {
-      const float given = is_upper ? values[i] : values[i + half];
-      const float kept = is_upper ? values[i + half] : values[i];
-      values[i] = fmaxf(kept, __shfl_xor_sync(kAllLanes, given, half));
-    }
-  }
-  return values[0];
-}
-
-// Rows of T that become float8 on the way, in place: what a step of a loop writes, an earlier one
-// or itself has read last.
+// Rows of T that become float8 on the way, in place.
 template <typename T>
 struct QuantizedRows {
   const std::byte* x;  // [T, H]
@@ -70,33 +53,33 @@ struct QuantizedRows {
   uint32_t num_scales;
   protocol::ScaleFormat format;
 
-  using Row = QuantizeRow<T>;
   static constexpr uint32_t kBytesPerByte = sizeof(T);
 
-  // Eight vectors of a lane at a time. Eight lanes share a scale; each of them finds one of the
-  // eight scales, not all of them every one.
+  // 16 bytes of x are a vector; eight of a lane at a time, so that lanes which share a scale find
+  // one of eight each. Lanes read neighbouring vectors: in a warp's 32, no bank of shared memory
+  // twice. (A lane that reads the 32 bytes which it makes 16 of takes each bank twice.)
   __device__ void finish(const SendBuffer& buffer, uint32_t, uint32_t, uint32_t num_bytes) const {
-    const uint32_t lane = threadIdx.x % kWarp, num_vectors = num_bytes / (16 * sizeof(T));
-    auto* row = reinterpret_cast<uint4*>(buffer.row);
+    const uint32_t lane = threadIdx.x % kWarp, num_vectors = num_bytes / 16;
+    const auto* vectors = reinterpret_cast<const uint4*>(buffer.row);
     for (uint32_t first = lane; first - lane < num_vectors; first += kAtOnce * kWarp) {
+      uint4 inputs[kAtOnce];
       float amax[kAtOnce];
 #pragma unroll
       for (uint32_t v = 0; v < kAtOnce; ++v) {
-        uint4 inputs[Row::kInputs];
-        read(row, first + v * kWarp, num_vectors, inputs);
-        amax[v] = Row::largest(inputs);
+        const uint32_t vector = first + v * kWarp;
+        inputs[v] = vector < num_vectors ? vectors[vector] : uint4{};
+        amax[v] = largest(inputs[v]);
       }
       const protocol::Scale own = protocol::scale_for(largest_of_sets(amax), format);
-      const uint32_t group = (first + lane % kAtOnce * kWarp) / kAtOnce;
-      if (group * kAtOnce < num_vectors) buffer.scales[group] = own.scale;
-#pragma unroll 2
+      const uint32_t group = (first + lane % kAtOnce * kWarp) / kLanesPerScale;
+      if (lane % kLanesPerScale < kAtOnce && group * kLanesPerScale < num_vectors) {
+        buffer.scales[group] = own.scale;
+      }
+      __syncwarp();  // all have read what is written now
+#pragma unroll
       for (uint32_t v = 0; v < kAtOnce; ++v) {
-        const uint32_t vector = first + v * kWarp;
-        uint4 inputs[Row::kInputs];
-        read(row, vector, num_vectors, inputs);
         const float inverse = __shfl_sync(kAllLanes, own.inverse, v, kAtOnce);
-        __syncwarp();
-        if (vector < num_vectors) row[vector] = Row::quantize(inputs, {0.0f, inverse});
+        if (first + v * kWarp < num_vectors) write(buffer, first + v * kWarp, inputs[v], inverse);
       }
     }
     ptx::fence_proxy_async();
@@ -104,14 +87,48 @@ struct QuantizedRows {
   }
 
  private:
-  static constexpr uint32_t kAtOnce = 8;  // lanes of a scale, and vectors of a lane
+  static constexpr uint32_t kWidth = sizeof(uint4) / sizeof(T);  // channels of a vector
+  static constexpr uint32_t kLanesPerScale = 128 / kWidth;
+  static constexpr uint32_t kAtOnce = 8;
 
-  // Zeros behind the last.
-  __device__ static void read(const uint4* row, uint32_t vector, uint32_t num_vectors,
-                              uint4 (&inputs)[Row::kInputs]) {
+  // Of a vector, NaN left out.
+  __device__ static float largest(const uint4& vector) { return QuantizeRow<T>::largest({vector}); }
+
+  // `values[i]` of lanes that share a scale are set i; lane j returns the largest of set j mod 8.
+  __device__ static float largest_of_sets(float (&values)[kAtOnce]) {
 #pragma unroll
-    for (uint32_t i = 0; i < Row::kInputs; ++i) {
-      inputs[i] = vector < num_vectors ? row[vector * Row::kInputs + i] : uint4{};
+    for (uint32_t half = kAtOnce / 2; half > 0; half /= 2) {
+      const bool is_upper = (threadIdx.x & half) != 0;
+#pragma unroll
+      for (uint32_t i = 0; i < half; ++i) {
+        const float given = is_upper ? values[i] : values[i + half];
+        const float kept = is_upper ? values[i + half] : values[i];
+        values[i] = fmaxf(kept, __shfl_xor_sync(kAllLanes, given, half));
+      }
+    }
+    float amax = values[0];
+#pragma unroll
+    for (uint32_t step = kAtOnce; step < kLanesPerScale; step *= 2) {
+      amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, step));
+    }
+    return amax;
+  }
+
+  __device__ static void write(const SendBuffer& buffer, uint32_t vector, const uint4& input,
+                               float inverse) {
+    float values[kWidth];
+    widen(input, values);
+    uint32_t words[kWidth / 4] = {};
+#pragma unroll
+    for (uint32_t c = 0; c < kWidth; c += 2) {
+      words[c / 4] |=
+          ptx::to_e4m3x2(__fmul_rn(values[c], inverse), __fmul_rn(values[c + 1], inverse))
+          << (c % 4 * 8);
+    }
+    if constexpr (kWidth == 8) {
+      reinterpret_cast<uint2*>(buffer.row)[vector] = {words[0], words[1]};
+    } else {
+      reinterpret_cast<uint32_t*>(buffer.row)[vector] = words[0];
     }
   }
 };

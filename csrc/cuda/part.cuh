@@ -265,9 +265,6 @@ struct QuantizeRow {
                                    uint32_t* scale_bits) {
     const protocol::Scale scale = scale_of_lanes(largest(inputs), format);
     *scale_bits = __float_as_uint(scale.scale);
-    return quantize(inputs, scale);
-  }
-  __device__ static uint4 quantize(const uint4 (&inputs)[kInputs], const protocol::Scale& scale) {
     float values[kInputs][kWidth];
 #pragma unroll
     for (uint32_t j = 0; j < kInputs; ++j) widen(inputs[j], values[j]);
@@ -275,10 +272,11 @@ struct QuantizeRow {
   }
 
   // Of this lane's elements, NaN left out.
-  __device__ static float largest(const uint4 (&inputs)[kInputs]) {
+  template <uint32_t kCount>
+  __device__ static float largest(const uint4 (&inputs)[kCount]) {
     float amax = 0.0f;
 #pragma unroll
-    for (uint32_t j = 0; j < kInputs; ++j) {
+    for (uint32_t j = 0; j < kCount; ++j) {
       if constexpr (sizeof(T) == 2) {
         // Two at a time; the order of bfloat16 numbers is that of their float32 ones.
         const __nv_bfloat162 both =
