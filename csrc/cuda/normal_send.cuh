@@ -151,6 +151,7 @@ class RowSender {
         topk_(op.rank(), params),
         warp_(threadIdx.x / kWarp),
         lane_(threadIdx.x % kWarp) {
+    stores_own_rows_ = op.num_ranks() > 1;
     has_bulk_scales_ = rows.num_scales > 0 && rows.num_scales % 4 == 0 &&
                        layout_.config().scale_format != protocol::ScaleFormat::kUE8M0;
     auto* scales = reinterpret_cast<float*>(shared + kSendWarps * kChunkBytes);
@@ -218,7 +219,7 @@ class RowSender {
       const uint32_t num_out = num_bytes / Rows::kBytesPerByte;
 #pragma unroll
       for (uint32_t half = 0; half < 2; ++half) {
-        if (targets.messages[half] == kNoMessage) continue;
+        if (!is_sent_in_bulk(targets.messages[half])) continue;
         std::byte* peer = op_.peer(message_rank(targets.messages[half]));
         const uint64_t row = targets.rows[half];
         ptx::bulk_store(peer + layout_.row(row) + first_out, buffer_.row, num_out);
@@ -228,9 +229,41 @@ class RowSender {
         }
       }
       ptx::bulk_commit();
+      if (stores_own_rows_) store_own(targets, first_out, num_out);
       if (rows_.num_scales > 0 && !has_bulk_scales_) {
         send_scales(targets, first_out / 128, num_out);
       }
+    }
+  }
+
+  __device__ bool is_sent_in_bulk(uint64_t message) const {
+    return message != kNoMessage &&
+           !(stores_own_rows_ && message_rank(message) == op_.rank().self_rank);
+  }
+
+  // What this rank itself gets of the row, by ordinary stores: the copy engine takes one row after
+  // the other, so those to peers would wait for those that stay here, and these for the link.
+  __device__ void store_own(const Targets& targets, uint32_t first_out, uint32_t num_out) const {
+    uint32_t owner = kNoRank;
+    uint64_t row = 0;
+#pragma unroll
+    for (uint32_t half = 0; half < 2; ++half) {
+      const uint64_t message = targets.messages[half];
+      const uint32_t lanes = __ballot_sync(
+          kAllLanes, message != kNoMessage && message_rank(message) == op_.rank().self_rank);
+      if (lanes == 0) continue;
+      owner = op_.rank().self_rank;
+      row = __shfl_sync(kAllLanes, targets.rows[half], __ffs(lanes) - 1);
+    }
+    if (owner == kNoRank) return;
+    const auto* from = reinterpret_cast<const uint4*>(buffer_.row);
+    auto* to = at<uint4>(op_.self(), layout_.row(row) + first_out);
+#pragma unroll 7
+    for (uint32_t v = lane_; v < num_out / 16; v += kWarp) to[v] = from[v];
+    if (!has_bulk_scales_) return;
+    auto* scales = at<float>(op_.self(), layout_.scales(row)) + first_out / 128;
+    for (uint32_t i = lane_; i < protocol::scales_for(num_out); i += kWarp) {
+      scales[i] = buffer_.scales[i];
     }
   }
 
@@ -321,6 +354,7 @@ class RowSender {
   uint32_t warp_, lane_;
   bool is_fetched_ = false;
   bool has_bulk_scales_;  // they travel as they are, in whole vectors
+  bool stores_own_rows_;
   SendBuffer buffer_;
   uint32_t parity_ = 0;
 };

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ep_backend import NormalBuffer
-from ep_backend.bench.multi_gpu_copies import CopyTimes, time_copies
+from ep_backend.bench.multi_gpu_copies import Copies, CopyTimes
 from ep_backend.bench.multi_gpu_settings import NormalSettings
 from ep_backend.bench.multi_gpu_world import Queue, RankedSpread, Replayed, World, time_chain
 from ep_backend.bench.op_cuda_bytes import BF16_BYTES, travelling_row_bytes
@@ -117,27 +117,38 @@ def result_of(
     return times.to_json() | rates
 
 
+def sizes_of(settings: NormalSettings) -> NormalSizes:
+    return NormalSizes(
+        hidden=settings.hidden,
+        num_experts=settings.num_experts,
+        top_k=settings.top_k,
+        chain=settings.chain,
+        num_repeats=settings.num_repeats,
+        seed=settings.seed,
+    )
+
+
+def copies_of(world: World, settings: NormalSettings) -> Copies:
+    """With room for what a rank's largest batch sends to others. Collective."""
+    num_others = min(world.group.num_ranks - 1, settings.top_k)
+    num_rows = max(settings.num_tokens) * max(num_others, 1)
+    num_max_bytes = num_rows * settings.hidden * BF16_BYTES
+    return Copies(world, sizes_of(settings), settings.num_sms, num_max_bytes)
+
+
 class NormalBench:
     """One size and dtype, on one rank; collective."""
 
     def __init__(self, world: World, settings: NormalSettings, num_tokens: int, dtype: str) -> None:
         self._world = world
         num_ranks = world.group.num_ranks
-        self._sizes = NormalSizes(
-            hidden=settings.hidden,
-            num_experts=settings.num_experts,
-            top_k=settings.top_k,
-            chain=settings.chain,
-            num_repeats=settings.num_repeats,
-            seed=settings.seed,
-        )
+        self._sizes = sizes_of(settings)
         self._case = NormalCase(num_ranks, num_tokens, dtype, settings.num_sms[-1])
         self._all_num_sms = settings.num_sms
 
-    def run(self, copies: dict[int, dict[int, CopyTimes]], report: Callable[..., None]) -> None:
+    def run(self, copies: Copies, report: Callable[..., None]) -> None:
         """
         Args:
-            copies: those timed so far, by bytes and SMs; others are added.
             report: takes each result, with its SMs, as it goes into JSON.
 
         Raises:
@@ -165,7 +176,7 @@ class NormalBench:
         ops: RankOps,
         inputs: list[Inputs],
         tokens: torch.Tensor,
-        copies: dict[int, dict[int, CopyTimes]],
+        copies: Copies,
         report: Callable[..., None],
     ) -> None:
         world, sizes, case = self._world, self._sizes, self._case
@@ -180,9 +191,7 @@ class NormalBench:
 
         row_bytes = travelling_row_bytes(TRAVELLING_DTYPES[case.dispatch_dtype], sizes.hidden)
         all_row_bytes = (row_bytes, sizes.hidden * BF16_BYTES)
-        link_bytes = [traffic.link_bytes(b) for b in all_row_bytes]
-        for num_bytes in set(link_bytes) - set(copies):
-            copies[num_bytes] = time_copies(world, sizes, self._all_num_sms, num_bytes, lead_in)
+        of_dispatch, of_combine = (copies.of(traffic.link_bytes(b), lead_in) for b in all_row_bytes)
         moved = (
             traffic.moved_bytes(sizes.hidden, all_row_bytes[0]),
             traffic.moved_bytes(sizes.hidden, all_row_bytes[1]),
@@ -191,7 +200,7 @@ class NormalBench:
             ops.num_sms = num_sms
             times = self._time(ops, rows)
             world.step(partial(self._check_combine, ops))
-            of_copies = (copies[link_bytes[0]][num_sms], copies[link_bytes[1]][num_sms])
+            of_copies = (of_dispatch[num_sms], of_combine[num_sms])
             result = result_of(times, of_copies, moved)
             result["num_symmetric_bytes"] = ops.buffer.num_symmetric_bytes
             report(replace(case, num_sms=num_sms), traffic, result)

@@ -19,8 +19,7 @@ import torch.distributed as dist
 
 from ep_backend import Group
 from ep_backend.bench.multi_gpu_case import measure
-from ep_backend.bench.multi_gpu_copies import CopyTimes
-from ep_backend.bench.multi_gpu_normal import NormalBench, Traffic
+from ep_backend.bench.multi_gpu_normal import NormalBench, Traffic, copies_of
 from ep_backend.bench.multi_gpu_peers import (
     COPY_BYTES,
     copy_gbs,
@@ -133,7 +132,7 @@ def _normal(
     settings = options.normal
     cases: list[dict[str, Any]] = []
     document["normal"] = {"settings": asdict(settings), "cases": cases}
-    copies: dict[int, dict[int, CopyTimes]] = {}
+    copies = copies_of(world, settings)
     traffic: dict[int, Traffic] = {}
 
     def report(case: NormalCase, of_case: Traffic, result: dict[str, Any]) -> None:
@@ -155,11 +154,10 @@ def _normal(
                 case = {"num_tokens": num_tokens, "dispatch_dtype": dtype, "error": str(e)}
                 cases.append(case)
                 say(f"{what}: {e}")
-            document["normal"]["copies"] = [
-                times.to_json() for by_sms in copies.values() for times in by_sms.values()
-            ]
+            document["normal"]["copies"] = copies.to_json()
             gc.collect()
             torch.cuda.empty_cache()
+    copies.close()
     return traffic
 
 
