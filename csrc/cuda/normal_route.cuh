@@ -2,7 +2,8 @@
 // in token order for each rank, and the counts of the batch.
 //
 // Every warp of the grid has a run of tokens. Runs are counted, the blocks meet, and every warp
-// knows by what the runs before it hold where its own numbers begin: the same in every run.
+// knows by what the runs before it hold where its own numbers begin: the same in every run. Blocks
+// meet again when all are numbered.
 //
 // Example, R = 2, E = 4, tokens 0 -> experts (0, 2), 1 -> (3, 2), 2 -> (1, -1): messages 0: {0, 0}
 // {1, 0}; 1: {1, 1}; 2: {0, 1}. Rank 0 gets 2 rows, rank 1 two; experts 1, 1, 2, 1.
@@ -99,8 +100,7 @@ class Router {
     read_block_counts();
     assign();
     publish();
-    // A warp sends tokens that others have routed. Peers' counts are on their way meanwhile.
-    return op_.meet();
+    return op_.meet();  // whoever sends a token may be another block than has numbered it
   }
 
  private:

@@ -138,8 +138,7 @@ struct QuantizedRows {
 // Which rows a block sends, how, and with whom it shares them. Between two H100s (NV18), in a
 // cached dispatch of 4096 bfloat16 rows of 7168 from each to both:
 // - all rows in bulk: 304 us on 8 SMs, 200 on 16, 215 on 24.
-// - own rows stored by the warps themselves, meanwhile: 310, 198, 214; on 16 with half the warps,
-// 180.
+// - own rows stored by the warps themselves: 310, 198, 214; on 16 SMs with half the warps 180.
 // - of 24 SMs, 16 send to the peer and 8 copy own rows: 171, which is 343 GB/s over the link.
 // Rows that become float8 take SMs longer than the link: they are quantised once, by all warps.
 struct Role {

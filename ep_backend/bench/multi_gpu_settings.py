@@ -14,6 +14,7 @@ from ep_backend.bench.op_cuda_settings import (
     CudaBenchSettings,
     add_case_options,
     numbers,
+    without_output,
     words,
 )
 
@@ -135,7 +136,8 @@ def parse_arguments(arguments: list[str], num_visible: int) -> Options:
             normal = _normal_settings(settings, of_normal)
     except ValueError as e:
         parser.error(str(e))
-    return Options(settings, shlex.join([*PROGRAM.split(), *arguments]), normal, **run)
+    command = shlex.join([*PROGRAM.split(), *without_output(arguments)])
+    return Options(settings, command, normal, **run)
 
 
 def _normal_settings(settings: CudaBenchSettings, given: dict[str, Any]) -> NormalSettings:

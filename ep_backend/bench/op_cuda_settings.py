@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -229,6 +229,13 @@ def add_case_options(
     add("--repeats", "num_repeats", int, "Replays timed.")
     add("--seed", "seed", int, "Of the inputs.")
     parser.add_argument("--output", "--json", type=Path, help="Write all results there, as JSON.")
+
+
+def without_output(arguments: Sequence[str]) -> list[str]:
+    """Where results were written to says nothing about them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output", "--json")
+    return parser.parse_known_args(arguments)[1]
 
 
 def words(text: str) -> tuple[str, ...]:
