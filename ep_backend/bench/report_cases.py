@@ -38,10 +38,10 @@ TITLES = {
     ("op", "cpu", "normal"): "Dispatch and combine by normal kernels, processes on a CPU",
     ("op", "cuda", "low_latency"): "Dispatch and combine, all ranks on one GPU",
     ("op", "cuda", "normal"): "Dispatch and combine by normal kernels, all ranks on one GPU",
+    ("multi_gpu", "cpu", "normal"): "Dispatch and combine by normal kernels, between GPUs",
     ("precision", "cpu", "low_latency"): "Errors of combine by the type of its rows",
     ("observe", "cpu", "low_latency"): "What metrics cost an operation",
     ("multi_gpu", "cpu", "low_latency"): "Dispatch and combine between GPUs",
-    ("multi_gpu", "cpu", "normal"): "Dispatch and combine by normal kernels, between GPUs",
     ("decode", "cpu", "low_latency"): "A decode loop without an engine",
 }
 
