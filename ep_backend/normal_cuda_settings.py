@@ -23,8 +23,8 @@ from ep_backend.settings import (
 )
 
 DEFAULT_NUM_SMS = 16
-"""More do not pull faster over NVLink, which is what combine does; a dispatch of bfloat16 rows gains
-from 24 (csrc/cuda/normal_send.cuh)."""
+"""More do not pull faster over NVLink, which is what combine does. A dispatch of bfloat16 rows
+gains from 24: csrc/cuda/normal_send.cuh."""
 
 
 @dataclass(frozen=True)
