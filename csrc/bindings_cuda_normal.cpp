@@ -132,6 +132,10 @@ void bind_yardsticks(py::module_& m) {
           cuda::copy_on_sms(pointer<void>(dst), pointer<void>(src), num_bytes, num_sms,
                             pointer<void>(stream));
         });
+  m.def("cuda_copy_by_engine", [](uintptr_t dst, uintptr_t src, uint64_t num_bytes,
+                                  uintptr_t stream) {
+    cuda::copy_by_engine(pointer<void>(dst), pointer<void>(src), num_bytes, pointer<void>(stream));
+  });
   m.def("cuda_fill_on_sms",
         [](uintptr_t dst, uint64_t num_bytes, uint32_t num_sms, uintptr_t stream) {
           cuda::fill_on_sms(pointer<void>(dst), num_bytes, num_sms, pointer<void>(stream));

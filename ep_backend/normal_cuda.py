@@ -361,7 +361,6 @@ class CudaNormalBuffer(NormalBuffer):
             *(*rows, _native.DispatchStart.ROUTE, *routing, *handle.routes()),
             *(handle.expert_counts.data_ptr(), 0, handle.num_rows, *outputs, num_sms),
         )
-        self._unpack(handle, own, handle.beside_rows(), num_sms)
         return own or self._rows.first(handle.num_rows)
 
     def _dispatch_again(
@@ -382,8 +381,6 @@ class CudaNormalBuffer(NormalBuffer):
             *(*rows, _native.DispatchStart.CACHED, 0, False, 0, *handle.routes()),
             *(0, 0, handle.num_rows, *outputs, num_sms),
         )
-        if own is not None:
-            self._unpack(handle, own, _NOTHING_BESIDE_ROWS, num_sms)
         return own or self._rows.first(handle.num_rows)
 
     def _unpack(
@@ -393,8 +390,8 @@ class CudaNormalBuffer(NormalBuffer):
         beside_rows: tuple[int, int, int],
         num_sms: int,
     ) -> None:
-        """Copies what has come from symmetric memory; rows only where tensors for them are
-        given."""
+        """Copies what an exact dispatch has brought from symmetric memory; rows only where tensors
+        for them are given."""
         *_, batch = handle.routes()
         outputs = (*map(address_of, rows or (None, None)), *beside_rows)
         self._calls.run(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from ep_backend import _native
 from ep_backend.memory import shm
 from ep_backend.tuning import TUNING_VARIABLE
 from tests.support.processes import started_pids
@@ -18,6 +19,18 @@ settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=T
 settings.load_profile("fixed")
 # What this machine was tuned to is no test's business; processes of tests inherit it.
 os.environ[TUNING_VARIABLE] = "off"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    num_gpus = torch.cuda.device_count() if _native.has_cuda else 0
+    for item in items:
+        marker = item.get_closest_marker("gpus")
+        if marker is None:
+            continue
+        item.add_marker(pytest.mark.gpu)
+        if num_gpus < marker.args[0]:
+            reason = f"needs {marker.args[0]} GPUs, {num_gpus} here: NOT run"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True, scope="session")

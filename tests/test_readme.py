@@ -69,6 +69,29 @@ def test_nvlink_numbers_are_those_of_the_results() -> None:
         ) in PAGES
 
 
+def test_prefill_numbers_over_nvlink_are_those_of_the_results() -> None:
+    measured = results("multi-gpu-2-h100-normal.json")
+    normal, nccl = measured["normal"], measured["nccl"]
+    nccl_us = {(r["num_tokens"], r["dtype"]): r["all_to_all"]["median_us"] for r in nccl["normal"]}
+    assert len(normal["cases"]) == 12
+    for case in normal["cases"]:
+        num_tokens, dtype = case["num_tokens"], case["dispatch_dtype"]
+        cells = [str(num_tokens), dtype, str(case["num_sms"])]
+        cells.append(f"{case['dispatch']['median_us']:.0f}")
+        for name, of_rows in (("cached_dispatch", dtype), ("combine", "bf16")):
+            cells += [f"{case[name]['median_us']:.0f}", f"{case[f'{name}_gbs']:.0f}"]
+            cells += [f"{case[f'{name}_{of}copy_fraction']:.2f}" for of in ("", "sms_")]
+            cells.append(f"{nccl_us[num_tokens, of_rows]:.0f}")
+        assert f"| {' | '.join(cells)} |" in PAGES
+    flowing = " ".join(PAGES.split())
+    engine_gbs = [copy["engine_gbs"] for copy in normal["copies"]]
+    assert f"({min(engine_gbs):.0f} to {max(engine_gbs):.0f} GB/s)" in flowing
+    largest = [copy for copy in normal["copies"] if round(copy["num_bytes"] / 1e6) == 117]
+    for way, told in (("push", "GB/s pushed on 8, 16 and 24 SMs"), ("pull", "pulled")):
+        gbs = [copy[f"{way}_gbs"] for copy in largest]
+        assert "{:.0f}, {:.0f} and {:.0f} ".format(*gbs) + told in flowing
+
+
 def test_one_gpu_numbers_are_those_of_the_results() -> None:
     cases = results("op-cuda-h100.json")["cases"]
     by_form = {

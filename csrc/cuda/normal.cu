@@ -34,7 +34,7 @@ NormalRank::NormalRank(const protocol::NormalDeviceConfig& config, uint32_t self
   std::copy_n(bases.begin(), std::min<size_t>(num_ranks, kNumNearRanks), view_.near_bases);
   view_.state = zeroed_device_array<NormalState>(1);
   view_.block_rank_counts = zeroed_device_array<uint32_t>(num_max_sms * num_ranks);
-  view_.block_expert_counts = zeroed_device_array<uint32_t>(num_max_sms * config.num_experts);
+  view_.expert_counts = zeroed_device_array<uint32_t>(config.num_experts);
   check(cudaHostAlloc(&view_.report, sizeof(HostReport), cudaHostAllocMapped),
         "allocating a rank's report");
   view_.report->result = {};
@@ -54,7 +54,7 @@ NormalRank::~NormalRank() {
   cudaFree(bases_);
   cudaFree(view_.state);
   cudaFree(view_.block_rank_counts);
-  cudaFree(view_.block_expert_counts);
+  cudaFree(view_.expert_counts);
   cudaFreeHost(view_.report);
   cudaFreeHost(view_.host_counts);
 }

@@ -36,8 +36,8 @@ struct NormalView {
   std::byte* near_bases[kNumNearRanks];
   std::byte* const* bases;  // device table [R]: where this GPU sees each rank's memory
   NormalState* state;
-  uint32_t* block_rank_counts;    // scratch [block][R]
-  uint32_t* block_expert_counts;  // scratch [block][E]
+  uint32_t* block_rank_counts;  // scratch [block][R]
+  uint32_t* expert_counts;      // scratch [E]: of a batch while it is routed, else 0
   HostReport* report;
   HostCounts* host_counts;
   uint64_t timeout_ns;
@@ -83,9 +83,10 @@ struct NormalDispatch {
   int32_t* num_recv_tokens_per_expert;  // out [L]
   uint64_t ticket;    // not 0: the host waits for counts, and resumes if rows need rounds
   uint64_t num_rows;  // room for received rows: more are an error
-  // Where rows go that come in rounds. The tensors of a rank that gets none are null, too.
+  // Where rows are copied to: those that come in rounds must be. The tensors of a rank that gets
+  // none are null, too.
   bool may_come_in_rounds;
-  NormalOutputs round;
+  NormalOutputs out;
 };
 
 // Where combine's rows are.
@@ -118,8 +119,8 @@ class NormalRank {
   NormalRank& operator=(const NormalRank&) = delete;
 
   protocol::OpResult dispatch(const NormalDispatch& params, uint32_t num_sms, void* stream);
-  // Copies what a dispatch has brought to symmetric memory, as far as `outputs` wants it, and marks
-  // the rows behind N. `batch`: of the dispatch's routes.
+  // Copies what a dispatch has brought to symmetric memory at once, as far as `outputs` wants it.
+  // `batch`: of the dispatch's routes.
   protocol::OpResult unpack(const uint32_t* batch, const NormalOutputs& outputs, uint32_t num_sms,
                             void* stream);
   protocol::OpResult combine(const NormalCombine& params, uint32_t num_sms, void* stream);

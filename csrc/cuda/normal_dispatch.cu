@@ -79,18 +79,57 @@ __device__ void write_counts(const Op& op, const NormalDispatch& params, const R
   ptx::st_relaxed_sys(&host->ticket, params.ticket);
 }
 
+// A grid's threads copy together.
+__device__ void copy_by_all(void* dst, const void* src, uint64_t num_bytes) {
+  copy_flat(dst, src, num_bytes, uint64_t{blockIdx.x} * blockDim.x + threadIdx.x,
+            uint64_t{gridDim.x} * blockDim.x);
+}
+
+// Rows behind N list no expert and come from no token. All blocks.
+__device__ void mark_unused(uint64_t num_rows, uint64_t top_k, const NormalOutputs& out) {
+  if (out.recv_topk_idx == nullptr) return;
+  const uint64_t thread = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const uint64_t num_threads = uint64_t{gridDim.x} * blockDim.x;
+  for (uint64_t i = num_rows * top_k + thread; i < out.num_rows * top_k; i += num_threads) {
+    out.recv_topk_idx[i] = -1;
+    out.recv_topk_weights[i] = 0.0f;
+  }
+  for (uint64_t i = num_rows + thread; i < out.num_rows; i += num_threads) {
+    out.recv_src_tokens[i] = -1;
+  }
+}
+
+// Rows that have come at once, and what is beside them, as far as it is wanted. All blocks.
+__device__ void unpack(const NormalView& rank, uint64_t num_rows, const NormalOutputs& out) {
+  const NormalDeviceLayout& layout = rank.layout;
+  const uint64_t top_k = layout.config().top_k;
+  auto copy = [&](void* to, uint64_t offset, uint64_t bytes) {
+    if (to != nullptr) copy_by_all(to, rank.self_base + offset, num_rows * bytes);
+  };
+  copy(out.recv_x, layout.row(0), layout.dispatch_row_bytes());
+  copy(out.recv_scales, layout.scales(0), layout.num_scale_words() * uint64_t{4});
+  copy(out.recv_topk_idx, layout.topk_idx(0), top_k * 4);
+  copy(out.recv_topk_weights, layout.topk_weights(0), top_k * 4);
+  copy(out.recv_src_tokens, layout.src_token(0), 4);
+  mark_unused(num_rows, top_k, out);
+}
+
 template <typename Rows>
 __device__ void send_directly(const Op& op, const NormalDispatch& params, const RowRanges& ranges,
                               RowSender<Rows>* sender) {
   sender->run(0, params.routes.num_tokens,
               [&](uint32_t r, uint32_t number) { return uint64_t{ranges.first_sent[r]} + number; });
-  if (!op.arrive_last()) return;
   const NormalDeviceLayout& layout = op.layout();
-  op.publish_to_all(layout.done(op.rank().self_rank), [&](uint32_t) { return op.epoch(); });
+  const bool is_last = op.arrive_last();
+  if (is_last) {
+    op.publish_to_all(layout.done(op.rank().self_rank), [&](uint32_t) { return op.epoch(); });
+  }
+  const bool unpacks = params.out.recv_x != nullptr || params.out.recv_topk_idx != nullptr;
+  if (!is_last && !unpacks) return;
   // Waits for: every source's rows.
-  const bool ok =
-      op.wait_for_all(Half::kRecv, [&](uint32_t r) { return layout.done(r); }, op.epoch());
-  if (ok && threadIdx.x == 0) op.complete(0);
+  if (!op.wait_for_all(Half::kRecv, [&](uint32_t r) { return layout.done(r); }, op.epoch())) return;
+  if (unpacks) unpack(op.rank(), ranges.first_received[op.num_ranks()], params.out);
+  if (is_last && threadIdx.x == 0) op.complete(0);
 }
 
 // The rounds of a batch whose rows have no room somewhere.
@@ -108,9 +147,14 @@ class Rounds {
 
   template <typename Rows>
   __device__ bool run(RowSender<Rows>* sender) {
-    return run_rounds(
+    const bool ok = run_rounds(
         op_, Phase::kDispatch, num_rounds_, [&](uint32_t round) { return send(round, sender); },
         [&](uint32_t round) { return receive(round); });
+    if (ok) {
+      mark_unused(shared_.ranges.first_received[op_.num_ranks()], layout_.config().top_k,
+                  params_.out);
+    }
+    return ok;
   }
   __device__ uint32_t size() const { return num_rounds_; }
 
@@ -158,13 +202,13 @@ class Rounds {
         });
     if (!ok) return false;
     for (uint32_t src = 0; src < op_.num_ranks(); ++src) {
-      unpack(layout_.staged_row(bank, src, 0), shared_.next_row[src], shared_.num_in_round[src]);
+      copy_rows(layout_.staged_row(bank, src, 0), shared_.next_row[src], shared_.num_in_round[src]);
     }
     return true;
   }
 
-  __device__ void unpack(uint64_t staged, uint64_t row, uint64_t count) const {
-    const NormalOutputs& out = params_.round;
+  __device__ void copy_rows(uint64_t staged, uint64_t row, uint64_t count) const {
+    const NormalOutputs& out = params_.out;
     const uint64_t k_bytes = layout_.config().top_k * uint64_t{4};
     const uint64_t scale_bytes = layout_.num_scale_words() * uint64_t{4};
     copy(out.recv_x, row, layout_.row(staged), layout_.dispatch_row_bytes(), count);
@@ -176,8 +220,7 @@ class Rounds {
   __device__ void copy(void* out, uint64_t row, uint64_t offset, uint64_t bytes,
                        uint64_t count) const {
     if (out == nullptr) return;
-    copy_flat(static_cast<std::byte*>(out) + row * bytes, op_.self() + offset, count * bytes,
-              uint64_t{blockIdx.x} * blockDim.x + threadIdx.x, uint64_t{gridDim.x} * blockDim.x);
+    copy_by_all(static_cast<std::byte*>(out) + row * bytes, op_.self() + offset, count * bytes);
   }
 
   const Op& op_;
@@ -197,30 +240,36 @@ __global__ void __launch_bounds__(kSendThreads, 1)
   const Op op(rank, Phase::kDispatch);
   const uint32_t num_ranks = op.num_ranks();
   if (!op.ok()) return;
+  if (threadIdx.x < kSendWarps) ptx::mbarrier_init(&shared.barriers[threadIdx.x], 1);
   if (params.start == DispatchStart::kRoute) {
     auto* experts = reinterpret_cast<uint32_t*>(buffers);
     if (!Router(op, params, &shared.route, experts).run()) return;
   } else if (params.start == DispatchStart::kCached && blockIdx.x == 0 && threadIdx.x < num_ranks) {
     op.publish_ready(threadIdx.x, 0);
   }
-  if (threadIdx.x < kSendWarps) ptx::mbarrier_init(&shared.barriers[threadIdx.x], 1);
   ptx::fence_proxy_async();
-  if (!find_ranges(op, params, &shared.ranges)) return;
+  __syncthreads();
+  RowSender<Rows> sender(op, rows, params, buffers, shared.barriers);
+  const bool resumes = params.start == DispatchStart::kResume;
+  if (!resumes) sender.fetch_first();
+  const bool has_ranges = find_ranges(op, params, &shared.ranges);
+  const bool is_direct = has_ranges && shared.ranges.is_direct(rank.layout);
+  if (!is_direct) sender.forget_first();
+  if (!has_ranges) return;
   if (params.start == DispatchStart::kRoute && blockIdx.x == 0) {
     write_counts(op, params, shared.ranges);
   }
   const uint64_t num_rows = shared.ranges.first_received[num_ranks];
   if (num_rows > params.num_rows) {
+    sender.forget_first();
     fail(rank, op.id(Half::kRecv), Status::kTooManyRows, rank.self_rank, params.num_rows, num_rows,
          0);
     return;
   }
-  RowSender<Rows> sender(op, rows, params, buffers, shared.barriers);
-  if (shared.ranges.is_direct(rank.layout)) {
+  if (is_direct) {
     send_directly(op, params, shared.ranges, &sender);
     return;
   }
-  const bool resumes = params.start == DispatchStart::kResume;
   if (params.ticket != 0 && !resumes) return;  // the host makes room and calls again
   if (!params.may_come_in_rounds) {
     fail(rank, op.id(Half::kRecv), Status::kTooManyRows, shared.ranges.rank_of_most,
@@ -231,39 +280,17 @@ __global__ void __launch_bounds__(kSendThreads, 1)
   if (rounds.run(&sender) && op.arrive_last() && threadIdx.x == 0) op.complete(rounds.size());
 }
 
-// Rows behind N list no expert and come from no token.
+// For a dispatch whose host learned N first.
 __global__ void __launch_bounds__(kSendThreads, 1)
     normal_unpack_kernel(const __grid_constant__ NormalView rank, const uint32_t* batch,
                          const __grid_constant__ NormalOutputs out) {
   __shared__ RowRanges ranges;
-  const NormalDeviceLayout& layout = rank.layout;
-  const uint32_t num_ranks = layout.config().num_ranks;
+  const uint32_t num_ranks = rank.layout.config().num_ranks;
   if (ptx::ld_relaxed_gpu(&rank.state->failed) != 0) return;
   ranges.find(num_ranks, rank.self_rank, [&](uint32_t src, uint32_t column) {
     return batch[batch_idx(num_ranks, src, column)];
   });
-  const uint64_t num_rows = ranges.first_received[num_ranks];
-  const uint64_t thread = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  const uint64_t num_threads = uint64_t{gridDim.x} * blockDim.x, top_k = layout.config().top_k;
-  auto copy = [&](void* to, uint64_t offset, uint64_t bytes) {
-    if (to != nullptr)
-      copy_flat(to, rank.self_base + offset, num_rows * bytes, thread, num_threads);
-  };
-  if (ranges.is_direct(layout)) {
-    copy(out.recv_x, layout.row(0), layout.dispatch_row_bytes());
-    copy(out.recv_scales, layout.scales(0), layout.num_scale_words() * uint64_t{4});
-    copy(out.recv_topk_idx, layout.topk_idx(0), top_k * 4);
-    copy(out.recv_topk_weights, layout.topk_weights(0), top_k * 4);
-    copy(out.recv_src_tokens, layout.src_token(0), 4);
-  }
-  if (out.recv_topk_idx == nullptr) return;
-  for (uint64_t i = num_rows * top_k + thread; i < out.num_rows * top_k; i += num_threads) {
-    out.recv_topk_idx[i] = -1;
-    out.recv_topk_weights[i] = 0.0f;
-  }
-  for (uint64_t i = num_rows + thread; i < out.num_rows; i += num_threads) {
-    out.recv_src_tokens[i] = -1;
-  }
+  unpack(rank, ranges.first_received[num_ranks], out);
 }
 
 }  // namespace

@@ -163,7 +163,7 @@ class Router {
       rank_.block_rank_counts[blockIdx.x * num_ranks_ + r] = sum;
     }
     for (uint32_t e = threadIdx.x; e < num_experts_; e += blockDim.x) {
-      rank_.block_expert_counts[blockIdx.x * num_experts_ + e] = experts_[e];
+      if (experts_[e] > 0) atomicAdd(&rank_.expert_counts[e], experts_[e]);
     }
   }
 
@@ -227,12 +227,9 @@ class Router {
       const uint32_t first_expert = rank_.owners.first_expert(r);
       const uint32_t num_local = rank_.owners.first_expert(r + 1) - first_expert;
       for (uint32_t e = threadIdx.x; e < num_local; e += blockDim.x) {
-        uint32_t sum = 0;
-        for (uint32_t block = 0; block < gridDim.x; ++block) {
-          sum += ptx::ld_relaxed_gpu(
-              &rank_.block_expert_counts[block * num_experts_ + first_expert + e]);
-        }
-        for_experts[e] = sum;
+        uint32_t* count = &rank_.expert_counts[first_expert + e];
+        for_experts[e] = ptx::ld_relaxed_gpu(count);
+        *count = 0;  // for the next batch
       }
       if (threadIdx.x == 0) {
         *at<protocol::DeviceBatchCounts>(peer, layout.counts(rank_.self_rank)) = {op_.epoch(),

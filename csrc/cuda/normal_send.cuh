@@ -40,12 +40,12 @@ struct CopiedRows {
     for (uint32_t i = threadIdx.x % kWarp; i < protocol::scales_for(num_bytes); i += kWarp) {
       buffer.scales[i] = of_token[i];
     }
+    ptx::fence_proxy_async();
     __syncwarp();
   }
 };
 
-// Rows of T that become float8 on the way, in place: what a step of the loop writes, an earlier one
-// or itself has read.
+// Rows of T that become float8 on the way, in place.
 template <typename T>
 struct QuantizedRows {
   const std::byte* x;  // [T, H]
@@ -53,35 +53,33 @@ struct QuantizedRows {
   uint32_t num_scales;
   protocol::ScaleFormat format;
 
-  using Row = QuantizeRow<T>;
   static constexpr uint32_t kBytesPerByte = sizeof(T);
 
+  // 16 bytes of x are a vector; eight of a lane at a time, so that lanes which share a scale find
+  // one of eight each. Lanes read neighbouring vectors: in a warp's 32, no bank of shared memory
+  // twice. (A lane that reads the 32 bytes which it makes 16 of takes each bank twice.)
   __device__ void finish(const SendBuffer& buffer, uint32_t, uint32_t, uint32_t num_bytes) const {
-    const uint32_t lane = threadIdx.x % kWarp, num_vectors = num_bytes / (16 * sizeof(T));
-    auto* inputs_of_row = reinterpret_cast<const uint4*>(buffer.row);
+    const uint32_t lane = threadIdx.x % kWarp, num_vectors = num_bytes / 16;
+    const auto* vectors = reinterpret_cast<const uint4*>(buffer.row);
     for (uint32_t first = lane; first - lane < num_vectors; first += kAtOnce * kWarp) {
-      uint4 inputs[kAtOnce][Row::kInputs] = {};
-#pragma unroll
-      for (uint32_t v = 0; v < kAtOnce; ++v) {
-#pragma unroll
-        for (uint32_t i = 0; i < Row::kInputs; ++i) {
-          const uint32_t vector = first + v * kWarp;
-          if (vector < num_vectors) inputs[v][i] = inputs_of_row[vector * Row::kInputs + i];
-        }
-      }
-      __syncwarp();
-      uint4 quantized[kAtOnce];
-      uint32_t scale_bits[kAtOnce];
-#pragma unroll
-      for (uint32_t v = 0; v < kAtOnce; ++v) {
-        quantized[v] = Row::quantize(inputs[v], format, &scale_bits[v]);
-      }
+      uint4 inputs[kAtOnce];
+      float amax[kAtOnce];
 #pragma unroll
       for (uint32_t v = 0; v < kAtOnce; ++v) {
         const uint32_t vector = first + v * kWarp;
-        if (vector >= num_vectors) continue;
-        reinterpret_cast<uint4*>(buffer.row)[vector] = quantized[v];
-        if (lane % 8 == 0) buffer.scales[vector / 8] = __uint_as_float(scale_bits[v]);
+        inputs[v] = vector < num_vectors ? vectors[vector] : uint4{};
+        amax[v] = largest(inputs[v]);
+      }
+      const protocol::Scale own = protocol::scale_for(largest_of_sets(amax), format);
+      const uint32_t group = (first + lane % kAtOnce * kWarp) / kLanesPerScale;
+      if (lane % kLanesPerScale < kAtOnce && group * kLanesPerScale < num_vectors) {
+        buffer.scales[group] = own.scale;
+      }
+      __syncwarp();  // all have read what is written now
+#pragma unroll
+      for (uint32_t v = 0; v < kAtOnce; ++v) {
+        const float inverse = __shfl_sync(kAllLanes, own.inverse, v, kAtOnce);
+        if (first + v * kWarp < num_vectors) write(buffer, first + v * kWarp, inputs[v], inverse);
       }
     }
     ptx::fence_proxy_async();
@@ -89,7 +87,50 @@ struct QuantizedRows {
   }
 
  private:
-  static constexpr uint32_t kAtOnce = 2;  // vectors of a lane
+  static constexpr uint32_t kWidth = sizeof(uint4) / sizeof(T);  // channels of a vector
+  static constexpr uint32_t kLanesPerScale = 128 / kWidth;
+  static constexpr uint32_t kAtOnce = 8;
+
+  // Of a vector, NaN left out.
+  __device__ static float largest(const uint4& vector) { return QuantizeRow<T>::largest({vector}); }
+
+  // `values[i]` of lanes that share a scale are set i; lane j returns the largest of set j mod 8.
+  __device__ static float largest_of_sets(float (&values)[kAtOnce]) {
+#pragma unroll
+    for (uint32_t half = kAtOnce / 2; half > 0; half /= 2) {
+      const bool is_upper = (threadIdx.x & half) != 0;
+#pragma unroll
+      for (uint32_t i = 0; i < half; ++i) {
+        const float given = is_upper ? values[i] : values[i + half];
+        const float kept = is_upper ? values[i + half] : values[i];
+        values[i] = fmaxf(kept, __shfl_xor_sync(kAllLanes, given, half));
+      }
+    }
+    float amax = values[0];
+#pragma unroll
+    for (uint32_t step = kAtOnce; step < kLanesPerScale; step *= 2) {
+      amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, step));
+    }
+    return amax;
+  }
+
+  __device__ static void write(const SendBuffer& buffer, uint32_t vector, const uint4& input,
+                               float inverse) {
+    float values[kWidth];
+    widen(input, values);
+    uint32_t words[kWidth / 4] = {};
+#pragma unroll
+    for (uint32_t c = 0; c < kWidth; c += 2) {
+      words[c / 4] |=
+          ptx::to_e4m3x2(__fmul_rn(values[c], inverse), __fmul_rn(values[c + 1], inverse))
+          << (c % 4 * 8);
+    }
+    if constexpr (kWidth == 8) {
+      reinterpret_cast<uint2*>(buffer.row)[vector] = {words[0], words[1]};
+    } else {
+      reinterpret_cast<uint32_t*>(buffer.row)[vector] = words[0];
+    }
+  }
 };
 
 // Ranks of a token, two in a lane.
@@ -110,8 +151,23 @@ class RowSender {
         topk_(op.rank(), params),
         warp_(threadIdx.x / kWarp),
         lane_(threadIdx.x % kWarp) {
+    stores_own_rows_ = op.num_ranks() > 1;
+    has_bulk_scales_ = rows.num_scales > 0 && rows.num_scales % 4 == 0 &&
+                       layout_.config().scale_format != protocol::ScaleFormat::kUE8M0;
     auto* scales = reinterpret_cast<float*>(shared + kSendWarps * kChunkBytes);
     buffer_ = {shared + warp_ * kChunkBytes, scales + warp_ * kChunkScales, barriers + warp_};
+  }
+
+  // Asks for the row that this warp sends first, while nobody knows yet where to. `run` from token
+  // 0 to the last must follow, or `forget_first`: a block must not end before it is here.
+  __device__ void fetch_first() {
+    const uint32_t token = warp_ * gridDim.x + blockIdx.x;
+    is_fetched_ = token < params_.routes.num_tokens;
+    if (is_fetched_) load(token, 0);
+  }
+  __device__ void forget_first() {
+    if (is_fetched_) await_load();
+    is_fetched_ = false;
   }
 
   // Tokens begin .. end - 1, among all warps of the grid. `place(rank, number)`: in which row of
@@ -127,36 +183,87 @@ class RowSender {
   }
 
  private:
+  __device__ uint32_t chunk_bytes(uint32_t first) const {
+    return min(kChunkBytes, static_cast<uint32_t>(rows_.row_bytes) - first);
+  }
+  // A chunk of a token's row, from byte `first` on. Whole warp, done with what is there.
+  __device__ void load(uint32_t token, uint32_t first) const {
+    __syncwarp();
+    if (lane_ != 0) return;
+    ptx::mbarrier_arrive_expect(buffer_.barrier, chunk_bytes(first));
+    ptx::bulk_load(buffer_.row, rows_.x + token * rows_.row_bytes + first, chunk_bytes(first),
+                   buffer_.barrier);
+  }
+  __device__ void await_load() {
+    ptx::mbarrier_wait(buffer_.barrier, parity_);
+    parity_ ^= 1;
+  }
+
   template <typename Place>
   __device__ void send(uint32_t token, Place place) {
-    const std::byte* row = rows_.x + token * rows_.row_bytes;
-    const uint32_t row_bytes = static_cast<uint32_t>(rows_.row_bytes);
     Targets targets;
-    for (uint32_t first = 0; first < row_bytes; first += kChunkBytes) {
-      const uint32_t num_bytes = min(kChunkBytes, row_bytes - first);
-      ptx::bulk_wait_read();
-      __syncwarp();
-      if (lane_ == 0) {
-        ptx::mbarrier_arrive_expect(buffer_.barrier, num_bytes);
-        ptx::bulk_load(buffer_.row, row + first, num_bytes, buffer_.barrier);
+    for (uint32_t first = 0; first < rows_.row_bytes; first += kChunkBytes) {
+      const uint32_t num_bytes = chunk_bytes(first);
+      if (!is_fetched_) {
+        ptx::bulk_wait_read();
+        load(token, first);
       }
+      is_fetched_ = false;
       if (first == 0) {
         find_targets(token, place, &targets);
         if (params_.start != DispatchStart::kCached) send_routes(token, targets);
       }
-      ptx::mbarrier_wait(buffer_.barrier, parity_);
-      parity_ ^= 1;
+      await_load();
       rows_.finish(buffer_, token, first, num_bytes);
       const uint32_t first_out = first / Rows::kBytesPerByte;
       const uint32_t num_out = num_bytes / Rows::kBytesPerByte;
 #pragma unroll
       for (uint32_t half = 0; half < 2; ++half) {
-        if (targets.messages[half] == kNoMessage) continue;
+        if (!is_sent_in_bulk(targets.messages[half])) continue;
         std::byte* peer = op_.peer(message_rank(targets.messages[half]));
-        ptx::bulk_store(peer + layout_.row(targets.rows[half]) + first_out, buffer_.row, num_out);
+        const uint64_t row = targets.rows[half];
+        ptx::bulk_store(peer + layout_.row(row) + first_out, buffer_.row, num_out);
+        if (has_bulk_scales_) {
+          ptx::bulk_store(peer + layout_.scales(row) + first_out / 128 * 4, buffer_.scales,
+                          protocol::scales_for(num_out) * 4);
+        }
       }
       ptx::bulk_commit();
-      if (rows_.num_scales > 0) send_scales(targets, first_out / 128, num_out);
+      if (stores_own_rows_) store_own(targets, first_out, num_out);
+      if (rows_.num_scales > 0 && !has_bulk_scales_) {
+        send_scales(targets, first_out / 128, num_out);
+      }
+    }
+  }
+
+  __device__ bool is_sent_in_bulk(uint64_t message) const {
+    return message != kNoMessage &&
+           !(stores_own_rows_ && message_rank(message) == op_.rank().self_rank);
+  }
+
+  // What this rank itself gets of the row, by ordinary stores: the copy engine takes one row after
+  // the other, so those to peers would wait for those that stay here, and these for the link.
+  __device__ void store_own(const Targets& targets, uint32_t first_out, uint32_t num_out) const {
+    uint32_t owner = kNoRank;
+    uint64_t row = 0;
+#pragma unroll
+    for (uint32_t half = 0; half < 2; ++half) {
+      const uint64_t message = targets.messages[half];
+      const uint32_t lanes = __ballot_sync(
+          kAllLanes, message != kNoMessage && message_rank(message) == op_.rank().self_rank);
+      if (lanes == 0) continue;
+      owner = op_.rank().self_rank;
+      row = __shfl_sync(kAllLanes, targets.rows[half], __ffs(lanes) - 1);
+    }
+    if (owner == kNoRank) return;
+    const auto* from = reinterpret_cast<const uint4*>(buffer_.row);
+    auto* to = at<uint4>(op_.self(), layout_.row(row) + first_out);
+#pragma unroll 7
+    for (uint32_t v = lane_; v < num_out / 16; v += kWarp) to[v] = from[v];
+    if (!has_bulk_scales_) return;
+    auto* scales = at<float>(op_.self(), layout_.scales(row)) + first_out / 128;
+    for (uint32_t i = lane_; i < protocol::scales_for(num_out); i += kWarp) {
+      scales[i] = buffer_.scales[i];
     }
   }
 
@@ -245,6 +352,9 @@ class RowSender {
   const NormalDispatch& params_;
   TopK topk_;
   uint32_t warp_, lane_;
+  bool is_fetched_ = false;
+  bool has_bulk_scales_;  // they travel as they are, in whole vectors
+  bool stores_own_rows_;
   SendBuffer buffer_;
   uint32_t parity_ = 0;
 };

@@ -271,12 +271,12 @@ struct QuantizeRow {
     return quantized(reinterpret_cast<const float (&)[kChannelsPerVector]>(values), scale);
   }
 
- private:
   // Of this lane's elements, NaN left out.
-  __device__ static float largest(const uint4 (&inputs)[kInputs]) {
+  template <uint32_t kCount>
+  __device__ static float largest(const uint4 (&inputs)[kCount]) {
     float amax = 0.0f;
 #pragma unroll
-    for (uint32_t j = 0; j < kInputs; ++j) {
+    for (uint32_t j = 0; j < kCount; ++j) {
       if constexpr (sizeof(T) == 2) {
         // Two at a time; the order of bfloat16 numbers is that of their float32 ones.
         const __nv_bfloat162 both =
@@ -292,6 +292,8 @@ struct QuantizeRow {
     }
     return amax;
   }
+
+ private:
   __device__ static __nv_bfloat162 magnitudes(uint32_t pair) {
     pair &= 0x7fff7fff;
     __nv_bfloat162 out;

@@ -47,4 +47,9 @@ void fill_on_sms(void* dst, uint64_t num_bytes, uint32_t num_sms, void* stream) 
   check(cudaGetLastError(), "launching a fill");
 }
 
+void copy_by_engine(void* dst, const void* src, uint64_t num_bytes, void* stream) {
+  check(cudaMemcpyAsync(dst, src, num_bytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)),
+        "launching a copy");
+}
+
 }  // namespace ep::cuda

@@ -8,7 +8,9 @@ divided by the chain, and told as the ranks' difference. A replay counts as long
 rank; median, p10 and p90 over replays. Every case is checked eagerly and through the graph, before
 and after. Data stay in the L2 cache as far as they fit.
 
-Beside them in the same run: NCCL's all-to-alls of the same bytes, and a copy between two GPUs.
+The normal kernels' operations (exact sizes, cached, copied first, ..) are chains of their own.
+
+Beside them in the same run: NCCL's all-to-alls of the same bytes, and copies between the GPUs.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import asdict
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,17 @@ import torch.distributed as dist
 
 from ep_backend import Group
 from ep_backend.bench.multi_gpu_case import measure
-from ep_backend.bench.multi_gpu_peers import COPY_BYTES, copy_gbs, time_nccl
+from ep_backend.bench.multi_gpu_normal import NormalBench, Traffic, copies_of
+from ep_backend.bench.multi_gpu_peers import (
+    COPY_BYTES,
+    copy_gbs,
+    new_nccl,
+    time_nccl,
+    time_normal_nccl,
+)
 from ep_backend.bench.multi_gpu_settings import Options
 from ep_backend.bench.multi_gpu_world import StepFailed, World, WorldLost
+from ep_backend.bench.op_cuda_normal_case import NormalCase
 from ep_backend.bench.op_cuda_report import machine
 from ep_backend.bench.provenance import commit
 
@@ -103,14 +112,53 @@ def _measure_all(world: World, options: Options, directory: Path) -> None:
         # So that the next buffers, which PyTorch does not allocate, find room.
         gc.collect()
         torch.cuda.empty_cache()
+    traffic: dict[int, Traffic] = {}
+    if "normal" in options.kinds:
+        traffic = _normal(world, options, document, save, say)
     if options.with_copy:
         save("copy")
         document["copy"] = _copy(world)
         say(f"copy: {document['copy']}")
     if options.with_nccl:
-        _nccl(world, options, document, save)
+        _nccl(world, options, traffic, document, save)
         say(f"nccl: {document['nccl']}")
     save(None)
+
+
+def _normal(
+    world: World, options: Options, document: dict[str, Any], save: Any, say: Any
+) -> dict[int, Traffic]:
+    """Returns the rows of each number of tokens."""
+    settings = options.normal
+    cases: list[dict[str, Any]] = []
+    document["normal"] = {"settings": asdict(settings), "cases": cases}
+    copies = copies_of(world, settings)
+    traffic: dict[int, Traffic] = {}
+
+    def report(case: NormalCase, of_case: Traffic, result: dict[str, Any]) -> None:
+        traffic[case.num_tokens] = of_case
+        cases.append(asdict(case) | asdict(of_case) | result)
+        rates = ", ".join(
+            f"{name} {result[f'{name}_gbs']:.0f} GB/s ({result[f'{name}_copy_fraction']:.2f})"
+            for name in ("dispatch", "cached_dispatch", "combine")
+        )
+        say(f"{case}: {rates}")
+
+    for num_tokens in settings.num_tokens:
+        for dtype in settings.dispatch_dtypes:
+            what = f"normal, {num_tokens} tokens, {dtype}"
+            save(what)
+            try:
+                NormalBench(world, settings, num_tokens, dtype).run(copies, report)
+            except StepFailed as e:
+                case = {"num_tokens": num_tokens, "dispatch_dtype": dtype, "error": str(e)}
+                cases.append(case)
+                say(f"{what}: {e}")
+            document["normal"]["copies"] = copies.to_json()
+            gc.collect()
+            torch.cuda.empty_cache()
+    copies.close()
+    return traffic
 
 
 def _copy(world: World) -> dict[str, Any]:
@@ -124,18 +172,33 @@ def _copy(world: World) -> dict[str, Any]:
     return {"from_gpu": 0, "to_gpu": 1, "num_bytes": COPY_BYTES, "gbs": gbs}
 
 
-def _nccl(world: World, options: Options, document: dict[str, Any], save: Any) -> None:
-    rows: list[dict[str, Any]] = []
-    document["nccl"] = {"pairs": rows}
+def _nccl(
+    world: World,
+    options: Options,
+    traffic: dict[int, Traffic],
+    document: dict[str, Any],
+    save: Any,
+) -> None:
+    """
+    Args:
+        traffic: of the normal kernels, by tokens.
+    """
+    pairs: list[dict[str, Any]] = []
+    of_normal: list[dict[str, Any]] = []
+    document["nccl"] = {"pairs": pairs, "normal": of_normal}
 
-    def report(row: dict[str, Any]) -> None:
+    def report(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
         rows.append(row)
         save("nccl")
 
     save("nccl")
     try:
         document["nccl"]["version"] = ".".join(map(str, torch.cuda.nccl.version()))
-        time_nccl(world, options.settings, report)
+        nccl = new_nccl(world)
+        if "low-latency" in options.kinds:
+            time_nccl(world, nccl, options.settings, partial(report, pairs))
+        for of_batch in traffic.values():
+            time_normal_nccl(world, nccl, options.normal, of_batch, partial(report, of_normal))
     except StepFailed as e:
         document["nccl"]["error"] = str(e)
     gc.collect()  # graphs with NCCL's kernels must go before its communicators

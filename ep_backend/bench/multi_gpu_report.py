@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ep_backend.bench.multi_gpu_normal_report import print_normal
 from ep_backend.bench.op_cuda_report import print_table
 
 CAPTION = (
@@ -29,7 +30,8 @@ def note_crash(document: dict[str, Any], crash: str) -> None:
 
 
 def has_failed(document: dict[str, Any]) -> bool:
-    return "error" in document or any("error" in case for case in document["cases"])
+    cases = document["cases"] + document.get("normal", {}).get("cases", [])
+    return "error" in document or any("error" in case for case in cases)
 
 
 def table_cells(document: dict[str, Any]) -> list[list[str]]:
@@ -81,6 +83,7 @@ def print_results(document: dict[str, Any]) -> None:
         if "error" in case:
             name = " ".join(_line(case, {})[: len(SETTING_HEADS)])
             print(f"failed: {name}: {case['error']}")
+    print_normal(document)
     copy = document.get("copy", {})
     if "gbs" in copy:
         print(f"copy of {copy['num_bytes'] >> 20} MiB, GPU 0 to 1: {copy['gbs']:.0f} GB/s")

@@ -6,13 +6,22 @@ import argparse
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from ep_backend.bench.op_cuda_settings import Case, CudaBenchSettings, add_case_options
+from ep_backend.bench.op_cuda_settings import (
+    TRAVELLING_DTYPES,
+    Case,
+    CudaBenchSettings,
+    add_case_options,
+    numbers,
+    without_output,
+    words,
+)
 
 PROGRAM = "python -m ep_backend.bench.multi_gpu"
 MAX_GPUS = 8
 
-# Short enough for a rented machine: the whole run takes about a minute.
+# Short enough for a rented machine: the whole run takes about two minutes.
 DEFAULTS = CudaBenchSettings(
     num_ranks=(2,),
     num_tokens=(1, 16, 64, 128),
@@ -26,14 +35,50 @@ DEFAULTS = CudaBenchSettings(
 )
 
 
+KINDS = ("low-latency", "normal")
+
+
+@dataclass(frozen=True)
+class NormalSettings:
+    """Of the normal kernels. Sizes, repeats and seed are those of the low-latency ones."""
+
+    num_tokens: tuple[int, ...] = (4096, 8192)
+    dispatch_dtypes: tuple[str, ...] = tuple(TRAVELLING_DTYPES)
+    num_sms: tuple[int, ...] = (8, 16, 24)
+    """Of each rank."""
+    chain: int = 8
+    hidden: int = DEFAULTS.hidden
+    num_experts: int = DEFAULTS.num_experts
+    top_k: int = DEFAULTS.top_k
+    num_repeats: int = DEFAULTS.num_repeats
+    seed: int = DEFAULTS.seed
+
+    def __post_init__(self) -> None:
+        for name in ("num_tokens", "num_sms"):
+            if min(getattr(self, name), default=0) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected positive numbers")
+        if self.chain < 1:
+            raise ValueError(f"the normal kernels' chain is {self.chain}, expected at least 1")
+        if self.top_k > 8:
+            raise ValueError(
+                f"top_k is {self.top_k}, expected at most 8: sums of more rows are not exact, so "
+                "the normal kernels' results could not be checked. Pass --kind low-latency."
+            )
+        for dtype in self.dispatch_dtypes:
+            if dtype not in TRAVELLING_DTYPES:
+                raise ValueError(f"dispatch dtype is {dtype!r}, expected bf16 or fp8")
+
+
 @dataclass(frozen=True)
 class Options:
     settings: CudaBenchSettings
     """Its only number of ranks is that of the GPUs."""
     command: str
+    normal: NormalSettings
+    kinds: tuple[str, ...] = KINDS
     with_nccl: bool = True
     with_copy: bool = True
-    limit_secs: float = 180.0
+    limit_secs: float = 240.0
     """Of the whole run; then its processes are ended."""
     output: Path | None = None
 
@@ -42,8 +87,10 @@ class Options:
         return self.settings.num_ranks[0]
 
     def cases(self) -> list[Case]:
-        """Without those that are another one by a second name: batches above the default limit are
-        not tagged anyway."""
+        """Of the low-latency kernels, without those that are another one by a second name: batches
+        above the default limit are not tagged anyway."""
+        if "low-latency" not in self.kinds:
+            return []
         is_default_listed = None in self.settings.num_max_tagged_tokens
         return [
             case
@@ -71,14 +118,37 @@ def parse_arguments(arguments: list[str], num_visible: int) -> Options:
         num_gpus = min(num_visible, MAX_GPUS)
     if not 1 <= num_gpus <= min(num_visible, MAX_GPUS):
         parser.error(f"--gpus is {num_gpus}; {num_visible} visible, at most {MAX_GPUS} used")
+    kinds = given.get("kinds", KINDS)
+    if not set(kinds) <= set(KINDS):
+        parser.error(f"--kind is {','.join(kinds)}, expected a list of {' and '.join(KINDS)}")
     run = {
-        k: given.pop(k) for k in ("with_nccl", "with_copy", "limit_secs", "output") if k in given
+        k: given.pop(k)
+        for k in ("kinds", "with_nccl", "with_copy", "limit_secs", "output")
+        if k in given
+    }
+    of_normal = {
+        k.removeprefix("normal_"): given.pop(k) for k in list(given) if k.startswith("normal_")
     }
     try:
         settings = replace(DEFAULTS, num_ranks=(num_gpus,), **given)
+        normal = NormalSettings()
+        if "normal" in kinds:
+            normal = _normal_settings(settings, of_normal)
     except ValueError as e:
         parser.error(str(e))
-    return Options(settings, shlex.join([*PROGRAM.split(), *arguments]), **run)
+    command = shlex.join([*PROGRAM.split(), *without_output(arguments)])
+    return Options(settings, command, normal, **run)
+
+
+def _normal_settings(settings: CudaBenchSettings, given: dict[str, Any]) -> NormalSettings:
+    return NormalSettings(
+        hidden=settings.hidden,
+        num_experts=settings.num_experts,
+        top_k=settings.top_k,
+        num_repeats=settings.num_repeats,
+        seed=settings.seed,
+        **given,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,14 +164,32 @@ def _parser() -> argparse.ArgumentParser:
         help="The first so many; 1 as a trial. [default: all, <= 8]",
     )
     add_case_options(parser, DEFAULTS, with_ranks=False)
+    parser.add_argument(
+        "--kind", dest="kinds", type=words, help=f"List of {', '.join(KINDS)}. [default: both]"
+    )
+    for name, parse, text in (
+        ("num_tokens", numbers, "List: tokens of every rank."),
+        ("dispatch_dtypes", words, "List of bf16, fp8: rows of dispatch."),
+        ("num_sms", numbers, "List: SMs of each rank's kernels."),
+        ("chain", int, "Operations in a chain."),
+    ):
+        parser.add_argument(
+            "--normal-"
+            + {"num_tokens": "tokens", "dispatch_dtypes": "dispatch-dtype"}.get(
+                name, name.replace("_", "-")
+            ),
+            dest=f"normal_{name}",
+            type=parse,
+            help=f"Normal kernels: {text} [default: {getattr(NormalSettings(), name)}]",
+        )
     for flag, name, what in (
         ("--no-nccl", "with_nccl", "NCCL's all-to-all of the same bytes"),
-        ("--no-copy", "with_copy", "the copy from GPU 0 to GPU 1"),
+        ("--no-copy", "with_copy", "the copy of 256 MiB from GPU 0 to GPU 1"),
     ):
         parser.add_argument(
             flag, dest=name, action="store_const", const=False, help=f"Leave out {what}."
         )
     parser.add_argument(
-        "--limit", dest="limit_secs", type=float, help="Seconds for the whole run. [default: 180]"
+        "--limit", dest="limit_secs", type=float, help="Seconds for the whole run. [default: 240]"
     )
     return parser

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -18,6 +18,24 @@ from ep_backend.bench.op_cuda_report import reason
 T = TypeVar("T")
 
 NUM_WARMUP_REPLAYS = 5
+
+
+class Replayed(Protocol):
+    """What is timed: a CUDA graph, or what is queued anew every time."""
+
+    def replay(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Queue:
+    """Operations that a host queues one by one."""
+
+    act: Callable[[], object]
+    num_ops: int
+
+    def replay(self) -> None:
+        for _ in range(self.num_ops):
+            self.act()
 
 
 class StepFailed(RuntimeError):
@@ -83,17 +101,17 @@ class RankedSpread:
 
 def time_chain(
     world: World,
-    lead_in: torch.cuda.CUDAGraph,
-    chain: torch.cuda.CUDAGraph,
+    lead_in: Replayed,
+    chain: Replayed,
     *,
     num_ops: int,
     num_repeats: int,
     raise_if_failed: Callable[[], None],
 ) -> RankedSpread:
-    """Times replays of `chain`, a graph of `num_ops` operations. Collective.
+    """Times replays of `chain`, `num_ops` operations. Collective.
 
     Args:
-        lead_in: a graph of an operation in which ranks wait for each other; queued before the first
+        lead_in: an operation in which ranks wait for each other; queued before the first
             event, so that the chain starts on all ranks within microseconds, however far apart
             their hosts launch it.
         raise_if_failed: called after each replay.
@@ -104,8 +122,8 @@ def time_chain(
 
 def _replay_us(
     world: World,
-    lead_in: torch.cuda.CUDAGraph,
-    chain: torch.cuda.CUDAGraph,
+    lead_in: Replayed,
+    chain: Replayed,
     num_repeats: int,
     raise_if_failed: Callable[[], None],
 ) -> list[float]:

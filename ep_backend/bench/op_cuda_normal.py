@@ -36,7 +36,12 @@ from ep_backend.bench.op_cuda_normal_case import (
     yardstick,
 )
 from ep_backend.bench.op_cuda_report import machine, print_table, reason
-from ep_backend.bench.op_cuda_settings import TRAVELLING_DTYPES
+from ep_backend.bench.op_cuda_settings import (
+    TRAVELLING_DTYPES,
+    numbers,
+    without_output,
+    words,
+)
 from ep_backend.tuning import untuned_unless_asked
 
 PROGRAM = "ep-backend bench op --kind normal --device cuda"
@@ -186,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
             "kind": "normal",
             "device": "cuda",
             "date": begin.isoformat(timespec="seconds"),
-            "command": shlex.join([*PROGRAM.split(), *_without_output(arguments)]),
+            "command": shlex.join([*PROGRAM.split(), *without_output(arguments)]),
             "machine": gpu,
             "settings": asdict(settings),
             "yardsticks": [asdict(y) for y in yardsticks.values()],
@@ -264,10 +269,10 @@ def parse_arguments(arguments: list[str]) -> tuple[NormalBenchSettings, Path | N
             flag, dest=name, type=parse, metavar=flag[2:].upper(), help=f"{text} [default: {shown}]"
         )
 
-    add("--ranks", "num_ranks", _numbers, "List: virtual ranks, all on this GPU.")
-    add("--tokens", "num_tokens", _numbers, "List: tokens of every rank.")
-    add("--dispatch-dtype", "dispatch_dtypes", _words, "List of bf16, fp8: rows of dispatch.")
-    add("--num-sms", "num_sms", _numbers, "List: SMs of all ranks together.")
+    add("--ranks", "num_ranks", numbers, "List: virtual ranks, all on this GPU.")
+    add("--tokens", "num_tokens", numbers, "List: tokens of every rank.")
+    add("--dispatch-dtype", "dispatch_dtypes", words, "List of bf16, fp8: rows of dispatch.")
+    add("--num-sms", "num_sms", numbers, "List: SMs of all ranks together.")
     add("--hidden", "hidden", int, "Elements of a row.")
     add("--experts", "num_experts", int, "Experts of all ranks together.")
     add("--top-k", "top_k", int, "Experts of a token.")
@@ -284,21 +289,6 @@ def parse_arguments(arguments: list[str]) -> tuple[NormalBenchSettings, Path | N
         return replace(default, **{k: v for k, v in given.items() if v is not None}), output
     except ValueError as e:
         parser.error(str(e))
-
-
-def _without_output(arguments: Sequence[str]) -> list[str]:
-    """Where results were written to says nothing about them."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--output", "--json")
-    return parser.parse_known_args(arguments)[1]
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
 
 
 if __name__ == "__main__":

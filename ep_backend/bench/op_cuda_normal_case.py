@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from ep_backend import (
+    Group,
     NormalBuffer,
     NormalDispatchHandle,
     NormalDispatchResult,
@@ -142,11 +143,16 @@ def yardstick(num_sms: int, num_repeats: int) -> Yardstick:
 
 
 class RankOps:
-    """One rank's operations on fixed inputs."""
+    """One rank's operations on fixed inputs.
+
+    Attributes:
+        num_sms: of every operation; None: the buffer's.
+    """
 
     def __init__(self, buffer: NormalBuffer, inputs: Inputs, num_worst_tokens: int) -> None:
         self.buffer = buffer
         self.inputs = inputs
+        self.num_sms: int | None = None
         self._num_worst_tokens = num_worst_tokens
         self.handle: NormalDispatchHandle
         self.rows: torch.Tensor
@@ -154,19 +160,30 @@ class RankOps:
         self.out = torch.empty_like(inputs.x)
 
     def dispatch(self) -> NormalDispatchResult:
-        i = self.inputs
-        return self.buffer.dispatch(
-            i.x, i.topk_idx, i.topk_weights, num_worst_tokens=self._num_worst_tokens
-        )
+        return self._dispatch(self._num_worst_tokens)
+
+    def dispatch_exactly(self) -> NormalDispatchResult:
+        """The host waits for counts."""
+        return self._dispatch(0)
 
     def dispatch_again(self) -> NormalDispatchResult:
-        return self.buffer.dispatch(self.inputs.x, handle=self.handle)
+        return self.buffer.dispatch(self.inputs.x, handle=self.handle, num_sms=self.num_sms)
 
     def combine(self) -> torch.Tensor:
-        return self.buffer.combine(self.rows, self.handle, self.out)
+        return self.combine_copied(self.rows)
 
     def combine_copied(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.buffer.combine(rows, self.handle, self.out)
+        combined = self.buffer.combine(rows, self.handle, self.out, num_sms=self.num_sms)
+        assert isinstance(combined, torch.Tensor)
+        return combined
+
+    def _dispatch(self, num_worst_tokens: int) -> NormalDispatchResult:
+        i = self.inputs
+        return self.buffer.dispatch(
+            *(i.x, i.topk_idx, i.topk_weights),
+            num_worst_tokens=num_worst_tokens,
+            num_sms=self.num_sms,
+        )
 
 
 @contextmanager
@@ -180,24 +197,11 @@ def open_ranks(sizes: NormalSizes, case: NormalCase) -> Iterator[list[RankOps]]:
     if case.num_sms % case.num_ranks != 0:
         raise ValueError(f"{case.num_sms} SMs cannot be shared evenly by {case.num_ranks} ranks")
     inputs = [make_inputs(sizes, case, rank) for rank in range(case.num_ranks)]
-    received = [_tokens_for(sizes, case, inputs, rank) for rank in range(case.num_ranks)]
+    received = [tokens_for(sizes, case, inputs, rank) for rank in range(case.num_ranks)]
     num_worst = max(len(tokens) for tokens in received)
-    row_bytes = 2 * 2 * sizes.hidden + 16 * (sizes.top_k + 1) + sizes.hidden // 32
+    num_sms = case.num_sms // case.num_ranks
     world = virtual_world(case.num_ranks)
-    buffers = world.run(
-        lambda group: NormalBuffer(
-            group,
-            hidden=sizes.hidden,
-            num_experts=sizes.num_experts,
-            top_k=sizes.top_k,
-            dtype=torch.bfloat16,
-            dispatch_dtype=TRAVELLING_DTYPES[case.dispatch_dtype],
-            num_bytes=(num_worst + 1) * row_bytes + (1 << 20),
-            timeout_secs=TIMEOUT_SECS,
-            device="cuda",
-            num_sms=case.num_sms // case.num_ranks,
-        )
-    )
+    buffers = world.run(lambda group: make_buffer(sizes, case, group, num_worst, num_sms))
     try:
         ranks = [RankOps(b, i, num_worst) for b, i in zip(buffers, inputs, strict=True)]
         x = torch.cat([i.x for i in inputs])
@@ -230,6 +234,25 @@ def open_ranks(sizes: NormalSizes, case: NormalCase) -> Iterator[list[RankOps]]:
     finally:
         for buffer in buffers:
             buffer.close()
+
+
+def make_buffer(
+    sizes: NormalSizes, case: NormalCase, group: Group, num_rows: int, num_sms: int
+) -> NormalBuffer:
+    """With room for `num_rows` rows of a rank. Collective."""
+    row_bytes = 2 * 2 * sizes.hidden + 16 * (sizes.top_k + 1) + sizes.hidden // 32
+    return NormalBuffer(
+        group,
+        hidden=sizes.hidden,
+        num_experts=sizes.num_experts,
+        top_k=sizes.top_k,
+        dtype=torch.bfloat16,
+        dispatch_dtype=TRAVELLING_DTYPES[case.dispatch_dtype],
+        num_bytes=(num_rows + 1) * row_bytes + (1 << 20),
+        timeout_secs=TIMEOUT_SECS,
+        device="cuda",
+        num_sms=num_sms,
+    )
 
 
 def measure(sizes: NormalSizes, case: NormalCase) -> NormalTimes:
@@ -366,10 +389,11 @@ def check_received(
 def check_combined(sizes: NormalSizes, case: NormalCase, ops: RankOps, rank: int) -> None:
     """Experts that return what they get: a token comes home as often as it went out. At most eight
     times a bfloat16 is exact in float32, in whatever steps."""
-    owners = ops.inputs.topk_idx // (sizes.num_experts // case.num_ranks)
     num_ranks = torch.zeros(case.num_tokens, dtype=torch.int64, device="cuda")
     for r in range(case.num_ranks):
-        num_ranks += (owners == r).any(1)
+        own = reference.experts_of_rank(sizes.num_experts, case.num_ranks, r)
+        is_own = (ops.inputs.topk_idx >= own.start) & (ops.inputs.topk_idx < own.stop)
+        num_ranks += is_own.any(1)
     for begin in range(0, case.num_tokens, 4096):
         part = slice(begin, begin + 4096)
         expected = (ops.inputs.x[part].float() * num_ranks[part, None]).bfloat16()
@@ -377,7 +401,7 @@ def check_combined(sizes: NormalSizes, case: NormalCase, ops: RankOps, rank: int
             raise CheckFailed(f"rank {rank}: combine's sums are wrong")
 
 
-def _tokens_for(
+def tokens_for(
     sizes: NormalSizes, case: NormalCase, inputs: list[Inputs], rank: int
 ) -> torch.Tensor:
     """`[N]`: which of all ranks' tokens, one batch behind the other, a rank receives."""

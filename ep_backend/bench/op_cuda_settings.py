@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -207,13 +207,13 @@ def add_case_options(
         )
 
     if with_ranks:
-        add("--ranks", "num_ranks", _numbers, "List: virtual ranks, all on this GPU.")
-    add("--tokens", "num_tokens", _numbers, "List: tokens of every rank.")
-    add("--dispatch-dtype", "dispatch_dtypes", _words, "List of bf16, fp8: rows of dispatch.")
-    add("--combine-dtype", "combine_dtypes", _words, "List of bf16, fp8: rows of combine.")
-    add("--layout", "output_layouts", _words, "List of expert_major, expert_workspace, rank_major.")
-    add("--form", "forms", _words, "List of fused, hook: one call, or a send and its hook.")
-    add("--transfer", "transfers", _words, "List of pull, push.")
+        add("--ranks", "num_ranks", numbers, "List: virtual ranks, all on this GPU.")
+    add("--tokens", "num_tokens", numbers, "List: tokens of every rank.")
+    add("--dispatch-dtype", "dispatch_dtypes", words, "List of bf16, fp8: rows of dispatch.")
+    add("--combine-dtype", "combine_dtypes", words, "List of bf16, fp8: rows of combine.")
+    add("--layout", "output_layouts", words, "List of expert_major, expert_workspace, rank_major.")
+    add("--form", "forms", words, "List of fused, hook: one call, or a send and its hook.")
+    add("--transfer", "transfers", words, "List of pull, push.")
     add("--num-sms", "num_sms", _numbers_or_default, "List: blocks of a kernel.")
     add("--tagged", "num_max_tagged_tokens", _tagged, "List of default, off, a number of tokens.")
     add("--hidden", "hidden", int, "Elements of a row.")
@@ -231,11 +231,18 @@ def add_case_options(
     parser.add_argument("--output", "--json", type=Path, help="Write all results there, as JSON.")
 
 
-def _words(text: str) -> tuple[str, ...]:
+def without_output(arguments: Sequence[str]) -> list[str]:
+    """Where results were written to says nothing about them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output", "--json")
+    return parser.parse_known_args(arguments)[1]
+
+
+def words(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in text.split(","))
 
 

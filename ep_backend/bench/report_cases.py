@@ -38,6 +38,7 @@ TITLES = {
     ("op", "cpu", "normal"): "Dispatch and combine by normal kernels, processes on a CPU",
     ("op", "cuda", "low_latency"): "Dispatch and combine, all ranks on one GPU",
     ("op", "cuda", "normal"): "Dispatch and combine by normal kernels, all ranks on one GPU",
+    ("multi_gpu", "cpu", "normal"): "Dispatch and combine by normal kernels, between GPUs",
     ("precision", "cpu", "low_latency"): "Errors of combine by the type of its rows",
     ("observe", "cpu", "low_latency"): "What metrics cost an operation",
     ("multi_gpu", "cpu", "low_latency"): "Dispatch and combine between GPUs",
@@ -48,12 +49,13 @@ TITLES = {
 
 
 def has_cases(document: Document) -> bool:
-    cases = document.get("cases")
+    cases = _with_cases(document).get("cases")
     return isinstance(cases, list) and bool(cases) and all(isinstance(c, dict) for c in cases)
 
 
 def section_of(document: Document, name: str) -> Section:
     """Of a document with `cases`. Cases with an `error` are told, not drawn."""
+    document = _with_cases(document)
     rows = [flat(case) for case in document["cases"] if "error" not in case]
     varying = varying_names(rows, document.get("settings") or {})
     return Section(
@@ -68,6 +70,16 @@ def section_of(document: Document, name: str) -> Section:
             if "error" in case
         ],
     )
+
+
+def _with_cases(document: Document) -> Document:
+    """Where other kernels were left out, the cases of the normal ones are those of the document."""
+    normal = document.get("normal")
+    if document.get("cases") or not isinstance(normal, dict):
+        return document
+    own = {name: normal[name] for name in ("cases", "settings") if name in normal}
+    rest = {name: value for name, value in normal.items() if name not in own}
+    return document | own | {"kind": "normal", "normal": rest}
 
 
 def flat(case: dict[str, Any], prefix: str = "") -> Row:

@@ -13,6 +13,9 @@ import torch
 
 from ep_backend import _native
 from ep_backend.bench import multi_gpu
+from ep_backend.bench.multi_gpu_copies import CopyTimes
+from ep_backend.bench.multi_gpu_normal import NormalTimes, Traffic, result_of, traffic_of
+from ep_backend.bench.multi_gpu_normal_report import HEADS, normal_cells
 from ep_backend.bench.multi_gpu_report import (
     SETTING_HEADS,
     TIME_HEADS,
@@ -21,7 +24,7 @@ from ep_backend.bench.multi_gpu_report import (
     print_results,
     table_cells,
 )
-from ep_backend.bench.multi_gpu_settings import parse_arguments
+from ep_backend.bench.multi_gpu_settings import NormalSettings, parse_arguments
 from ep_backend.bench.multi_gpu_world import RankedSpread, StepFailed, World
 from ep_backend.bench.op_cuda_graph import Spread
 from tests.support.processes import Rank, RankProcesses
@@ -55,6 +58,16 @@ def test_lists_are_swept_and_the_rest_is_default() -> None:
     assert parse_arguments(["--gpus", "1"], 1).num_gpus == 1
 
 
+def test_each_kind_has_lists_of_its_own() -> None:
+    line = "--kind normal --normal-tokens 64,128 --normal-num-sms 4 --hidden 512 --repeats 3"
+    options = parse_arguments(line.split(), 2)
+    assert options.cases() == []
+    assert options.normal == NormalSettings((64, 128), num_sms=(4,), hidden=512, num_repeats=3)
+    options = parse_arguments(["--kind", "low-latency", "--top-k", "9"], 2)
+    assert options.kinds == ("low-latency",)
+    assert len(options.cases()) > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "num_visible", "expected"),
     [
@@ -64,6 +77,10 @@ def test_lists_are_swept_and_the_rest_is_default() -> None:
         (["--gpus", "0"], 2, "--gpus is 0"),
         (["--layout", "row_major"], 2, "expert_major or expert_workspace or rank_major"),
         (["--tokens", "256"], 2, "at least the largest number of tokens, 256"),
+        (["--kind", "fast"], 2, "--kind is fast, expected a list of low-latency and normal"),
+        (["--top-k", "9"], 2, "top_k is 9, expected at most 8"),
+        (["--normal-dispatch-dtype", "fp4"], 2, "'fp4', expected bf16 or fp8"),
+        (["--normal-num-sms", "0"], 2, "num_sms is (0,), expected positive numbers"),
     ],
 )
 def test_wrong_arguments_end_the_program(
@@ -86,6 +103,52 @@ def test_a_replay_lasts_as_long_as_on_its_slowest_rank() -> None:
     times = RankedSpread.of([[10.0, 22.0, 30.0], [12.0, 20.0, 30.0]], num_ops=2)
     assert times.spread == Spread(11.0, 6.0, 15.0)
     assert times.rank_difference_us == 1.0
+
+
+def test_rows_that_cross_the_link_are_counted() -> None:
+    # Ranks own experts 0-1, 2, 3. Token by token: ranks 0 and 1; 0; nobody | 2; 0; 1 and 2.
+    first, second = [[0, 2], [1, 0], [-1, -1]], [[3, -1], [0, 1], [2, 3]]
+    traffic = traffic_of([torch.tensor(first), torch.tensor(second), torch.tensor(first)], 4)
+    assert traffic == Traffic(num_tokens=3, num_rows=10 / 3, num_remote_rows=7 / 3)
+    assert traffic.link_bytes(30) == 70
+    assert traffic.moved_bytes(hidden=5, row_bytes=30) == 3 * 10 + 100
+
+
+def ranked(us: float) -> RankedSpread:
+    return RankedSpread(Spread(us, us, us), 0.5)
+
+
+def test_normal_operations_are_fractions_of_copies() -> None:
+    times = NormalTimes(ranked(200.0), ranked(300.0), ranked(160.0), ranked(400.0), ranked(900.0))
+    dispatch = CopyTimes(40_000_000, 8, ranked(100.0), ranked(125.0), ranked(250.0))
+    combine = CopyTimes(80_000_000, 8, ranked(200.0), ranked(250.0), ranked(320.0))
+    result = result_of(times, (dispatch, combine), (120_000_000, 240_000_000))
+    assert result["dispatch_gbs"] == 200
+    assert result["dispatch_copy_fraction"] == 0.5  # of 400 GB/s by engines
+    assert result["dispatch_sms_copy_fraction"] == 600 / 640  # pushed
+    assert result["cached_dispatch_copy_fraction"] == 250 / 400
+    assert result["combine_copy_fraction"] == 0.5
+    assert result["combine_sms_copy_fraction"] == 600 / 500  # pulled
+    assert result["rank_difference_us"] == 0.5
+    case = dict(num_tokens=4096, dispatch_dtype="fp8", num_sms=8) | result
+    nccl = [
+        dict(num_tokens=4096, dtype=dtype, all_to_all=spread(us), gbs=1.0)
+        for dtype, us in (("fp8", 210.0), ("bf16", 420.0))
+    ]
+    written = document() | {
+        "normal": {
+            "settings": {"hidden": 7168, "num_experts": 256, "top_k": 8},
+            "cases": [case, {"num_tokens": 1, "dispatch_dtype": "bf16", "error": "no"}],
+            "copies": [dispatch.to_json()],
+        },
+        "nccl": {"pairs": [], "normal": nccl},
+    }
+    (line,) = normal_cells(written)
+    assert len(line) == len(HEADS)
+    of_dispatch = ["200", "200", "0.50", "0.94", "300", "160", "250", "210"]
+    assert line == ["4096", "fp8", "8", *of_dispatch, "400", "200", "0.50", "1.20", "900", "420"]
+    assert has_failed(written | {"cases": []})
+    print_results(written)
 
 
 def fail_between_meetings(rank: Rank, num_before_failure: int) -> str:
@@ -184,17 +247,24 @@ def test_a_crash_at_the_start_is_told(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "error: in start: process 0 died" in capsys.readouterr().out
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(NUM_GPUS < 2, reason="fewer than two GPUs: nothing was timed")
+@pytest.mark.gpus(2)
 def test_cases_are_timed_between_gpus(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     sizes = "--hidden 512 --experts 64 --chain 4 --repeats 5 --tokens 1,64 --form fused,hook"
-    assert multi_gpu.main([*sizes.split(), "--transfer", "pull,push", "--output", str(path)]) == 0
+    normal = "--normal-tokens 256 --normal-num-sms 2,5 --normal-chain 2"
+    line = f"{sizes} {normal} --transfer pull,push --output {path}"
+    assert multi_gpu.main(line.split()) == 0
     written = json.loads(path.read_text())
     assert written["running"] is None
-    assert len(written["cases"]) == 2 * 2 * 3 * 2
+    assert len(written["cases"]) == len(parse_arguments(line.split(), NUM_GPUS).cases())
     for case in written["cases"]:
         assert 0 < case["dispatch"]["median_us"] < case["pair"]["median_us"]
         assert 0 < case["relative_error"] < 0.04
     assert written["copy"]["gbs"] > 1
     assert [row["num_tokens"] for row in written["nccl"]["pairs"]] == [1, 64]
+    cases = written["normal"]["cases"]
+    assert [(c["dispatch_dtype"], c["num_sms"]) for c in cases] == [
+        (dtype, num_sms) for dtype in ("bf16", "fp8") for num_sms in (2, 5)
+    ]
+    assert all(case["dispatch_copy_fraction"] > 0 for case in cases)
+    assert [row["dtype"] for row in written["nccl"]["normal"]] == ["bf16", "fp8"]
