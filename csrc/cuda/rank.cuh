@@ -333,8 +333,7 @@ class Items {
 // somebody sends the row then. So a warp may have no parts.
 class BlockItems {
  public:
-  __device__ BlockItems(uint32_t num_rows, uint32_t num_parts)
-      : end_(num_rows), row_(blockIdx.x) {
+  __device__ BlockItems(uint32_t num_rows, uint32_t num_parts) : end_(num_rows), row_(blockIdx.x) {
     const uint32_t parts_per_warp = (num_parts + kWarps - 1) / kWarps;
     first_part_ = threadIdx.x / kWarp * parts_per_warp;
     end_part_ = min(first_part_ + parts_per_warp, num_parts);

@@ -23,11 +23,11 @@ std::string to_string(const nvshmem::Version& v) {
 void check_versions() {
   const nvshmem::Version device = nvshmem::device_version(), host = nvshmem::host_version();
   if (device.major == host.major && device.minor == host.minor) return;
-  throw py::import_error("ep_backend._nvshmem was built with the device library of NVSHMEM " +
-                         to_string(device) + ", but " + nvshmem::host_library() + " is " +
-                         to_string(host) +
-                         ". Install nvidia-nvshmem-cu13==" + to_string(device) +
-                         " (or -cu12), or build ep_backend again beside the version that is there.");
+  throw py::import_error(
+      "ep_backend._nvshmem was built with the device library of NVSHMEM " + to_string(device) +
+      ", but " + nvshmem::host_library() + " is " + to_string(host) +
+      ". Install nvidia-nvshmem-cu13==" + to_string(device) +
+      " (or -cu12), or build ep_backend again beside the version that is there.");
 }
 
 // A method that packs its arguments with `make` and launches `kernel` on the stream behind them.
@@ -67,14 +67,14 @@ void bind_runtime(py::module_& m) {
   m.attr("HOST_LIBRARY") = nvshmem::host_library();
   m.def("is_initialized", &nvshmem::is_initialized);
   m.def("make_unique_id", [] { return py::bytes(nvshmem::make_unique_id()); });
-  m.def("initialize", &nvshmem::initialize, py::arg("unique_id"), py::arg("pe"),
-        py::arg("num_pes"), no_gil());
+  m.def("initialize", &nvshmem::initialize, py::arg("unique_id"), py::arg("pe"), py::arg("num_pes"),
+        no_gil());
   m.def("attach", &nvshmem::attach, no_gil());
   m.def("self_pe", &nvshmem::self_pe);
   m.def("num_pes", &nvshmem::num_pes);
   m.def("allocate", &nvshmem::allocate, py::arg("num_bytes"), no_gil());
   m.def("address_on", &nvshmem::address_on, py::arg("address"), py::arg("pe"));
-  m.def("barrier_all", &nvshmem::barrier_all, no_gil());
+  m.def("quiet", &nvshmem::quiet, no_gil());
 }
 
 }  // namespace

@@ -1,10 +1,9 @@
-#include "nvshmem/low_latency.h"
-
 #include <stdexcept>
 #include <string>
 
 #include "cuda/check.h"
 #include "nvshmem/launch.cuh"
+#include "nvshmem/low_latency.h"
 
 namespace ep::nvshmem {
 
@@ -34,7 +33,8 @@ void check_shared_memory(const protocol::LowLatencyLayout& layout, uint32_t self
   const uint64_t num_present = static_cast<uint64_t>(of_block) - Launch::kDeclaredSharedBytes;
   if (num_wanted > num_present) {
     throw std::invalid_argument("a dispatch of num_max_tokens_per_rank tokens needs " +
-                                std::to_string(num_wanted) + " bytes of shared memory; this GPU has " +
+                                std::to_string(num_wanted) +
+                                " bytes of shared memory; this GPU has " +
                                 std::to_string(num_present) + ". Lower num_max_tokens_per_rank.");
   }
 }

@@ -54,8 +54,7 @@ struct NetworkView : cuda::RankView {
   // `speaks`: see cuda::wait_for_word. False: the wait was given up, or there is more.
   __device__ bool has_arrived(cuda::OpId id, uint32_t bank, uint32_t r, uint64_t count,
                               bool speaks) const {
-    const auto* address =
-        cuda::at<uint64_t>(self_base, network.arrivals(bank, id.phase, r));
+    const auto* address = cuda::at<uint64_t>(self_base, network.arrivals(bank, id.phase, r));
     const uint64_t before = arrived[network.arrivals_idx(bank, id.phase, r)];
     const uint64_t expected = count + (id.phase == Phase::kDispatch ? 1 : 0);  // the counts
     uint64_t seen = ptx::ld_acquire_sys(address) - before;
@@ -72,9 +71,7 @@ struct NetworkView : cuda::RankView {
   }
 
  private:
-  __device__ uint64_t* word(uint64_t offset) const {
-    return cuda::at<uint64_t>(self_base, offset);
-  }
+  __device__ uint64_t* word(uint64_t offset) const { return cuda::at<uint64_t>(self_base, offset); }
   __device__ __noinline__ uint64_t wait_for_arrivals(cuda::OpId id, uint32_t r,
                                                      const uint64_t* address, uint64_t before,
                                                      uint64_t expected, bool speaks) const {

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "cuda/check.h"
+
 namespace ep::nvshmem {
 
 Version device_version() {
@@ -70,6 +72,13 @@ uintptr_t address_on(uintptr_t address, int pe) {
   return reinterpret_cast<uintptr_t>(nvshmem_ptr(reinterpret_cast<void*>(address), pe));
 }
 
-void barrier_all() { nvshmem_barrier_all(); }
+void quiet() {
+  cudaStream_t stream;
+  cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
+  nvshmemx_quiet_on_stream(stream);
+  const cudaError_t error = cudaStreamSynchronize(stream);
+  cudaStreamDestroy(stream);
+  cuda::check(error, "waiting for puts");
+}
 
 }  // namespace ep::nvshmem

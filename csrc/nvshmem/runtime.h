@@ -34,7 +34,7 @@ int num_pes();
 uintptr_t allocate(size_t num_bytes);
 // Where this GPU sees that memory of a PE; 0: it does not.
 uintptr_t address_on(uintptr_t address, int pe);
-// All PEs, after what they have put is there. Collective.
-void barrier_all();
+// Waits until everything that this PE has put is there.
+void quiet();
 
 }  // namespace ep::nvshmem
