@@ -12,7 +12,11 @@ from dataclasses import dataclass
 
 from ep_backend.doctor.checks import Check, Level, Machine
 from ep_backend.doctor.gpu import Gpus
+from ep_backend.memory import nvshmem
+from ep_backend.network import VARIABLE, NetworkConfig, check_free
 
+NUM_TOKENS = 128
+"""A rank, of a typical decode batch."""
 CARDS = "/sys/class/infiniband"
 DRIVER_PARAMETERS = "/proc/driver/nvidia/params"
 NVSHMEM_WHEELS = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
@@ -42,15 +46,31 @@ def ports_of(machine: Machine) -> list[Port]:
     return ports
 
 
-def check_rdma(machine: Machine, gpus: Gpus) -> list[Check]:
+@dataclass(frozen=True)
+class Build:
+    """Of ep_backend."""
+
+    nvshmem: str | None = None
+    """With which version; None: without."""
+    why_not: str = ""
+
+    @classmethod
+    def present(cls) -> Build:
+        try:
+            return cls(nvshmem=nvshmem.extension().DEVICE_VERSION)
+        except ImportError as e:
+            return cls(why_not=str(e))
+
+
+def check_rdma(machine: Machine, gpus: Gpus, build: Build | None = None) -> list[Check]:
+    """
+    Args:
+        build: of this library. Default: as it is.
+    """
     ports = ports_of(machine)
     return [
-        Check(
-            "RDMA in ep_backend",
-            Level.MISSING,
-            "not in this version: ranks of a group are on one host",
-            "Keep each expert-parallel group on one host.",
-        ),
+        _check_kernels(Build.present() if build is None else build),
+        _check_settings(machine),
         *_check_ports(ports),
         _check_registration(machine),
         _check_device_initiated(machine),
@@ -58,6 +78,35 @@ def check_rdma(machine: Machine, gpus: Gpus) -> list[Check]:
         _check_locked_memory(machine),
         *_check_affinity(machine, gpus, sorted({port.card for port in ports if port.is_active})),
     ]
+
+
+def _check_kernels(build: Build) -> Check:
+    if build.nvshmem is None:
+        return Check(
+            "kernels over NVSHMEM",
+            Level.MISSING,
+            build.why_not,
+            "Build with EP_BACKEND_NVSHMEM=ON, or keep each expert-parallel group on one host.",
+        )
+    return Check(
+        "kernels over NVSHMEM",
+        Level.NOTE,
+        f"low latency, in this build, with NVSHMEM {build.nvshmem}; run without a card only",
+        'The normal kernels, reduction="source" and workspaces are for ranks on one host.',
+    )
+
+
+def _check_settings(machine: Machine) -> Check:
+    name, text = "network settings", machine.environ.get(VARIABLE, "")
+    remedy = f"Set {VARIABLE}; `ep-backend network` shows what it means to NVSHMEM."
+    try:
+        config = NetworkConfig.parse(text)
+        required = config.environment("low_latency", NUM_TOKENS, num_banks=2)
+        check_free(required, machine.environ)
+    except ValueError as e:
+        return Check(name, Level.MISSING, str(e), remedy)
+    found = f"transport {config.transport}; {' '.join(config.advice())}"
+    return Check(name, Level.NOTE, found, remedy)
 
 
 def _check_ports(ports: list[Port]) -> list[Check]:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from ep_backend.cli import app
 from ep_backend.doctor import Check, Level, Link, Machine, examine, link_table
 from ep_backend.doctor.gpu import Gpus, check_gpus
-from ep_backend.doctor.rdma import check_rdma
+from ep_backend.doctor.rdma import Build, check_rdma
 from ep_backend.doctor.report import Examination, print_examination
 
 HOPPER = ("NVIDIA H100 80GB HBM3", (9, 0))
@@ -66,13 +66,20 @@ def by_name(checks: list[Check]) -> dict[str, Check]:
     return {check.name: check for check in checks}
 
 
-def missing_in(machine: Machine) -> set[str]:
-    return {c.name for c in check_rdma(machine, gpus(2)) if c.level is Level.MISSING}
+BUILD = Build(nvshmem="3.4.5")
 
 
-def test_a_cluster_node_lacks_nothing_but_our_transport(tmp_path: Path) -> None:
+def missing_in(machine: Machine, build: Build = BUILD) -> set[str]:
+    return {c.name for c in check_rdma(machine, gpus(2), build) if c.level is Level.MISSING}
+
+
+def test_a_cluster_node_lacks_nothing_but_perhaps_our_kernels(tmp_path: Path) -> None:
     machine = make_cluster_node(tmp_path)
-    assert missing_in(machine) == {"RDMA in ep_backend"}
+    assert missing_in(machine) == set()
+    without = Build(why_not="built without NVSHMEM")
+    assert missing_in(machine, without) == {"kernels over NVSHMEM"}
+    found = by_name(check_rdma(machine, gpus(2), without))["kernels over NVSHMEM"].found
+    assert found == "built without NVSHMEM"
     checks = by_name(check_rdma(machine, gpus(2)))
     assert "mlx5_0:1 InfiniBand 400 Gb/sec" in checks["network cards"].found
     assert checks["card of GPU 0"].found == "mlx5_0, on its PCIe switch"
@@ -98,7 +105,7 @@ def test_what_a_node_lacks_is_named(
 ) -> None:
     machine = make_cluster_node(tmp_path)
     write(tmp_path, file, text)
-    assert missing_in(machine) == {"RDMA in ep_backend", name}
+    assert missing_in(machine) == {name}
     check = by_name(check_rdma(machine, gpus(2)))[name]
     assert found in check.found
     assert check.remedy
@@ -150,6 +157,10 @@ def test_every_pair_has_a_link_or_a_reason() -> None:
         "shm",
     }
     assert "no GPU 2" in link_table(3, 3, "cuda", gpus(2))[0][2].why
+    with_network = link_table(4, 2, "cuda", gpus(2, apart={(1, 0)}), no_network="")
+    assert [link.kind for link in with_network[0]] == ["self", "p2p", "rdma", "rdma"]
+    assert "does not reach the memory of GPU 0" in with_network[1][0].why
+    assert with_network[1][0].kind == "rdma"
     with pytest.raises(ValueError, match="4 ranks, 5 on a host"):
         link_table(4, 5, "cpu", gpus(0))
 
@@ -161,9 +172,30 @@ def test_a_config_runs_if_what_it_needs_is_there(tmp_path: Path) -> None:
     on_gpus = examine("cuda", 2, 2, machine, gpus(2))
     assert {check.name for check in on_gpus.missing} <= {"CUDA kernels"}  # as this build is
     assert not on_gpus.apart
-    on_hosts = examine("rdma", 4, 2, machine, gpus(2))
+    on_hosts = examine("rdma", 4, 2, machine, gpus(2), Build(why_not="built without NVSHMEM"))
     assert not on_hosts.can_run
-    assert sum(on_hosts.apart.values()) == 8
+    assert on_hosts.apart == {"on different hosts: only RDMA joins those; built without NVSHMEM": 8}
+    on_hosts = examine("rdma", 4, 2, machine, gpus(2), BUILD)
+    assert {check.name for check in on_hosts.missing} <= {"CUDA kernels"}
+    assert not on_hosts.apart
+
+
+def test_network_settings_that_cannot_be(tmp_path: Path) -> None:
+    make_cluster_node(tmp_path)
+    for environ, text in (
+        ({"EP_BACKEND_NETWORK": "transport=tcp"}, "transport is 'tcp', expected 'ibgda'"),
+        ({"NVSHMEM_IB_ENABLE_IBGDA": "0"}, "NVSHMEM_IB_ENABLE_IBGDA is '0' in the environment"),
+    ):
+        machine = Machine(tmp_path, environ, WHEELS.get, lambda _: resource.RLIM_INFINITY)
+        check = by_name(check_rdma(machine, gpus(2), BUILD))["network settings"]
+        assert (check.level, text in check.found) == (Level.MISSING, True)
+    machine = Machine(tmp_path, {"EP_BACKEND_NETWORK": "service_level=3"}, WHEELS.get)
+    check = by_name(check_rdma(machine, gpus(2), BUILD))["network settings"]
+    assert check.level is Level.NOTE
+    assert "no adaptive routing" in check.found
+
+
+def test_a_config_that_does_not_exist() -> None:
     with pytest.raises(ValueError, match="config is 'tpu', expected 'cpu' or"):
         examine("tpu", 1, 1)
 
