@@ -203,7 +203,8 @@ class LowLatencyLayout {
   }
   EP_HOST_DEVICE constexpr uint64_t packed_message_stride() const { return header_bytes_; }
   EP_HOST_DEVICE constexpr uint64_t outcome_bytes() const {
-    return combine_scales_in_row_ + num_combine_scales_ * 4;
+    return num_combine_scales_ > 0 ? combine_scales_in_row_ + num_combine_scales_ * 4
+                                   : combine_row_bytes_;
   }
 
   // Push: a row and its scales in the receiver's memory, by slot.

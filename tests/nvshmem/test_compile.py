@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,14 @@ def test_kernels_compile_and_link(tmp_path: Path) -> None:
         pytest.skip("no nvidia-nvshmem wheel: the kernels over NVSHMEM were NOT compiled")
     options = ["-std=c++17", "-arch=sm_90a", "-rdc=true", "-maxrregcount=128", "-Xcompiler=-fPIC"]
     includes = [f"-I{ROOT / 'csrc'}", f"-I{nvshmem / 'include'}"]
-    objects = []
-    for source in SOURCES:
-        objects.append(str(tmp_path / source.replace("/", "-")) + ".o")
-        run([nvcc, *options, *includes, "-c", str(ROOT / source), "-o", objects[-1]])
+
+    def compile_one(source: str) -> str:
+        made = str(tmp_path / source.replace("/", "-")) + ".o"
+        run([nvcc, *options, *includes, "-c", str(ROOT / source), "-o", made])
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, SOURCES))
     library = [f"-L{nvshmem / 'lib'}", "-lnvshmem_device"]
     linked = str(tmp_path / "linked.o")
     run([nvcc, "-arch=sm_90a", "-Xcompiler=-fPIC", "-dlink", *objects, *library, "-o", linked])
