@@ -7,6 +7,7 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ep_backend import NetworkConfig
 from ep_backend.bench.op_cuda_settings import Case, CudaBenchSettings, add_case_options
 
 PROGRAM = "python -m ep_backend.bench.multi_gpu"
@@ -36,6 +37,8 @@ class Options:
     limit_secs: float = 180.0
     """Of the whole run; then its processes are ended."""
     output: Path | None = None
+    network: str | None = None
+    """As EP_BACKEND_NETWORK; None: the environment's, or CUDA IPC."""
 
     @property
     def num_gpus(self) -> int:
@@ -72,9 +75,12 @@ def parse_arguments(arguments: list[str], num_visible: int) -> Options:
     if not 1 <= num_gpus <= min(num_visible, MAX_GPUS):
         parser.error(f"--gpus is {num_gpus}; {num_visible} visible, at most {MAX_GPUS} used")
     run = {
-        k: given.pop(k) for k in ("with_nccl", "with_copy", "limit_secs", "output") if k in given
+        k: given.pop(k)
+        for k in ("with_nccl", "with_copy", "limit_secs", "output", "network")
+        if k in given
     }
     try:
+        NetworkConfig.parse(run.get("network", ""))
         settings = replace(DEFAULTS, num_ranks=(num_gpus,), **given)
     except ValueError as e:
         parser.error(str(e))
@@ -101,6 +107,11 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             flag, dest=name, action="store_const", const=False, help=f"Leave out {what}."
         )
+    parser.add_argument(
+        "--network",
+        help="Memory of NVSHMEM with these settings, 'transport=none links=rdma', instead of CUDA "
+        "IPC; with --transfer push --form hook.",
+    )
     parser.add_argument(
         "--limit", dest="limit_secs", type=float, help="Seconds for the whole run. [default: 180]"
     )
