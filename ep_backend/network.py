@@ -57,7 +57,7 @@ class NetworkConfig:
         gid_index: RoCE's (NVSHMEM_IB_GID_INDEX).
         queue_pairs_per_peer: over which blocks spread their puts.
         queue_pair_depth: requests that a queue pair holds, a power of two. Default: as many as the
-            buffer can have in flight to one peer.
+            buffer can have in flight to one peer; with fewer, a put may wait for one that has died.
         nics: cards to use, "mlx5_0:1" (NVSHMEM_HCA_LIST). Default: the nearest to each GPU.
         nic_mapping: which ranks of a host use which card, "mlx5_0:1:1,mlx5_1:1:1"
             (NVSHMEM_HCA_PE_MAPPING); not together with `nics`.
@@ -131,8 +131,9 @@ class NetworkConfig:
         return None if text is None else cls.parse(text)
 
     def depth_for(self, num_max_tokens_per_rank: int, num_banks: int) -> int:
-        """Requests that a queue pair must hold, so that no send of such a buffer waits for one:
-        all messages of all banks to one peer, both ways, with counts and signals."""
+        """Requests that a queue pair must hold for all messages of all banks to one peer, both ways,
+        with counts and signals. No send waits for room then: credits hold it up first, and their
+        wait ends, where NVSHMEM's for a peer that has died does not."""
         if self.queue_pair_depth is not None:
             return self.queue_pair_depth
         num_puts = 2 * num_banks * (num_max_tokens_per_rank + 2)

@@ -80,6 +80,11 @@ def extension() -> ModuleType:
             "Build it where nvcc and the wheel nvidia-nvshmem-cu13 are, with EP_BACKEND_NVSHMEM=ON "
             "(pip install --no-build-isolation, or with NVSHMEM_ROOT set)."
         ) from e
+    except ImportError as e:
+        raise ImportError(
+            f"ep_backend._nvshmem does not load: {e}. It needs the library of the wheel "
+            "nvidia-nvshmem-cu13 with which it was built."
+        ) from e
 
 
 class NetworkMemory:
