@@ -131,9 +131,9 @@ class NetworkConfig:
         return None if text is None else cls.parse(text)
 
     def depth_for(self, num_max_tokens_per_rank: int, num_banks: int) -> int:
-        """Requests that a queue pair must hold for all messages of all banks to one peer, both ways,
-        with counts and signals. No send waits for room then: credits hold it up first, and their
-        wait ends, where NVSHMEM's for a peer that has died does not."""
+        """Requests that a queue pair must hold for all messages of all banks to one peer, both
+        ways, with counts and signals. No send waits for room then: credits hold it up first, and
+        their wait ends, where NVSHMEM's for a peer that has died does not."""
         if self.queue_pair_depth is not None:
             return self.queue_pair_depth
         num_puts = 2 * num_banks * (num_max_tokens_per_rank + 2)

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CALL_SECS = 120.0
-"""How long one of NVSHMEM's collective calls may take."""
+CALL_SECS = 60.0
+"""How long one of NVSHMEM's collective calls may take: less than ranks wait at the next meeting for
+those that are still in it."""
 
 
 @dataclass
