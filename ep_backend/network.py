@@ -18,7 +18,7 @@ VARIABLE = "EP_BACKEND_NETWORK"
 
 # What drives the network cards, and NVSHMEM's variables for it.
 TRANSPORTS = {
-    "ibgda": {"NVSHMEM_IB_ENABLE_IBGDA": "1", "NVSHMEM_IBGDA_NIC_HANDLER": "gpu"},
+    "ibgda": {"NVSHMEM_IB_ENABLE_IBGDA": "1", "NVSHMEM_IBGDA_NIC_HANDLER": "auto"},
     "ibgda_cpu": {"NVSHMEM_IB_ENABLE_IBGDA": "1", "NVSHMEM_IBGDA_NIC_HANDLER": "cpu"},
     "proxy": {"NVSHMEM_IB_ENABLE_IBGDA": "0", "NVSHMEM_REMOTE_TRANSPORT": "ibrc"},
     "none": {"NVSHMEM_IB_ENABLE_IBGDA": "0", "NVSHMEM_REMOTE_TRANSPORT": "none"},
@@ -41,9 +41,9 @@ class NetworkConfig:
     """How a buffer reaches ranks on other hosts. Of what is None, NVSHMEM decides.
 
     Args:
-        transport: "ibgda": GPUs ring the cards' doorbells. "ibgda_cpu": they write the requests, a
-            CPU thread rings. "proxy": a CPU thread does all. "none": there is no network; ranks are
-            on one host.
+        transport: "ibgda": GPUs write requests to the cards and ring their doorbells; where the
+            driver does not let them, a CPU thread rings. "ibgda_cpu": it always does. "proxy": a
+            CPU thread does all. "none": there is no network; ranks are on one host.
         links: "auto": GPUs write directly where they see a peer's memory, and put over the network
             elsewhere. "rdma": every message to a peer is put by NVSHMEM, wherever that is: a test
             of that path, also without a card.

@@ -39,7 +39,7 @@ def test_everything_that_is_set_reaches_nvshmem() -> None:
     )
     assert environment(config) == {
         "NVSHMEM_IB_ENABLE_IBGDA": "1",
-        "NVSHMEM_IBGDA_NIC_HANDLER": "gpu",
+        "NVSHMEM_IBGDA_NIC_HANDLER": "auto",
         "NVSHMEM_QP_DEPTH": "4096",
         "NVSHMEM_IB_SL": "3",
         "NVSHMEM_IB_TRAFFIC_CLASS": "106",

@@ -73,7 +73,7 @@ def check_rdma(machine: Machine, gpus: Gpus, build: Build | None = None) -> list
         _check_settings(machine),
         *_check_ports(ports),
         _check_registration(machine),
-        _check_device_initiated(machine),
+        _check_device_initiated(machine, _transport(machine)),
         _check_nvshmem(machine),
         _check_locked_memory(machine),
         *_check_affinity(machine, gpus, sorted({port.card for port in ports if port.is_active})),
@@ -168,7 +168,17 @@ def _kernel_at_least(machine: Machine, major: int, minor: int) -> bool:
     return tuple(numbers) >= (major, minor)
 
 
-def _check_device_initiated(machine: Machine) -> Check:
+def _transport(machine: Machine) -> str:
+    """The one that is set, where settings make sense."""
+    try:
+        return NetworkConfig.parse(machine.environ.get(VARIABLE, "")).transport
+    except ValueError:
+        return NetworkConfig().transport
+
+
+def _check_device_initiated(machine: Machine, transport: str) -> Check:
+    if not transport.startswith("ibgda"):
+        return Check("IBGDA", Level.OK, f"not used: transport {transport}")
     parameters = machine.read(DRIVER_PARAMETERS)
     has_gdrcopy = machine.path("/dev/gdrdrv").exists()
     settings = dict(
@@ -206,13 +216,15 @@ def _check_nvshmem(machine: Machine) -> Check:
     found = {name: machine.version_of(name) for name in NVSHMEM_WHEELS}
     present = [f"{name} {version}" for name, version in found.items() if version is not None]
     python = machine.version_of("nvshmem4py-cu13") or machine.version_of("nvshmem4py-cu12")
-    if not present or python is None:
-        have = ", ".join(present) or "no NVSHMEM wheel"
+    if not present:
+        remedy = "pip install 'ep_backend[nvshmem]'"
+        return Check("NVSHMEM", Level.MISSING, "no NVSHMEM wheel is installed", remedy)
+    if python is None:
         return Check(
             "NVSHMEM",
-            Level.MISSING,
-            f"{have}; nvshmem4py {python or 'is not installed'}",
-            "pip install 'ep_backend[nvshmem]'",
+            Level.NOTE,
+            f"{', '.join(present)}; nvshmem4py is not installed",
+            "ep_backend starts NVSHMEM itself then; other libraries may want nvshmem4py.",
         )
     return Check("NVSHMEM", Level.OK, f"{', '.join(present)}; nvshmem4py {python}")
 

@@ -82,7 +82,9 @@ def examine(
     machine = Machine() if machine is None else machine
     gpus = Gpus.visible() if gpus is None else gpus
     build = Build.present() if build is None else build
-    no_network = build.why_not if config == "rdma" else "--config rdma says whether it can"
+    no_network = "see --config rdma"
+    if config == "rdma":
+        no_network = "this build is without NVSHMEM" if build.nvshmem is None else ""
     return Examination(
         config,
         {

@@ -120,13 +120,28 @@ def test_a_cpu_thread_may_ring_the_doorbells(tmp_path: Path) -> None:
     assert by_name(check_rdma(machine, gpus(2)))["GPU memory for cards"].level is Level.NOTE
 
 
+def test_a_proxy_needs_no_doorbells(tmp_path: Path) -> None:
+    node = make_cluster_node(tmp_path)
+    write(tmp_path, "/proc/driver/nvidia/params", "EnableStreamMemOPs: 0")
+    environ = {"EP_BACKEND_NETWORK": "transport=proxy"}
+    machine = Machine(tmp_path, environ, WHEELS.get, node.limit_of)
+    assert missing_in(machine) == set()
+    assert by_name(check_rdma(machine, gpus(2), BUILD))["IBGDA"].found == (
+        "not used: transport proxy"
+    )
+
+
 def test_limits_wheels_and_ports(tmp_path: Path) -> None:
     node = make_cluster_node(tmp_path)
     limited = Machine(tmp_path, {}, WHEELS.get, lambda _: 64 << 10)
     locked = by_name(check_rdma(limited, gpus(2)))["locked memory"]
     assert (locked.level, locked.found.split(":")[0]) == (Level.MISSING, "limited to 64 KiB")
     bare = Machine(tmp_path, {}, {"nvidia-nvshmem-cu13": "3.4.5"}.get, node.limit_of)
-    assert "nvshmem4py is not installed" in by_name(check_rdma(bare, gpus(2)))["NVSHMEM"].found
+    checks = by_name(check_rdma(bare, gpus(2), BUILD))
+    assert "nvshmem4py is not installed" in checks["NVSHMEM"].found
+    assert checks["NVSHMEM"].level is Level.NOTE
+    empty = Machine(tmp_path, {}, lambda _: None, node.limit_of)
+    assert by_name(check_rdma(empty, gpus(2), BUILD))["NVSHMEM"].level is Level.MISSING
     for i in range(2):
         write(tmp_path, f"/sys/class/infiniband/mlx5_{i}/ports/1/state", "1: DOWN")
     cards = by_name(check_rdma(node, gpus(2)))["network cards"]
@@ -174,7 +189,9 @@ def test_a_config_runs_if_what_it_needs_is_there(tmp_path: Path) -> None:
     assert not on_gpus.apart
     on_hosts = examine("rdma", 4, 2, machine, gpus(2), Build(why_not="built without NVSHMEM"))
     assert not on_hosts.can_run
-    assert on_hosts.apart == {"on different hosts: only RDMA joins those; built without NVSHMEM": 8}
+    assert on_hosts.apart == {
+        "on different hosts: only RDMA joins those; this build is without NVSHMEM": 8
+    }
     on_hosts = examine("rdma", 4, 2, machine, gpus(2), BUILD)
     assert {check.name for check in on_hosts.missing} <= {"CUDA kernels"}
     assert not on_hosts.apart
