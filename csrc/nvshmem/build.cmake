@@ -54,4 +54,12 @@ target_link_libraries(_nvshmem PRIVATE
   ${NVSHMEM_DEVICE_LIBRARY} ${NVSHMEM_HOST_LIBRARY} CUDA::cudart rt dl)
 target_link_options(_nvshmem PRIVATE "$<DEVICE_LINK:SHELL:-L${NVSHMEM_ROOT}/lib -lnvshmem_device>")
 install(TARGETS _nvshmem LIBRARY DESTINATION ep_backend)
-message(STATUS "ep_backend: with NVSHMEM of ${NVSHMEM_ROOT}")
+
+# For the message where the module does not load with another version.
+file(STRINGS ${NVSHMEM_ROOT}/include/non_abi/nvshmem_version.h numbers
+  REGEX "define NVSHMEM_VENDOR_(MAJOR|MINOR|PATCH)_VERSION")
+list(TRANSFORM numbers REPLACE "[^0-9]" "")
+list(JOIN numbers "." version)
+file(WRITE ${CMAKE_CURRENT_BINARY_DIR}/_nvshmem_version.txt "${version}\n")
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/_nvshmem_version.txt DESTINATION ep_backend)
+message(STATUS "ep_backend: with NVSHMEM ${version} of ${NVSHMEM_ROOT}")

@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,6 +39,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+WHEELS = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
+VERSION_NOTE = "_nvshmem_version.txt"
+"""Beside the extension."""
 CALL_SECS = 60.0
 """How long one of NVSHMEM's collective calls may take: less than ranks wait at the next meeting for
 those that are still in it."""
@@ -82,10 +89,24 @@ def extension() -> ModuleType:
             "(pip install --no-build-isolation, or with NVSHMEM_ROOT set)."
         ) from e
     except ImportError as e:
-        raise ImportError(
-            f"ep_backend._nvshmem does not load: {e}. It needs the library of the wheel "
-            "nvidia-nvshmem-cu13 with which it was built."
-        ) from e
+        # Where it refuses another version itself, it says all of this.
+        hint = "" if "build ep_backend again" in str(e) else f" {_versions()}"
+        raise ImportError(f"ep_backend._nvshmem does not load: {e}{hint}") from e
+
+
+def _versions() -> str:
+    """Which NVSHMEM the extension was built with, and which is here."""
+    spec = importlib.util.find_spec("ep_backend._nvshmem")
+    note = Path(spec.origin if spec is not None and spec.origin else "").parent / VERSION_NOTE
+    built = note.read_text().strip() if note.exists() else "unknown"
+    found = []
+    for wheel in WHEELS:
+        with suppress(metadata.PackageNotFoundError):
+            found.append(f"{wheel} {metadata.version(wheel)}")
+    return (
+        f"(It was built with NVSHMEM {built}; installed: {', '.join(found) or 'no wheel'}. Install "
+        f"{WHEELS[0]}=={built}, or build ep_backend again beside the version that is there.)"
+    )
 
 
 class NetworkMemory:

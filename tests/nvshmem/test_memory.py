@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import threading
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,6 +166,31 @@ def test_what_nvshmem_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvshmem, "_world", world())
     with pytest.raises(ValueError, match="has started on cuda:0 in this process, not on cuda:1"):
         nvshmem._check_start(alone, torch.device("cuda", 1), {})
+
+
+def test_a_module_that_does_not_load_names_both_versions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / nvshmem.VERSION_NOTE).write_text("3.8.0\n")
+    spec = SimpleNamespace(origin=str(tmp_path / "_nvshmem.so"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
+    versions = {"nvidia-nvshmem-cu13": "3.4.5"}
+
+    def version(wheel: str) -> str:
+        if wheel not in versions:
+            raise metadata.PackageNotFoundError(wheel)
+        return versions[wheel]
+
+    def load(_: str) -> None:
+        raise ImportError("undefined symbol: nvshmem_selected_device_transport")
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(importlib, "import_module", load)
+    with pytest.raises(ImportError) as refusal:
+        nvshmem.extension()
+    assert "undefined symbol" in str(refusal.value)
+    assert "built with NVSHMEM 3.8.0; installed: nvidia-nvshmem-cu13 3.4.5." in str(refusal.value)
+    assert "Install nvidia-nvshmem-cu13==3.8.0, or build" in str(refusal.value)
 
 
 def test_a_build_without_it_says_what_to_do() -> None:
