@@ -232,7 +232,7 @@ def printed(examination: Examination) -> str:
 
 def test_what_is_printed(tmp_path: Path) -> None:
     machine = Machine(tmp_path, {}, lambda _: None, lambda _: 0)
-    text = printed(examine("rdma", 20, 2, machine, gpus(2)))
+    text = printed(examine("rdma", 20, 2, machine, gpus(2), Build(why_not="without")))
     assert "pip install 'ep_backend[nvshmem]'" in text  # no markup
     assert "(the first 16 of 20 ranks)" in text
     assert "rdma, 20 ranks: cannot run" in text
