@@ -41,7 +41,8 @@ void bind_results(py::module_& m) {
       .value("NEWER_EPOCH", protocol::Status::kNewerEpoch)
       .value("CORRUPT", protocol::Status::kCorrupt)
       .value("BAD_EXPERT", protocol::Status::kBadExpert)
-      .value("TOO_MANY_ROWS", protocol::Status::kTooManyRows);
+      .value("TOO_MANY_ROWS", protocol::Status::kTooManyRows)
+      .value("NOT_ARRIVED", protocol::Status::kNotArrived);
   py::enum_<Phase>(m, "Phase")
       .value("DISPATCH", Phase::kDispatch)
       .value("COMBINE", Phase::kCombine);

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "protocol/layout.h"
+#include "protocol/network_layout.h"
 #include "protocol/op.h"
 
 namespace py = pybind11;
@@ -37,7 +38,8 @@ void bind_config(py::module_& m) {
                        uint32_t hidden, uint32_t top_k, uint32_t num_banks, DType dtype,
                        DType dispatch_dtype, ScaleFormat scale_format, Transfer transfer,
                        uint32_t num_max_tagged_tokens, uint32_t num_workspaces, Reduction reduction,
-                       bool global_expert_ids, std::optional<DType> combine_dtype) {
+                       bool global_expert_ids, std::optional<DType> combine_dtype,
+                       bool packs_messages) {
              return LowLatencyConfig{num_ranks,
                                      num_experts,
                                      num_max_tokens_per_rank,
@@ -52,6 +54,7 @@ void bind_config(py::module_& m) {
                                      num_max_tagged_tokens,
                                      num_workspaces,
                                      global_expert_ids,
+                                     packs_messages,
                                      combine_dtype.value_or(dtype)};
            }),
            py::kw_only(), py::arg("num_ranks"), py::arg("num_experts"),
@@ -59,7 +62,8 @@ void bind_config(py::module_& m) {
            py::arg("num_banks"), py::arg("dtype"), py::arg("dispatch_dtype"),
            py::arg("scale_format"), py::arg("transfer"), py::arg("num_max_tagged_tokens"),
            py::arg("num_workspaces") = 0, py::arg("reduction") = Reduction::kRank,
-           py::arg("global_expert_ids") = false, py::arg("combine_dtype") = py::none())
+           py::arg("global_expert_ids") = false, py::arg("combine_dtype") = py::none(),
+           py::arg("packs_messages") = false)
       .def_readonly("num_ranks", &LowLatencyConfig::num_ranks)
       .def_readonly("num_experts", &LowLatencyConfig::num_experts)
       .def_readonly("num_max_tokens_per_rank", &LowLatencyConfig::num_max_tokens_per_rank)
@@ -74,6 +78,7 @@ void bind_config(py::module_& m) {
       .def_readonly("num_max_tagged_tokens", &LowLatencyConfig::num_max_tagged_tokens)
       .def_readonly("num_workspaces", &LowLatencyConfig::num_workspaces)
       .def_readonly("global_expert_ids", &LowLatencyConfig::global_expert_ids)
+      .def_readonly("packs_messages", &LowLatencyConfig::packs_messages)
       .def_readonly("reduction", &LowLatencyConfig::reduction);
   m.attr("PROTOCOL_VERSION") = kProtocolVersion;
   m.attr("MAX_RANKS") = kNumMaxRanks;
@@ -143,6 +148,19 @@ void bind_layout(py::module_& m) {
       .def_property_readonly("tagged_inbox_offset", &LowLatencyLayout::tagged_inbox_offset)
       .def_property_readonly("tagged_outcome_offset", &LowLatencyLayout::tagged_outcome_offset)
       .def_property_readonly("workspaces_offset", &LowLatencyLayout::workspaces_offset);
+  py::class_<NetworkLayout>(m, "NetworkLayout")
+      .def(py::init<const LowLatencyLayout&>())
+      .def_property_readonly("message_bytes", &NetworkLayout::message_bytes)
+      .def_property_readonly("outcome_bytes", &NetworkLayout::outcome_bytes)
+      .def_property_readonly("num_bytes", &NetworkLayout::num_bytes)
+      .def("arrivals", &NetworkLayout::arrivals)
+      .def("staged_counts", &NetworkLayout::staged_counts)
+      .def("staged_message", &NetworkLayout::staged_message)
+      .def("staged_outcome", &NetworkLayout::staged_outcome)
+      .def_property_readonly("arrivals_offset", &NetworkLayout::arrivals_offset)
+      .def_property_readonly("counts_offset", &NetworkLayout::counts_offset)
+      .def_property_readonly("messages_offset", &NetworkLayout::messages_offset)
+      .def_property_readonly("outcomes_offset", &NetworkLayout::outcomes_offset);
 }
 
 }  // namespace

@@ -25,6 +25,7 @@ from ep_backend.handles import (
     RecvHook,
 )
 from ep_backend.low_latency import LowLatencyBuffer
+from ep_backend.network import NetworkConfig
 from ep_backend.normal import NormalBuffer
 from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
 
@@ -37,6 +38,7 @@ __all__ = [
     "Group",
     "KernelStatistics",
     "LowLatencyBuffer",
+    "NetworkConfig",
     "NormalBuffer",
     "NormalDispatchHandle",
     "NormalDispatchResult",

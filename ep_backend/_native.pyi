@@ -51,6 +51,7 @@ class Status(enum.Enum):
     CORRUPT = 5
     BAD_EXPERT = 6
     TOO_MANY_ROWS = 8
+    NOT_ARRIVED = 9
 
 class LowLatencyConfig:
     num_ranks: int
@@ -68,6 +69,7 @@ class LowLatencyConfig:
     global_expert_ids: bool
     reduction: Reduction
     combine_dtype: DType
+    packs_messages: bool
     def __init__(
         self,
         *,
@@ -86,6 +88,7 @@ class LowLatencyConfig:
         reduction: Reduction = ...,
         global_expert_ids: bool = False,
         combine_dtype: DType | None = None,
+        packs_messages: bool = False,
     ) -> None: ...
 
 class ExpertPartition:
@@ -144,6 +147,20 @@ class LowLatencyLayout:
     def workspace_topk_idx(self, workspace: int, message: int) -> int: ...
     def workspace_topk_weights(self, workspace: int, message: int) -> int: ...
     def combine_input(self, workspace: int, row: int) -> int: ...
+
+class NetworkLayout:
+    message_bytes: int
+    outcome_bytes: int
+    num_bytes: int
+    arrivals_offset: int
+    counts_offset: int
+    messages_offset: int
+    outcomes_offset: int
+    def __init__(self, layout: LowLatencyLayout) -> None: ...
+    def arrivals(self, bank: int, phase: Phase, src_rank: int) -> int: ...
+    def staged_counts(self, bank: int, dst_rank: int) -> int: ...
+    def staged_message(self, bank: int, dst_rank: int, slot: int) -> int: ...
+    def staged_outcome(self, bank: int, dst_rank: int, slot: int) -> int: ...
 
 def pack_signal(epoch: int, count: int) -> int: ...
 def signal_epoch(signal: int) -> int: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +29,7 @@ from ep_backend.bench.demo_report import plot_latencies, print_report
 from ep_backend.bench.model import TinyMoE, make_model
 from ep_backend.bench.report import NoResult, bundled_results, write_report
 from ep_backend.doctor.report import examine, print_examination
+from ep_backend.network import VARIABLE, NetworkConfig
 from ep_backend.observe import perfetto
 from ep_backend.observe.scrape import ScrapeFailed, endpoint_urls
 from ep_backend.observe.top import show
@@ -130,6 +132,30 @@ def doctor_command(
     else:
         print_examination(examination, Console())
     raise typer.Exit(0 if examination.can_run else 1)
+
+
+@app.command("network")
+def network_command(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="NAME=VALUE of NetworkConfig; default: EP_BACKEND_NETWORK."),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="num_max_tokens_per_rank of the largest buffer.")
+    ] = 128,
+    banks: Annotated[int, typer.Option(min=2, help="Its num_banks.")] = 2,
+) -> None:
+    """What settings of the network mean to NVSHMEM: its variables, and advice."""
+    text = " ".join(settings) if settings else os.environ.get(VARIABLE, "")
+    try:
+        config = NetworkConfig.parse(text)
+        required = config.environment("low_latency", max_tokens, banks)
+    except (TypeError, ValueError) as e:
+        raise typer.BadParameter(str(e)) from e
+    for variable, value in required.items():
+        typer.echo(f"{variable}={value}")
+    for advice in config.advice():
+        typer.echo(f"# {advice}")
 
 
 @app.command("check")

@@ -85,6 +85,7 @@ class Group:
         self.self_rank = self_rank
         self.num_ranks = num_ranks
         self.is_virtual = is_virtual
+        self._hosts: list[int] | None = None
 
     @classmethod
     def from_process_group(
@@ -164,28 +165,37 @@ class Group:
                 remedy = (remedies or {}).get(key, "Pass the same on every rank.")
                 raise SettingsMismatch(f"{what}: {key} differs between ranks ({listed}). {remedy}")
 
+    def hosts(self) -> list[int]:
+        """`[R]`: the host of each rank, numbered from 0 as ranks name them. Collective, the first
+        time."""
+        if self._hosts is None:
+            names = [""] * self.num_ranks
+            if not self.is_virtual:
+                names = self.all_gather(_host_identity())
+            numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+            self._hosts = [numbers[name] for name in names]
+        return self._hosts
+
     def require_one_host(self) -> None:
         """Does nothing where all ranks run under one kernel. Collective.
 
         Raises:
             RendezvousError: on every rank, when a rank is on another host.
         """
-        if self.is_virtual:
-            return
-        hosts = self.all_gather(_host_identity())
-        for rank, host in enumerate(hosts):
-            if host != hosts[0]:
+        for rank, host in enumerate(self.hosts()):
+            if host != 0:
                 raise RendezvousError(
                     f"rank {rank} is on another host than rank 0. Ranks are joined by the memory "
-                    "of one host; start all ranks of this group there."
+                    "of one host; start all ranks of this group there. (Only a LowLatencyBuffer on "
+                    "GPUs reaches further, in a build with NVSHMEM.)"
                 )
 
     def allocate(self, num_bytes: int, device: torch.device) -> SymmetricMemory:
         """Zeroed memory of this size on every rank's device, mapped by every rank. Collective.
 
         Raises:
-            RendezvousError: the ranks are on different hosts (their link would be RDMA, which this
-                provider does not have), or a rank has no room.
+            RendezvousError: the ranks are on different hosts (memory/nvshmem.py joins those), or a
+                rank has no room.
         """
         if device.type == "cuda":
             self.require_one_host()

@@ -70,6 +70,10 @@ class KernelCalls:
             raise self._failure
         self._raise_unless_ok(self._kernels.report())
 
+    @property
+    def has_failed(self) -> bool:
+        return self._failure is not None or not self._kernels.report().ok
+
     def close(self) -> bool:
         """Refuses every later call; False if that was so already."""
         was_open = not self._is_closed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ep_backend._native import Half, OpResult, Status
+from typing import Any
+
+from ep_backend._native import FlightRecord, Half, OpResult, Status
 from ep_backend.errors import EPBackendError, OrderError, PeerTimeout, ProtocolError
 
 
@@ -41,16 +43,15 @@ def exception_for(result: OpResult, num_experts: int, *, is_async: bool) -> Exce
             f"{waited_secs:.1f} s (expected epoch {record.expected}, saw {record.seen}). That rank "
             "is dead, late, or has issued other operations than this one. This buffer stays "
             "failed: create a new one.",
-            {
-                "self_rank": record.self_rank,
-                "peer_rank": record.peer_rank,
-                "phase": phase,
-                "half": half,
-                "epoch": record.epoch,
-                "expected": record.expected,
-                "seen": record.seen,
-                "waited_secs": waited_secs,
-            },
+            _as_dict(record),
+        )
+    if result.status == Status.NOT_ARRIVED:
+        return PeerTimeout(
+            f"{where}: the signal of rank {record.peer_rank} came, but of the {record.expected} "
+            f"puts that it tells of only {record.seen} within {record.waited_ns / 1e9:.1f} s. The "
+            "network has lost them, or that rank has died. This buffer stays failed: create a new "
+            "one.",
+            _as_dict(record),
         )
     if result.status in (Status.NEWER_EPOCH, Status.CORRUPT):
         return ProtocolError(
@@ -64,3 +65,16 @@ def exception_for(result: OpResult, num_experts: int, *, is_async: bool) -> Exce
             f"{where} cannot run: another operation has just failed this buffer. See its exception."
         )
     return OrderError(f"{where} may not start now ({result.status.name}).")
+
+
+def _as_dict(record: FlightRecord) -> dict[str, Any]:
+    return {
+        "self_rank": record.self_rank,
+        "peer_rank": record.peer_rank,
+        "phase": record.phase.name.lower(),
+        "half": record.half.name.lower(),
+        "epoch": record.epoch,
+        "expected": record.expected,
+        "seen": record.seen,
+        "waited_secs": record.waited_ns / 1e9,
+    }

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from ep_backend import _native
 from ep_backend.errors import EPBackendError
 from ep_backend.handles import KernelStatistics, OpCounters
+from ep_backend.memory import SymmetricMemory, nvshmem
+from ep_backend.memory.nvshmem import NetworkMemory
 
 if TYPE_CHECKING:
     from ep_backend.group import Group
@@ -111,35 +113,13 @@ class CpuKernels:
         return _native.OpResult()
 
 
-class CudaKernels:
-    """They are launched on the calling thread's current stream.
+class _GpuKernels:
+    """They are launched on the calling thread's current stream."""
 
-    Args:
-        num_sms: blocks a kernel has at most.
-        shares_gpu: other ranks of this process are on the same GPU.
-    """
-
-    def __init__(
-        self,
-        config: _native.LowLatencyConfig,
-        self_rank: int,
-        bases: list[int],
-        timeout_secs: float,
-        num_sms: int,
-        shares_gpu: bool,
-        device: torch.device,
-    ) -> None:
-        self._device = device
+    def __init__(self, rank: Any, num_sms: int, device: torch.device) -> None:
+        self._rank = rank
         self.num_sms = num_sms
-        with torch.cuda.device(device):
-            self._rank = _native.CudaLowLatencyRank(
-                config,
-                self_rank,
-                bases,
-                timeout_ns=int(timeout_secs * 1e9),
-                num_sms=num_sms,
-                shares_gpu=shares_gpu,
-            )
+        self._device = device
 
     def _stream(self) -> int:
         return current_stream(self._device)
@@ -155,12 +135,6 @@ class CudaKernels:
 
     def combine_recv(self, *args: int) -> _native.OpResult:
         return self._rank.combine_recv(*args, self._stream())
-
-    def dispatch(self, *args: _native.OutputLayout | int) -> _native.OpResult:
-        return self._rank.dispatch(*args, self._stream())
-
-    def combine(self, *args: int) -> _native.OpResult:
-        return self._rank.combine(*args, self._stream())
 
     def counters(self) -> dict[str, OpCounters]:
         raise EPBackendError("kernels on a GPU keep no such counters. Call statistics().")
@@ -186,21 +160,89 @@ class CudaKernels:
         return self._rank.report()
 
 
+class CudaKernels(_GpuKernels):
+    """Over peer pointers.
+
+    Args:
+        num_sms: blocks a kernel has at most.
+        shares_gpu: other ranks of this process are on the same GPU.
+    """
+
+    def __init__(
+        self,
+        config: _native.LowLatencyConfig,
+        self_rank: int,
+        bases: list[int],
+        timeout_secs: float,
+        num_sms: int,
+        shares_gpu: bool,
+        device: torch.device,
+    ) -> None:
+        with torch.cuda.device(device):
+            rank = _native.CudaLowLatencyRank(
+                config,
+                self_rank,
+                bases,
+                timeout_ns=int(timeout_secs * 1e9),
+                num_sms=num_sms,
+                shares_gpu=shares_gpu,
+            )
+        super().__init__(rank, num_sms, device)
+
+    def dispatch(self, *args: _native.OutputLayout | int) -> _native.OpResult:
+        return self._rank.dispatch(*args, self._stream())
+
+    def combine(self, *args: int) -> _native.OpResult:
+        return self._rank.combine(*args, self._stream())
+
+
+class NetworkKernels(_GpuKernels):
+    """Over peer pointers where there are some, and NVSHMEM where not.
+
+    Args:
+        num_sms: blocks a kernel has at most.
+    """
+
+    def __init__(
+        self,
+        config: _native.LowLatencyConfig,
+        self_rank: int,
+        memory: NetworkMemory,
+        timeout_secs: float,
+        num_sms: int,
+        device: torch.device,
+    ) -> None:
+        with torch.cuda.device(device):
+            rank = nvshmem.extension().NetworkRank(
+                config,
+                self_rank,
+                memory.bases,
+                memory.pes,
+                timeout_ns=int(timeout_secs * 1e9),
+                num_sms=num_sms,
+            )
+        super().__init__(rank, num_sms, device)
+        # Always in halves.
+        self.dispatch = None
+        self.combine = None
+
+
 def make_kernels(
     config: _native.LowLatencyConfig,
     group: Group,
-    bases: list[int],
+    memory: SymmetricMemory,
     device: torch.device,
     timeout_secs: float,
     spin_us: float | None,
     num_sms: int | None,
     tuned_num_sms: int | None,
 ) -> RankKernels:
-    """The kernels for `device`; arguments that it does not know are ignored.
+    """The kernels for `device` and that memory; arguments that they do not know are ignored.
 
     Args:
         tuned_num_sms: of the tuning table: in place of `num_sms`, if there are as many.
     """
+    bases = memory.bases
     if device.type == "cpu":
         return CpuKernels(config, group.self_rank, bases, timeout_secs, spin_us)
     if num_sms is None:
@@ -209,5 +251,7 @@ def make_kernels(
             num_sms = max(1, num_sms // group.num_ranks)
         if tuned_num_sms is not None:
             num_sms = min(num_sms, tuned_num_sms)
+    if isinstance(memory, NetworkMemory):
+        return NetworkKernels(config, group.self_rank, memory, timeout_secs, num_sms, device)
     shares_gpu = group.is_virtual and group.num_ranks > 1
     return CudaKernels(config, group.self_rank, bases, timeout_secs, num_sms, shares_gpu, device)

@@ -15,6 +15,8 @@ L experts of this rank, S = R * M rows an expert can receive, N = ceil(H / 128) 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ep_backend import _native, faults
@@ -37,6 +39,8 @@ from ep_backend.handles import (
 )
 from ep_backend.kernel_calls import KernelCalls
 from ep_backend.kernels import make_kernels
+from ep_backend.memory import SymmetricMemory, nvshmem
+from ep_backend.network import NetworkConfig
 from ep_backend.observe.buffer import BufferObserver, start_exporter
 from ep_backend.order import PhaseOrder
 from ep_backend.outputs import OutputShape, RecvBank, RecvBanks
@@ -113,6 +117,10 @@ class LowLatencyBuffer:
             core, else 0.
         num_sms: CUDA: blocks a kernel has at most. Default: all SMs, shared between virtual ranks,
             whose waiting kernels must fit on the GPU together.
+        network: CUDA: how ranks are reached whose memory this GPU does not see; needs a build with
+            NVSHMEM. Rows are pushed then, whatever `transfer` says, and nothing is tagged; every
+            exchange is two kernels. Reduction "rank", no workspaces. Default: EP_BACKEND_NETWORK,
+            or `NetworkConfig()` where ranks are on several hosts, else none: CUDA IPC joins them.
 
     `transfer`, `num_max_tagged_tokens`, `spin_us` and `num_sms`, where they are left out, are those
     that `ep-backend tune` has found for the shape on this machine, if it has (`ep_backend.tuning`).
@@ -147,6 +155,7 @@ class LowLatencyBuffer:
         device: str | torch.device = "cpu",
         spin_us: float | None = None,
         num_sms: int | None = None,
+        network: NetworkConfig | None = None,
     ) -> None:
         settings = BufferSettings(
             num_max_tokens_per_rank=num_max_tokens_per_rank,
@@ -165,10 +174,13 @@ class LowLatencyBuffer:
             expert_ids=expert_ids,
             num_banks=num_banks,
             device=device_type(device),
+            network=network,
         )
         error: Exception | None = None
         tuned = Tuned()
         try:
+            if network is None and settings.device == "cuda":
+                settings = replace(settings, network=NetworkConfig.from_env())
             settings.check(group.num_ranks)
             start_exporter(group)
             check_waits(timeout_secs, spin_us)
@@ -189,6 +201,13 @@ class LowLatencyBuffer:
         log_taken("LowLatencyBuffer", group, tuned, given)
         if spin_us is None:
             spin_us = tuned.settings.get("spin_us")
+        if settings.network is None and self.device.type == "cuda" and max(group.hosts()) > 0:
+            # Nothing is tagged there, whatever the table says.
+            settings = replace(
+                settings,
+                network=NetworkConfig(),
+                num_max_tagged_tokens=num_max_tagged_tokens,
+            )
 
         self.group = group
         self.num_max_tokens_per_rank = num_max_tokens_per_rank
@@ -222,11 +241,16 @@ class LowLatencyBuffer:
         output_shape = OutputShape.of(settings, layout, group)
         self._x_dtypes = tuple(dict.fromkeys((self.dtype, self.dispatch_dtype)))
         self._expert_out_shape = (*output_shape.rows, hidden)
-        self._memory = group.allocate(layout.num_bytes, self.device)
+        self._memory: SymmetricMemory
+        if settings.network is None:
+            self._memory = group.allocate(layout.num_bytes, self.device)
+        else:
+            self.num_symmetric_bytes = _native.NetworkLayout(layout).num_bytes
+            self._memory = nvshmem.allocate(group, self.num_symmetric_bytes, self.device, settings)
         self._kernels = make_kernels(
             config,
             group,
-            self._memory.bases,
+            self._memory,
             self.device,
             timeout_secs,
             spin_us,
@@ -445,7 +469,14 @@ class LowLatencyBuffer:
         """Unmaps this rank's view of the shared memory. Not collective; idempotent. No operation of
         this rank may be running; tensors that were returned stay valid."""
         if self._calls.close():
-            self._memory.close()
+            self._memory.close(has_failed=self._calls.has_failed)
+
+    def links(self) -> list[str]:
+        """`[R]`: how each rank is reached: "self", "shm", "p2p" or "rdma"."""
+        direct = "shm" if self.device.type == "cpu" else "p2p"
+        links = ["rdma" if base == 0 else direct for base in self._memory.bases]
+        links[self.group.self_rank] = "self"
+        return links
 
     def __enter__(self) -> LowLatencyBuffer:
         return self

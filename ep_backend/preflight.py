@@ -43,8 +43,9 @@ def check(
     if num_hosts > 1:
         raise NotDeployable(
             f"one group over {num_hosts} hosts needs RDMA, which ep_backend {__version__} does not "
-            "have: it joins ranks by the memory of one host. Keep each expert-parallel group on "
-            "one host, or leave this backend out and let the engine use its own."
+            "have in engines: there ranks are joined by the memory of one host. (Only a "
+            "LowLatencyBuffer of your own reaches further.) Keep each expert-parallel group on one "
+            "host, or leave this backend out and let the engine use its own."
         )
     if device == "cuda":
         found = _check_gpus(num_gpus)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ep_backend import _native
 from ep_backend.checks import check_int
 from ep_backend.tuning import Shape, Tuned
+
+if TYPE_CHECKING:
+    from ep_backend.network import NetworkConfig
 
 DTYPES = {
     torch.float32: _native.DType.FLOAT32,
@@ -30,6 +33,8 @@ REDUCTIONS = {"rank": _native.Reduction.RANK, "source": _native.Reduction.SOURCE
 TRANSFERS = {"push": _native.Transfer.PUSH, "pull": _native.Transfer.PULL}
 
 EXPERT_IDS = ("local", "global")
+# What the kernels over a network have.
+NETWORK_SETTINGS = {"device": "cuda", "reduction": "rank", "num_workspaces": 0}
 # What goes with workspaces. (Rank-major, rows are reduced on their rank in any case.)
 WORKSPACE_SETTINGS = {"device": "cuda", "transfer": "pull"}
 EXPERT_WORKSPACE_SETTINGS = WORKSPACE_SETTINGS | {
@@ -68,6 +73,8 @@ class BufferSettings:
     num_banks: int
     device: str
     """Its type, "cpu" or "cuda"."""
+    network: NetworkConfig | None = None
+    """None: all ranks see each other's memory."""
 
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""
@@ -90,7 +97,10 @@ class BufferSettings:
         )
 
     def tuned(self, tuned: Tuned, given: Mapping[str, Any]) -> BufferSettings:
-        """With what the table says in place of what the caller has not given."""
+        """With what the table says in place of what the caller has not given; over a network there
+        is no choice."""
+        if self.network is not None:
+            return self
         changes: dict[str, Any] = {
             name: tuned.settings[name]
             for name in ("transfer", "num_max_tagged_tokens")
@@ -131,6 +141,7 @@ class BufferSettings:
             )
         self._check_reduction()
         self._check_workspaces()
+        self._check_network()
         if self.device == "cuda" and _native.has_cuda:
             self._check_cuda()
 
@@ -177,14 +188,33 @@ class BufferSettings:
                     f"{needed!r}. Pass that, or leave num_workspaces out."
                 )
 
+    def _check_network(self) -> None:
+        if self.network is None:
+            return
+        for name, needed in NETWORK_SETTINGS.items():
+            value = getattr(self, name)
+            if value != needed:
+                raise ValueError(
+                    f"{name} is {value!r}, but over a network it is {needed!r}: the kernels that "
+                    "put through NVSHMEM have nothing else yet. Pass that, or keep the group on "
+                    "one host and leave network out."
+                )
+        if self.num_max_tagged_tokens:
+            raise ValueError(
+                f"num_max_tagged_tokens is {self.num_max_tagged_tokens}, but nothing is tagged "
+                "over a network, whose cards may write less than a word at once. Leave it out, or "
+                "pass 0."
+            )
+
     def _check_cuda(self) -> None:
         why = "The CUDA kernels count rows by expert in shared memory."
         check_int("num_experts", self.num_experts, 1, _native.CUDA_MAX_EXPERTS, why)
         check_row_alignment(self.hidden, (self.dtype, self.dispatch_dtype, self.combine_dtype))
 
     def config(self, num_ranks: int) -> _native.LowLatencyConfig:
-        """Of checked settings. The CPU's kernels always push, and know no tagged words."""
-        is_cuda = self.device == "cuda"
+        """Of checked settings. The CPU's kernels, and those over a network, always push, and know
+        no tagged words."""
+        has_choice = self.device == "cuda" and self.network is None
         return _native.LowLatencyConfig(
             num_ranks=num_ranks,
             num_experts=self.num_experts,
@@ -196,11 +226,12 @@ class BufferSettings:
             dispatch_dtype=TRAVELLING_DTYPES[self.dispatch_dtype],
             combine_dtype=TRAVELLING_DTYPES[self.combine_dtype],
             scale_format=SCALE_FORMATS[self.scale_format],
-            transfer=TRANSFERS[self.transfer] if is_cuda else _native.Transfer.PUSH,
-            num_max_tagged_tokens=self._num_tagged_tokens(num_ranks) if is_cuda else 0,
+            transfer=TRANSFERS[self.transfer] if has_choice else _native.Transfer.PUSH,
+            num_max_tagged_tokens=self._num_tagged_tokens(num_ranks) if has_choice else 0,
             num_workspaces=self.num_workspaces,
             global_expert_ids=self.expert_ids == "global",
             reduction=REDUCTIONS[self.reduction],
+            packs_messages=self.network is not None,
         )
 
     def _num_tagged_tokens(self, num_ranks: int) -> int:

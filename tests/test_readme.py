@@ -69,6 +69,20 @@ def test_nvlink_numbers_are_those_of_the_results() -> None:
         ) in PAGES
 
 
+def test_numbers_of_nvshmem_are_those_of_the_results() -> None:
+    columns = [
+        {
+            (case["num_tokens"], case["output_layout"]): case["pair"]["median_us"]
+            for case in results(f"multi-gpu-2-h100-{name}.json")["cases"]
+        }
+        for name in ("push", "nvshmem", "nvshmem-puts", "hook")
+    ]
+    assert len(columns[0]) == 8
+    for num_tokens, layout in columns[0]:
+        times = " | ".join(f"{column[num_tokens, layout]:.1f}" for column in columns)
+        assert f"| {num_tokens} | {layout.replace('_', '-')} | {times} |" in PAGES
+
+
 def test_prefill_numbers_over_nvlink_are_those_of_the_results() -> None:
     measured = results("multi-gpu-2-h100-normal.json")
     normal, nccl = measured["normal"], measured["nccl"]

@@ -37,9 +37,12 @@ struct Arrivals {
   }
 };
 
+template <typename View = RankView>
 class DispatchReceiver {
  public:
-  __device__ DispatchReceiver(const RankView& rank, const Op& op, const DispatchRecvParams& params,
+  using Op = OpOf<View>;
+
+  __device__ DispatchReceiver(const View& rank, const Op& op, const DispatchRecvParams& params,
                               const Arrivals& arrivals, MessagePlan* plan)
       : rank_(rank),
         layout_(rank.layout),
@@ -120,7 +123,7 @@ class DispatchReceiver {
 
   // The messages of this rank to itself, straight from x. Returns the number of items, see Items.
   template <typename Rows>
-  __device__ uint32_t take_own(const DispatchSender<Rows>& sender, const Routing& routing,
+  __device__ uint32_t take_own(const DispatchSender<Rows, View>& sender, const Routing& routing,
                                const TokenSets& sets, const Rows& rows, uint32_t num_taken) const {
     const uint32_t self = rank_.self_rank;
     const uint32_t first_expert = routing.owners.first_expert(self);
@@ -415,7 +418,7 @@ class DispatchReceiver {
     return uint64_t{src_rank} * layout_.config().num_max_tokens_per_rank + slot;
   }
 
-  const RankView& rank_;
+  const View& rank_;
   const LowLatencyLayout& layout_;
   const Op& op_;
   const DispatchRecvParams& params_;

@@ -3,6 +3,8 @@
 // Every block finds out by itself which tokens go where, so that slots and positions need no word
 // from other blocks. A warp plans a token, writes its headers and moves some parts of its row.
 // Tagged words need nothing more; else the last block to finish signals.
+//
+// Messages to peers over a network are written where this rank stages them, and put from there.
 #pragma once
 
 #include "cuda/part.cuh"
@@ -22,11 +24,20 @@ struct SendPlan {
   uint32_t num_rows;
 };
 
-template <typename Rows>
+// The same where some of them go over a network.
+struct NetworkSendPlan : SendPlan {
+  uint32_t messages[kMaxTopK];  // dst rank << 16 | slot
+};
+
+template <typename Rows, typename View = RankView>
 class DispatchSender {
  public:
+  using Op = OpOf<View>;
+  using Items = SendItems<View>;
+  using Plan = std::conditional_t<View::kHasNetwork, NetworkSendPlan, SendPlan>;
+
   // `skip_rank`: whose messages are not sent, because this kernel receives them from x itself.
-  __device__ DispatchSender(const RankView& rank, const Op& op, const Routing& routing,
+  __device__ DispatchSender(const View& rank, const Op& op, const Routing& routing,
                             const TokenSets& sets, const Rows& rows,
                             const DispatchSendParams& params, uint32_t skip_rank)
       : rank_(rank),
@@ -59,12 +70,13 @@ class DispatchSender {
   }
 
   // Whole block. `items`: see above; `fetched`: the first part of the first of them.
-  __device__ void run(Items items, typename Rows::Fetched fetched, SendPlan* plan) const {
+  __device__ void run(Items items, typename Rows::Fetched fetched, Plan* plan) const {
     publish_counts();
+    if constexpr (View::kHasNetwork) put_counts();
     const uint32_t num_ranks = routing_.num_ranks;
     if (is_tagged_ && Op::is_clerk()) {
       for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
-        op_.publish_signal(r, source_word(r));
+        if (op_.reaches(r)) op_.publish_signal(r, source_word(r));
       }
     }
     while (items.more()) {
@@ -83,9 +95,11 @@ class DispatchSender {
         }
         send_part(p, part, *plan);
       }
+      if constexpr (View::kHasNetwork) put_messages(*plan);
     }
     if (is_tagged_ || !op_.is_last_block()) return;
     for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
+      if (!op_.reaches(r)) continue;
       // In every publishing thread: a release is a fence and its own store.
       ptx::fence_acq_rel_sys();
       op_.publish_signal(r, source_word(r));
@@ -121,15 +135,64 @@ class DispatchSender {
     for (uint32_t expert = from_last * blockDim.x + threadIdx.x; expert < routing_.num_experts;
          expert += gridDim.x * blockDim.x) {
       const uint32_t owner = routing_.owners.owner(expert);
-      if (owner == skip_rank_) continue;
+      if (owner == skip_rank_ || !op_.reaches(owner)) continue;
       auto* counts = at<uint64_t>(op_.peer(owner), layout_.counts(op_.bank(), rank_.self_rank));
       ptx::st_relaxed_sys(counts + (expert - routing_.owners.first_expert(owner)),
                           protocol::pack_signal(op_.epoch(), sets_.tokens_of_expert(expert)));
     }
   }
 
+  // Over a network: the counts, which arrive as a message more, and what the signal tells; a warp a
+  // peer, beginning with the blocks that have the fewest tokens.
+  __device__ void put_counts() const {
+    const uint32_t lane = threadIdx.x % kWarp, self = rank_.self_rank;
+    const uint32_t first = (gridDim.x - 1 - blockIdx.x) * kWarps + threadIdx.x / kWarp;
+#pragma unroll 1
+    for (uint32_t r = first; r < routing_.num_ranks; r += gridDim.x * kWarps) {
+      if (op_.reaches(r)) continue;
+      const uint64_t staged = rank_.network.staged_counts(op_.bank(), r);
+      const uint32_t first_expert = routing_.owners.first_expert(r);
+      const uint32_t num_counts = routing_.owners.first_expert(r + 1) - first_expert;
+      for (uint32_t e = lane; e < num_counts; e += kWarp) {
+        at<uint64_t>(op_.self(), staged)[e] =
+            protocol::pack_signal(op_.epoch(), sets_.tokens_of_expert(first_expert + e));
+      }
+      rank_.put(layout_.counts(op_.bank(), self), staged, num_counts * sizeof(uint64_t),
+                rank_.network.arrivals(op_.bank(), protocol::Phase::kDispatch, self), r);
+      if (lane == 0) op_.publish_signal(r, source_word(r));
+    }
+  }
+
+  // The messages of a token that go over a network, once all warps have written their parts: a warp
+  // a message. Whole block.
+  __device__ void put_messages(const Plan& plan) const {
+    __syncthreads();
+    const uint32_t self = rank_.self_rank;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x / kWarp; i < plan.num_rows; i += kWarps) {
+      const uint32_t dst_rank = plan.messages[i] >> 16, slot = plan.messages[i] & 0xffff;
+      if (op_.reaches(dst_rank)) continue;
+      rank_.put(layout_.header(op_.bank(), self, slot),
+                rank_.network.staged_message(op_.bank(), dst_rank, slot),
+                rank_.network.message_bytes(),
+                rank_.network.arrivals(op_.bank(), protocol::Phase::kDispatch, self), dst_rank);
+    }
+  }
+
+  // Where messages to rank `r` are written: as if it were the base of its memory.
+  __device__ std::byte* base_for(uint32_t r) const {
+    if constexpr (View::kHasNetwork) {
+      // So that this rank's slots of r's inbox are those of its own outbox for r.
+      if (!op_.reaches(r)) {
+        return op_.self() + rank_.network.staged_message(0, r, 0) -
+               layout_.header(0, rank_.self_rank, 0);
+      }
+    }
+    return op_.peer(r);
+  }
+
   // Headers of the token to the peers, places of its row to the plan. One warp.
-  __device__ void plan_row(uint32_t token, bool writes, SendPlan* plan) const {
+  __device__ void plan_row(uint32_t token, bool writes, Plan* plan) const {
     const uint32_t num_messages = sets_.ranks_of(token), self = rank_.self_rank;
     const bool is_pull = !is_tagged_ && layout_.config().transfer == Transfer::kPull;
     const uint32_t num_routes = for_each_route(routing_, sets_, token, [&](const Route& route) {
@@ -140,7 +203,8 @@ class DispatchSender {
       // Column by column, without the one that is skipped.
       const bool is_behind = skip_rank_ < route.dst_rank && sets_.goes_to_rank(skip_rank_, token);
       const uint32_t i = route.column - (is_behind ? 1 : 0);
-      std::byte* peer = op_.peer(route.dst_rank);
+      std::byte* peer = base_for(route.dst_rank);
+      if constexpr (View::kHasNetwork) plan->messages[i] = route.dst_rank << 16 | route.slot;
       if (is_tagged_) {
         plan->rows[i] = peer + layout_.tagged_message(op_.bank(), self, route.slot) +
                         layout_.tagged_row_in_message();
@@ -166,7 +230,7 @@ class DispatchSender {
     const uint32_t local_expert = route.expert - routing_.owners.first_expert(route.dst_rank);
     const uint32_t outcome_slot = this->outcome_slot(token, route);
     const uint32_t position = sets_.before_expert(route.expert, token);
-    std::byte* peer = op_.peer(route.dst_rank);
+    std::byte* peer = base_for(route.dst_rank);
     if (is_tagged_) {
       auto* words =
           at<uint4>(peer, layout_.tagged_message(op_.bank(), rank_.self_rank, route.slot));
@@ -188,7 +252,7 @@ class DispatchSender {
     }
   }
 
-  __device__ void send_part(const Part& p, uint32_t part, const SendPlan& plan) const {
+  __device__ void send_part(const Part& p, uint32_t part, const Plan& plan) const {
     const RowShape& shape = rows_.shape;
 #pragma unroll 1
     for (uint32_t i = 0; i < plan.num_rows; ++i) {
@@ -200,7 +264,7 @@ class DispatchSender {
     }
   }
 
-  const RankView& rank_;
+  const View& rank_;
   const LowLatencyLayout& layout_;
   const Op& op_;
   const Routing& routing_;

@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
 #include "cuda/check.h"
 #include "cuda/launch.cuh"
@@ -59,43 +58,11 @@ void prepare_kernels(const LowLatencyLayout& layout) {
 LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_t self_rank,
                                const std::vector<std::byte*>& bases, uint64_t timeout_ns,
                                uint32_t num_sms, bool shares_gpu)
-    : view_{LowLatencyLayout(config), self_rank, bases[self_rank]},
+    : RankHost(config, self_rank, bases, timeout_ns),
       num_sms_(num_sms),
-      shares_gpu_(shares_gpu) {
-  has_room_for_two_ = check_shared_memory(view_.layout, self_rank);
+      shares_gpu_(shares_gpu),
+      has_room_for_two_(check_shared_memory(view_.layout, self_rank)) {
   prepare_kernels(view_.layout);
-  const size_t num_ranks = bases.size();
-  bases_ = zeroed_device_array<std::byte*>(num_ranks);
-  check(cudaMemcpy(bases_, bases.data(), num_ranks * sizeof(std::byte*), cudaMemcpyHostToDevice),
-        "writing the table of peers");
-  view_.state = zeroed_device_array<RankState>(1);
-  view_.wait_ns =
-      zeroed_device_array<uint64_t>(protocol::kNumPhases * protocol::kNumHalves * num_ranks);
-  view_.num_expert_rows =
-      zeroed_device_array<uint64_t>(view_.layout.partition().num_max_local_experts());
-  const uint32_t num_workspaces = config.num_workspaces;
-  view_.workspace_epochs = zeroed_device_array<uint64_t>(num_workspaces);
-  view_.workspace_counts = zeroed_device_array<uint32_t>(num_workspaces * (num_ranks + 1));
-  check(cudaHostAlloc(&view_.report, sizeof(HostReport), cudaHostAllocMapped),
-        "allocating a rank's report");
-  view_.report->result = {};
-  std::copy_n(bases.begin(), std::min<size_t>(num_ranks, kNumNearRanks), view_.near_bases);
-  view_.bases = bases_;
-  view_.timeout_ns = timeout_ns;
-  view_.owners = Owners(view_.layout.partition());
-  view_.num_local_experts = view_.layout.partition().num_local_experts(self_rank);
-  check(cudaDeviceSynchronize(), "setting a rank up");
-}
-
-LowLatencyRank::~LowLatencyRank() {
-  // Errors here have nobody to go to; the device's memory goes with the process at the latest.
-  cudaFree(bases_);
-  cudaFree(view_.state);
-  cudaFree(view_.wait_ns);
-  cudaFree(view_.num_expert_rows);
-  cudaFree(view_.workspace_epochs);
-  cudaFree(view_.workspace_counts);
-  cudaFreeHost(view_.report);
 }
 
 struct LowLatencyRank::Plan {
@@ -219,22 +186,6 @@ OpResult LowLatencyRank::combine(const CombineSendParams& send, const CombineRec
     launch_combine(p.view, send, recv, p.launch);
   }
   return launched("combine");
-}
-
-OpResult LowLatencyRank::launched(const char* what) const {
-  check(cudaGetLastError(), (std::string("launching ") + what).c_str());
-  return report();
-}
-
-OpResult LowLatencyRank::report() const { return read_report(*view_.report); }
-
-Statistics LowLatencyRank::statistics() const {
-  const auto& partition = view_.layout.partition();
-  constexpr size_t kNumKinds = size_t{protocol::kNumPhases} * protocol::kNumHalves;
-  std::vector<uint64_t> num_ops = counters_.read(&view_.state->progress[0][0], kNumKinds);
-  for (uint64_t& progress : num_ops) progress >>= kProgressShift;
-  return {std::move(num_ops), counters_.read(view_.wait_ns, kNumKinds * partition.num_ranks),
-          counters_.read(view_.num_expert_rows, partition.num_local_experts(view_.self_rank))};
 }
 
 }  // namespace ep::cuda

@@ -48,6 +48,8 @@ struct Owners {
 
 // What every kernel of one rank is given.
 struct RankView {
+  static constexpr bool kHasNetwork = false;
+
   protocol::LowLatencyLayout layout;
   uint32_t self_rank;
   std::byte* self_base;
@@ -80,7 +82,34 @@ struct Statistics {
   std::vector<uint64_t> num_expert_rows;  // [L]
 };
 
-class LowLatencyRank {
+// What any rank with such kernels has: its view, and what is asked of it from outside.
+class RankHost {
+ public:
+  // What a kernel has reported so far; does not wait for the device.
+  protocol::OpResult report() const;
+  // As counted so far, see CounterReader.
+  Statistics statistics() const;
+
+ protected:
+  // `bases[r]`: memory of rank r as the current device sees it, null where it does not. Throws
+  // std::runtime_error with the CUDA error where the device refuses.
+  RankHost(const protocol::LowLatencyConfig& config, uint32_t self_rank,
+           const std::vector<std::byte*>& bases, uint64_t timeout_ns);
+  ~RankHost();
+  RankHost(const RankHost&) = delete;
+  RankHost& operator=(const RankHost&) = delete;
+
+  // After a launch: what is known of kernels so far. Throws where it was refused.
+  protocol::OpResult launched(const char* what) const;
+
+  RankView view_;
+
+ private:
+  std::byte** bases_ = nullptr;
+  CounterReader counters_;
+};
+
+class LowLatencyRank : public RankHost {
  public:
   // `bases[r]`: memory of rank r as the current device sees it. `num_sms`: blocks a kernel has at
   // most. `shares_gpu`: other ranks of this process are on the same GPU. Throws std::runtime_error
@@ -89,9 +118,6 @@ class LowLatencyRank {
   LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_t self_rank,
                  const std::vector<std::byte*>& bases, uint64_t timeout_ns, uint32_t num_sms,
                  bool shares_gpu);
-  ~LowLatencyRank();
-  LowLatencyRank(const LowLatencyRank&) = delete;
-  LowLatencyRank& operator=(const LowLatencyRank&) = delete;
 
   protocol::OpResult dispatch_send(const DispatchSendParams& send, void* stream);
   protocol::OpResult dispatch_recv(const DispatchRecvParams& recv, void* stream);
@@ -102,10 +128,6 @@ class LowLatencyRank {
                               void* stream);
   protocol::OpResult combine(const CombineSendParams& send, const CombineRecvParams& recv,
                              void* stream);
-  // What a kernel has reported so far; does not wait for the device.
-  protocol::OpResult report() const;
-  // As counted so far, see CounterReader.
-  Statistics statistics() const;
 
  private:
   // The view and the launch of a kernel with so much to do.
@@ -115,17 +137,12 @@ class LowLatencyRank {
   // Parts of rows that the latest dispatch brings, and that its combine sends, at most.
   uint64_t num_parts_received() const;
   uint64_t num_parts_answered() const;
-  // After a launch: what is known of kernels so far. Throws where it was refused.
-  protocol::OpResult launched(const char* what) const;
 
-  RankView view_;
   uint32_t num_sms_;
   bool shares_gpu_;
   bool lets_next_start_ = false;  // the kernel launched last, before its end
   bool has_room_for_two_;         // two blocks of any kernel fit an SM
   uint32_t num_tokens_ = 0;       // of the latest dispatch
-  std::byte** bases_ = nullptr;
-  CounterReader counters_;
 };
 
 }  // namespace ep::cuda

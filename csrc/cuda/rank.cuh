@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/wait.cuh"
 #include "ptx/grid.cuh"
@@ -26,13 +27,18 @@ __device__ T* at(std::byte* base, uint64_t offset) {
   return reinterpret_cast<T*>(base + offset);
 }
 
-// A block's view of a running operation, the same in all its threads.
-class Op {
+// A block's view of a running operation, the same in all its threads. `View`: what the kernels of
+// a rank are given, RankView, or one derived from it where some peers are reached over a network:
+// kHasNetwork, and reaches(), store(), add(), has_arrived() and note_arrived() of it.
+template <typename View>
+class OpOf {
  public:
+  static constexpr bool kHasNetwork = View::kHasNetwork;
+
   // Begins the kernel: nothing of earlier kernels may be touched before. Whole block. `meanwhile()`
   // runs while the epochs are on their way; it must not wait.
   template <typename Meanwhile>
-  __device__ Op(const RankView& rank, Phase phase, bool sends, bool receives, Meanwhile meanwhile)
+  __device__ OpOf(const View& rank, Phase phase, bool sends, bool receives, Meanwhile meanwhile)
       : rank_(rank), phase_(phase), half_(sends ? Half::kSend : Half::kRecv), receives_(receives) {
     ptx::wait_for_earlier_kernels();
     // Ranks on one GPU wait for each other. Two kernels of each fit there together, and there are
@@ -73,6 +79,11 @@ class Op {
   __device__ uint32_t bank() const { return bank_; }
   __device__ std::byte* self() const { return rank_.self_base; }
   __device__ std::byte* peer(uint32_t r) const { return base_of(rank_, r); }
+  // Whether this GPU reads and writes the memory of rank `r` itself.
+  __device__ bool reaches(uint32_t r) const {
+    if constexpr (kHasNetwork) return rank_.reaches(r);
+    return true;
+  }
   __device__ OpId receiving() const { return {phase_, Half::kRecv, epoch_}; }
 
   // Gives every peer this rank's credit for what it has received, then waits for: the credit of
@@ -90,7 +101,8 @@ class Op {
 #pragma unroll 1
     for (uint32_t r = threadIdx.x; r < num_ranks() && ok; r += blockDim.x) {
       if (r == rank_.self_rank) continue;
-      if (blockIdx.x == 0) {
+      // Over a network every hook gives its own, once.
+      if (!kHasNetwork && blockIdx.x == 0) {
         publish_credit(r, phase_, num_hooked_);
         publish_credit(r, other_phase(), num_hooked_of_other_);
       }
@@ -134,6 +146,12 @@ class Op {
                                                              : config.num_max_tokens_per_rank;
       if (ok && protocol::signal_count(seen) > most) {
         ok = corrupt(r, most, protocol::signal_count(seen));
+      }
+      if constexpr (kHasNetwork) {
+        // The signal may be here before what it tells of.
+        if (!rank_.reaches(r)) {
+          ok = ok && rank_.has_arrived(receiving(), bank_, r, protocol::signal_count(seen), speaks);
+        }
       }
       if (ok && sources != nullptr) {
         sources[r] = static_cast<uint32_t>(seen & (protocol::kTaggedBit | protocol::kMaxCount));
@@ -181,8 +199,12 @@ class Op {
 
   // To rank `r`: this epoch and {is_tagged, count}. Whoever publishes untagged rows fences first.
   __device__ void publish_signal(uint32_t r, uint32_t source) const {
-    auto* word = at<uint64_t>(peer(r), rank_.layout.signal(bank_, phase_, rank_.self_rank));
-    ptx::st_relaxed_sys(word, protocol::pack_signal(epoch_, source));
+    const uint64_t word = rank_.layout.signal(bank_, phase_, rank_.self_rank);
+    const uint64_t value = protocol::pack_signal(epoch_, source);
+    if constexpr (kHasNetwork) {
+      if (!rank_.reaches(r)) return rank_.store(word, value, r);
+    }
+    ptx::st_relaxed_sys(at<uint64_t>(peer(r), word), value);
   }
 
   // To rank `r`: what dispatch `epoch` has brought to the workspace has been read.
@@ -235,8 +257,14 @@ class Op {
   }
   __device__ uint64_t* progress(Half half) const { return progress(phase_, half); }
   __device__ void publish_credit(uint32_t r, Phase phase, uint64_t epoch) const {
-    auto* word = at<uint64_t>(peer(r), rank_.layout.credit(phase, rank_.self_rank));
-    ptx::st_relaxed_sys(word, epoch);
+    const uint64_t word = rank_.layout.credit(phase, rank_.self_rank);
+    if constexpr (kHasNetwork) {
+      if (!rank_.reaches(r)) {
+        rank_.note_arrived(bank_, phase, r);
+        return rank_.add(word, 1, r);
+      }
+    }
+    ptx::st_relaxed_sys(at<uint64_t>(peer(r), word), epoch);
   }
   __device__ const uint64_t* credit_word(uint32_t r) const {
     return at<uint64_t>(self(), rank_.layout.credit(phase_, r));
@@ -247,7 +275,7 @@ class Op {
     return in_order || fail(rank_, id, Status::kOutOfOrder, 0, num_sent_, num_hooked_, 0);
   }
 
-  const RankView& rank_;
+  const View& rank_;
   Phase phase_;
   Half half_;  // kSend also where the kernel sends and receives
   bool receives_;
@@ -258,6 +286,7 @@ class Op {
   uint64_t epoch_;
   uint32_t bank_;
 };
+using Op = OpOf<RankView>;
 
 // How a kernel's work is cut: every row into 2^n runs of parts, a warp each, enough of them to keep
 // all warps of the grid busy and no more. (The last run of a row may be empty.)
@@ -299,6 +328,29 @@ class Items {
   }
   uint32_t num_parts_, step_, shift_, parts_per_item_, end_, item_;
 };
+
+// The same where a block does a row, its warps some parts each, and all come to its end together:
+// somebody sends the row then. So a warp may have no parts.
+class BlockItems {
+ public:
+  __device__ BlockItems(uint32_t num_rows, uint32_t num_parts) : end_(num_rows), row_(blockIdx.x) {
+    const uint32_t parts_per_warp = (num_parts + kWarps - 1) / kWarps;
+    first_part_ = threadIdx.x / kWarp * parts_per_warp;
+    end_part_ = min(first_part_ + parts_per_warp, num_parts);
+  }
+  __device__ bool more() const { return row_ < end_; }
+  __device__ uint32_t row() const { return row_; }
+  __device__ uint32_t first_part() const { return first_part_; }
+  __device__ uint32_t end_part() const { return end_part_; }
+  __device__ void next() { row_ += gridDim.x; }
+
+ private:
+  uint32_t end_, row_, first_part_, end_part_;
+};
+
+// How the rows that a rank sends are cut.
+template <typename View>
+using SendItems = std::conditional_t<View::kHasNetwork, BlockItems, Items>;
 
 // prefix[r] = count(0) + .. + count(r - 1), prefix[num_ranks] the sum. Whole block, a barrier
 // behind it; `prefix` has num_ranks + 1 entries of shared memory.

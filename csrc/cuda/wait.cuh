@@ -114,6 +114,14 @@ __device__ inline bool may_wait(const View& rank, OpId id, uint32_t peer_rank, u
 // The timer is far slower than the words.
 constexpr uint32_t kPollsPerLook = 64;
 
+__device__ inline void count_wait(const RankView& rank, OpId id, uint32_t peer_rank,
+                                  uint64_t waited_ns) {
+  const uint32_t row =
+      static_cast<uint32_t>(id.phase) * protocol::kNumHalves + static_cast<uint32_t>(id.half);
+  ptx::red_add_relaxed_gpu(rank.wait_ns + row * rank.layout.config().num_ranks + peer_rank,
+                           waited_ns);
+}
+
 // Until *word >= minimum; returns what was seen last, less than that where the wait was given up.
 // A signal's or count's epoch is shown without its low `shown_shift` bits. `speaks`: this block's
 // waiting time is counted; that of others, which wait for the same word, is not.
@@ -130,12 +138,7 @@ __device__ __noinline__ inline uint64_t wait_for_word(const RankView& rank, OpId
       if (seen >= minimum) break;
     }
     if (seen >= minimum) {
-      if (speaks) {
-        const uint32_t row =
-            static_cast<uint32_t>(id.phase) * protocol::kNumHalves + static_cast<uint32_t>(id.half);
-        ptx::red_add_relaxed_gpu(rank.wait_ns + row * rank.layout.config().num_ranks + peer_rank,
-                                 ptx::globaltimer_ns() - begin_ns);
-      }
+      if (speaks) count_wait(rank, id, peer_rank, ptx::globaltimer_ns() - begin_ns);
       return seen;
     }
     if (!may_wait(rank, id, peer_rank, begin_ns, minimum >> shown_shift, seen >> shown_shift)) {

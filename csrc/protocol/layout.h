@@ -19,7 +19,7 @@
 namespace ep::protocol {
 
 // Changes whenever a region, a word or a rule does: ranks of different builds must not meet.
-constexpr uint32_t kProtocolVersion = 7;
+constexpr uint32_t kProtocolVersion = 8;
 
 // What all ranks must agree on.
 struct LowLatencyConfig {
@@ -37,6 +37,8 @@ struct LowLatencyConfig {
   uint32_t num_max_tagged_tokens = 0;  // batches up to this size travel as tagged words
   uint32_t num_workspaces = 0;         // 0: none. Else every exchange is in one, see README.md
   bool global_expert_ids = false;      // in workspaces: experts are listed by their global number
+  // Pushed messages lie in one piece, header, row and scales, as networks like it; not in regions.
+  bool packs_messages = false;
   // Of combine's rows as they travel: dtype, or kFloat8E4M3 with scales of ScaleFormat::kFloat32.
   // Not float8 in workspaces, where they do not travel but are read where experts wrote them.
   DType combine_dtype = dtype;
@@ -90,11 +92,23 @@ class LowLatencyLayout {
                                                 : partition_.num_max_local_experts() * uint64_t{8};
     headers_offset_ = end_of(counts_offset_, num_banks * num_ranks * counts_bytes);
     const uint64_t num_messages = num_ranks * num_tokens;
+    const uint32_t row_in_message = header_bytes_;
+    const uint32_t scales_in_message =
+        row_in_message + narrow(align_up(dispatch_row_bytes_, kScalesAlign));
+    if (config.packs_messages) {
+      const uint32_t stride = narrow(align_up(scales_in_message + scales_stride_, kSlotAlign));
+      header_bytes_ = dispatch_row_stride_ = scales_stride_ = stride;
+    }
     inbox_offset_ =
         end_of(headers_offset_, is_in_place ? 0 : num_banks * num_messages * header_bytes_);
     const uint64_t num_inbox_rows = is_in_place ? 0 : is_pull ? num_tokens : num_messages;
     scales_offset_ = end_of(inbox_offset_, num_banks * num_inbox_rows * dispatch_row_stride_);
     outcome_offset_ = end_of(scales_offset_, num_banks * num_inbox_rows * scales_stride_);
+    if (config.packs_messages) {
+      outcome_offset_ = inbox_offset_;  // the end of what would be headers alone
+      inbox_offset_ = headers_offset_ + row_in_message;
+      scales_offset_ = headers_offset_ + scales_in_message;
+    }
     const uint64_t num_outcome_rows = is_in_place             ? 0
                                       : is_pull && is_partial ? num_messages
                                                               : num_outcome_slots();
@@ -181,6 +195,16 @@ class LowLatencyLayout {
   }
   EP_HOST_DEVICE constexpr uint64_t header(uint32_t bank, uint32_t src_rank, uint32_t slot) const {
     return headers_offset_ + wide(message_idx(bank, src_rank, slot), header_bytes_);
+  }
+
+  // Of a packed message, with its scales; of a row of combine that travels, with its scales.
+  EP_HOST_DEVICE constexpr uint64_t packed_message_bytes() const {
+    return scales_offset_ - headers_offset_ + align_up(num_scales_ * 4, kScalesAlign);
+  }
+  EP_HOST_DEVICE constexpr uint64_t packed_message_stride() const { return header_bytes_; }
+  EP_HOST_DEVICE constexpr uint64_t outcome_bytes() const {
+    return num_combine_scales_ > 0 ? combine_scales_in_row_ + num_combine_scales_ * 4
+                                   : combine_row_bytes_;
   }
 
   // Push: a row and its scales in the receiver's memory, by slot.
@@ -313,6 +337,7 @@ class LowLatencyLayout {
   LowLatencyConfig config_;
   ExpertPartition partition_;
   uint32_t num_outcome_columns_ = 0, num_scales_ = 0;
+  // Strides: header_bytes_, dispatch_row_stride_, scales_stride_; packed, of a message all three.
   uint32_t header_bytes_ = 0, row_bytes_ = 0, combine_row_bytes_ = 0, outcome_stride_ = 0;
   uint32_t num_combine_scales_ = 0, combine_scales_in_row_ = 0;
   uint32_t dispatch_row_bytes_ = 0, dispatch_row_stride_ = 0, scales_stride_ = 0;

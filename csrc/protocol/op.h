@@ -15,6 +15,7 @@ enum class Status : uint32_t {
   kBadExpert,     // topk_idx holds an expert that does not exist
   kInterrupted,   // a signal handler wants to run (Ctrl-C); nothing was done, call again
   kTooManyRows,   // more rows come than there is room for
+  kNotArrived,    // a peer's signal came, over a network, but not all of what it tells
 };
 
 // What an operation was doing when it gave up. Filled by the kernels, turned into an exception

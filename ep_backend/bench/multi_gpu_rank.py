@@ -32,6 +32,7 @@ from ep_backend.bench.multi_gpu_world import StepFailed, World, WorldLost
 from ep_backend.bench.op_cuda_normal_case import NormalCase
 from ep_backend.bench.op_cuda_report import machine
 from ep_backend.bench.provenance import commit
+from ep_backend.network import VARIABLE as NETWORK_VARIABLE
 
 RENDEZVOUS_SECS = 60.0
 LAST_WORDS_SECS = 3.0
@@ -65,6 +66,8 @@ def rank_main(rank: int, options: Options, directory: Path) -> None:
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     # Multicast sets up memory on all GPUs of the host, and an all-to-all does not use it.
     os.environ["NCCL_NVLS_ENABLE"] = "0"
+    if options.network is not None:
+        os.environ[NETWORK_VARIABLE] = options.network
     torch.set_num_threads(1)
     torch.cuda.set_device(rank)
     dist.init_process_group(
@@ -221,6 +224,7 @@ def _head(options: Options) -> dict[str, Any]:
             "topology": _topology(),
         },
         "settings": asdict(options.settings),
+        "network": os.environ.get(NETWORK_VARIABLE),
         "cases": [],
     }
 

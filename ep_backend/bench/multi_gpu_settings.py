@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ep_backend import NetworkConfig
 from ep_backend.bench.op_cuda_settings import (
     TRAVELLING_DTYPES,
     Case,
@@ -81,6 +82,8 @@ class Options:
     limit_secs: float = 240.0
     """Of the whole run; then its processes are ended."""
     output: Path | None = None
+    network: str | None = None
+    """As EP_BACKEND_NETWORK; None: the environment's, or CUDA IPC."""
 
     @property
     def num_gpus(self) -> int:
@@ -123,13 +126,14 @@ def parse_arguments(arguments: list[str], num_visible: int) -> Options:
         parser.error(f"--kind is {','.join(kinds)}, expected a list of {' and '.join(KINDS)}")
     run = {
         k: given.pop(k)
-        for k in ("kinds", "with_nccl", "with_copy", "limit_secs", "output")
+        for k in ("kinds", "with_nccl", "with_copy", "limit_secs", "output", "network")
         if k in given
     }
     of_normal = {
         k.removeprefix("normal_"): given.pop(k) for k in list(given) if k.startswith("normal_")
     }
     try:
+        NetworkConfig.parse(run.get("network", ""))
         settings = replace(DEFAULTS, num_ranks=(num_gpus,), **given)
         normal = NormalSettings()
         if "normal" in kinds:
@@ -189,6 +193,11 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             flag, dest=name, action="store_const", const=False, help=f"Leave out {what}."
         )
+    parser.add_argument(
+        "--network",
+        help="Memory of NVSHMEM with these settings, 'transport=none links=rdma', instead of CUDA "
+        "IPC; with --transfer push --form hook.",
+    )
     parser.add_argument(
         "--limit", dest="limit_secs", type=float, help="Seconds for the whole run. [default: 240]"
     )

@@ -12,7 +12,11 @@ from dataclasses import dataclass
 
 from ep_backend.doctor.checks import Check, Level, Machine
 from ep_backend.doctor.gpu import Gpus
+from ep_backend.memory import nvshmem
+from ep_backend.network import VARIABLE, NetworkConfig, check_free
 
+NUM_TOKENS = 128
+"""A rank, of a typical decode batch."""
 CARDS = "/sys/class/infiniband"
 DRIVER_PARAMETERS = "/proc/driver/nvidia/params"
 NVSHMEM_WHEELS = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
@@ -42,22 +46,67 @@ def ports_of(machine: Machine) -> list[Port]:
     return ports
 
 
-def check_rdma(machine: Machine, gpus: Gpus) -> list[Check]:
+@dataclass(frozen=True)
+class Build:
+    """Of ep_backend."""
+
+    nvshmem: str | None = None
+    """With which version; None: without."""
+    why_not: str = ""
+
+    @classmethod
+    def present(cls) -> Build:
+        try:
+            return cls(nvshmem=nvshmem.extension().DEVICE_VERSION)
+        except ImportError as e:
+            return cls(why_not=str(e))
+
+
+def check_rdma(machine: Machine, gpus: Gpus, build: Build | None = None) -> list[Check]:
+    """
+    Args:
+        build: of this library. Default: as it is.
+    """
     ports = ports_of(machine)
     return [
-        Check(
-            "RDMA in ep_backend",
-            Level.MISSING,
-            "not in this version: ranks of a group are on one host",
-            "Keep each expert-parallel group on one host.",
-        ),
+        _check_kernels(Build.present() if build is None else build),
+        _check_settings(machine),
         *_check_ports(ports),
         _check_registration(machine),
-        _check_device_initiated(machine),
+        _check_device_initiated(machine, _transport(machine)),
         _check_nvshmem(machine),
         _check_locked_memory(machine),
         *_check_affinity(machine, gpus, sorted({port.card for port in ports if port.is_active})),
     ]
+
+
+def _check_kernels(build: Build) -> Check:
+    if build.nvshmem is None:
+        return Check(
+            "kernels over NVSHMEM",
+            Level.MISSING,
+            build.why_not,
+            "Build with EP_BACKEND_NVSHMEM=ON, or keep each expert-parallel group on one host.",
+        )
+    return Check(
+        "kernels over NVSHMEM",
+        Level.NOTE,
+        f"low latency, in this build, with NVSHMEM {build.nvshmem}; run without a card only",
+        'The normal kernels, reduction="source" and workspaces are for ranks on one host.',
+    )
+
+
+def _check_settings(machine: Machine) -> Check:
+    name, text = "network settings", machine.environ.get(VARIABLE, "")
+    remedy = f"Set {VARIABLE}; `ep-backend network` shows what it means to NVSHMEM."
+    try:
+        config = NetworkConfig.parse(text)
+        required = config.environment("low_latency", NUM_TOKENS, num_banks=2)
+        check_free(required, machine.environ)
+    except ValueError as e:
+        return Check(name, Level.MISSING, str(e), remedy)
+    found = f"transport {config.transport}; {' '.join(config.advice())}"
+    return Check(name, Level.NOTE, found, remedy)
 
 
 def _check_ports(ports: list[Port]) -> list[Check]:
@@ -119,7 +168,17 @@ def _kernel_at_least(machine: Machine, major: int, minor: int) -> bool:
     return tuple(numbers) >= (major, minor)
 
 
-def _check_device_initiated(machine: Machine) -> Check:
+def _transport(machine: Machine) -> str:
+    """The one that is set, where settings make sense."""
+    try:
+        return NetworkConfig.parse(machine.environ.get(VARIABLE, "")).transport
+    except ValueError:
+        return NetworkConfig().transport
+
+
+def _check_device_initiated(machine: Machine, transport: str) -> Check:
+    if not transport.startswith("ibgda"):
+        return Check("IBGDA", Level.OK, f"not used: transport {transport}")
     parameters = machine.read(DRIVER_PARAMETERS)
     has_gdrcopy = machine.path("/dev/gdrdrv").exists()
     settings = dict(
@@ -157,13 +216,15 @@ def _check_nvshmem(machine: Machine) -> Check:
     found = {name: machine.version_of(name) for name in NVSHMEM_WHEELS}
     present = [f"{name} {version}" for name, version in found.items() if version is not None]
     python = machine.version_of("nvshmem4py-cu13") or machine.version_of("nvshmem4py-cu12")
-    if not present or python is None:
-        have = ", ".join(present) or "no NVSHMEM wheel"
+    if not present:
+        remedy = "pip install 'ep_backend[nvshmem]'"
+        return Check("NVSHMEM", Level.MISSING, "no NVSHMEM wheel is installed", remedy)
+    if python is None:
         return Check(
             "NVSHMEM",
-            Level.MISSING,
-            f"{have}; nvshmem4py {python or 'is not installed'}",
-            "pip install 'ep_backend[nvshmem]'",
+            Level.NOTE,
+            f"{', '.join(present)}; nvshmem4py is not installed",
+            "ep_backend starts NVSHMEM itself then; other libraries may want nvshmem4py.",
         )
     return Check("NVSHMEM", Level.OK, f"{', '.join(present)}; nvshmem4py {python}")
 

@@ -14,7 +14,7 @@ from ep_backend.doctor.checks import Check, Level, Machine
 from ep_backend.doctor.gpu import Gpus, check_gpus
 from ep_backend.doctor.host import check_host
 from ep_backend.doctor.links import Link, link_table
-from ep_backend.doctor.rdma import check_rdma
+from ep_backend.doctor.rdma import Build, check_rdma
 from ep_backend.doctor.tuning import check_tuning
 
 CONFIGS = {
@@ -69,6 +69,7 @@ def examine(
     ranks_per_host: int,
     machine: Machine | None = None,
     gpus: Gpus | None = None,
+    build: Build | None = None,
 ) -> Examination:
     """
     Args:
@@ -81,14 +82,20 @@ def examine(
         raise ValueError(f"config is {config!r}, expected {' or '.join(map(repr, CONFIGS))}")
     machine = Machine() if machine is None else machine
     gpus = Gpus.visible() if gpus is None else gpus
+    build = Build.present() if build is None else build
+    no_network = "see --config rdma"
+    if config == "rdma":
+        no_network = "this build is without NVSHMEM" if build.nvshmem is None else ""
     return Examination(
         config,
         {
             "host": [*check_host(machine), *check_tuning(machine, gpus)],
             "gpus": check_gpus(machine, gpus),
-            "rdma": check_rdma(machine, gpus),
+            "rdma": check_rdma(machine, gpus, build),
         },
-        link_table(num_ranks, ranks_per_host, "cpu" if config == "cpu" else "cuda", gpus),
+        link_table(
+            num_ranks, ranks_per_host, "cpu" if config == "cpu" else "cuda", gpus, no_network
+        ),
     )
 
 

@@ -1,8 +1,8 @@
 """Symmetric memory: the same number of zeroed bytes on every rank, mapped by every rank.
 
-`shm` (processes of one host, and threads of one process) and `cuda` (peer pointers) are here;
-`nvshmem` (RDMA) belongs here too. A provider gives `bases`, one address per rank, valid in this
-process until `close()`.
+`shm` (processes of one host, and threads of one process), `cuda` (peer pointers of one host) and
+`nvshmem` (also where only a network reaches) are here. A provider gives `bases`, one address per
+rank, valid in this process until `close()`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ class SymmetricMemory(Protocol):
 
     @property
     def bases(self) -> list[int]:
-        """Address of each rank's memory in this process."""
+        """Address of each rank's memory in this process; 0: there is none."""
 
-    def close(self) -> None:
-        """Unmaps everything. Peers that still use their own mappings are not disturbed."""
+    def close(self, *, has_failed: bool = False) -> None:
+        """Unmaps everything. Peers that still use their own mappings are not disturbed.
+
+        Args:
+            has_failed: the buffer has: peers may still write.
+        """
 
 
 def raise_first(errors: list[str | None]) -> None:

@@ -29,7 +29,7 @@ class PeerPointers:
     def bases(self) -> list[int]:
         return [memory.address for memory in self._memories]
 
-    def close(self) -> None:
+    def close(self, *, has_failed: bool = False) -> None:
         self._memories.clear()
 
 

@@ -37,7 +37,7 @@ class MappedMemory:
     def bases(self) -> list[int]:
         return [ctypes.addressof(view) for view in self._views]
 
-    def close(self) -> None:
+    def close(self, *, has_failed: bool = False) -> None:
         self._views.clear()
         self._mappings.clear()  # unmapped when the last rank that shares a mapping lets go
 

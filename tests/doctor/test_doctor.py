@@ -16,7 +16,7 @@ from ep_backend import _native
 from ep_backend.cli import app
 from ep_backend.doctor import Check, Level, Link, Machine, examine, link_table
 from ep_backend.doctor.gpu import Gpus, check_gpus
-from ep_backend.doctor.rdma import check_rdma
+from ep_backend.doctor.rdma import Build, check_rdma
 from ep_backend.doctor.report import Examination, print_examination
 from ep_backend.doctor.tuning import check_tuning
 from ep_backend.tuning import Site, Table
@@ -71,13 +71,20 @@ def by_name(checks: list[Check]) -> dict[str, Check]:
     return {check.name: check for check in checks}
 
 
-def missing_in(machine: Machine) -> set[str]:
-    return {c.name for c in check_rdma(machine, gpus(2)) if c.level is Level.MISSING}
+BUILD = Build(nvshmem="3.4.5")
 
 
-def test_a_cluster_node_lacks_nothing_but_our_transport(tmp_path: Path) -> None:
+def missing_in(machine: Machine, build: Build = BUILD) -> set[str]:
+    return {c.name for c in check_rdma(machine, gpus(2), build) if c.level is Level.MISSING}
+
+
+def test_a_cluster_node_lacks_nothing_but_perhaps_our_kernels(tmp_path: Path) -> None:
     machine = make_cluster_node(tmp_path)
-    assert missing_in(machine) == {"RDMA in ep_backend"}
+    assert missing_in(machine) == set()
+    without = Build(why_not="built without NVSHMEM")
+    assert missing_in(machine, without) == {"kernels over NVSHMEM"}
+    found = by_name(check_rdma(machine, gpus(2), without))["kernels over NVSHMEM"].found
+    assert found == "built without NVSHMEM"
     checks = by_name(check_rdma(machine, gpus(2)))
     assert "mlx5_0:1 InfiniBand 400 Gb/sec" in checks["network cards"].found
     assert checks["card of GPU 0"].found == "mlx5_0, on its PCIe switch"
@@ -103,7 +110,7 @@ def test_what_a_node_lacks_is_named(
 ) -> None:
     machine = make_cluster_node(tmp_path)
     write(tmp_path, file, text)
-    assert missing_in(machine) == {"RDMA in ep_backend", name}
+    assert missing_in(machine) == {name}
     check = by_name(check_rdma(machine, gpus(2)))[name]
     assert found in check.found
     assert check.remedy
@@ -118,13 +125,28 @@ def test_a_cpu_thread_may_ring_the_doorbells(tmp_path: Path) -> None:
     assert by_name(check_rdma(machine, gpus(2)))["GPU memory for cards"].level is Level.NOTE
 
 
+def test_a_proxy_needs_no_doorbells(tmp_path: Path) -> None:
+    node = make_cluster_node(tmp_path)
+    write(tmp_path, "/proc/driver/nvidia/params", "EnableStreamMemOPs: 0")
+    environ = {"EP_BACKEND_NETWORK": "transport=proxy"}
+    machine = Machine(tmp_path, environ, WHEELS.get, node.limit_of)
+    assert missing_in(machine) == set()
+    assert by_name(check_rdma(machine, gpus(2), BUILD))["IBGDA"].found == (
+        "not used: transport proxy"
+    )
+
+
 def test_limits_wheels_and_ports(tmp_path: Path) -> None:
     node = make_cluster_node(tmp_path)
     limited = Machine(tmp_path, {}, WHEELS.get, lambda _: 64 << 10)
     locked = by_name(check_rdma(limited, gpus(2)))["locked memory"]
     assert (locked.level, locked.found.split(":")[0]) == (Level.MISSING, "limited to 64 KiB")
     bare = Machine(tmp_path, {}, {"nvidia-nvshmem-cu13": "3.4.5"}.get, node.limit_of)
-    assert "nvshmem4py is not installed" in by_name(check_rdma(bare, gpus(2)))["NVSHMEM"].found
+    checks = by_name(check_rdma(bare, gpus(2), BUILD))
+    assert "nvshmem4py is not installed" in checks["NVSHMEM"].found
+    assert checks["NVSHMEM"].level is Level.NOTE
+    empty = Machine(tmp_path, {}, lambda _: None, node.limit_of)
+    assert by_name(check_rdma(empty, gpus(2), BUILD))["NVSHMEM"].level is Level.MISSING
     for i in range(2):
         write(tmp_path, f"/sys/class/infiniband/mlx5_{i}/ports/1/state", "1: DOWN")
     cards = by_name(check_rdma(node, gpus(2)))["network cards"]
@@ -155,6 +177,10 @@ def test_every_pair_has_a_link_or_a_reason() -> None:
         "shm",
     }
     assert "no GPU 2" in link_table(3, 3, "cuda", gpus(2))[0][2].why
+    with_network = link_table(4, 2, "cuda", gpus(2, apart={(1, 0)}), no_network="")
+    assert [link.kind for link in with_network[0]] == ["self", "p2p", "rdma", "rdma"]
+    assert "does not reach the memory of GPU 0" in with_network[1][0].why
+    assert with_network[1][0].kind == "rdma"
     with pytest.raises(ValueError, match="4 ranks, 5 on a host"):
         link_table(4, 5, "cpu", gpus(0))
 
@@ -166,9 +192,32 @@ def test_a_config_runs_if_what_it_needs_is_there(tmp_path: Path) -> None:
     on_gpus = examine("cuda", 2, 2, machine, gpus(2))
     assert {check.name for check in on_gpus.missing} <= {"CUDA kernels"}  # as this build is
     assert not on_gpus.apart
-    on_hosts = examine("rdma", 4, 2, machine, gpus(2))
+    on_hosts = examine("rdma", 4, 2, machine, gpus(2), Build(why_not="built without NVSHMEM"))
     assert not on_hosts.can_run
-    assert sum(on_hosts.apart.values()) == 8
+    assert on_hosts.apart == {
+        "on different hosts: only RDMA joins those; this build is without NVSHMEM": 8
+    }
+    on_hosts = examine("rdma", 4, 2, machine, gpus(2), BUILD)
+    assert {check.name for check in on_hosts.missing} <= {"CUDA kernels"}
+    assert not on_hosts.apart
+
+
+def test_network_settings_that_cannot_be(tmp_path: Path) -> None:
+    make_cluster_node(tmp_path)
+    for environ, text in (
+        ({"EP_BACKEND_NETWORK": "transport=tcp"}, "transport is 'tcp', expected 'ibgda'"),
+        ({"NVSHMEM_IB_ENABLE_IBGDA": "0"}, "NVSHMEM_IB_ENABLE_IBGDA is '0' in the environment"),
+    ):
+        machine = Machine(tmp_path, environ, WHEELS.get, lambda _: resource.RLIM_INFINITY)
+        check = by_name(check_rdma(machine, gpus(2), BUILD))["network settings"]
+        assert (check.level, text in check.found) == (Level.MISSING, True)
+    machine = Machine(tmp_path, {"EP_BACKEND_NETWORK": "service_level=3"}, WHEELS.get)
+    check = by_name(check_rdma(machine, gpus(2), BUILD))["network settings"]
+    assert check.level is Level.NOTE
+    assert "no adaptive routing" in check.found
+
+
+def test_a_config_that_does_not_exist() -> None:
     with pytest.raises(ValueError, match="config is 'tpu', expected 'cpu' or"):
         examine("tpu", 1, 1)
 
@@ -188,7 +237,7 @@ def printed(examination: Examination) -> str:
 
 def test_what_is_printed(tmp_path: Path) -> None:
     machine = Machine(tmp_path, {}, lambda _: None, lambda _: 0)
-    text = printed(examine("rdma", 20, 2, machine, gpus(2)))
+    text = printed(examine("rdma", 20, 2, machine, gpus(2), Build(why_not="without")))
     assert "pip install 'ep_backend[nvshmem]'" in text  # no markup
     assert "(the first 16 of 20 ranks)" in text
     assert "rdma, 20 ranks: cannot run" in text

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ep_backend import Group, LowLatencyBuffer, _native, virtual_world
+from ep_backend import Group, LowLatencyBuffer, NetworkConfig, _native, virtual_world
 from ep_backend.settings import BufferSettings
 
 
@@ -32,6 +32,7 @@ class Shape:
     num_workspaces: int = 0
     expert_ids: str = "local"
     num_sms: int | None = None
+    network: NetworkConfig | None = None
 
     @property
     def is_float8(self) -> bool:
@@ -63,6 +64,7 @@ class Shape:
             expert_ids=self.expert_ids,
             num_banks=self.num_banks,
             device=self.device,
+            network=self.network,
         )
 
     def config(self) -> _native.LowLatencyConfig:
@@ -95,6 +97,7 @@ class Shape:
             device=self.device,
             spin_us=spin_us,
             num_sms=self.num_sms,
+            network=self.network,
         )
 
     def virtual_buffers(self, timeout_secs: float = 30.0) -> list[LowLatencyBuffer]:

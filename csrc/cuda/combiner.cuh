@@ -1,0 +1,243 @@
+// Combine's two halves: a partial row, or all rows, for every message; the sum of those of every
+// token. A warp makes some parts of a row.
+#pragma once
+
+#include "cuda/travelling_rows.cuh"
+
+namespace ep::cuda {
+
+using protocol::CombineRecvParams;
+using protocol::CombineSendParams;
+using protocol::HandleEntry;
+using protocol::HandleMessage;
+using protocol::Reduction;
+using protocol::Transfer;
+
+// `Rows`: PlainRows or Float8Rows.
+template <typename Rows, typename View = RankView>
+class Combiner {
+ public:
+  using Op = OpOf<View>;
+  using SendItems = cuda::SendItems<View>;
+
+  // `skip_rank`: whose partial rows are not sent, because this kernel receives them itself.
+  __device__ Combiner(const View& rank, const Op& op, const CombineSendParams& send,
+                      const Sources& received, uint32_t skip_rank, SumPlan* plan)
+      : rank_(rank),
+        layout_(rank.layout),
+        op_(op),
+        send_(send),
+        received_(received),
+        skip_rank_(skip_rank),
+        plan_(plan),
+        is_source_(layout_.config().reduction == Reduction::kSource),
+        is_pull_(layout_.config().transfer == Transfer::kPull && !is_source_),
+        rows_(layout_),
+        num_parts_(protocol::parts_for(layout_.combine_row_bytes())) {}
+
+  // A partial row for every message. Whole block.
+  __device__ void send() const {
+    const uint32_t num_ranks = received_.num_ranks;
+    bool all_tagged = true;
+#pragma unroll 1
+    for (uint32_t r = 0; r < num_ranks; ++r) {
+      all_tagged &= r == skip_rank_ || received_.is_tagged(r);
+    }
+    if (Op::is_clerk()) publish(true);  // tagged rows do not wait for a signal
+    const OtherMessages messages(received_, skip_rank_);
+    for (SendItems items(messages.size, num_parts_); items.more(); items.next()) {
+      const uint32_t m = messages[items.row()];
+      const uint32_t src_rank = source_of(received_.prefix, num_ranks, m);
+      make_partial(m, src_rank, m - received_.prefix[src_rank], nullptr, items);
+      if constexpr (View::kHasNetwork) put_partial(m, src_rank, m - received_.prefix[src_rank]);
+    }
+    if (!all_tagged && op_.is_last_block()) publish(false);
+  }
+
+  // Adds up the partial rows of every token of this rank. False, on all lanes of a warp: it gave
+  // up.
+  __device__ bool receive(const CombineRecvParams& recv) const {
+    const bool is_tagged = recv.num_tokens <= layout_.config().num_max_tagged_tokens;
+    for (Items items(recv.num_tokens, num_parts_); items.more(); items.next()) {
+      const uint32_t token = items.row(), lane = threadIdx.x % kWarp;
+      const uint32_t first_column = token * layout_.num_outcome_columns();
+      std::byte* out = recv.out + token * layout_.row_bytes();
+      // Together, whether they are used or not.
+      const uint32_t num_columns = recv.num_partials[token];
+      uint32_t answer = 0;
+      if (lane < layout_.num_outcome_columns()) answer = recv.answers[first_column + lane];
+      if (!make_own(recv, first_column, num_columns, answer, out, items)) continue;
+      if (is_tagged) {
+        if (!add_tagged(recv, first_column, num_columns, out, items)) return false;
+        continue;
+      }
+      __syncwarp();  // the last plan has been used
+      for (uint32_t c = lane; c < num_columns; c += kWarp) {
+        if (c != lane) answer = recv.answers[first_column + c];
+        const uint32_t src_rank = answer >> 16, slot = answer & 0xffff;
+        const uint32_t self = rank_.self_rank;
+        if (is_pull_) {
+          plan_->rows[c] = op_.peer(src_rank) + layout_.outbox(op_.bank(), self, slot);
+        } else {
+          const uint32_t column = is_source_ ? slot : c;  // its k
+          plan_->rows[c] = op_.self() + layout_.outcome(op_.bank(), first_column + column);
+        }
+        plan_->weights[c] = is_source_ ? recv.topk_weights[first_column + slot] : 1.0f;
+      }
+      __syncwarp();
+      rows_.add_up(*plan_, num_columns, items.first_part(), items.end_part(), out);
+    }
+    return true;
+  }
+
+ private:
+  // Signals to the sources whose rows are tagged, or to those whose rows are not. Over a network
+  // they wait for nothing, either: rows that arrive are counted.
+  __device__ void publish(bool to_tagged) const {
+#pragma unroll 1
+    for (uint32_t r = threadIdx.x; r < received_.num_ranks; r += blockDim.x) {
+      const bool is_tagged = received_.is_tagged(r) || !op_.reaches(r);
+      if (r == skip_rank_ || is_tagged != to_tagged) continue;
+      if (!is_tagged) ptx::fence_acq_rel_sys();
+      op_.publish_signal(r, received_.count(r));
+    }
+  }
+
+  // The partial row that all warps have made, where its source is behind a network. Whole block.
+  __device__ void put_partial(uint32_t m, uint32_t src_rank, uint32_t slot) const {
+    __syncthreads();
+    if (op_.reaches(src_rank) || threadIdx.x / kWarp != m % kWarps) return;
+    const uint32_t outcome_slot = send_.handle.messages[m].outcome_slot;
+    rank_.put(layout_.outcome(op_.bank(), outcome_slot),
+              rank_.network.staged_outcome(op_.bank(), src_rank, slot),
+              rank_.network.outcome_bytes(),
+              rank_.network.arrivals(op_.bank(), Phase::kCombine, rank_.self_rank), src_rank);
+  }
+
+  // The partial row of message `m` to where its source looks for it, or to `out`. One warp.
+  template <typename AnyItems>
+  __device__ void make_partial(uint32_t m, uint32_t src_rank, uint32_t slot, std::byte* out,
+                               const AnyItems& items) const {
+    const uint32_t lane = threadIdx.x % kWarp, top_k = layout_.config().top_k;
+    const HandleMessage message = send_.handle.messages[m];
+    __syncwarp();  // the last plan has been used
+    for (uint32_t j = lane; j < top_k; j += kWarp) {
+      // Beside the message, not after it: entries of message m begin at m * K.
+      const HandleEntry entry = send_.handle.entries[uint64_t{m} * top_k + j];
+      plan_->rows[j] = const_cast<std::byte*>(send_.expert_out) + entry.row * layout_.row_bytes();
+      plan_->weights[j] = entry.weight;
+    }
+    __syncwarp();
+    if (is_source_) {
+#pragma unroll 1
+      for (uint32_t j = 0; j < message.num_entries; ++j) {
+        const uint32_t k = __float_as_uint(plan_->weights[j]);
+        rows_.send_row(plan_->rows[j], items.first_part(), items.end_part(),
+                       sink_at(src_rank, slot, message.outcome_slot + k));
+      }
+      return;
+    }
+    const Sink sink =
+        out != nullptr ? Sink{out, false, 0} : sink_at(src_rank, slot, message.outcome_slot);
+    rows_.send_sum(*plan_, message.num_entries, items.first_part(), items.end_part(), sink);
+  }
+
+  // Where `src_rank` looks for the row of an outcome slot, that of its message `slot`.
+  __device__ Sink sink_at(uint32_t src_rank, uint32_t slot, uint32_t outcome_slot) const {
+    if (received_.is_tagged(src_rank)) {
+      return {op_.peer(src_rank) + layout_.tagged_outcome(op_.bank(), outcome_slot), true,
+              op_.tag()};
+    }
+    if constexpr (View::kHasNetwork) {
+      if (!op_.reaches(src_rank)) {
+        return {op_.self() + rank_.network.staged_outcome(op_.bank(), src_rank, slot), false, 0};
+      }
+    }
+    if (is_pull_) return {op_.self() + layout_.outbox(op_.bank(), src_rank, slot), false, 0};
+    return {op_.peer(src_rank) + layout_.outcome(op_.bank(), outcome_slot), false, 0};
+  }
+
+  // Where this kernel makes the token's own partial row: that, beside the peers' rows, or, where
+  // rows travel as they are, as the result if there are no others. False: nothing is left to add.
+  // One warp; `answer`: of the lane's column.
+  __device__ bool make_own(const CombineRecvParams& recv, uint32_t first_column,
+                           uint32_t num_columns, uint32_t answer, std::byte* out,
+                           const Items& items) const {
+    if (skip_rank_ == kNoRank) return true;
+    const uint32_t lane = threadIdx.x % kWarp;
+    uint32_t own = 0;  // slot + 1
+    for (uint32_t c = lane; c < num_columns; c += kWarp) {
+      if (c != lane) answer = recv.answers[first_column + c];
+      if (answer >> 16 == skip_rank_) own = (answer & 0xffff) + 1;
+    }
+    own = __reduce_max_sync(kAllLanes, own);
+    if (own == 0) return true;
+    const bool is_only = Rows::kLonePartialIsResult && num_columns == 1;
+    // Lanes of this warp read it back.
+    make_partial(received_.prefix[skip_rank_] + own - 1, skip_rank_, own - 1,
+                 is_only ? out : nullptr, items);
+    return !is_only;
+  }
+
+  __device__ bool add_tagged(const CombineRecvParams& recv, uint32_t first_column,
+                             uint32_t num_columns, std::byte* out, const Items& items) const {
+    constexpr uint32_t kBatch = Rows::kTaggedBatch;
+    const uint64_t row_bytes = protocol::tagged_row_bytes(layout_.combine_row_bytes());
+    const uint32_t num_vectors = rows_.num_vectors();
+    std::byte* rows = op_.self() + layout_.tagged_outcome(op_.bank(), first_column);
+    const uint32_t* answers = recv.answers + first_column;
+    // All rows lie by their k, partial rows side by side.
+    auto column_of = [&](uint32_t c) { return is_source_ ? answers[c] & 0xffff : c; };
+#pragma unroll 1
+    for (uint32_t part = items.first_part(); part < items.end_part(); ++part) {
+      typename Rows::PartSum sum(num_columns);
+#pragma unroll 1
+      for (uint32_t first = 0; first < num_columns; first += kBatch) {
+        TaggedPart batch[kBatch];
+        while (true) {
+          bool is_here = true;
+#pragma unroll
+          for (uint32_t i = 0; i < kBatch; ++i) {
+            const bool is_coming = first + i < num_columns;
+            const uint32_t column = is_coming ? column_of(first + i) : 0;
+            batch[i].begin(rows + column * row_bytes, is_coming ? num_vectors : 0, part, op_.tag());
+          }
+#pragma unroll
+          for (uint32_t i = 0; i < kBatch; ++i) is_here &= batch[i].is_here(op_.tag());
+          if (__all_sync(kAllLanes, is_here)) break;
+          bool ok = true;
+#pragma unroll 1
+          for (uint32_t c = first; c < min(first + kBatch, num_columns) && ok; ++c) {
+            ok = wait_for_part(rank_, op_.receiving(), answers[c] >> 16,
+                               rows + column_of(c) * row_bytes, num_vectors, part);
+          }
+          if (!__all_sync(kAllLanes, ok)) return false;
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < kBatch; ++i) {
+          if (first + i < num_columns) {
+            const float weight =
+                is_source_ ? recv.topk_weights[first_column + column_of(first + i)] : 1.0f;
+            sum.add(batch[i].part(), weight, first + i == 0);
+          }
+        }
+      }
+      sum.store(out, num_vectors, part);
+    }
+    return true;
+  }
+
+  const View& rank_;
+  const LowLatencyLayout& layout_;
+  const Op& op_;
+  const CombineSendParams& send_;
+  const Sources& received_;
+  uint32_t skip_rank_;
+  SumPlan* plan_;
+  bool is_source_;
+  bool is_pull_;  // all rows, and tagged ones, are pushed in any case
+  Rows rows_;
+  uint32_t num_parts_;
+};
+
+}  // namespace ep::cuda

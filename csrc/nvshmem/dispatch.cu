@@ -1,0 +1,96 @@
+// Dispatch where some peers are behind a network: what csrc/cuda/low_latency_dispatch.cu does in
+// halves, with puts where there is no way to write. A block does a token: its warps write parts of
+// the row, then put a message each.
+
+#include "cuda/dispatch_recv.cuh"
+#include "cuda/dispatch_send.cuh"
+#include "nvshmem/launch.cuh"
+
+namespace ep::nvshmem {
+namespace {
+
+using namespace cuda;
+
+template <typename Rows>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+    network_dispatch_send(const __grid_constant__ NetworkView rank,
+                          const __grid_constant__ Rows rows,
+                          const __grid_constant__ DispatchSendParams send) {
+  using Sender = DispatchSender<Rows, NetworkView>;
+  extern __shared__ uint32_t shared[];
+  __shared__ typename Sender::Plan plans[kWarps];
+  const Routing routing(rank, send);
+  TokenSets sets(shared, routing);
+  const auto items = Sender::items(rank, send.num_tokens);
+  typename Rows::Fetched fetched;
+  int64_t first_expert = -1;
+  sets.clear();
+  ptx::touch(rank);
+  ptx::touch(send);
+  const OpOf<NetworkView> op(rank, Phase::kDispatch, true, false, [&] {
+    first_expert = TokenSets::first_expert(routing);
+    if (items.more()) fetched = rows.fetch(items.row(), items.first_part());
+  });
+  const Sender sender(rank, op, routing, sets, rows, send, kNoRank);
+  const bool ok = sets.fill(rank, routing, first_expert);
+  if (!op.start_send(ok)) return;
+  sender.run(items, fetched, &plans[threadIdx.x / kWarp]);
+  op.complete(true);
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
+    network_dispatch_recv(const __grid_constant__ NetworkView rank,
+                          const __grid_constant__ DispatchRecvParams recv) {
+  extern __shared__ uint32_t shared[];
+  __shared__ MessagePlan plans[kWarps];
+  auto no_own_count = [](uint32_t) { return 0u; };
+  ptx::touch(rank);
+  ptx::touch(recv);
+  const OpOf<NetworkView> op(rank, Phase::kDispatch, false, true, [] {});
+  const Arrivals arrivals(shared, rank.layout.config().num_ranks, rank.num_local_experts);
+  const DispatchReceiver<NetworkView> receiver(rank, op, recv, arrivals,
+                                               &plans[threadIdx.x / kWarp]);
+  bool ok = op.start_recv(kNoRank, arrivals.sources.words, [] { return 0u; });
+  // Counts have arrived with the messages; none is read before.
+  if (!__syncthreads_and(ok)) return;
+  if (recv.output == OutputLayout::kExpertMajor) ok = receiver.read_counts(kNoRank, no_own_count);
+  if (!__syncthreads_and(ok)) return;
+  arrivals.sources.count_up();
+  __syncthreads();
+  ok = receiver.run(kNoRank, 0);
+  ok &= receiver.write_counts(kNoRank, no_own_count);
+  op.complete(ok);
+}
+
+}  // namespace
+
+void prepare_dispatch() {
+  Launch::prepare(network_dispatch_send<CopyRow>);
+  Launch::prepare(network_dispatch_send<QuantizeRow<__nv_bfloat16>>);
+  Launch::prepare(network_dispatch_send<QuantizeRow<float>>);
+  Launch::prepare(network_dispatch_recv);
+}
+
+uint64_t dispatch_shared_bytes(const protocol::LowLatencyLayout& layout, uint32_t self_rank) {
+  const auto& config = layout.config();
+  const uint32_t num_local = layout.partition().num_local_experts(self_rank);
+  return std::max(TokenSets::num_bytes(config, config.num_max_tokens_per_rank),
+                  Arrivals::num_bytes(config.num_ranks, num_local));
+}
+
+void launch_dispatch_send(const NetworkView& rank, const DispatchSendParams& send,
+                          const Launch& launch) {
+  with_rows(rank.layout, send, [&](auto rows) {
+    launch.run(network_dispatch_send<decltype(rows)>,
+               TokenSets::num_bytes(rank.layout.config(), send.num_tokens), rank, rows, send);
+  });
+}
+
+void launch_dispatch_recv(const NetworkView& rank, const DispatchRecvParams& recv,
+                          const Launch& launch) {
+  const uint64_t num_bytes =
+      Arrivals::num_bytes(rank.layout.config().num_ranks, rank.num_local_experts);
+  launch.run(network_dispatch_recv, num_bytes, rank, recv);
+}
+
+}  // namespace ep::nvshmem
