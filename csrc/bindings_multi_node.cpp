@@ -163,7 +163,8 @@ void bind_rank(py::module_& m) {
                                                           topk_weights, workspace, num_slots));
              });
            })
-      .def("epoch", &MultiNodeRank::epoch)
+      .def("epoch", [](const MultiNodeRank& self, protocol::Phase phase,
+                       protocol::Half half) { return self.epoch(phase, half); })
       .def("statistics",
            [](const MultiNodeRank& self) { return statistics_dict(self.statistics()); });
 }

@@ -68,29 +68,9 @@ def current_stream(device: torch.device) -> int:
 
 
 class CpuKernels:
-    """They run in the calling thread and wait there, without the interpreter lock.
+    """They run in the calling thread and wait there, without the interpreter lock."""
 
-    Args:
-        spin_us: see `LowLatencyBuffer`.
-    """
-
-    def __init__(
-        self,
-        config: _native.LowLatencyConfig,
-        self_rank: int,
-        bases: list[int],
-        timeout_secs: float,
-        spin_us: float | None,
-    ) -> None:
-        if spin_us is None:
-            spin_us = default_spin_us(config.num_ranks)
-        rank = _native.LowLatencyRank(
-            config,
-            self_rank,
-            bases,
-            timeout_ns=int(timeout_secs * 1e9),
-            spin_ns=int(spin_us * 1e3),
-        )
+    def __init__(self, rank: _native.LowLatencyRank | _native.MultiNodeRank) -> None:
         self._rank = rank
         # The two calls are as good as one.
         self.dispatch = None
@@ -186,6 +166,7 @@ class CudaKernels:
 
 def make_kernels(
     config: _native.LowLatencyConfig,
+    multi_node: _native.MultiNodeConfig | None,
     group: Group,
     bases: list[int],
     device: torch.device,
@@ -193,9 +174,34 @@ def make_kernels(
     spin_us: float | None,
     num_sms: int | None,
 ) -> RankKernels:
-    """The kernels for `device`; arguments that it does not know are ignored."""
+    """The kernels for `device`; arguments that it does not know are ignored.
+
+    Args:
+        multi_node: where ranks are on several nodes.
+        spin_us: see `LowLatencyBuffer`.
+    """
     if device.type == "cpu":
-        return CpuKernels(config, group.self_rank, bases, timeout_secs, spin_us)
+        if spin_us is None:
+            spin_us = default_spin_us(config.num_ranks)
+        timeout_ns, spin_ns = int(timeout_secs * 1e9), int(spin_us * 1e3)
+        rank = group.self_rank
+        if multi_node is None:
+            return CpuKernels(
+                _native.LowLatencyRank(
+                    config, rank, bases, timeout_ns=timeout_ns, spin_ns=spin_ns
+                )
+            )
+        assert group.network is not None
+        return CpuKernels(
+            _native.MultiNodeRank(
+                multi_node,
+                rank,
+                bases,
+                group.network.native,
+                timeout_ns=timeout_ns,
+                spin_ns=spin_ns,
+            )
+        )
     if num_sms is None:
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         if group.is_virtual:

@@ -27,7 +27,13 @@ from ep_backend.handles import KernelStatistics, address_of
 from ep_backend.kernel_calls import KernelCalls
 from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS, INDEX_DTYPES
 from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
-from ep_backend.normal_settings import CpuNormalKernels, NormalSettings, NormalShape, check_cpu
+from ep_backend.normal_settings import (
+    CpuNormalKernels,
+    NormalSettings,
+    NormalShape,
+    check_cpu,
+    check_one_node,
+)
 from ep_backend.observe.buffer import BufferObserver, start_exporter
 from ep_backend.settings import check_waits, device_type
 
@@ -110,6 +116,7 @@ class NormalBuffer:
         try:
             check_cpu(device)
             settings.check(group.num_ranks)
+            check_one_node(group)
             start_exporter(group)
             check_waits(timeout_secs, spin_us)
         except (TypeError, ValueError) as e:

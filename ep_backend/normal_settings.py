@@ -99,6 +99,15 @@ def check_cpu(device: str | torch.device) -> None:
         raise ValueError(f"device is {str(device)!r}, expected 'cpu' or a CUDA device.")
 
 
+def check_one_node(group: Group) -> None:
+    """Raises `ValueError` where ranks are on several nodes."""
+    if group.network is not None:
+        raise ValueError(
+            f"ranks_per_node is {group.ranks_per_node}, but normal kernels do not run over the "
+            "network of a virtual world yet. Leave it out."
+        )
+
+
 class CpuNormalKernels:
     """They run in the calling thread and wait there, without the interpreter lock. Kernels take
     addresses and sizes; csrc/bindings_normal.cpp says which.

@@ -66,10 +66,14 @@ class BufferSettings:
     num_banks: int
     device: str
     """Its type, "cpu" or "cuda"."""
+    hierarchical: bool = False
 
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""
-        return asdict(self) | {"protocol version": _native.PROTOCOL_VERSION}
+        return asdict(self) | {
+            "protocol version": _native.PROTOCOL_VERSION,
+            "protocol version between nodes": _native.MULTI_NODE_PROTOCOL_VERSION,
+        }
 
     def check(self, num_ranks: int) -> None:
         """Raises `ValueError` for what no kernel could serve."""
@@ -118,6 +122,26 @@ class BufferSettings:
                 "caller weights and sums the rows of a rank's experts itself: there are no rows of "
                 "single experts to send home. Pass output_layout='expert_major', or leave "
                 "reduction out."
+            )
+
+    def check_nodes(self, num_nodes: int) -> None:
+        """Raises `ValueError` for what cannot be done where ranks are on so many nodes."""
+        if num_nodes > 1 and self.device == "cuda":
+            raise ValueError(
+                f"device is 'cuda', but the virtual ranks are on {num_nodes} nodes, whose network "
+                "is a CPU's. Pass device='cpu', or leave ranks_per_node out."
+            )
+        if not self.hierarchical:
+            return
+        if self.device != "cpu":
+            raise ValueError(
+                f"hierarchical is True and device {self.device!r}, but so far only the CPU's "
+                "kernels forward within a node. Leave hierarchical out."
+            )
+        if self.reduction == "source":
+            raise ValueError(
+                "hierarchical is True and reduction 'source', but rows of a node are added up "
+                "before they go home, and at home nobody could weight them. Pass reduction='rank'."
             )
 
     def _check_workspaces(self) -> None:
@@ -171,6 +195,16 @@ class BufferSettings:
             num_workspaces=self.num_workspaces,
             global_expert_ids=self.expert_ids == "global",
             reduction=REDUCTIONS[self.reduction],
+        )
+
+    def multi_node_config(
+        self, num_ranks: int, ranks_per_node: int
+    ) -> _native.MultiNodeConfig:
+        """Where ranks are on several nodes; of checked settings."""
+        return _native.MultiNodeConfig(
+            self.config(num_ranks),
+            ranks_per_node=ranks_per_node,
+            is_hierarchical=self.hierarchical and ranks_per_node < num_ranks,
         )
 
     def _num_tagged_tokens(self, num_ranks: int) -> int:
