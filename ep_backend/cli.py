@@ -12,7 +12,16 @@ import typer
 from rich.console import Console
 from rich.status import Status
 
-from ep_backend.bench import decode, observe_cost, op, op_cuda, op_cuda_normal, precision, serve
+from ep_backend.bench import (
+    decode,
+    observe_cost,
+    op,
+    op_cuda,
+    op_cuda_normal,
+    precision,
+    serve,
+    wire,
+)
 from ep_backend.bench.demo import DemoSettings, Progress, ServerFailed, run_demo
 from ep_backend.bench.demo_engines import ENGINES
 from ep_backend.bench.demo_report import plot_latencies, print_report
@@ -33,6 +42,7 @@ trace = typer.Typer(
 )
 app.add_typer(trace, name="trace")
 bench.command()(precision.precision)
+bench.command()(wire.wire)
 # `bench op` parses only --device and --kind itself: what it measures has options of its own.
 op_cpu = typer.Typer(pretty_exceptions_enable=False)
 op_cpu.command()(op.op)
