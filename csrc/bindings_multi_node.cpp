@@ -90,8 +90,8 @@ void bind_network(py::module_& m) {
   py::class_<Network, std::shared_ptr<Network>>(m, "Network")
       .def(py::init([](uint32_t num_ranks, uint32_t ranks_per_node, uint64_t seed,
                        uint32_t max_delay_us) {
-             auto network = std::make_shared<Network>(Nodes{num_ranks, ranks_per_node}, seed,
-                                                      max_delay_us);
+             auto network =
+                 std::make_shared<Network>(Nodes{num_ranks, ranks_per_node}, seed, max_delay_us);
              network->start_thread();
              return network;
            }),
@@ -146,9 +146,8 @@ void bind_rank(py::module_& m) {
              });
            })
       .def("combine_send",
-           [](MultiNodeRank& self, uintptr_t expert_out, uintptr_t num_messages,
-              uintptr_t messages, uintptr_t entries, uintptr_t num_forwarded, uintptr_t forwarded,
-              int32_t workspace) {
+           [](MultiNodeRank& self, uintptr_t expert_out, uintptr_t num_messages, uintptr_t messages,
+              uintptr_t entries, uintptr_t num_forwarded, uintptr_t forwarded, int32_t workspace) {
              return run([&] {
                return self.combine_send(
                    make_combine_send(expert_out, num_messages, messages, entries, workspace),

@@ -187,9 +187,7 @@ def make_kernels(
         rank = group.self_rank
         if multi_node is None:
             return CpuKernels(
-                _native.LowLatencyRank(
-                    config, rank, bases, timeout_ns=timeout_ns, spin_ns=spin_ns
-                )
+                _native.LowLatencyRank(config, rank, bases, timeout_ns=timeout_ns, spin_ns=spin_ns)
             )
         assert group.network is not None
         return CpuKernels(

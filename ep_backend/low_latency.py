@@ -218,7 +218,14 @@ class LowLatencyBuffer:
         self._expert_out_shape = (*output_shape.rows, hidden)
         self._memory = group.allocate(num_bytes, self.device)
         self._kernels = make_kernels(
-            config, multi_node, group, self._memory.bases, self.device, timeout_secs, spin_us, num_sms
+            config,
+            multi_node,
+            group,
+            self._memory.bases,
+            self.device,
+            timeout_secs,
+            spin_us,
+            num_sms,
         )
         base = self._memory.bases[group.self_rank]
         self._workspaces = Workspaces(

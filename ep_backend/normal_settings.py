@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from ep_backend.settings import (
     check_dispatch_dtype,
     device_type,
 )
+
+if TYPE_CHECKING:
+    from ep_backend.group import Group
 
 # As the native module counts them.
 NORMAL_KERNEL_NAMES = ("normal_counts", "normal_dispatch", "normal_combine")

@@ -4,8 +4,9 @@ Every kernel must equal these functions bit for bit: rows are ordered by source 
 each product and each sum is rounded to float32; a rank adds its experts in k order and its partial
 sum is rounded to the payload's dtype; a token adds its ranks in rank order, or, where all rows come
 home, those in k order. Hierarchical, a node adds its ranks in rank order and rounds, and a token
-adds its nodes in node order. Where rows of dispatch travel as float8, `quantize` says what becomes of
-them; `dispatch` then takes its result as `x`. Rows of combine that do are quantised from float32.
+adds its nodes in node order. Where rows of dispatch travel as float8, `quantize` says what becomes
+of them; `dispatch` then takes its result as `x`. Rows of combine that do are quantised from
+float32.
 
 R ranks, T_r tokens of rank r, H hidden, K top_k, N = ceil(H / 128) scales a float8 row.
 """

@@ -197,9 +197,7 @@ class BufferSettings:
             reduction=REDUCTIONS[self.reduction],
         )
 
-    def multi_node_config(
-        self, num_ranks: int, ranks_per_node: int
-    ) -> _native.MultiNodeConfig:
+    def multi_node_config(self, num_ranks: int, ranks_per_node: int) -> _native.MultiNodeConfig:
         """Where ranks are on several nodes; of checked settings."""
         return _native.MultiNodeConfig(
             self.config(num_ranks),

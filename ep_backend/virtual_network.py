@@ -45,9 +45,7 @@ class Traffic:
         return self + other.times(-1)
 
     def times(self, factor: int) -> Traffic:
-        return Traffic(
-            self.num_puts * factor, self.put_bytes * factor, self.num_signals * factor
-        )
+        return Traffic(self.num_puts * factor, self.put_bytes * factor, self.num_signals * factor)
 
 
 class VirtualNetwork:

@@ -192,7 +192,10 @@ void LowLatencyRank::finish_dispatch(Op& op, const DispatchRecvParams& params) {
 bool LowLatencyRank::unpack_source(Op& op, uint32_t src_rank, const DispatchRecvParams& params) {
   const auto& config = layout_.config();
   uint64_t num_messages;
-  if (!op.wait_for_signal(src_rank, &num_messages)) return false;
+  if (!op.wait_for_word(writer_of(src_rank), layout_.signal(op.bank(), op.phase(), src_rank),
+                        layout_.signal_sleepers(op.phase(), src_rank), &num_messages)) {
+    return false;
+  }
   if (num_messages > config.num_max_tokens_per_rank) {
     return op.fail(Status::kCorrupt, src_rank, config.num_max_tokens_per_rank, num_messages);
   }

@@ -35,11 +35,15 @@ LowLatencyRank::Destination MultiNodeRank::destination(uint32_t rank) const {
   return {nodes().forwarder(nodes().node_of(rank), self_rank_), true};
 }
 
+uint32_t MultiNodeRank::writer_of(uint32_t src_rank) const {
+  return is_hierarchical() ? nodes().forwarder(nodes().node_of(self_rank_), src_rank) : src_rank;
+}
+
 void MultiNodeRank::put(Phase phase, uint32_t dst_rank, uint64_t offset, uint64_t staged,
                         uint64_t num_bytes) {
   fence_streamed_rows();
-  network_->put(queue_pair(phase, dst_rank), bases_[dst_rank] + offset,
-                bases_[self_rank_] + staged, num_bytes);
+  network_->put(queue_pair(phase, dst_rank), bases_[dst_rank] + offset, bases_[self_rank_] + staged,
+                num_bytes);
 }
 
 void MultiNodeRank::publish_word(Phase phase, uint32_t peer, uint64_t word, uint64_t value,

@@ -69,6 +69,7 @@ class MultiNodeRank : protected LowLatencyRank {
            uint64_t num_bytes);
 
   Destination destination(uint32_t rank) const override;
+  uint32_t writer_of(uint32_t src_rank) const override;
   MessagePlace place_message(const Op& op, uint32_t dst_rank, uint32_t slot,
                              uint32_t token) override;
   void message_is_placed(const Op& op, uint32_t dst_rank, uint32_t slot, uint32_t token) override;

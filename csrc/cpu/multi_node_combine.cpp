@@ -114,8 +114,7 @@ void MultiNodeRank::add_up_node(Op& op, uint32_t remote) {
     const protocol::ForwardedMessage& message =
         answered.messages[uint64_t{remote} * config.num_max_tokens_per_rank + slot];
     for (uint32_t column = 0; column < message.num_partials; ++column) {
-      rows[column] =
-          self + layout.node_partial(bank, remote, slot * layout.num_columns() + column);
+      rows[column] = self + layout.node_partial(bank, remote, slot * layout.num_columns() + column);
     }
     const uint64_t staged = layout.node_sum(bank, remote, slot);
     write_sum(hook_scratch_, self + staged, config.combine_dtype, rows, nullptr,
@@ -144,8 +143,8 @@ void MultiNodeRank::add_up_token(const Op& op, uint32_t token, const CombineRecv
     own_rows[num_own_rows++] = row;
   }
   if (num_own_rows > 0) {
-    write_sum(hook_scratch_, own_sum_.data(), config.combine_dtype, own_rows, nullptr,
-              num_own_rows, Store::kCached);
+    write_sum(hook_scratch_, own_sum_.data(), config.combine_dtype, own_rows, nullptr, num_own_rows,
+              Store::kCached);
   }
   weighted_sum({config.combine_dtype, layout_.combine_scales_in_row()}, config.dtype,
                params.out + token * layout_.row_bytes(), rows, nullptr, num_rows, config.hidden,

@@ -232,8 +232,7 @@ void MultiNodeRank::publish_forwarded(Op& op, uint32_t remote) {
     const uint32_t first_expert = partition.first_expert(dst_rank);
     const uint32_t num_experts = partition.num_local_experts(dst_rank);
     for (uint32_t local = 0; local < num_experts; ++local) {
-      counts[local] =
-          protocol::pack_signal(op.epoch(), num_forwarded_rows_[first_expert + local]);
+      counts[local] = protocol::pack_signal(op.epoch(), num_forwarded_rows_[first_expert + local]);
     }
     network_->count_store(self_rank_, dst_rank, num_experts * uint64_t{8});
     op.count_sent(dst_rank, num_forwarded_to_[dst_rank] *

@@ -133,7 +133,9 @@ bool Network::deliver_one() {
   return deliver_locked();
 }
 
-void Network::start_thread() { thread_ = std::thread([this] { run(); }); }
+void Network::start_thread() {
+  thread_ = std::thread([this] { run(); });
+}
 
 void Network::run() {
   std::unique_lock lock(mutex_);

@@ -55,10 +55,9 @@ class MultiNodeLayout {
     node_message_bytes_ =
         base_.num_scales() > 0 ? scales_in_node_message_ + scales_bytes_ : row_end;
     node_message_stride_ = align_up(node_message_bytes_, kSlotAlign);
-    combine_bytes_ =
-        base_.num_combine_scales() > 0
-            ? base_.combine_scales_in_row() + uint64_t{base_.num_combine_scales()} * 4
-            : base_.combine_row_bytes();
+    combine_bytes_ = base_.num_combine_scales() > 0
+                         ? base_.combine_scales_in_row() + uint64_t{base_.num_combine_scales()} * 4
+                         : base_.combine_row_bytes();
     combine_stride_ = align_up(combine_bytes_, kSlotAlign);
     num_columns_ =
         config.ranks_per_node < low_latency.top_k ? config.ranks_per_node : low_latency.top_k;
@@ -138,8 +137,7 @@ class MultiNodeLayout {
 
   // Flat. `remote_rank` numbers the ranks of other nodes.
   EP_HOST_DEVICE constexpr uint32_t remote_rank(uint32_t self_rank, uint32_t peer_rank) const {
-    const uint32_t remote =
-        nodes_.remote_idx(nodes_.node_of(self_rank), nodes_.node_of(peer_rank));
+    const uint32_t remote = nodes_.remote_idx(nodes_.node_of(self_rank), nodes_.node_of(peer_rank));
     return nodes_.rank_at(remote, nodes_.rank_in_node(peer_rank));
   }
   EP_HOST_DEVICE constexpr uint64_t staged_header(uint32_t bank, uint32_t remote_rank,

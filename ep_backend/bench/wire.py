@@ -1,4 +1,4 @@
-"""`ep-backend bench wire`: what crosses the network between nodes, and how long that takes at least.
+"""`ep-backend bench wire`: what crosses the network between nodes, and the least time it takes.
 
 Copies of a token, bytes and messages by scheme (wire_formula.py), where every token has K different
 experts, all as likely; the floor is the time that one rank's bytes take through its own NIC. Then
@@ -229,7 +229,13 @@ def _table(shape: WireShape, nic_gbs: float, cases: list[WireCase]) -> Table:
     )
     for column in ("", "a copy"):
         table.add_column(column, no_wrap=True)
-    for column in ("copies\na token", "bytes\na copy", "KiB\na rank", "messages\na rank", "floor us"):
+    for column in (
+        "copies\na token",
+        "bytes\na copy",
+        "KiB\na rank",
+        "messages\na rank",
+        "floor us",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for case in cases:
         table.add_row(

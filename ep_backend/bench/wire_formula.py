@@ -154,7 +154,9 @@ class Copies:
             own_node = nodes.node_of(src_rank)
             remote_nodes += sum(node_chance) - node_chance[own_node]
         t = shape.num_tokens
-        return cls(t * experts, t * ranks, t * forwarders, t * remote_nodes, t * neighbours, batches)
+        return cls(
+            t * experts, t * ranks, t * forwarders, t * remote_nodes, t * neighbours, batches
+        )
 
 
 def _chance(num_owned: int, shape: WireShape) -> float:
@@ -189,7 +191,11 @@ def network_traffic(scheme: str, phase: str, copies: Copies, shape: WireShape) -
         # Scales lie apart from the rows; headers of a batch go together; so do counts.
         has_scales = shape.layout(hierarchical=False).base.num_scales > 0
         num_counts = [(r - g) * n for n in shape.experts_of_ranks]
-        num_puts += num_copies * has_scales + copies.batches + sum((r - g) * (n > 0) for n in shape.experts_of_ranks)
+        num_puts += (
+            num_copies * has_scales
+            + copies.batches
+            + sum((r - g) * (n > 0) for n in shape.experts_of_ranks)
+        )
         payload += 8 * sum(num_counts)
     return Traffic(round(num_puts), round(payload), 2 * num_pairs)
 

@@ -1,5 +1,5 @@
-"""The low-latency kernels of ranks on several nodes equal the reference, bit for bit, over a network
-that reorders what RDMA may reorder: flat and hierarchical, on shapes that nobody listed."""
+"""The low-latency kernels of ranks on several nodes equal the reference, bit for bit, over a
+network that reorders what RDMA may reorder: flat and hierarchical, on shapes that nobody listed."""
 
 from __future__ import annotations
 

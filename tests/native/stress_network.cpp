@@ -1,8 +1,10 @@
-// R ranks on several nodes, joined by the network of csrc/cpu/network.h, in one thread: a seed
-// decides which rank goes on, what the network delivers next, which program the ranks run, and all
-// batches. Every received row and every result is checked. Seed after seed, from empty memory.
+// R ranks on several nodes, joined by the network of csrc/cpu/network.h. A seed decides what the
+// network delivers next, which program the ranks run, and all batches. Every received row and every
+// result is checked. Seed after seed, from empty memory.
 //
-//   stress_network ALGORITHM RANKS RANKS_PER_NODE FIRST_SEED NUM_SEEDS HIDDEN DTYPE OUTPUT
+//   stress_network SCHEDULE ALGORITHM RANKS RANKS_PER_NODE FIRST_SEED NUM_SEEDS HIDDEN DTYPE OUTPUT
+//   SCHEDULE     turns    one thread: the seed also decides which rank goes on, and so everything
+//                threads  one for each rank, and the network's
 //   ALGORITHM    flat, hierarchical
 //   DTYPE        float32, bfloat16, float8: dispatched and combined as such
 //   OUTPUT       expert_major, rank_major, or source (flat only)
@@ -14,6 +16,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "stress_rank.h"
@@ -105,19 +108,20 @@ const std::vector<Step> kLoop{
     {Step::kDispatch, 2}, {Step::kHook, 2}, {Step::kCombine, 2}, {Step::kCombineHook, 2},
     {Step::kDispatch, 3}, {Step::kHook, 3}, {Step::kCombine, 3}, {Step::kCombineHook, 3}};
 const std::vector<Step> kMicroBatches{
-    {Step::kDispatch, 0}, {Step::kDispatch, 1},    {Step::kHook, 0},       {Step::kCombine, 0},
-    {Step::kHook, 1},     {Step::kCombine, 1},     {Step::kCombineHook, 0}, {Step::kDispatch, 2},
-    {Step::kCombineHook, 1}, {Step::kDispatch, 3}, {Step::kHook, 2},       {Step::kCombine, 2},
-    {Step::kHook, 3},     {Step::kCombine, 3},     {Step::kCombineHook, 2}, {Step::kCombineHook, 3}};
-const std::vector<Step> kSteady{
-    {Step::kDispatch, 0}, {Step::kDispatch, 1}, {Step::kHook, 0}, {Step::kDispatch, 2},
-    {Step::kHook, 1},     {Step::kDispatch, 3}, {Step::kHook, 2}, {Step::kDispatch, 4},
-    {Step::kHook, 3},     {Step::kDispatch, 5}, {Step::kHook, 4}, {Step::kHook, 5}};
+    {Step::kDispatch, 0},    {Step::kDispatch, 1}, {Step::kHook, 0},
+    {Step::kCombine, 0},     {Step::kHook, 1},     {Step::kCombine, 1},
+    {Step::kCombineHook, 0}, {Step::kDispatch, 2}, {Step::kCombineHook, 1},
+    {Step::kDispatch, 3},    {Step::kHook, 2},     {Step::kCombine, 2},
+    {Step::kHook, 3},        {Step::kCombine, 3},  {Step::kCombineHook, 2},
+    {Step::kCombineHook, 3}};
+const std::vector<Step> kSteady{{Step::kDispatch, 0}, {Step::kDispatch, 1}, {Step::kHook, 0},
+                                {Step::kDispatch, 2}, {Step::kHook, 1},     {Step::kDispatch, 3},
+                                {Step::kHook, 2},     {Step::kDispatch, 4}, {Step::kHook, 3},
+                                {Step::kDispatch, 5}, {Step::kHook, 4},     {Step::kHook, 5}};
 const std::vector<Step> kThreeCombines{
-    {Step::kDispatch, 0}, {Step::kHook, 0},        {Step::kDispatch, 1}, {Step::kHook, 1},
-    {Step::kDispatch, 2}, {Step::kHook, 2},        {Step::kCombine, 0},  {Step::kCombine, 1},
-    {Step::kCombineHook, 0}, {Step::kCombine, 2},  {Step::kCombineHook, 1},
-    {Step::kCombineHook, 2}};
+    {Step::kDispatch, 0},    {Step::kHook, 0},    {Step::kDispatch, 1},    {Step::kHook, 1},
+    {Step::kDispatch, 2},    {Step::kHook, 2},    {Step::kCombine, 0},     {Step::kCombine, 1},
+    {Step::kCombineHook, 0}, {Step::kCombine, 2}, {Step::kCombineHook, 1}, {Step::kCombineHook, 2}};
 const std::vector<Step>* const kPrograms[] = {&kLoop, &kMicroBatches, &kSteady, &kThreeCombines};
 
 void run_program(Rank& rank, uint64_t seed) {
@@ -134,14 +138,14 @@ void run_program(Rank& rank, uint64_t seed) {
 }
 
 Options options_of(char** argv) {
-  const std::string dtype = argv[7], output = argv[8];
+  const std::string dtype = argv[8], output = argv[9];
   const DType row_dtype = dtype == "bfloat16" ? DType::kBFloat16 : DType::kFloat32;
   const DType travelling = dtype == "float8" ? DType::kFloat8E4M3 : row_dtype;
-  return {argv[1],
-          static_cast<uint32_t>(std::atoi(argv[2])),
+  return {argv[2],
+          static_cast<uint32_t>(std::atoi(argv[3])),
           kNumBanks,
           0,
-          static_cast<uint32_t>(std::atoi(argv[6])),
+          static_cast<uint32_t>(std::atoi(argv[7])),
           row_dtype,
           travelling,
           travelling,
@@ -153,11 +157,12 @@ Options options_of(char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 9) return 2;
+  if (argc != 10) return 2;
+  const bool is_threaded = std::string(argv[1]) == "threads";
   const Options options = options_of(argv);
-  const auto ranks_per_node = static_cast<uint32_t>(std::atoi(argv[3]));
-  const auto first_seed = static_cast<uint64_t>(std::atoll(argv[4]));
-  const auto num_seeds = static_cast<uint64_t>(std::atoll(argv[5]));
+  const auto ranks_per_node = static_cast<uint32_t>(std::atoi(argv[4]));
+  const auto first_seed = static_cast<uint64_t>(std::atoll(argv[5]));
+  const auto num_seeds = static_cast<uint64_t>(std::atoll(argv[6]));
   LowLatencyConfig low_latency{options.num_ranks,
                                kNumExperts,
                                kMaxTokens,
@@ -176,22 +181,30 @@ int main(int argc, char** argv) {
   for (uint32_t rank = 0; rank < options.num_ranks; ++rank) {
     bases.push_back(static_cast<std::byte*>(std::aligned_alloc(128, num_bytes)));
   }
-  const cpu::WaitPolicy policy{0, 0, nullptr, &Scheduler::wait};
+  const cpu::WaitPolicy policy{20'000'000'000, 5'000, nullptr,
+                               is_threaded ? nullptr : &Scheduler::wait};
   const protocol::Nodes nodes{options.num_ranks, ranks_per_node};
   for (uint64_t seed = first_seed; seed < first_seed + num_seeds; ++seed) {
     for (std::byte* base : bases) std::memset(base, 0, num_bytes);
     auto network = std::make_shared<cpu::Network>(nodes, seed);
+    if (is_threaded) network->start_thread();
     Scheduler scheduler(seed, *network);
     std::vector<std::unique_ptr<Rank>> ranks;
+    std::vector<std::thread> threads;
     for (uint32_t rank = 0; rank < options.num_ranks; ++rank) {
       ranks.push_back(std::make_unique<Rank>(
           options, rank, bases[rank],
           std::make_unique<SeveralNodes>(config, rank, bases, policy, network)));
-      scheduler.add([&rank = *ranks.back(), seed] { run_program(rank, seed); });
+      auto main = [&rank = *ranks.back(), seed] { run_program(rank, seed); };
+      if (is_threaded) {
+        threads.emplace_back(main);
+      } else {
+        scheduler.add(main);
+      }
     }
+    for (auto& thread : threads) thread.join();
     if (!scheduler.run()) give_up("nobody can go on: seed", options.num_ranks, 0, seed, 0);
-    while (network->deliver_one()) {
-    }
+    for (uint32_t rank = 0; rank < options.num_ranks; ++rank) network->flush(rank);
   }
   for (std::byte* base : bases) std::free(base);
   std::puts("stress_network: ok");

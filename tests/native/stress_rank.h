@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "stress_kernels.h"
 #include "protocol/scales.h"
+#include "stress_kernels.h"
 
 namespace stress {
 
@@ -121,8 +121,8 @@ class Rank {
     operation->num_partials.resize(tokens);
     operation->answers.resize(tokens * kernels_->layout().num_outcome_columns());
     check(kernels_->dispatch_send({x.data(), false, nullptr, topk_idx.data(), true,
-                                  is_source() ? nullptr : topk_weights.data(), tokens,
-                                  operation->num_partials.data(), operation->answers.data()}),
+                                   is_source() ? nullptr : topk_weights.data(), tokens,
+                                   operation->num_partials.data(), operation->answers.data()}),
           "dispatch send", op);
     return operation;
   }
@@ -143,11 +143,11 @@ class Rank {
       operation.recv_topk_weights.resize(num_rows * kTopK);
     }
     if (options_.damage && op == 6 && self_ == 0) damage(op);
-    check(kernels_->dispatch_recv({options_.output, operation.recv_x.data(),
-                                  operation.recv_scales.data(), operation.counts.data(),
-                                  operation.recv_topk_idx.data(),
-                                  operation.recv_topk_weights.data(), operation.handle()},
-                                  operation),
+    check(kernels_->dispatch_recv(
+              {options_.output, operation.recv_x.data(), operation.recv_scales.data(),
+               operation.counts.data(), operation.recv_topk_idx.data(),
+               operation.recv_topk_weights.data(), operation.handle()},
+              operation),
           "dispatch recv", op);
     if (is_rank_major()) {
       check_sources(op, operation);
@@ -178,8 +178,8 @@ class Rank {
         }
       }
     }
-    check(kernels_->combine_send({operation.expert_out.data(), operation.handle()}, operation), "combine send",
-          op);
+    check(kernels_->combine_send({operation.expert_out.data(), operation.handle()}, operation),
+          "combine send", op);
   }
 
   void combine_recv(uint64_t op, Operation& operation) {
@@ -188,7 +188,7 @@ class Rank {
     operation.out.resize(tokens * row_bytes);
     const std::vector<float> topk_weights(is_source() ? tokens * kTopK : 0, 1.0f);
     check(kernels_->combine_recv({operation.out.data(), tokens, operation.num_partials.data(),
-                                 operation.answers.data(), topk_weights.data()}),
+                                  operation.answers.data(), topk_weights.data()}),
           "combine recv", op);
     for (uint32_t token = 0; token < tokens; ++token) {
       for (uint32_t column = 0; column < options_.hidden; ++column) {
@@ -216,9 +216,11 @@ class Rank {
   }
 
   // Terms are not negative, and none is so small that its float8 has no exponent: half a step of
-  // three bits of mantissa. Everything else is exact.
+  // three bits of mantissa; where a node's sum is quantised again, another half. Everything else is
+  // exact.
   float tolerance() const {
-    return options_.combine_dtype == DType::kFloat8E4M3 ? 1.0001f / 16 : 0.0f;
+    if (options_.combine_dtype != DType::kFloat8E4M3) return 0.0f;
+    return options_.mode == "hierarchical" ? 2.0626f / 16 : 1.0001f / 16;
   }
   bool is_source() const { return options_.reduction == protocol::Reduction::kSource; }
   bool is_rank_major() const { return options_.output == OutputLayout::kRankMajor; }

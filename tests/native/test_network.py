@@ -1,0 +1,156 @@
+"""The kernels of ranks on several nodes over a network that reorders all that RDMA may reorder
+(stress_network.cpp): thousands of seeds pass, and bugs of order that are seeded into the kernels
+are found. A seed that fails once fails always."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.native.test_sanitizers import (
+    CSRC,
+    SANITIZERS,
+    Run,
+    SeededBug,
+    compile_with,
+    kernels_with,
+    run_program,
+    skip_without,
+)
+
+STRESS = Path(__file__).parent / "stress_network.cpp"
+OK = (0, "stress_network: ok\n")
+
+
+def sources_in(csrc: Path) -> list[Path]:
+    kernels = sorted((csrc / "cpu").glob("*.cpp"))
+    return [STRESS, *(path for path in kernels if not path.name.startswith("normal"))]
+
+
+def build(directory: Path, csrc: Path = CSRC, optimisation: str = "-O2") -> Path:
+    """The program without a sanitizer: fast."""
+    gcc = shutil.which("g++")
+    if gcc is None:
+        pytest.skip("no g++ on PATH: the network was NOT tested")
+    program = directory / "stress_network"
+    command = [gcc, "-std=c++17", optimisation, "-ffp-contract=off", "-pthread", f"-I{csrc}"]
+    command += ["-Wno-missing-field-initializers", "-o", str(program)]
+    command += map(str, sources_in(csrc))
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+@pytest.fixture(scope="module")
+def stress(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The compiled program, as a function of its arguments."""
+    return functools.partial(run_program, build(tmp_path_factory.mktemp("network")))
+
+
+@pytest.mark.parametrize("algorithm", ["flat", "hierarchical"])
+def test_ten_thousand_seeds(stress: Run, algorithm: str) -> None:
+    done = stress("turns", algorithm, 4, 2, 0, 10_000, 8, "float32", "expert_major")
+    assert (done.returncode, done.stdout) == OK, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "num_ranks", "ranks_per_node", "hidden", "dtype", "output"),
+    [
+        ("hierarchical", 6, 3, 8, "bfloat16", "expert_major"),
+        ("hierarchical", 6, 2, 37, "float32", "rank_major"),
+        ("hierarchical", 4, 1, 8, "float32", "expert_major"),
+        ("hierarchical", 8, 2, 129, "float8", "expert_major"),
+        ("hierarchical", 9, 3, 8, "float32", "rank_major"),  # more ranks than experts
+        ("flat", 6, 2, 129, "float8", "rank_major"),
+        ("flat", 4, 2, 37, "bfloat16", "source"),
+        ("flat", 9, 3, 129, "float8", "source"),
+    ],
+)
+def test_other_shapes(
+    stress: Run,
+    algorithm: str,
+    num_ranks: int,
+    ranks_per_node: int,
+    hidden: int,
+    dtype: str,
+    output: str,
+) -> None:
+    done = stress("turns", algorithm, num_ranks, ranks_per_node, 0, 500, hidden, dtype, output)
+    assert (done.returncode, done.stdout) == OK, done.stderr
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_threads_without_a_report(sanitizer: str, tmp_path: Path) -> None:
+    skip_without(sanitizer, tmp_path)
+    compile_with(SANITIZERS[sanitizer], sources_in(CSRC), tmp_path / "stress")
+    for algorithm in ("flat", "hierarchical"):
+        done = run_program(
+            tmp_path / "stress", "threads", algorithm, 6, 3, 0, 60, 129, "float8", "expert_major"
+        )
+        assert (done.returncode, done.stdout) == OK, done.stderr
+
+
+HIERARCHICAL_ONLY = "hierarchical"
+SEEDED_BUGS = [
+    SeededBug(
+        "signal_on_another_queue_pair_than_the_payload",
+        "cpu/multi_node.cpp",
+        "network_->signal(queue_pair(phase, peer),",
+        "network_->signal(QueuePair{self_rank_, peer, 2 + index(phase)},",
+    ),
+    SeededBug(
+        "payload_striped_over_two_queue_pairs_with_one_signal",
+        "cpu/multi_node.cpp",
+        "network_->put(queue_pair(phase, dst_rank),",
+        "network_->put({self_rank_, dst_rank, index(phase) + 2 * uint32_t(staged / 128 % 2)},",
+    ),
+    SeededBug(
+        "no_wait_for_credit",
+        "cpu/low_latency_op.cpp",
+        "if (epoch_ <= num_banks) return true;",
+        "if (epoch_ > 0) return true;",
+    ),
+    SeededBug(
+        "headers_put_behind_their_signal",
+        "cpu/multi_node_dispatch.cpp",
+        "if (num_messages > 0) {",
+        "op.publish_signal(dst_rank, num_messages); if (num_messages > 0) {",
+        "flat",
+    ),
+    SeededBug(
+        "one_place_to_stage_every_message_for_a_node",
+        "cpu/multi_node_dispatch.cpp",
+        "std::byte* message = self + layout.node_outbox(op.bank(), remote_idx(dst_rank), slot);",
+        "std::byte* message = self + layout.node_outbox(op.bank(), remote_idx(dst_rank), 0);",
+        HIERARCHICAL_ONLY,
+    ),
+    SeededBug(
+        "combine_credit_before_a_node_is_added_up",
+        "cpu/multi_node_combine.cpp",
+        "for (; num_added_up_ < nodes().num_remote(); ++num_added_up_)",
+        "op.publish_credits(); for (; num_added_up_ < nodes().num_remote(); ++num_added_up_)",
+        HIERARCHICAL_ONLY,
+    ),
+    SeededBug(
+        "a_hook_that_receives_before_it_forwards",
+        "cpu/multi_node_dispatch.cpp",
+        "for (; num_forwarded_ < num_remote; ++num_forwarded_) {",
+        "if (!unpack_sources(op, params)) return op.result(); "
+        "for (; num_forwarded_ < num_remote; ++num_forwarded_) {",
+        HIERARCHICAL_ONLY,
+    ),
+]
+
+
+@pytest.mark.parametrize("bug", SEEDED_BUGS, ids=lambda bug: bug.id)
+def test_a_bug_seeded_into_the_kernels_is_found(bug: SeededBug, tmp_path: Path) -> None:
+    program = build(tmp_path, kernels_with(bug, tmp_path), "-O0")
+    for algorithm in [bug.mode] if bug.mode else ["flat", "hierarchical"]:
+        done = run_program(program, "turns", algorithm, 4, 2, 0, 2000, 8, "float32", "expert_major")
+        assert done.returncode == 1, algorithm
+        # A bank that was overwritten, wrong data, or ranks that wait for each other.
+        assert "stress: rank" in done.stderr
