@@ -422,6 +422,40 @@ class NormalDeviceLayout:
     def combine_weights(self, row: int) -> int: ...
     def staged_row(self, bank: int, peer_rank: int, slot: int) -> int: ...
 
+NORMAL_NODE_PROTOCOL_VERSION: int
+
+class NormalNodeConfig:
+    def __init__(self, normal: NormalConfig, ranks_per_node: int) -> None: ...
+
+class NormalNodeLayout:
+    base: NormalLayout
+    num_bytes: int
+    num_columns: int
+    counts_stride: int
+    route_bytes: int
+    dispatch_bytes: int
+    weights_in_message: int
+    row_in_message: int
+    node_signals_offset: int
+    node_sleepers_offset: int
+    node_counts_offset: int
+    staged_counts_offset: int
+    node_routes_offset: int
+    staged_routes_offset: int
+    node_inbox_offset: int
+    node_outbox_offset: int
+    def __init__(self, config: NormalNodeConfig) -> None: ...
+    @staticmethod
+    def num_tokens_that_fit(config: NormalNodeConfig, num_bytes: int) -> int: ...
+    def node_signal(self, bank: int, phase: Phase, remote: int) -> int: ...
+    def node_signal_sleepers(self, phase: Phase, remote: int) -> int: ...
+    def node_counts(self, remote: int, rank_in_node: int) -> int: ...
+    def staged_counts(self, remote: int, rank_in_node: int) -> int: ...
+    def node_route(self, bank: int, remote: int, slot: int) -> int: ...
+    def staged_route(self, bank: int, remote: int, slot: int) -> int: ...
+    def node_inbox(self, bank: int, remote: int, slot: int) -> int: ...
+    def node_outbox(self, bank: int, remote: int, slot: int) -> int: ...
+
 class NormalRank:
     def __init__(
         self,
@@ -484,6 +518,25 @@ class NormalRank:
     def statistics(self) -> RankStatistics: ...
 
 # Only where has_cuda is true.
+
+class NormalNodeRank:
+    def __init__(
+        self,
+        config: NormalNodeConfig,
+        self_rank: int,
+        bases: list[int],
+        network: Network,
+        *,
+        timeout_ns: int,
+        spin_ns: int,
+    ) -> None: ...
+    # As NormalRank's.
+    def exchange_counts(self, *args: int) -> OpResult: ...
+    def dispatch(self, *args: int) -> OpResult: ...
+    def combine(self, *args: int) -> OpResult: ...
+    def epoch(self, phase: Phase) -> int: ...
+    def statistics(self) -> RankStatistics: ...
+
 CUDA_MAX_EXPERTS: int
 
 class DeviceMemory:

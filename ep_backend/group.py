@@ -101,6 +101,10 @@ class Group:
         node n + 1."""
         return self.num_ranks if self.network is None else self.network.ranks_per_node
 
+    @property
+    def num_nodes(self) -> int:
+        return self.num_ranks // self.ranks_per_node
+
     @classmethod
     def from_process_group(
         cls,

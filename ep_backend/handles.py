@@ -101,7 +101,7 @@ class DispatchHandle:
         num_ranks = buffer.group.num_ranks
         num_slots = num_ranks * buffer.num_max_tokens_per_rank if workspace < 0 else 0
         # Hierarchical: what is forwarded here, so that what comes back finds its way.
-        num_remote = num_ranks // buffer.group.ranks_per_node - 1 if buffer.hierarchical else 0
+        num_remote = buffer.group.num_nodes - 1 if buffer.hierarchical else 0
         # One allocation: this runs in every layer of every step.
         self._sizes = (
             num_tokens,

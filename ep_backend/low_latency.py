@@ -170,7 +170,7 @@ class LowLatencyBuffer:
         error: Exception | None = None
         try:
             settings.check(group.num_ranks)
-            settings.check_nodes(group.num_ranks // group.ranks_per_node)
+            settings.check_nodes(group.num_nodes)
             start_exporter(group)
             check_waits(timeout_secs, spin_us)
             self.device = usable_device(device)

@@ -26,6 +26,7 @@ from ep_backend.normal_cuda_settings import (
     num_available_sms,
 )
 from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
+from ep_backend.normal_settings import check_one_node
 from ep_backend.observe.buffer import BufferObserver
 from ep_backend.settings import CUDA_ROW_ALIGNMENT, check_waits, usable_device
 
@@ -79,6 +80,7 @@ class CudaNormalBuffer(NormalBuffer):
         try:
             self.device = usable_device(device)
             settings.check(group.num_ranks)
+            check_one_node(group)
             check_waits(timeout_secs, spin_us)
             self._num_max_sms = num_available_sms(group, self.device)
             self.num_sms = self._checked_num_sms(
@@ -90,7 +92,7 @@ class CudaNormalBuffer(NormalBuffer):
 
         config = settings.config(group.num_ranks)
         layout = _native.NormalDeviceLayout(config)
-        self._take(group, settings, layout)
+        self._take(group, settings, layout, layout.num_bytes)
         self._fault = faults.active_fault()
         self.num_rows: int = config.num_rows
         """P, rows that a rank has room for: what `num_bytes` allows."""

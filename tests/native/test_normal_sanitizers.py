@@ -82,8 +82,8 @@ SEEDED_BUGS = [
     SeededBug(
         "counts_are_not_quiet_at_their_start",
         "cpu/normal_dispatch.cpp",
-        "if (!op.wait_until_emptied()) return op.result();\n  write_counts",
-        "write_counts",
+        "if (!op.wait_until_emptied() || !send_counts(op, params.routes.num_tokens))",
+        "if (!send_counts(op, params.routes.num_tokens))",
     ),
 ]
 
