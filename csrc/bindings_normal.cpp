@@ -151,8 +151,7 @@ RecvRows rows(uint64_t num_rounds, uintptr_t num_rows, uintptr_t per_round) {
 // The calls of a rank, on one node or on several.
 template <typename Rank>
 void bind_calls(py::class_<Rank>& rank) {
-  rank
-      .def("exchange_counts",
+  rank.def("exchange_counts",
            [](Rank& self, uintptr_t topk_idx, bool topk_idx_is_int64, uint64_t num_tokens,
               uintptr_t num_messages, uintptr_t messages, uintptr_t num_rounds, uintptr_t num_rows,
               uintptr_t num_recv_tokens_per_expert) {
@@ -165,8 +164,8 @@ void bind_calls(py::class_<Rank>& rank) {
              return run([&] { return self.exchange_counts(params); });
            })
       .def("dispatch",
-           [](Rank& self, uintptr_t x, bool x_is_quantized, uintptr_t x_scales,
-              bool is_cached, uintptr_t topk_idx, bool topk_idx_is_int64, uintptr_t topk_weights,
+           [](Rank& self, uintptr_t x, bool x_is_quantized, uintptr_t x_scales, bool is_cached,
+              uintptr_t topk_idx, bool topk_idx_is_int64, uintptr_t topk_weights,
               uint64_t num_tokens, uintptr_t num_messages, uintptr_t messages, uint64_t num_rounds,
               uintptr_t num_rows, uintptr_t per_round, uintptr_t recv_x, uintptr_t recv_scales,
               uintptr_t recv_topk_idx, uintptr_t recv_topk_weights, uintptr_t recv_src_tokens) {

@@ -1,8 +1,8 @@
 """What the normal kernels' dispatch and combine mean, in plain PyTorch over all ranks at once.
 
 The kernels must equal these functions bit for bit, whatever the budget: rows are ordered by source
-rank, then token; a token adds its rows in rank order in float32, then its biases, and rounds once. On
-several nodes a node adds its rows in rank order and rounds; a token adds its nodes in node order.
+rank, then token; a token adds its rows in rank order in float32, then its biases, and rounds once.
+On several nodes a node adds its rows in rank order and rounds; a token adds its nodes in order.
 
 R ranks, T_r tokens of rank r, N_r rows that it receives, H hidden, K top_k, S = ceil(H / 128)
 scales of a float8 row.

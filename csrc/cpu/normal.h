@@ -48,8 +48,7 @@ class NormalRank {
   // What normal_nodes.h does otherwise, because not all ranks reach each other's memory.
   virtual bool send_counts(Op& op, uint64_t num_tokens);
   virtual void send_tokens(Op& op, uint64_t round, const protocol::NormalDispatchParams& params);
-  virtual bool receive_tokens(Op& op, uint64_t round,
-                              const protocol::NormalDispatchParams& params);
+  virtual bool receive_tokens(Op& op, uint64_t round, const protocol::NormalDispatchParams& params);
   virtual void send_home(Op& op, uint64_t round, const protocol::NormalCombineParams& params);
   virtual bool add_up(Op& op, uint64_t round, const protocol::NormalCombineParams& params);
   // Who writes to this rank's memory what `src_rank` has dispatched to it.

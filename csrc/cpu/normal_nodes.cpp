@@ -57,8 +57,8 @@ void NormalNodeRank::signal_node(Op& op, uint64_t round, uint32_t remote, uint64
 }
 
 // Publishes: to a rank of this node, what `src_rank` has for it.
-void NormalNodeRank::publish_forwarded(Op& op, uint64_t round, uint32_t src_rank,
-                                       uint32_t dst_rank, uint64_t count) {
+void NormalNodeRank::publish_forwarded(Op& op, uint64_t round, uint32_t src_rank, uint32_t dst_rank,
+                                       uint64_t count) {
   publish_word(op.phase(), dst_rank, layout_.signal(op.bank(round), op.phase(), src_rank),
                protocol::pack_signal(op.epoch(round), count),
                layout_.signal_sleepers(op.phase(), src_rank));
@@ -92,8 +92,7 @@ bool NormalNodeRank::send_counts(Op& op, uint64_t num_tokens) {
 bool NormalNodeRank::forward_counts(Op& op, uint32_t remote) {
   const uint32_t src_rank = forwarder_of(remote);
   uint64_t count;
-  if (!op.wait_for_word(0, src_rank,
-                        node_layout_.node_signal(op.bank(0), Phase::kDispatch, remote),
+  if (!op.wait_for_word(0, src_rank, node_layout_.node_signal(op.bank(0), Phase::kDispatch, remote),
                         node_layout_.node_signal_sleepers(Phase::kDispatch, remote), &count)) {
     return false;
   }
@@ -112,8 +111,7 @@ bool NormalNodeRank::forward_counts(Op& op, uint32_t remote) {
 uint32_t NormalNodeRank::stage_route(uint32_t bank, uint32_t remote, const uint32_t* messages,
                                      const uint32_t* end) {
   const uint32_t slot = num_for_node_[remote]++;
-  auto* route =
-      at<uint32_t>(bases_[self_rank_], node_layout_.staged_route(bank, remote, slot));
+  auto* route = at<uint32_t>(bases_[self_rank_], node_layout_.staged_route(bank, remote, slot));
   *route = static_cast<uint32_t>(end - messages);
   std::copy(messages, end, route + 1);
   return slot;
@@ -137,8 +135,8 @@ void NormalNodeRank::send_routes(Op& op, uint64_t round, uint64_t flags) {
 bool NormalNodeRank::read_route(Op& op, uint64_t round, uint32_t remote, uint32_t slot,
                                 Route* route) {
   const uint32_t src_rank = forwarder_of(remote);
-  const auto* words = at<uint32_t>(bases_[self_rank_],
-                                   node_layout_.node_route(op.bank(round), remote, slot));
+  const auto* words =
+      at<uint32_t>(bases_[self_rank_], node_layout_.node_route(op.bank(round), remote, slot));
   *route = {words[0], words + 1};
   const uint32_t num_max = node_layout_.num_columns();
   if (route->num_ranks < 1 || route->num_ranks > num_max) {

@@ -24,8 +24,7 @@ void NormalNodeRank::send_home(Op& op, uint64_t round, const NormalCombineParams
   const auto [begin, end] = tokens_of(round, params.routes.num_tokens);
   std::fill(num_for_node_.begin(), num_for_node_.end(), 0);
   for (uint64_t token = begin; token < end; ++token) {
-    const uint32_t* message =
-        params.routes.messages + token * layout_.num_max_messages_per_token();
+    const uint32_t* message = params.routes.messages + token * layout_.num_max_messages_per_token();
     const uint32_t* last = message + params.routes.num_messages[token];
     while (message != last) {
       const uint32_t node = nodes().node_of(*message >> 16);
@@ -122,16 +121,15 @@ bool NormalNodeRank::add_up_node(Op& op, uint64_t round, uint32_t remote,
     const uint64_t staged = node_layout_.node_outbox(bank, remote, slot);
     auto* weights = at<float>(self, staged + node_layout_.weights_in_message());
     for (uint32_t i = 0; i < route.num_ranks; ++i) {
-      const uint32_t as_rank =
-          nodes().forwarder(nodes().node_of(home), route.messages[i] >> 16);
+      const uint32_t as_rank = nodes().forwarder(nodes().node_of(home), route.messages[i] >> 16);
       const uint64_t message = layout_.message(bank, as_rank, route.messages[i] & 0xffff);
       rows[i] = self + message + node_layout_.row_in_message();
       if (params.has_topk_weights) add_weights(weights, self + message, i == 0);
     }
     weighted_sum({config.dtype}, config.dtype, self + staged + node_layout_.row_in_message(), rows,
                  nullptr, route.num_ranks, config.hidden, Store::kCached);
-    const uint64_t first = params.has_topk_weights ? node_layout_.weights_in_message()
-                                                   : node_layout_.row_in_message();
+    const uint64_t first =
+        params.has_topk_weights ? node_layout_.weights_in_message() : node_layout_.row_in_message();
     put(Phase::kCombine, home, node_layout_.node_inbox(bank, idx_at(home), slot) + first,
         staged + first, node_layout_.row_in_message() + layout_.row_bytes() - first);
   }
@@ -142,8 +140,7 @@ bool NormalNodeRank::add_up_node(Op& op, uint64_t round, uint32_t remote,
 
 // Adds those of one message to `sums` [K].
 void NormalNodeRank::add_weights(float* sums, const std::byte* message, bool is_first) const {
-  const auto* weights =
-      reinterpret_cast<const float*>(message + node_layout_.weights_in_message());
+  const auto* weights = reinterpret_cast<const float*>(message + node_layout_.weights_in_message());
   for (uint32_t k = 0; k < layout_.config().top_k; ++k) {
     sums[k] = is_first ? weights[k] : sums[k] + weights[k];
   }
@@ -155,8 +152,8 @@ void NormalNodeRank::add_up_token(uint32_t bank, uint64_t token,
   const std::byte* self = bases_[self_rank_];
   const uint32_t* message = params.routes.messages + token * layout_.num_max_messages_per_token();
   const uint32_t* last = message + params.routes.num_messages[token];
-  float* sums = params.has_topk_weights ? params.combined_topk_weights + token * config.top_k
-                                        : nullptr;
+  float* sums =
+      params.has_topk_weights ? params.combined_topk_weights + token * config.top_k : nullptr;
   if (sums != nullptr) std::fill_n(sums, config.top_k, 0.0f);
   const std::byte *rows[protocol::kMaxTopK + 2], *own_rows[protocol::kMaxTopK];
   uint32_t num_terms = 0;
@@ -166,8 +163,7 @@ void NormalNodeRank::add_up_token(uint32_t bank, uint64_t token,
     if (is_local(rank)) {
       uint32_t num_own_rows = 0;
       for (; message != last && is_local(*message >> 16); ++message, ++num_own_rows) {
-        const std::byte* own =
-            self + layout_.message(bank, *message >> 16, *message & 0xffff);
+        const std::byte* own = self + layout_.message(bank, *message >> 16, *message & 0xffff);
         own_rows[num_own_rows] = own + node_layout_.row_in_message();
         if (sums != nullptr) add_weights(own_weights_.data(), own, num_own_rows == 0);
       }
@@ -177,8 +173,7 @@ void NormalNodeRank::add_up_token(uint32_t bank, uint64_t token,
       node_weights = own_weights_.data();
     } else {
       const uint32_t remote = remote_idx(rank);
-      const std::byte* sum =
-          self + node_layout_.node_inbox(bank, remote, num_for_node_[remote]++);
+      const std::byte* sum = self + node_layout_.node_inbox(bank, remote, num_for_node_[remote]++);
       while (message != last && nodes().node_of(*message >> 16) == node) ++message;
       rows[num_terms] = sum + node_layout_.row_in_message();
       node_weights = reinterpret_cast<const float*>(sum + node_layout_.weights_in_message());

@@ -27,8 +27,7 @@ void NormalNodeRank::send_tokens(Op& op, uint64_t round, const NormalDispatchPar
     const uint32_t num_messages = params.routes.num_messages[token];
     if (num_messages == 0) continue;
     const Row row = outgoing_.at(params.x, params.x_scales, params.x_is_quantized, token);
-    const uint32_t* message =
-        params.routes.messages + token * layout_.num_max_messages_per_token();
+    const uint32_t* message = params.routes.messages + token * layout_.num_max_messages_per_token();
     const uint32_t* last = message + num_messages;
     while (message != last) {
       const uint32_t dst_rank = *message >> 16, slot = *message & 0xffff;
@@ -53,13 +52,11 @@ void NormalNodeRank::send_tokens(Op& op, uint64_t round, const NormalDispatchPar
 
 // Of a token's messages, those to the node of the first. Returns how many they are.
 uint32_t NormalNodeRank::send_to_node(Op& op, uint64_t round, uint64_t token,
-                                      const uint32_t* messages, const uint32_t* end,
-                                      const Row& row, Store store,
-                                      const NormalDispatchParams& params) {
+                                      const uint32_t* messages, const uint32_t* end, const Row& row,
+                                      Store store, const NormalDispatchParams& params) {
   const uint32_t node = nodes().node_of(*messages >> 16);
-  const uint32_t* node_end = std::find_if(messages, end, [&](uint32_t message) {
-    return nodes().node_of(message >> 16) != node;
-  });
+  const uint32_t* node_end = std::find_if(
+      messages, end, [&](uint32_t message) { return nodes().node_of(message >> 16) != node; });
   const uint32_t remote = remote_idx(*messages >> 16), bank = op.bank(round);
   const uint32_t dst_rank = forwarder_of(remote);
   const uint32_t slot = stage_route(bank, remote, messages, node_end);
@@ -86,8 +83,7 @@ bool NormalNodeRank::receive_tokens(Op& op, uint64_t round, const NormalDispatch
 bool NormalNodeRank::forward_round(Op& op, uint64_t round, uint32_t remote, bool is_cached) {
   const uint32_t src_rank = forwarder_of(remote), bank = op.bank(round);
   uint64_t count;
-  if (!op.wait_for_word(round, src_rank,
-                        node_layout_.node_signal(bank, Phase::kDispatch, remote),
+  if (!op.wait_for_word(round, src_rank, node_layout_.node_signal(bank, Phase::kDispatch, remote),
                         node_layout_.node_signal_sleepers(Phase::kDispatch, remote), &count)) {
     return false;
   }
@@ -129,8 +125,7 @@ void NormalNodeRank::forward_message(uint32_t bank, uint32_t remote, uint32_t sl
   const auto first_expert = static_cast<int32_t>(partition.first_expert(dst_rank)) - first_of_node;
   const auto num_experts = static_cast<int32_t>(partition.num_local_experts(dst_rank));
   const auto* topk_idx = reinterpret_cast<const int32_t*>(message);
-  const auto* weights =
-      reinterpret_cast<const float*>(message + node_layout_.weights_in_message());
+  const auto* weights = reinterpret_cast<const float*>(message + node_layout_.weights_in_message());
   auto* out_idx = reinterpret_cast<int32_t*>(out);
   auto* out_weights = reinterpret_cast<float*>(out + node_layout_.weights_in_message());
   for (uint32_t k = 0; k < top_k; ++k) {

@@ -98,8 +98,7 @@ bool NormalRank::Op::wait_for(uint32_t peer_rank, uint64_t word, uint64_t sleepe
 
 void NormalRank::Op::publish_signal(uint64_t round, uint32_t dst_rank, uint64_t count) {
   fence_streamed_rows();
-  rank_.publish_word(phase_, dst_rank,
-                     rank_.layout_.signal(bank(round), phase_, rank_.self_rank_),
+  rank_.publish_word(phase_, dst_rank, rank_.layout_.signal(bank(round), phase_, rank_.self_rank_),
                      protocol::pack_signal(epoch(round), count),
                      rank_.layout_.signal_sleepers(phase_, rank_.self_rank_));
 }

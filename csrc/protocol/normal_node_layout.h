@@ -1,5 +1,5 @@
-// What a rank's symmetric memory holds behind NormalLayout where ranks are on several nodes. README.md
-// beside this has pictures, the table of writers and readers, and the rules.
+// What a rank's symmetric memory holds behind NormalLayout where ranks are on several nodes.
+// README.md beside this has pictures, the table of writers and readers, and the rules.
 //
 // Exchanges are hierarchical: a token crosses the network once for each node, to the rank of its
 // source's number there, the forwarder, and one row of it comes back from there. Everything within
@@ -29,8 +29,8 @@ class NormalNodeLayout {
         base_(config.normal),
         nodes_{config.normal.num_ranks, config.ranks_per_node} {
     const uint64_t num_remote = nodes_.num_remote();
-    num_columns_ = config.ranks_per_node < config.normal.top_k ? config.ranks_per_node
-                                                               : config.normal.top_k;
+    num_columns_ =
+        config.ranks_per_node < config.normal.top_k ? config.ranks_per_node : config.normal.top_k;
     node_signals_offset_ = align_up(base_.num_bytes(), kSlotAlign);
     node_sleepers_offset_ =
         end_of(node_signals_offset_, kNumRoundBanks * kNumPhases * num_remote * 8);
@@ -70,9 +70,7 @@ class NormalNodeLayout {
     return nodes_.ranks_per_node * counts_stride();
   }
   // A route: where in the node a token goes, u32 num_ranks, then D x u32 {rank << 16 | slot}.
-  EP_HOST_DEVICE constexpr uint64_t route_bytes() const {
-    return (1 + uint64_t{num_columns_}) * 4;
-  }
+  EP_HOST_DEVICE constexpr uint64_t route_bytes() const { return (1 + uint64_t{num_columns_}) * 4; }
   // What travels of a message in dispatch, and where its row is.
   EP_HOST_DEVICE constexpr uint64_t dispatch_bytes() const {
     const uint64_t scales_bytes = uint64_t{base_.num_scales()} * 4;
@@ -93,8 +91,7 @@ class NormalNodeLayout {
   }
 
   // `remote` numbers the other nodes: of the source, or of the destination.
-  EP_HOST_DEVICE constexpr uint64_t node_signal(uint32_t bank, Phase phase,
-                                                uint32_t remote) const {
+  EP_HOST_DEVICE constexpr uint64_t node_signal(uint32_t bank, Phase phase, uint32_t remote) const {
     return node_signals_offset_ +
            ((uint64_t{bank} * kNumPhases + as_idx(phase)) * nodes_.num_remote() + remote) * 8;
   }

@@ -42,6 +42,7 @@ TITLES = {
     ("observe", "cpu", "low_latency"): "What metrics cost an operation",
     ("multi_gpu", "cpu", "low_latency"): "Dispatch and combine between GPUs",
     ("decode", "cpu", "low_latency"): "A decode loop without an engine",
+    ("wire", "cpu", "low_latency"): "What crosses the network between nodes",
 }
 
 

@@ -9,6 +9,8 @@ counts, with small rows: there are no NICs, and nothing is timed.
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -175,6 +177,7 @@ def wire(
             "bench": "wire",
             "date": begin.isoformat(timespec="seconds"),
             "commit": commit(),
+            "command": shlex.join(["ep-backend", *sys.argv[1:]]),
             "versions": installed_versions(),
             "settings": _settings(shape) | {"nic_gbs": nic_gbs, "seed": seed},
             "cases": [asdict(case) for case in cases],

@@ -5,11 +5,9 @@
 //   stress_network SCHEDULE ALGORITHM RANKS RANKS_PER_NODE FIRST_SEED NUM_SEEDS HIDDEN DTYPE OUTPUT
 //   SCHEDULE     turns    one thread: the seed also decides which rank goes on, and so everything
 //                threads  one for each rank, and the network's
-//   ALGORITHM    flat, hierarchical
-//   DTYPE        float32, bfloat16, float8: dispatched and combined as such
-//   OUTPUT       expert_major, rank_major, or source (flat only)
-#include <ucontext.h>
-
+//   ALGORITHM    flat, hierarchical: of the low-latency kernels; normal: the normal kernels
+//   DTYPE        float32, bfloat16, float8: dispatched and, by low-latency kernels, combined as
+//   such OUTPUT       expert_major, rank_major, or source (flat only); normal: tokens a round
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -19,84 +17,15 @@
 #include <thread>
 #include <vector>
 
-#include "stress_rank.h"
+#include "cpu/normal_nodes.h"
+#include "stress_normal_rank.h"
+#include "stress_turns.h"
 
 namespace {
 
 using namespace stress;
 
 constexpr uint32_t kNumBanks = 2;
-constexpr size_t kStackBytes = 256 << 10;
-// After so many turns of ranks in which nothing was delivered and nobody ended, nobody can go on.
-constexpr uint64_t kMaxTurns = 100'000;
-
-// Ranks as coroutines; a wait gives the turn back.
-class Scheduler {
- public:
-  Scheduler(uint64_t seed, cpu::Network& network) : random_(mix(seed)), network_(network) {}
-
-  void add(std::function<void()> main) {
-    auto coroutine = std::make_unique<Coroutine>();
-    coroutine->main = std::move(main);
-    coroutine->stack.resize(kStackBytes);
-    getcontext(&coroutine->context);
-    coroutine->context.uc_stack.ss_sp = coroutine->stack.data();
-    coroutine->context.uc_stack.ss_size = kStackBytes;
-    coroutine->context.uc_link = &context_;
-    makecontext(&coroutine->context, &Scheduler::enter, 0);
-    coroutines_.push_back(std::move(coroutine));
-  }
-
-  // False: all that are left wait for each other.
-  bool run() {
-    running = this;
-    // Networks from slow to fast.
-    const uint64_t deliveries_in_16 = 1 + mix(random_) % 15;
-    for (uint64_t num_turns = 0; num_turns < kMaxTurns && !coroutines_.empty();) {
-      random_ = mix(random_);
-      if (random_ % 16 < deliveries_in_16 && network_.deliver_one()) {
-        num_turns = 0;
-        continue;
-      }
-      const size_t chosen = (random_ >> 8) % coroutines_.size();
-      current_ = coroutines_[chosen].get();
-      swapcontext(&context_, &current_->context);
-      ++num_turns;
-      if (current_->is_done) {
-        coroutines_.erase(coroutines_.begin() + static_cast<std::ptrdiff_t>(chosen));
-        num_turns = 0;
-      }
-    }
-    return coroutines_.empty();
-  }
-
-  // Of the rank that waits.
-  static void wait() { swapcontext(&running->current_->context, &running->context_); }
-
- private:
-  struct Coroutine {
-    std::function<void()> main;
-    std::vector<std::byte> stack;
-    ucontext_t context;
-    bool is_done = false;
-  };
-
-  static void enter() {
-    Coroutine* self = running->current_;
-    self->main();
-    self->is_done = true;
-  }
-
-  static Scheduler* running;
-
-  uint64_t random_;
-  cpu::Network& network_;
-  std::vector<std::unique_ptr<Coroutine>> coroutines_;
-  Coroutine* current_ = nullptr;
-  ucontext_t context_;
-};
-Scheduler* Scheduler::running = nullptr;
-
 struct Step {
   enum { kDispatch, kHook, kCombine, kCombineHook } what;
   uint32_t op;
@@ -154,15 +83,18 @@ Options options_of(char** argv) {
           false};
 }
 
-}  // namespace
+// What every rank runs for one seed, from empty memory.
+using Programs = std::vector<std::function<void()>>;
+using Bases = std::vector<std::byte*>;
+using MakePrograms =
+    std::function<Programs(uint64_t seed, const Bases&, const std::shared_ptr<cpu::Network>&)>;
 
-int main(int argc, char** argv) {
-  if (argc != 10) return 2;
-  const bool is_threaded = std::string(argv[1]) == "threads";
-  const Options options = options_of(argv);
-  const auto ranks_per_node = static_cast<uint32_t>(std::atoi(argv[4]));
-  const auto first_seed = static_cast<uint64_t>(std::atoll(argv[5]));
-  const auto num_seeds = static_cast<uint64_t>(std::atoll(argv[6]));
+struct Plan {
+  uint64_t num_bytes;
+  MakePrograms make;
+};
+
+Plan low_latency(const Options& options, uint32_t ranks_per_node, cpu::WaitPolicy policy) {
   LowLatencyConfig low_latency{options.num_ranks,
                                kNumExperts,
                                kMaxTokens,
@@ -176,30 +108,77 @@ int main(int argc, char** argv) {
   low_latency.combine_dtype = options.combine_dtype;
   const protocol::MultiNodeConfig config{low_latency, ranks_per_node,
                                          options.mode == "hierarchical"};
-  const uint64_t num_bytes = protocol::MultiNodeLayout(config).num_bytes();
-  std::vector<std::byte*> bases;
-  for (uint32_t rank = 0; rank < options.num_ranks; ++rank) {
-    bases.push_back(static_cast<std::byte*>(std::aligned_alloc(128, num_bytes)));
-  }
+  return {protocol::MultiNodeLayout(config).num_bytes(),
+          [=, &options](uint64_t seed, const Bases& bases, const auto& network) {
+            Programs programs;
+            for (uint32_t self = 0; self < options.num_ranks; ++self) {
+              auto kernels = std::make_unique<SeveralNodes>(config, self, bases, policy, network);
+              auto rank = std::make_shared<Rank>(options, self, bases[self], std::move(kernels));
+              programs.push_back([rank, seed] { run_program(*rank, seed); });
+            }
+            return programs;
+          }};
+}
+
+Plan normal(const Options& options, uint32_t ranks_per_node, uint32_t num_tokens_per_round,
+            cpu::WaitPolicy policy) {
+  const protocol::NormalConfig config{options.num_ranks,
+                                      kNumExperts,
+                                      options.hidden,
+                                      kTopK,
+                                      options.dtype,
+                                      options.dispatch_dtype,
+                                      protocol::ScaleFormat::kPowerOfTwo,
+                                      num_tokens_per_round};
+  const protocol::NormalNodeConfig node_config{config, ranks_per_node};
+  return {protocol::NormalNodeLayout(node_config).num_bytes(),
+          [=](uint64_t seed, const Bases& bases, const auto& network) {
+            Programs programs;
+            for (uint32_t self = 0; self < config.num_ranks; ++self) {
+              using Kernels = cpu::NormalNodeRank;
+              auto kernels = std::make_unique<Kernels>(node_config, self, bases, policy, network);
+              auto rank = std::make_shared<NormalRankUnderStress<Kernels>>(
+                  config, self, std::move(kernels), false);
+              programs.push_back([rank, seed] {
+                for (uint64_t op = seed * 3; op < seed * 3 + 3; ++op) rank->run(op);
+              });
+            }
+            return programs;
+          }};
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 10) return 2;
+  const bool is_threaded = std::string(argv[1]) == "threads";
+  const Options options = options_of(argv);
+  const auto ranks_per_node = static_cast<uint32_t>(std::atoi(argv[4]));
+  const auto first_seed = static_cast<uint64_t>(std::atoll(argv[5]));
+  const auto num_seeds = static_cast<uint64_t>(std::atoll(argv[6]));
   const cpu::WaitPolicy policy{20'000'000'000, 5'000, nullptr,
                                is_threaded ? nullptr : &Scheduler::wait};
+  const Plan plan =
+      options.mode == "normal"
+          ? normal(options, ranks_per_node, static_cast<uint32_t>(std::atoi(argv[9])), policy)
+          : low_latency(options, ranks_per_node, policy);
+  // Exactly as many bytes as the layout says: AddressSanitizer sees the first byte behind them.
+  Bases bases;
+  for (uint32_t rank = 0; rank < options.num_ranks; ++rank) {
+    bases.push_back(static_cast<std::byte*>(std::aligned_alloc(128, plan.num_bytes)));
+  }
   const protocol::Nodes nodes{options.num_ranks, ranks_per_node};
   for (uint64_t seed = first_seed; seed < first_seed + num_seeds; ++seed) {
-    for (std::byte* base : bases) std::memset(base, 0, num_bytes);
+    for (std::byte* base : bases) std::memset(base, 0, plan.num_bytes);
     auto network = std::make_shared<cpu::Network>(nodes, seed);
-    if (is_threaded) network->start_thread();
     Scheduler scheduler(seed, *network);
-    std::vector<std::unique_ptr<Rank>> ranks;
     std::vector<std::thread> threads;
-    for (uint32_t rank = 0; rank < options.num_ranks; ++rank) {
-      ranks.push_back(std::make_unique<Rank>(
-          options, rank, bases[rank],
-          std::make_unique<SeveralNodes>(config, rank, bases, policy, network)));
-      auto main = [&rank = *ranks.back(), seed] { run_program(rank, seed); };
+    if (is_threaded) network->start_thread();
+    for (auto& program : plan.make(seed, bases, network)) {
       if (is_threaded) {
-        threads.emplace_back(main);
+        threads.emplace_back(program);
       } else {
-        scheduler.add(main);
+        scheduler.add(program);
       }
     }
     for (auto& thread : threads) thread.join();

@@ -86,7 +86,9 @@ class NormalShape:
             num_experts=self.num_experts,
             top_k=self.top_k,
             dtype=self.dtype,
-            num_bytes=(self.layout() if self.ranks_added_up is None else self.node_layout()).num_bytes,
+            num_bytes=(
+                self.layout() if self.ranks_added_up is None else self.node_layout()
+            ).num_bytes,
             dispatch_dtype=self.dispatch_dtype,
             scale_format=self.scale_format,
             timeout_secs=timeout_secs,
