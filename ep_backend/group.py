@@ -102,6 +102,12 @@ class Group:
         return self.num_ranks if self.network is None else self.network.ranks_per_node
 
     @property
+    def ranks_of_node(self) -> range:
+        """Those of this rank's node."""
+        first = self.self_rank - self.self_rank % self.ranks_per_node
+        return range(first, first + self.ranks_per_node)
+
+    @property
     def num_nodes(self) -> int:
         return self.num_ranks // self.ranks_per_node
 

@@ -48,25 +48,7 @@ class MultiNodeRank : protected LowLatencyRank {
   };
 
   bool is_hierarchical() const { return multi_node_layout_.config().is_hierarchical; }
-  const protocol::Nodes& nodes() const { return multi_node_layout_.nodes(); }
-  bool is_local(uint32_t rank) const { return nodes().share_node(self_rank_, rank); }
-  uint32_t remote_idx(uint32_t rank) const {
-    return nodes().remote_idx(nodes().node_of(self_rank_), nodes().node_of(rank));
-  }
-  uint32_t remote_rank(uint32_t rank) const {
-    return multi_node_layout_.remote_rank(self_rank_, rank);
-  }
-  // Of a remote node by its number among those: the rank there with which this one exchanges.
-  uint32_t forwarder_of(uint32_t remote) const {
-    return nodes().forwarder(nodes().remote_node(nodes().node_of(self_rank_), remote), self_rank_);
-  }
-  // Payload and signals of a phase share one, so that signals come behind the payload.
-  QueuePair queue_pair(protocol::Phase phase, uint32_t dst_rank) const {
-    return {self_rank_, dst_rank, index(phase)};
-  }
-  // `offset` is in the receiver's memory, `staged` in this rank's.
-  void put(protocol::Phase phase, uint32_t dst_rank, uint64_t offset, uint64_t staged,
-           uint64_t num_bytes);
+  const protocol::Nodes& nodes() const { return view_.nodes; }
 
   Destination destination(uint32_t rank) const override;
   uint32_t writer_of(uint32_t src_rank) const override;
@@ -89,7 +71,8 @@ class MultiNodeRank : protected LowLatencyRank {
   void add_up_token(const Op& op, uint32_t token, const CombineRecvParams& params);
 
   protocol::MultiNodeLayout multi_node_layout_;
-  std::shared_ptr<Network> network_;
+  protocol::NodeView view_;
+  NetworkPort port_;
   std::vector<AnsweredMessages> answered_;  // by bank
 
   // Remote nodes whose messages the hook in progress has forwarded: one that was interrupted goes

@@ -43,7 +43,7 @@ OpResult MultiNodeRank::combine_send(const CombineSendParams& params, Forwarded 
   // One signal for a rank's own tokens and for those whose rows it adds up.
   for (uint32_t i = 1; i <= nodes().ranks_per_node; ++i) {
     const uint32_t number = (nodes().rank_in_node(self_rank_) + i) % nodes().ranks_per_node;
-    const uint32_t dst_rank = nodes().rank_at(nodes().node_of(self_rank_), number);
+    const uint32_t dst_rank = view_.neighbour(number);
     op.publish_signal(dst_rank, params.handle.num_messages[dst_rank]);
   }
   return op.complete(num_messages);
@@ -52,31 +52,33 @@ OpResult MultiNodeRank::combine_send(const CombineSendParams& params, Forwarded 
 // Hierarchical: in the memory of the rank of this node that adds up, or whose token it is. Flat:
 // in place, or staged.
 std::byte* MultiNodeRank::place_row(const Op& op, uint32_t src_rank, uint32_t outcome_slot) {
-  if (is_local(src_rank)) return LowLatencyRank::place_row(op, src_rank, outcome_slot);
+  if (view_.is_local(src_rank)) return LowLatencyRank::place_row(op, src_rank, outcome_slot);
   if (is_hierarchical()) {
-    const uint32_t adder = nodes().forwarder(nodes().node_of(self_rank_), src_rank);
+    const uint32_t adder = view_.forwarder_here(src_rank);
     return bases_[adder] +
-           multi_node_layout_.node_partial(op.bank(), remote_idx(src_rank), outcome_slot);
+           multi_node_layout_.node_partial(op.bank(), view_.remote_idx(src_rank), outcome_slot);
   }
-  return bases_[self_rank_] + multi_node_layout_.row_outbox(op.bank(), remote_rank(src_rank),
-                                                            num_rows_staged_[src_rank]);
+  return bases_[self_rank_] + multi_node_layout_.row_outbox(
+                                  op.bank(), multi_node_layout_.remote_rank(self_rank_, src_rank),
+                                  num_rows_staged_[src_rank]);
 }
 
 void MultiNodeRank::row_is_placed(const Op& op, uint32_t src_rank, uint32_t outcome_slot) {
   const auto& layout = multi_node_layout_;
-  if (!is_local(src_rank) && !is_hierarchical()) {
-    put(Phase::kCombine, src_rank, layout_.outcome(op.bank(), outcome_slot),
-        layout.row_outbox(op.bank(), remote_rank(src_rank), num_rows_staged_[src_rank]++),
-        layout.combine_bytes());
+  if (!view_.is_local(src_rank) && !is_hierarchical()) {
+    port_.put(Phase::kCombine, src_rank, layout_.outcome(op.bank(), outcome_slot),
+              layout.row_outbox(op.bank(), multi_node_layout_.remote_rank(self_rank_, src_rank),
+                                num_rows_staged_[src_rank]++),
+              layout.combine_bytes());
     return;
   }
-  const uint32_t dst_rank = nodes().forwarder(nodes().node_of(self_rank_), src_rank);
-  network_->count_store(self_rank_, dst_rank, layout.combine_bytes());
+  const uint32_t dst_rank = view_.forwarder_here(src_rank);
+  port_.count_store(dst_rank, layout.combine_bytes());
 }
 
 uint64_t MultiNodeRank::num_outcome_slots(uint32_t src_rank) const {
-  return is_hierarchical() && !is_local(src_rank) ? multi_node_layout_.num_partial_slots()
-                                                  : layout_.num_outcome_slots();
+  return is_hierarchical() && !view_.is_local(src_rank) ? multi_node_layout_.num_partial_slots()
+                                                        : layout_.num_outcome_slots();
 }
 
 OpResult MultiNodeRank::combine_recv(const CombineRecvParams& params) {
@@ -86,13 +88,13 @@ OpResult MultiNodeRank::combine_recv(const CombineRecvParams& params) {
   uint64_t num_rows = 0, count = 0;
   // This node's ranks, for what is added up here and for this rank's own tokens.
   for (uint32_t i = 0; i < nodes().ranks_per_node; ++i) {
-    const uint32_t src_rank = nodes().rank_at(nodes().node_of(self_rank_), i);
+    const uint32_t src_rank = view_.neighbour(i);
     if (!op.wait_for_signal(src_rank, &count)) return op.result();
     num_rows += count;
   }
   for (; num_added_up_ < nodes().num_remote(); ++num_added_up_) add_up_node(op, num_added_up_);
   for (uint32_t remote = 0; remote < nodes().num_remote(); ++remote) {
-    if (!op.wait_for_signal(forwarder_of(remote), &count)) return op.result();
+    if (!op.wait_for_signal(view_.forwarder_on(remote), &count)) return op.result();
     num_rows += count;
   }
   for (uint32_t token = 0; token < params.num_tokens; ++token) add_up_token(op, token, params);
@@ -105,7 +107,7 @@ OpResult MultiNodeRank::combine_recv(const CombineRecvParams& params) {
 void MultiNodeRank::add_up_node(Op& op, uint32_t remote) {
   const auto& layout = multi_node_layout_;
   const auto& config = layout_.config();
-  const uint32_t home = forwarder_of(remote), bank = op.bank();
+  const uint32_t home = view_.forwarder_on(remote), bank = op.bank();
   std::byte* self = bases_[self_rank_];
   const AnsweredMessages& answered = answered_[bank];
   const uint32_t num_messages = answered.num_messages[remote];
@@ -119,8 +121,8 @@ void MultiNodeRank::add_up_node(Op& op, uint32_t remote) {
     const uint64_t staged = layout.node_sum(bank, remote, slot);
     write_sum(hook_scratch_, self + staged, config.combine_dtype, rows, nullptr,
               message.num_partials, Store::kCached);
-    put(Phase::kCombine, home, layout_.outcome(bank, message.outcome_slot), staged,
-        layout.combine_bytes());
+    port_.put(Phase::kCombine, home, layout_.outcome(bank, message.outcome_slot), staged,
+              layout.combine_bytes());
   }
   op.count_sent(home, num_messages * layout.combine_bytes());
   op.publish_signal(home, num_messages);
@@ -135,7 +137,7 @@ void MultiNodeRank::add_up_token(const Op& op, uint32_t token, const CombineRecv
   const uint64_t first_slot = uint64_t{token} * layout_.num_outcome_columns();
   for (uint32_t i = 0; i < params.num_partials[token]; ++i) {
     const std::byte* row = bases_[self_rank_] + layout_.outcome(op.bank(), first_slot + i);
-    if (!is_local(params.answers[first_slot + i] >> 16)) {
+    if (!view_.is_local(params.answers[first_slot + i] >> 16)) {
       rows[num_rows++] = row;
       continue;
     }

@@ -44,17 +44,18 @@ LowLatencyRank::MessagePlace MultiNodeRank::inbox_place(const Op& op, uint32_t d
 // In this node, in place; else in this rank's memory, from where it is put.
 LowLatencyRank::MessagePlace MultiNodeRank::place_message(const Op& op, uint32_t dst_rank,
                                                           uint32_t slot, uint32_t token) {
-  if (is_local(dst_rank)) return inbox_place(op, dst_rank, self_rank_, slot);
+  if (view_.is_local(dst_rank)) return inbox_place(op, dst_rank, self_rank_, slot);
   const auto& layout = multi_node_layout_;
   std::byte* self = bases_[self_rank_];
   if (is_hierarchical()) {
-    std::byte* message = self + layout.node_outbox(op.bank(), remote_idx(dst_rank), slot);
+    std::byte* message = self + layout.node_outbox(op.bank(), view_.remote_idx(dst_rank), slot);
     return {message, message + layout.row_in_node_message(),
             at<float>(message, layout.scales_in_node_message())};
   }
   const bool has_row = staged_token_ == token;
   staged_token_ = token;
-  return {self + layout.staged_header(op.bank(), remote_rank(dst_rank), slot),
+  return {self + layout.staged_header(op.bank(),
+                                      multi_node_layout_.remote_rank(self_rank_, dst_rank), slot),
           self + layout.staged_row(op.bank(), token),
           at<float>(self, layout.staged_scales(op.bank(), token)), has_row};
 }
@@ -63,21 +64,20 @@ void MultiNodeRank::message_is_placed(const Op& op, uint32_t dst_rank, uint32_t 
                                       uint32_t token) {
   const auto& layout = multi_node_layout_;
   const uint32_t bank = op.bank();
-  if (is_local(dst_rank)) {
-    network_->count_store(
-        self_rank_, dst_rank,
-        layout.header_bytes() + layout_.dispatch_row_bytes() + layout.scales_bytes());
+  if (view_.is_local(dst_rank)) {
+    port_.count_store(dst_rank,
+                      layout.header_bytes() + layout_.dispatch_row_bytes() + layout.scales_bytes());
   } else if (is_hierarchical()) {
-    const uint32_t self_node = nodes().node_of(self_rank_);
-    const uint32_t here = nodes().remote_idx(nodes().node_of(dst_rank), self_node);
-    put(Phase::kDispatch, dst_rank, layout.node_inbox(bank, here, slot),
-        layout.node_outbox(bank, remote_idx(dst_rank), slot), layout.node_message_bytes());
+    const uint32_t here = view_.idx_at(dst_rank);
+    port_.put(Phase::kDispatch, dst_rank, layout.node_inbox(bank, here, slot),
+              layout.node_outbox(bank, view_.remote_idx(dst_rank), slot),
+              layout.node_message_bytes());
   } else {
-    put(Phase::kDispatch, dst_rank, layout_.inbox_row(bank, self_rank_, slot),
-        layout.staged_row(bank, token), layout_.dispatch_row_bytes());
+    port_.put(Phase::kDispatch, dst_rank, layout_.inbox_row(bank, self_rank_, slot),
+              layout.staged_row(bank, token), layout_.dispatch_row_bytes());
     if (layout.scales_bytes() == 0) return;
-    put(Phase::kDispatch, dst_rank, layout_.inbox_scales(bank, self_rank_, slot),
-        layout.staged_scales(bank, token), layout.scales_bytes());
+    port_.put(Phase::kDispatch, dst_rank, layout_.inbox_scales(bank, self_rank_, slot),
+              layout.staged_scales(bank, token), layout.scales_bytes());
   }
 }
 
@@ -87,27 +87,26 @@ void MultiNodeRank::publish_batch(Op& op, uint32_t dst_rank) {
   const uint32_t bank = op.bank(), num_messages = num_messages_to_[dst_rank];
   const uint64_t counts_bytes = layout_.partition().num_local_experts(dst_rank) * uint64_t{8};
   op.count_sent(dst_rank, num_messages * (layout_.dispatch_row_bytes() + layout.scales_bytes()));
-  if (is_local(dst_rank)) {
+  if (view_.is_local(dst_rank)) {
     write_counts(at<uint64_t>(bases_[dst_rank], layout_.counts(bank, self_rank_)), op, dst_rank);
-    network_->count_store(self_rank_, dst_rank, counts_bytes);
+    port_.count_store(dst_rank, counts_bytes);
   } else if (is_hierarchical()) {
     // Counts are what the forwarder counts.
-    const uint32_t self_node = nodes().node_of(self_rank_);
-    const uint32_t here = nodes().remote_idx(nodes().node_of(dst_rank), self_node);
+    const uint32_t here = view_.idx_at(dst_rank);
     publish_word(Phase::kDispatch, dst_rank, layout.node_signal(bank, here),
                  protocol::pack_signal(op.epoch(), num_messages),
                  layout.node_signal_sleepers(here));
     return;
   } else {
-    const uint32_t remote = remote_rank(dst_rank);
+    const uint32_t remote = multi_node_layout_.remote_rank(self_rank_, dst_rank);
     if (num_messages > 0) {
-      put(Phase::kDispatch, dst_rank, layout_.header(bank, self_rank_, 0),
-          layout.staged_header(bank, remote, 0), num_messages * layout.header_bytes());
+      port_.put(Phase::kDispatch, dst_rank, layout_.header(bank, self_rank_, 0),
+                layout.staged_header(bank, remote, 0), num_messages * layout.header_bytes());
     }
     const uint64_t staged = layout.staged_counts(bank, remote);
     write_counts(at<uint64_t>(bases_[self_rank_], staged), op, dst_rank);
     if (counts_bytes > 0) {
-      put(Phase::kDispatch, dst_rank, layout_.counts(bank, self_rank_), staged, counts_bytes);
+      port_.put(Phase::kDispatch, dst_rank, layout_.counts(bank, self_rank_), staged, counts_bytes);
     }
   }
   op.publish_signal(dst_rank, num_messages);
@@ -116,8 +115,7 @@ void MultiNodeRank::publish_batch(Op& op, uint32_t dst_rank) {
 OpResult MultiNodeRank::dispatch_recv(const DispatchRecvParams& params, Forwarded forwarded) {
   Op op(*this, Phase::kDispatch, Half::kRecv);
   if (!op.ok()) return op.result();
-  // Before anything is waited for that other ranks forward. In order of the nodes: what comes
-  // later waits, but nobody waits for this rank alone.
+  // Before anything is waited for that other ranks forward.
   const uint32_t num_remote = is_hierarchical() ? nodes().num_remote() : 0;
   for (; num_forwarded_ < num_remote; ++num_forwarded_) {
     if (!forward_node(op, num_forwarded_, forwarded)) return op.result();
@@ -132,7 +130,7 @@ OpResult MultiNodeRank::dispatch_recv(const DispatchRecvParams& params, Forwarde
 // whole before any of it is passed on.
 bool MultiNodeRank::forward_node(Op& op, uint32_t remote, Forwarded forwarded) {
   const auto& layout = multi_node_layout_;
-  const uint32_t src_rank = forwarder_of(remote);
+  const uint32_t src_rank = view_.forwarder_on(remote);
   const uint64_t num_max = layout_.config().num_max_tokens_per_rank;
   uint64_t num_messages;
   if (!op.wait_for_word(src_rank, layout.node_signal(op.bank(), remote),
@@ -156,7 +154,7 @@ bool MultiNodeRank::forward_node(Op& op, uint32_t remote, Forwarded forwarded) {
 // Memory that contradicts its signal must not choose where we write.
 bool MultiNodeRank::check_node_message(Op& op, uint32_t remote, uint32_t slot) const {
   const auto& config = layout_.config();
-  const uint32_t src_rank = forwarder_of(remote);
+  const uint32_t src_rank = view_.forwarder_on(remote);
   const std::byte* message =
       bases_[self_rank_] + multi_node_layout_.node_inbox(op.bank(), remote, slot);
   const auto& header = *reinterpret_cast<const MessageHeader*>(message);
@@ -169,14 +167,14 @@ bool MultiNodeRank::check_node_message(Op& op, uint32_t remote, uint32_t slot) c
   if (header.outcome_slot >= layout_.num_outcome_slots()) {
     return op.fail(Status::kCorrupt, src_rank, layout_.num_outcome_slots(), header.outcome_slot);
   }
-  uint32_t last_rank = nodes().rank_at(nodes().node_of(self_rank_), 0);
+  uint32_t last_rank = view_.neighbour(0);
   for (uint32_t i = 0; i < header.num_entries; ++i) {
     const uint32_t expert = entries[i].local_expert;
     if (expert >= config.num_experts) {
       return op.fail(Status::kCorrupt, src_rank, config.num_experts, expert);
     }
     const uint32_t rank = layout_.partition().owner(expert);
-    if (rank < last_rank || !is_local(rank)) {
+    if (rank < last_rank || !view_.is_local(rank)) {
       return op.fail(Status::kCorrupt, src_rank, last_rank, rank);
     }
     last_rank = rank;
@@ -187,7 +185,7 @@ bool MultiNodeRank::check_node_message(Op& op, uint32_t remote, uint32_t slot) c
 // One message for this node -> one for each of its ranks that own some of the token's experts.
 protocol::ForwardedMessage MultiNodeRank::forward_message(Op& op, uint32_t remote, uint32_t slot) {
   const auto& layout = multi_node_layout_;
-  const uint32_t src_rank = forwarder_of(remote);
+  const uint32_t src_rank = view_.forwarder_on(remote);
   const std::byte* message = bases_[self_rank_] + layout.node_inbox(op.bank(), remote, slot);
   const auto& header = *reinterpret_cast<const MessageHeader*>(message);
   const auto* entries = reinterpret_cast<const ExpertEntry*>(message + sizeof(MessageHeader));
@@ -214,9 +212,8 @@ protocol::ForwardedMessage MultiNodeRank::forward_message(Op& op, uint32_t remot
              Store::kCached);
     std::copy_n(reinterpret_cast<const float*>(message + layout.scales_in_node_message()),
                 layout_.num_scales(), place.scales);
-    network_->count_store(
-        self_rank_, dst_rank,
-        layout.header_bytes() + layout_.dispatch_row_bytes() + layout.scales_bytes());
+    port_.count_store(dst_rank,
+                      layout.header_bytes() + layout_.dispatch_row_bytes() + layout.scales_bytes());
     first = entry;
   }
   return {header.outcome_slot, column};
@@ -224,17 +221,17 @@ protocol::ForwardedMessage MultiNodeRank::forward_message(Op& op, uint32_t remot
 
 // Counts and signals of a source's messages, to the ranks of this node.
 void MultiNodeRank::publish_forwarded(Op& op, uint32_t remote) {
-  const uint32_t src_rank = forwarder_of(remote), bank = op.bank();
+  const uint32_t src_rank = view_.forwarder_on(remote), bank = op.bank();
   const auto& partition = layout_.partition();
   for (uint32_t i = 0; i < nodes().ranks_per_node; ++i) {
-    const uint32_t dst_rank = nodes().rank_at(nodes().node_of(self_rank_), i);
+    const uint32_t dst_rank = view_.neighbour(i);
     auto* counts = at<uint64_t>(bases_[dst_rank], layout_.counts(bank, src_rank));
     const uint32_t first_expert = partition.first_expert(dst_rank);
     const uint32_t num_experts = partition.num_local_experts(dst_rank);
     for (uint32_t local = 0; local < num_experts; ++local) {
       counts[local] = protocol::pack_signal(op.epoch(), num_forwarded_rows_[first_expert + local]);
     }
-    network_->count_store(self_rank_, dst_rank, num_experts * uint64_t{8});
+    port_.count_store(dst_rank, num_experts * uint64_t{8});
     op.count_sent(dst_rank, num_forwarded_to_[dst_rank] *
                                 (layout_.dispatch_row_bytes() + multi_node_layout_.scales_bytes()));
     publish_word(Phase::kDispatch, dst_rank, layout_.signal(bank, Phase::kDispatch, src_rank),

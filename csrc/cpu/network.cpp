@@ -4,6 +4,8 @@
 #include <chrono>
 #include <cstring>
 
+#include "cpu/atomics.h"
+#include "cpu/rows.h"
 #include "cpu/wait.h"
 
 namespace ep::cpu {
@@ -165,6 +167,25 @@ void Network::flush(uint32_t src_rank) {
 LinkCounters Network::counters(uint32_t src_rank, uint32_t dst_rank) {
   std::lock_guard lock(mutex_);
   return counters_of(src_rank, dst_rank);
+}
+
+void NetworkPort::put(protocol::Phase phase, uint32_t dst_rank, uint64_t offset, uint64_t staged,
+                      uint64_t num_bytes) {
+  fence_streamed_rows();
+  network_->put(queue_pair(phase, dst_rank), bases_[dst_rank] + offset, bases_[self_rank_] + staged,
+                num_bytes);
+}
+
+void NetworkPort::publish_word(protocol::Phase phase, uint32_t peer, uint64_t word, uint64_t value,
+                               uint64_t sleepers) {
+  auto* dst = at<uint64_t>(bases_[peer], word);
+  auto* dst_sleepers = at<uint32_t>(bases_[peer], sleepers);
+  if (network_->nodes().share_node(self_rank_, peer)) {
+    network_->count_signal(self_rank_, peer);
+    publish(dst, value, dst_sleepers);
+  } else {
+    network_->signal(queue_pair(phase, peer), dst, value, dst_sleepers);
+  }
 }
 
 }  // namespace ep::cpu

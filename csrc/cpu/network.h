@@ -11,8 +11,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "protocol/nodes.h"
@@ -98,6 +100,34 @@ class Network {
   uint64_t num_deliveries_ = 0;
   bool is_stopping_ = false;
   std::thread thread_;
+};
+
+// One rank's side of it. Offsets are in the memory of the rank that is written to, but for what is
+// staged, which is in this rank's own.
+class NetworkPort {
+ public:
+  NetworkPort(std::shared_ptr<Network> network, uint32_t self_rank, std::vector<std::byte*> bases)
+      : network_(std::move(network)), self_rank_(self_rank), bases_(std::move(bases)) {}
+
+  // To a rank of another node.
+  void put(protocol::Phase phase, uint32_t dst_rank, uint64_t offset, uint64_t staged,
+           uint64_t num_bytes);
+  // Publishes: a word, and all that was put or stored before, to a rank of any node.
+  void publish_word(protocol::Phase phase, uint32_t peer, uint64_t word, uint64_t value,
+                    uint64_t sleepers);
+  void count_store(uint32_t dst_rank, uint64_t num_bytes) {
+    network_->count_store(self_rank_, dst_rank, num_bytes);
+  }
+
+ private:
+  // Payload and signals of a phase share one, so that signals come behind the payload.
+  QueuePair queue_pair(protocol::Phase phase, uint32_t dst_rank) const {
+    return {self_rank_, dst_rank, static_cast<uint32_t>(phase)};
+  }
+
+  std::shared_ptr<Network> network_;
+  uint32_t self_rank_;
+  std::vector<std::byte*> bases_;
 };
 
 }  // namespace ep::cpu

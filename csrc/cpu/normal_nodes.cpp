@@ -17,40 +17,26 @@ NormalNodeRank::NormalNodeRank(const protocol::NormalNodeConfig& config, uint32_
                                std::shared_ptr<Network> network)
     : NormalRank(config.normal, self_rank, std::move(bases), policy),
       node_layout_(config),
-      network_(std::move(network)),
+      view_{node_layout_.nodes(), self_rank},
+      port_(std::move(network), self_rank, bases_),
       num_for_node_(node_layout_.nodes().num_remote()),
       num_forwarded_to_(config.normal.num_ranks),
       own_sum_(layout_.row_bytes()),
       own_weights_(config.normal.top_k) {
   peers_.clear();
   for (uint32_t rank = 0; rank < config.normal.num_ranks; ++rank) {
-    const bool is_forwarder = nodes().rank_in_node(rank) == nodes().rank_in_node(self_rank);
-    if (is_local(rank) || is_forwarder) peers_.push_back(rank);
+    if (view_.is_peer(rank)) peers_.push_back(rank);
   }
-}
-
-// Payload and signals of a phase share a queue pair, so that signals come behind the payload.
-void NormalNodeRank::put(Phase phase, uint32_t dst_rank, uint64_t offset, uint64_t staged,
-                         uint64_t num_bytes) {
-  fence_streamed_rows();
-  network_->put({self_rank_, dst_rank, static_cast<uint32_t>(phase)}, bases_[dst_rank] + offset,
-                bases_[self_rank_] + staged, num_bytes);
 }
 
 void NormalNodeRank::publish_word(Phase phase, uint32_t peer, uint64_t word, uint64_t value,
                                   uint64_t sleepers) {
-  if (is_local(peer)) {
-    network_->count_signal(self_rank_, peer);
-    NormalRank::publish_word(phase, peer, word, value, sleepers);
-    return;
-  }
-  network_->signal({self_rank_, peer, static_cast<uint32_t>(phase)},
-                   at<uint64_t>(bases_[peer], word), value, at<uint32_t>(bases_[peer], sleepers));
+  port_.publish_word(phase, peer, word, value, sleepers);
 }
 
 // Publishes: to this rank's forwarder on that node, what has been put for it.
 void NormalNodeRank::signal_node(Op& op, uint64_t round, uint32_t remote, uint64_t count) {
-  const uint32_t dst_rank = forwarder_of(remote), here = idx_at(dst_rank);
+  const uint32_t dst_rank = view_.forwarder_on(remote), here = view_.idx_at(dst_rank);
   publish_word(op.phase(), dst_rank, node_layout_.node_signal(op.bank(round), op.phase(), here),
                protocol::pack_signal(op.epoch(round), count),
                node_layout_.node_signal_sleepers(op.phase(), here));
@@ -67,19 +53,19 @@ void NormalNodeRank::publish_forwarded(Op& op, uint64_t round, uint32_t src_rank
 bool NormalNodeRank::send_counts(Op& op, uint64_t num_tokens) {
   const uint32_t num_ranks = nodes().ranks_per_node, num_remote = nodes().num_remote();
   for (uint32_t remote = 0; remote < num_remote; ++remote) {
-    const uint32_t dst_rank = forwarder_of(remote);
+    const uint32_t dst_rank = view_.forwarder_on(remote);
     for (uint32_t i = 0; i < num_ranks; ++i) {
       write_counts(bases_[self_rank_] + node_layout_.staged_counts(remote, i), op,
                    nodes().rank_at(nodes().node_of(dst_rank), i), num_tokens);
     }
-    put(Phase::kDispatch, dst_rank, node_layout_.node_counts(idx_at(dst_rank), 0),
-        node_layout_.staged_counts(remote, 0), node_layout_.node_counts_bytes());
+    port_.put(Phase::kDispatch, dst_rank, node_layout_.node_counts(view_.idx_at(dst_rank), 0),
+              node_layout_.staged_counts(remote, 0), node_layout_.node_counts_bytes());
     signal_node(op, 0, remote, 0);
   }
   for (uint32_t i = 0; i < num_ranks; ++i) {
-    const uint32_t dst_rank = neighbour(i);
+    const uint32_t dst_rank = view_.neighbour(i);
     write_counts(bases_[dst_rank] + layout_.counts(self_rank_), op, dst_rank, num_tokens);
-    network_->count_store(self_rank_, dst_rank, node_layout_.counts_stride());
+    port_.count_store(dst_rank, node_layout_.counts_stride());
     op.publish_signal(0, dst_rank, 0);
   }
   for (uint32_t remote = 0; remote < num_remote; ++remote) {
@@ -90,18 +76,18 @@ bool NormalNodeRank::send_counts(Op& op, uint64_t num_tokens) {
 
 // Waits for: the counts of this rank's source on that node. Passes them on.
 bool NormalNodeRank::forward_counts(Op& op, uint32_t remote) {
-  const uint32_t src_rank = forwarder_of(remote);
+  const uint32_t src_rank = view_.forwarder_on(remote);
   uint64_t count;
   if (!op.wait_for_word(0, src_rank, node_layout_.node_signal(op.bank(0), Phase::kDispatch, remote),
                         node_layout_.node_signal_sleepers(Phase::kDispatch, remote), &count)) {
     return false;
   }
   for (uint32_t i = 0; i < nodes().ranks_per_node; ++i) {
-    const uint32_t dst_rank = neighbour(i);
+    const uint32_t dst_rank = view_.neighbour(i);
     std::memcpy(bases_[dst_rank] + layout_.counts(src_rank),
                 bases_[self_rank_] + node_layout_.node_counts(remote, i),
                 node_layout_.counts_stride());
-    network_->count_store(self_rank_, dst_rank, node_layout_.counts_stride());
+    port_.count_store(dst_rank, node_layout_.counts_stride());
     publish_forwarded(op, 0, src_rank, dst_rank, 0);
   }
   return true;
@@ -121,11 +107,11 @@ uint32_t NormalNodeRank::stage_route(uint32_t bank, uint32_t remote, const uint3
 void NormalNodeRank::send_routes(Op& op, uint64_t round, uint64_t flags) {
   const uint32_t bank = op.bank(round);
   for (uint32_t remote = 0; remote < nodes().num_remote(); ++remote) {
-    const uint32_t dst_rank = forwarder_of(remote);
+    const uint32_t dst_rank = view_.forwarder_on(remote);
     if (num_for_node_[remote] > 0) {
-      put(op.phase(), dst_rank, node_layout_.node_route(bank, idx_at(dst_rank), 0),
-          node_layout_.staged_route(bank, remote, 0),
-          num_for_node_[remote] * node_layout_.route_bytes());
+      port_.put(op.phase(), dst_rank, node_layout_.node_route(bank, view_.idx_at(dst_rank), 0),
+                node_layout_.staged_route(bank, remote, 0),
+                num_for_node_[remote] * node_layout_.route_bytes());
     }
     signal_node(op, round, remote, num_for_node_[remote] | flags);
   }
@@ -134,7 +120,7 @@ void NormalNodeRank::send_routes(Op& op, uint64_t round, uint64_t flags) {
 // Memory that contradicts its signal must not choose where we read and write.
 bool NormalNodeRank::read_route(Op& op, uint64_t round, uint32_t remote, uint32_t slot,
                                 Route* route) {
-  const uint32_t src_rank = forwarder_of(remote);
+  const uint32_t src_rank = view_.forwarder_on(remote);
   const auto* words =
       at<uint32_t>(bases_[self_rank_], node_layout_.node_route(op.bank(round), remote, slot));
   *route = {words[0], words + 1};
@@ -144,8 +130,8 @@ bool NormalNodeRank::read_route(Op& op, uint64_t round, uint32_t remote, uint32_
   }
   for (uint32_t i = 0; i < route->num_ranks; ++i) {
     const uint32_t rank = route->messages[i] >> 16, dst_slot = route->messages[i] & 0xffff;
-    if (rank >= layout_.config().num_ranks || !is_local(rank)) {
-      return op.fail_corrupt(round, src_rank, neighbour(0), rank);
+    if (rank >= layout_.config().num_ranks || !view_.is_local(rank)) {
+      return op.fail_corrupt(round, src_rank, view_.neighbour(0), rank);
     }
     if (dst_slot >= layout_.config().num_tokens_per_round) {
       return op.fail_corrupt(round, src_rank, layout_.config().num_tokens_per_round, dst_slot);

@@ -36,31 +36,14 @@ class NormalNodeRank : protected NormalRank {
     const uint32_t* messages;
   };
 
-  const protocol::Nodes& nodes() const { return node_layout_.nodes(); }
-  bool is_local(uint32_t rank) const { return nodes().share_node(self_rank_, rank); }
-  // Of this node by number.
-  uint32_t neighbour(uint32_t rank_in_node) const {
-    return nodes().rank_at(nodes().node_of(self_rank_), rank_in_node);
+  const protocol::Nodes& nodes() const { return view_.nodes; }
+  // Of a row of dispatch and its scales.
+  uint64_t travelling_bytes() const {
+    return layout_.dispatch_row_bytes() + layout_.num_scales() * sizeof(float);
   }
-  uint32_t remote_idx(uint32_t rank) const {
-    return nodes().remote_idx(nodes().node_of(self_rank_), nodes().node_of(rank));
-  }
-  // Which of the other nodes this one is to that rank.
-  uint32_t idx_at(uint32_t rank) const {
-    return nodes().remote_idx(nodes().node_of(rank), nodes().node_of(self_rank_));
-  }
-  // Of a remote node by its number among those: the rank there with which this one exchanges.
-  uint32_t forwarder_of(uint32_t remote) const {
-    return nodes().forwarder(nodes().remote_node(nodes().node_of(self_rank_), remote), self_rank_);
-  }
-  // `offset` is in the receiver's memory, `staged` in this rank's.
-  void put(protocol::Phase phase, uint32_t dst_rank, uint64_t offset, uint64_t staged,
-           uint64_t num_bytes);
   void publish_word(protocol::Phase phase, uint32_t peer, uint64_t word, uint64_t value,
                     uint64_t sleepers) override;
-  uint32_t writer_of(uint32_t src_rank) const override {
-    return nodes().forwarder(nodes().node_of(self_rank_), src_rank);
-  }
+  uint32_t writer_of(uint32_t src_rank) const override { return view_.forwarder_here(src_rank); }
 
   bool send_counts(Op& op, uint64_t num_tokens) override;
   bool forward_counts(Op& op, uint32_t remote);
@@ -91,7 +74,8 @@ class NormalNodeRank : protected NormalRank {
   void add_weights(float* sums, const std::byte* message, bool is_first) const;
 
   protocol::NormalNodeLayout node_layout_;
-  std::shared_ptr<Network> network_;
+  protocol::NodeView view_;
+  NetworkPort port_;
   // Scratch: of a round, messages for each remote node; of one source's, those forwarded to each
   // rank; a token's sum over this node, and of its weights.
   std::vector<uint32_t> num_for_node_;

@@ -30,8 +30,8 @@ void NormalNodeRank::send_home(Op& op, uint64_t round, const NormalCombineParams
       const uint32_t node = nodes().node_of(*message >> 16);
       const uint32_t* node_end = std::find_if(
           message, last, [&](uint32_t other) { return nodes().node_of(other >> 16) != node; });
-      if (!is_local(*message >> 16)) {
-        stage_route(op.bank(round), remote_idx(*message >> 16), message, node_end);
+      if (!view_.is_local(*message >> 16)) {
+        stage_route(op.bank(round), view_.remote_idx(*message >> 16), message, node_end);
       }
       message = node_end;
     }
@@ -43,10 +43,10 @@ void NormalNodeRank::send_home(Op& op, uint64_t round, const NormalCombineParams
     const uint32_t as_rank = nodes().forwarder(nodes().node_of(src_rank), self_rank_);
     send_rows(op, round, src_rank, dst_rank, as_rank, params);
     const uint32_t count = params.rows.per_round[round * num_ranks + src_rank];
-    for (uint32_t i = 0; i < count; ++i) network_->count_store(self_rank_, dst_rank, row_bytes);
+    for (uint32_t i = 0; i < count; ++i) port_.count_store(dst_rank, row_bytes);
   }
   for (uint32_t i = 0; i < nodes().ranks_per_node; ++i) {
-    const uint32_t dst_rank = neighbour(i);
+    const uint32_t dst_rank = view_.neighbour(i);
     const uint32_t count = params.rows.per_round[round * num_ranks + dst_rank];
     op.publish_signal(round, dst_rank, count | weights_bit(params));
   }
@@ -73,7 +73,7 @@ bool NormalNodeRank::wait_for_rows(Op& op, uint64_t round, const NormalCombinePa
     for (uint32_t i = 0; i < params.routes.num_messages[token]; ++i) {
       const uint32_t rank = messages[i] >> 16, node = nodes().node_of(rank);
       // A node answers with one row, its forwarder's.
-      if (is_local(rank)) {
+      if (view_.is_local(rank)) {
         ++num_in_round_[rank];
       } else if (node != last_node) {
         ++num_in_round_[nodes().forwarder(node, self_rank_)];
@@ -88,13 +88,13 @@ bool NormalNodeRank::wait_for_rows(Op& op, uint64_t round, const NormalCombinePa
     return count == expected || op.fail_corrupt(round, rank, expected, count);
   };
   for (uint32_t i = 0; i < nodes().ranks_per_node; ++i) {
-    if (!wait_for(neighbour(i))) return false;
+    if (!wait_for(view_.neighbour(i))) return false;
   }
   for (uint32_t remote = 0; remote < nodes().num_remote(); ++remote) {
     if (!add_up_node(op, round, remote, params)) return false;
   }
   for (uint32_t remote = 0; remote < nodes().num_remote(); ++remote) {
-    if (!wait_for(forwarder_of(remote))) return false;
+    if (!wait_for(view_.forwarder_on(remote))) return false;
   }
   return true;
 }
@@ -103,7 +103,7 @@ bool NormalNodeRank::wait_for_rows(Op& op, uint64_t round, const NormalCombinePa
 bool NormalNodeRank::add_up_node(Op& op, uint64_t round, uint32_t remote,
                                  const NormalCombineParams& params) {
   const auto& config = layout_.config();
-  const uint32_t home = forwarder_of(remote), bank = op.bank(round);
+  const uint32_t home = view_.forwarder_on(remote), bank = op.bank(round);
   uint64_t count;
   if (!op.wait_for_word(round, home, node_layout_.node_signal(bank, Phase::kCombine, remote),
                         node_layout_.node_signal_sleepers(Phase::kCombine, remote), &count)) {
@@ -130,8 +130,9 @@ bool NormalNodeRank::add_up_node(Op& op, uint64_t round, uint32_t remote,
                  nullptr, route.num_ranks, config.hidden, Store::kCached);
     const uint64_t first =
         params.has_topk_weights ? node_layout_.weights_in_message() : node_layout_.row_in_message();
-    put(Phase::kCombine, home, node_layout_.node_inbox(bank, idx_at(home), slot) + first,
-        staged + first, node_layout_.row_in_message() + layout_.row_bytes() - first);
+    port_.put(Phase::kCombine, home,
+              node_layout_.node_inbox(bank, view_.idx_at(home), slot) + first, staged + first,
+              node_layout_.row_in_message() + layout_.row_bytes() - first);
   }
   op.publish_signal(round, home, num_messages | weights_bit(params));
   op.count_sent(home, num_messages * layout_.row_bytes());
@@ -160,9 +161,9 @@ void NormalNodeRank::add_up_token(uint32_t bank, uint64_t token,
   while (message != last) {
     const uint32_t rank = *message >> 16, node = nodes().node_of(rank);
     const float* node_weights;
-    if (is_local(rank)) {
+    if (view_.is_local(rank)) {
       uint32_t num_own_rows = 0;
-      for (; message != last && is_local(*message >> 16); ++message, ++num_own_rows) {
+      for (; message != last && view_.is_local(*message >> 16); ++message, ++num_own_rows) {
         const std::byte* own = self + layout_.message(bank, *message >> 16, *message & 0xffff);
         own_rows[num_own_rows] = own + node_layout_.row_in_message();
         if (sums != nullptr) add_weights(own_weights_.data(), own, num_own_rows == 0);
@@ -172,7 +173,7 @@ void NormalNodeRank::add_up_token(uint32_t bank, uint64_t token,
       rows[num_terms] = own_sum_.data();
       node_weights = own_weights_.data();
     } else {
-      const uint32_t remote = remote_idx(rank);
+      const uint32_t remote = view_.remote_idx(rank);
       const std::byte* sum = self + node_layout_.node_inbox(bank, remote, num_for_node_[remote]++);
       while (message != last && nodes().node_of(*message >> 16) == node) ++message;
       rows[num_terms] = sum + node_layout_.row_in_message();

@@ -31,22 +31,22 @@ void NormalNodeRank::send_tokens(Op& op, uint64_t round, const NormalDispatchPar
     const uint32_t* last = message + num_messages;
     while (message != last) {
       const uint32_t dst_rank = *message >> 16, slot = *message & 0xffff;
-      if (!is_local(dst_rank)) {
+      if (!view_.is_local(dst_rank)) {
         message += send_to_node(op, round, token, message, last, row, store, params);
         continue;
       }
       ++num_in_round_[dst_rank];
       write_message(bases_[dst_rank] + layout_.message(op.bank(round), self_rank_, slot), dst_rank,
                     dst_rank, token, row, dst_rank == self_rank_ ? Store::kCached : store, params);
-      network_->count_store(self_rank_, dst_rank, message_bytes);
+      port_.count_store(dst_rank, message_bytes);
       ++message;
     }
   }
   send_routes(op, round, 0);
   for (uint32_t i = 0; i < nodes().ranks_per_node; ++i) {
-    const uint32_t dst_rank = neighbour(i);
+    const uint32_t dst_rank = view_.neighbour(i);
     op.publish_signal(round, dst_rank, num_in_round_[dst_rank]);
-    op.count_sent(dst_rank, num_in_round_[dst_rank] * layout_.dispatch_row_bytes());
+    op.count_sent(dst_rank, num_in_round_[dst_rank] * travelling_bytes());
   }
 }
 
@@ -57,17 +57,17 @@ uint32_t NormalNodeRank::send_to_node(Op& op, uint64_t round, uint64_t token,
   const uint32_t node = nodes().node_of(*messages >> 16);
   const uint32_t* node_end = std::find_if(
       messages, end, [&](uint32_t message) { return nodes().node_of(message >> 16) != node; });
-  const uint32_t remote = remote_idx(*messages >> 16), bank = op.bank(round);
-  const uint32_t dst_rank = forwarder_of(remote);
+  const uint32_t remote = view_.remote_idx(*messages >> 16), bank = op.bank(round);
+  const uint32_t dst_rank = view_.forwarder_on(remote);
   const uint32_t slot = stage_route(bank, remote, messages, node_end);
   const uint64_t staged = node_layout_.node_outbox(bank, remote, slot);
-  const uint64_t there = node_layout_.node_inbox(bank, idx_at(dst_rank), slot);
+  const uint64_t there = node_layout_.node_inbox(bank, view_.idx_at(dst_rank), slot);
   write_message(bases_[self_rank_] + staged, nodes().rank_at(node, 0),
                 nodes().rank_at(node, nodes().ranks_per_node - 1), token, row, store, params);
   const uint64_t first = params.is_cached ? node_layout_.row_in_message() : 0;
-  put(Phase::kDispatch, dst_rank, there + first, staged + first,
-      node_layout_.dispatch_bytes() - first);
-  op.count_sent(dst_rank, layout_.dispatch_row_bytes());
+  port_.put(Phase::kDispatch, dst_rank, there + first, staged + first,
+            node_layout_.dispatch_bytes() - first);
+  op.count_sent(dst_rank, travelling_bytes());
   return static_cast<uint32_t>(node_end - messages);
 }
 
@@ -81,7 +81,7 @@ bool NormalNodeRank::receive_tokens(Op& op, uint64_t round, const NormalDispatch
 
 // Waits for: a round's messages of this rank's source on that node.
 bool NormalNodeRank::forward_round(Op& op, uint64_t round, uint32_t remote, bool is_cached) {
-  const uint32_t src_rank = forwarder_of(remote), bank = op.bank(round);
+  const uint32_t src_rank = view_.forwarder_on(remote), bank = op.bank(round);
   uint64_t count;
   if (!op.wait_for_word(round, src_rank, node_layout_.node_signal(bank, Phase::kDispatch, remote),
                         node_layout_.node_signal_sleepers(Phase::kDispatch, remote), &count)) {
@@ -102,9 +102,9 @@ bool NormalNodeRank::forward_round(Op& op, uint64_t round, uint32_t remote, bool
     }
   }
   for (uint32_t i = 0; i < nodes().ranks_per_node; ++i) {
-    const uint32_t dst_rank = neighbour(i);
+    const uint32_t dst_rank = view_.neighbour(i);
     publish_forwarded(op, round, src_rank, dst_rank, num_forwarded_to_[dst_rank]);
-    op.count_sent(dst_rank, num_forwarded_to_[dst_rank] * layout_.dispatch_row_bytes());
+    op.count_sent(dst_rank, num_forwarded_to_[dst_rank] * travelling_bytes());
   }
   return true;
 }
@@ -114,14 +114,14 @@ bool NormalNodeRank::forward_round(Op& op, uint64_t round, uint32_t remote, bool
 void NormalNodeRank::forward_message(uint32_t bank, uint32_t remote, uint32_t slot,
                                      uint32_t dst_rank, uint32_t dst_slot, bool is_cached) {
   const auto& partition = layout_.partition();
-  const uint32_t src_rank = forwarder_of(remote), top_k = layout_.config().top_k;
+  const uint32_t src_rank = view_.forwarder_on(remote), top_k = layout_.config().top_k;
   const std::byte* message = bases_[self_rank_] + node_layout_.node_inbox(bank, remote, slot);
   std::byte* out = bases_[dst_rank] + layout_.message(bank, src_rank, dst_slot);
   const uint64_t first = node_layout_.row_in_message();
   std::memcpy(out + first, message + first, node_layout_.dispatch_bytes() - first);
-  network_->count_store(self_rank_, dst_rank, node_layout_.dispatch_bytes());
+  port_.count_store(dst_rank, node_layout_.dispatch_bytes());
   if (is_cached) return;
-  const auto first_of_node = static_cast<int32_t>(partition.first_expert(neighbour(0)));
+  const auto first_of_node = static_cast<int32_t>(partition.first_expert(view_.neighbour(0)));
   const auto first_expert = static_cast<int32_t>(partition.first_expert(dst_rank)) - first_of_node;
   const auto num_experts = static_cast<int32_t>(partition.num_local_experts(dst_rank));
   const auto* topk_idx = reinterpret_cast<const int32_t*>(message);

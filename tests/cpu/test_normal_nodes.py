@@ -4,13 +4,15 @@ that reorders what RDMA may reorder, with budgets that need many rounds."""
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ep_backend import Group, NormalBuffer, PeerTimeout
+from ep_backend import Group, NormalBuffer, PeerTimeout, _native
+from ep_backend.virtual_network import Traffic
 from tests.cpu.test_normal import shapes
 from tests.support.normal import NormalCase, NormalShape, check_received, make_case
 from tests.support.routing import ROUTINGS
@@ -71,8 +73,7 @@ def test_a_cached_routing_brings_other_rows() -> None:
                 check_received(result, case, group.self_rank)
             first.combine(buffer, result)
 
-    SHAPE.world(seed := 3).run(rank_main)
-    assert seed == 3
+    SHAPE.world().run(rank_main)
 
 
 def test_the_budget_and_the_network_change_nothing() -> None:
@@ -96,36 +97,87 @@ def test_the_budget_and_the_network_change_nothing() -> None:
         assert all(map(same_bits, expected, outs(num_tokens_per_round, seed)))
 
 
-def test_each_token_crosses_once_for_each_node() -> None:
-    """Copies that the network has counted, of 16 ranks on two nodes, eight experts a token."""
+def sent_over_the_network(case: NormalCase) -> list[Traffic]:
+    """By a dispatch, and by its combine, of all ranks together."""
+    world = case.shape.world()
+    assert world.network is not None
+    network = world.network
+    counted = [network.totals()["rdma"]]
+
+    def rank_main(group: Group) -> None:
+        with case.shape.buffer(group) as buffer:
+            result = buffer.dispatch(*case.inputs(group.self_rank))
+            group.all_gather(None)
+            if group.self_rank == 0:
+                counted.append(network.totals()["rdma"])
+            group.all_gather(None)
+            case.combine(buffer, result)
+
+    world.run(rank_main)
+    counted.append(network.totals()["rdma"])
+    return [after - before for before, after in pairwise(counted)]
+
+
+def nodes_of_tokens(case: NormalCase) -> dict[tuple[int, int], list[int]]:
+    """By rank and remote node: tokens that go there."""
+    g = case.shape.ranks_per_node or 1
+    tokens: dict[tuple[int, int], list[int]] = {}
+    for rank, idx in enumerate(case.topk_idx):
+        for token, experts in enumerate(idx.tolist()):
+            owners = {_owner(e, case.shape) for e in experts if e >= 0}
+            for node in {owner // g for owner in owners} - {rank // g}:
+                tokens.setdefault((rank, node), []).append(token)
+    return tokens
+
+
+def _owner(expert: int, shape: NormalShape) -> int:
+    return _native.ExpertPartition(shape.num_experts, shape.num_ranks).owner(expert)
+
+
+@settings(max_examples=60)
+@given(cases())
+def test_a_token_crosses_once_for_each_node(drawn: list[NormalCase]) -> None:
+    """What the network counts is what follows from the routing."""
+    case, shape = drawn[0], drawn[0].shape
+    assert shape.ranks_per_node is not None
+    num_pairs = shape.num_ranks * (shape.num_ranks // shape.ranks_per_node - 1)
+    counted = sent_over_the_network(case)
+    if num_pairs == 0:
+        assert counted == [Traffic(), Traffic()]
+        return
+    layout, per_round = shape.node_layout(), shape.num_tokens_per_round
+    going = nodes_of_tokens(case).values()
+    num_messages = sum(map(len, going))
+    # Routes of a round's messages for a node travel together.
+    num_batches = sum(len({token // per_round for token in tokens}) for tokens in going)
+    num_rounds = -(-max(len(x) for x in case.x) // per_round)
+    route_bytes = num_messages * layout.route_bytes
+    counts_bytes = num_pairs * shape.ranks_per_node * layout.counts_stride
+    assert counted[0] == Traffic(
+        num_puts=num_messages + num_batches + num_pairs,
+        put_bytes=num_messages * layout.dispatch_bytes + route_bytes + counts_bytes,
+        # Of counts and of each round: a signal and a credit.
+        num_signals=num_pairs * 2 * (1 + num_rounds),
+    )
+    first = layout.weights_in_message if case.with_weights else layout.row_in_message
+    sum_bytes = layout.row_in_message + layout.base.row_bytes - first
+    assert counted[1] == Traffic(
+        num_puts=num_messages + num_batches,
+        put_bytes=num_messages * sum_bytes + route_bytes,
+        # Of each round: of routes, of sums, and a credit.
+        num_signals=num_pairs * 3 * num_rounds,
+    )
+
+
+def test_sixteen_ranks_on_two_nodes_send_a_copy_a_token() -> None:
     shape = NormalShape(
         16, hidden=64, num_experts=64, top_k=8, num_tokens_per_round=16, ranks_per_node=8
     )
     case = make_case(shape, "uniform", [16] * 16, seed=0)
-    world = shape.world()
-    assert world.network is not None
-    network = world.network
-
-    def rank_main(group: Group) -> int:
-        with shape.buffer(group) as buffer:
-            result = buffer.dispatch(*case.inputs(group.self_rank))
-            group.all_gather(None)
-            before = network.totals()["rdma"].num_puts
-            group.all_gather(None)
-            case.combine(buffer, result)
-            return before
-
-    num_dispatch_puts = world.run(rank_main)[0]
-    num_combine_puts = network.totals()["rdma"].num_puts - num_dispatch_puts
-    num_messages = sum(
-        len({expert // 32 for expert in token} - {rank // 8})
-        for rank, idx in enumerate(case.topk_idx)
-        for token in idx.tolist()
-    )
+    num_messages = sum(map(len, nodes_of_tokens(case).values()))
     assert 0.95 < num_messages / (16 * 16) <= 1.0
-    # And from each rank its counts and, in either phase, its routes.
-    assert num_dispatch_puts == num_messages + 2 * 16
-    assert num_combine_puts == num_messages + 16
+    num_puts = [traffic.num_puts for traffic in sent_over_the_network(case)]
+    assert num_puts == [num_messages + 2 * 16, num_messages + 16]
 
 
 def test_whoever_does_not_come_is_named() -> None:

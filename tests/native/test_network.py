@@ -100,24 +100,28 @@ def test_threads_without_a_report(sanitizer: str, tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == OK, done.stderr
 
 
+# `mode`: the algorithms that have it.
 SEEDED_BUGS = [
     SeededBug(
         "signal_on_another_queue_pair_than_the_payload",
-        "cpu/multi_node.cpp",
+        "cpu/network.cpp",
         "network_->signal(queue_pair(phase, peer),",
-        "network_->signal(QueuePair{self_rank_, peer, 2 + index(phase)},",
+        "network_->signal({self_rank_, peer, 2 + uint32_t(phase)},",
+        "flat hierarchical normal",
     ),
     SeededBug(
         "payload_striped_over_two_queue_pairs_with_one_signal",
-        "cpu/multi_node.cpp",
+        "cpu/network.cpp",
         "network_->put(queue_pair(phase, dst_rank),",
-        "network_->put({self_rank_, dst_rank, index(phase) + 2 * uint32_t(staged / 128 % 2)},",
+        "network_->put({self_rank_, dst_rank, uint32_t(phase) + 2 * uint32_t(staged / 128 % 2)},",
+        "flat hierarchical normal",
     ),
     SeededBug(
         "no_wait_for_credit",
         "cpu/low_latency_op.cpp",
         "if (epoch_ <= num_banks) return true;",
         "if (epoch_ > 0) return true;",
+        "flat hierarchical",
     ),
     SeededBug(
         "headers_put_behind_their_signal",
@@ -129,8 +133,8 @@ SEEDED_BUGS = [
     SeededBug(
         "one_place_to_stage_every_message_for_a_node",
         "cpu/multi_node_dispatch.cpp",
-        "std::byte* message = self + layout.node_outbox(op.bank(), remote_idx(dst_rank), slot);",
-        "std::byte* message = self + layout.node_outbox(op.bank(), remote_idx(dst_rank), 0);",
+        "self + layout.node_outbox(op.bank(), view_.remote_idx(dst_rank), slot);",
+        "self + layout.node_outbox(op.bank(), view_.remote_idx(dst_rank), 0);",
         "hierarchical",
     ),
     SeededBug(
@@ -149,13 +153,6 @@ SEEDED_BUGS = [
         "hierarchical",
     ),
     SeededBug(
-        "signal_of_normal_kernels_on_another_queue_pair_than_the_payload",
-        "cpu/normal_nodes.cpp",
-        "network_->signal({self_rank_, peer, static_cast<uint32_t>(phase)},",
-        "network_->signal({self_rank_, peer, 2 + static_cast<uint32_t>(phase)},",
-        "normal",
-    ),
-    SeededBug(
         "routes_behind_their_signal",
         "cpu/normal_nodes.cpp",
         "if (num_for_node_[remote] > 0) {",
@@ -166,8 +163,8 @@ SEEDED_BUGS = [
     SeededBug(
         "a_node_is_added_up_before_its_rows_are_there",
         "cpu/normal_nodes_combine.cpp",
-        "if (!wait_for(neighbour(i))) return false;",
-        "if (i == 0 && !wait_for(neighbour(i))) return false;",
+        "if (!wait_for(view_.neighbour(i))) return false;",
+        "if (i == 0 && !wait_for(view_.neighbour(i))) return false;",
         "normal",
     ),
     SeededBug(
@@ -183,7 +180,7 @@ SEEDED_BUGS = [
 @pytest.mark.parametrize("bug", SEEDED_BUGS, ids=lambda bug: bug.id)
 def test_a_bug_seeded_into_the_kernels_is_found(bug: SeededBug, tmp_path: Path) -> None:
     program = build(tmp_path, kernels_with(bug, tmp_path), "-O0")
-    for algorithm in [bug.mode] if bug.mode else ["flat", "hierarchical"]:
+    for algorithm in bug.mode.split():
         arguments = (4, 2, 0, 2000, 8, "float32", output_for(algorithm))
         done = run_program(program, "turns", algorithm, *arguments)
         assert done.returncode == 1, algorithm
