@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -146,9 +145,16 @@ class DispatchHandle:
         return self._pointers
 
     def _addresses(self) -> tuple[int, ...]:
-        begins = accumulate(self._sizes[:-1], initial=0)
-        addresses = tuple(self.storage.data_ptr() + 4 * begin for begin in begins)
-        return addresses if self._is_networked else addresses[:5]
+        num_partials = self.storage.data_ptr()
+        answers = num_partials + 4 * self._sizes[0]
+        num_messages = answers + 4 * self._sizes[1]
+        messages = num_messages + 4 * self._sizes[2]
+        entries = messages + 4 * self._sizes[3]
+        addresses = (num_partials, answers, num_messages, messages, entries)
+        if not self._is_networked:
+            return addresses
+        num_forwarded = entries + 4 * self._sizes[4]
+        return (*addresses, num_forwarded, num_forwarded + 4 * self._sizes[5])
 
 
 @dataclass(eq=False)

@@ -46,6 +46,9 @@ def test_sixteen_ranks(ranks_per_node: int) -> None:
     run_on_threads(mixed_scenario(shape, num_variants=3), "plain_loop", num_ops=3)
 
 
+SHAPE = Shape(4, ranks_per_node=2)
+
+
 def combined(shape: Shape, scenario: Scenario, seed: int = 0) -> list[torch.Tensor]:
     """Of the first variant, whatever the reference thinks of it."""
     variant = scenario.variants[0]
@@ -117,6 +120,16 @@ def test_what_a_hierarchical_buffer_cannot_do_is_refused(
             )
 
     virtual_world(2).run(rank_main)
+
+
+def test_ranks_on_nodes_must_be_on_cpus() -> None:
+    def rank_main(group: Group) -> None:
+        with pytest.raises(
+            ValueError, match="device is 'cuda', but the virtual ranks are on 2 nod"
+        ):
+            replace(SHAPE, device="cuda", hidden=16).buffer(group)
+
+    SHAPE.world().run(rank_main)
 
 
 def test_ranks_must_agree_on_the_algorithm() -> None:
