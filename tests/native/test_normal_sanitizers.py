@@ -24,7 +24,8 @@ STRESS = Path(__file__).parent / "stress_normal.cpp"
 
 def sources(csrc: Path) -> list[Path]:
     kernels = (csrc / "cpu").glob("normal*.cpp")
-    return [STRESS, *sorted(kernels), csrc / "cpu" / "rows.cpp", csrc / "cpu" / "wait.cpp"]
+    shared = [csrc / "cpu" / f"{name}.cpp" for name in ("network", "rows", "wait")]
+    return [STRESS, *sorted(kernels), *shared]
 
 
 @pytest.fixture(scope="session", params=SANITIZERS, ids=lambda name: f"{name}_sanitizer")
