@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings_multi_node.h"
 #include "bindings_normal.h"
 #include "bindings_protocol.h"
 #include "bindings_run.h"
@@ -98,6 +99,7 @@ PYBIND11_MODULE(_native, m) {
   bind_results(m);
   bind_statistics(m);
   bind_low_latency_rank(m);
+  bind_multi_node(m);
   bind_normal(m);
 #if defined(EP_BACKEND_CUDA)
   m.attr("has_cuda") = true;

@@ -10,8 +10,10 @@
 #include "bindings_run.h"
 #include "bindings_statistics.h"
 #include "cpu/normal.h"
+#include "cpu/normal_nodes.h"
 #include "protocol/normal_device_layout.h"
 #include "protocol/normal_layout.h"
+#include "protocol/normal_node_layout.h"
 #include "protocol/normal_op.h"
 
 namespace py = pybind11;
@@ -56,6 +58,42 @@ void bind_layout(py::module_& m) {
       .def("token", &NormalLayout::token)
       .def("row", &NormalLayout::row)
       .def("scales", &NormalLayout::scales);
+}
+
+void bind_node_layout(py::module_& m) {
+  m.attr("NORMAL_NODE_PROTOCOL_VERSION") = kNormalNodeProtocolVersion;
+  py::class_<NormalNodeConfig>(m, "NormalNodeConfig")
+      .def(py::init([](const NormalConfig& normal, uint32_t ranks_per_node) {
+             return NormalNodeConfig{normal, ranks_per_node};
+           }),
+           py::arg("normal"), py::arg("ranks_per_node"));
+  py::class_<NormalNodeLayout>(m, "NormalNodeLayout")
+      .def(py::init<const NormalNodeConfig&>())
+      .def_static("num_tokens_that_fit", &NormalNodeLayout::num_tokens_that_fit)
+      .def_property_readonly("base", &NormalNodeLayout::base)
+      .def_property_readonly("num_bytes", &NormalNodeLayout::num_bytes)
+      .def_property_readonly("num_columns", &NormalNodeLayout::num_columns)
+      .def_property_readonly("counts_stride", &NormalNodeLayout::counts_stride)
+      .def_property_readonly("route_bytes", &NormalNodeLayout::route_bytes)
+      .def_property_readonly("dispatch_bytes", &NormalNodeLayout::dispatch_bytes)
+      .def_property_readonly("weights_in_message", &NormalNodeLayout::weights_in_message)
+      .def_property_readonly("row_in_message", &NormalNodeLayout::row_in_message)
+      .def("node_signal", &NormalNodeLayout::node_signal)
+      .def("node_signal_sleepers", &NormalNodeLayout::node_signal_sleepers)
+      .def("node_counts", &NormalNodeLayout::node_counts)
+      .def("staged_counts", &NormalNodeLayout::staged_counts)
+      .def("node_route", &NormalNodeLayout::node_route)
+      .def("staged_route", &NormalNodeLayout::staged_route)
+      .def("node_inbox", &NormalNodeLayout::node_inbox)
+      .def("node_outbox", &NormalNodeLayout::node_outbox)
+      .def_property_readonly("node_signals_offset", &NormalNodeLayout::node_signals_offset)
+      .def_property_readonly("node_sleepers_offset", &NormalNodeLayout::node_sleepers_offset)
+      .def_property_readonly("node_counts_offset", &NormalNodeLayout::node_counts_offset)
+      .def_property_readonly("staged_counts_offset", &NormalNodeLayout::staged_counts_offset)
+      .def_property_readonly("node_routes_offset", &NormalNodeLayout::node_routes_offset)
+      .def_property_readonly("staged_routes_offset", &NormalNodeLayout::staged_routes_offset)
+      .def_property_readonly("node_inbox_offset", &NormalNodeLayout::node_inbox_offset)
+      .def_property_readonly("node_outbox_offset", &NormalNodeLayout::node_outbox_offset);
 }
 
 void bind_device_layout(py::module_& m) {
@@ -110,21 +148,11 @@ RecvRows rows(uint64_t num_rounds, uintptr_t num_rows, uintptr_t per_round) {
   return {num_rounds, pointer<uint64_t>(num_rows), pointer<uint32_t>(per_round)};
 }
 
-void bind_rank(py::module_& m) {
-  using cpu::NormalRank;
-  py::class_<NormalRank>(m, "NormalRank")
-      .def(py::init([](const NormalConfig& config, uint32_t self_rank,
-                       const std::vector<uintptr_t>& bases, uint64_t timeout_ns, uint64_t spin_ns) {
-             std::vector<std::byte*> pointers;
-             for (uintptr_t base : bases) pointers.push_back(pointer<std::byte>(base));
-             return std::make_unique<NormalRank>(
-                 config, self_rank, std::move(pointers),
-                 cpu::WaitPolicy{timeout_ns, spin_ns, &python_interrupted});
-           }),
-           py::arg("config"), py::arg("self_rank"), py::arg("bases"), py::kw_only(),
-           py::arg("timeout_ns"), py::arg("spin_ns"))
-      .def("exchange_counts",
-           [](NormalRank& self, uintptr_t topk_idx, bool topk_idx_is_int64, uint64_t num_tokens,
+// The calls of a rank, on one node or on several.
+template <typename Rank>
+void bind_calls(py::class_<Rank>& rank) {
+  rank.def("exchange_counts",
+           [](Rank& self, uintptr_t topk_idx, bool topk_idx_is_int64, uint64_t num_tokens,
               uintptr_t num_messages, uintptr_t messages, uintptr_t num_rounds, uintptr_t num_rows,
               uintptr_t num_recv_tokens_per_expert) {
              const NormalCountsParams params{pointer<void>(topk_idx),
@@ -136,8 +164,8 @@ void bind_rank(py::module_& m) {
              return run([&] { return self.exchange_counts(params); });
            })
       .def("dispatch",
-           [](NormalRank& self, uintptr_t x, bool x_is_quantized, uintptr_t x_scales,
-              bool is_cached, uintptr_t topk_idx, bool topk_idx_is_int64, uintptr_t topk_weights,
+           [](Rank& self, uintptr_t x, bool x_is_quantized, uintptr_t x_scales, bool is_cached,
+              uintptr_t topk_idx, bool topk_idx_is_int64, uintptr_t topk_weights,
               uint64_t num_tokens, uintptr_t num_messages, uintptr_t messages, uint64_t num_rounds,
               uintptr_t num_rows, uintptr_t per_round, uintptr_t recv_x, uintptr_t recv_scales,
               uintptr_t recv_topk_idx, uintptr_t recv_topk_weights, uintptr_t recv_src_tokens) {
@@ -158,7 +186,7 @@ void bind_rank(py::module_& m) {
              return run([&] { return self.dispatch(params); });
            })
       .def("combine",
-           [](NormalRank& self, uintptr_t x, bool has_topk_weights, uintptr_t topk_weights,
+           [](Rank& self, uintptr_t x, bool has_topk_weights, uintptr_t topk_weights,
               uintptr_t bias_0, uintptr_t bias_1, uint64_t num_tokens, uintptr_t num_messages,
               uintptr_t messages, uint64_t num_rounds, uintptr_t num_rows, uintptr_t per_round,
               uintptr_t out, uintptr_t combined_topk_weights) {
@@ -173,14 +201,46 @@ void bind_rank(py::module_& m) {
                  pointer<float>(combined_topk_weights)};
              return run([&] { return self.combine(params); });
            })
-      .def("epoch", &NormalRank::epoch)
-      .def("statistics", [](const NormalRank& self) { return statistics_dict(self.statistics()); });
+      .def("epoch", [](const Rank& self, Phase phase) { return self.epoch(phase); })
+      .def("statistics", [](const Rank& self) { return statistics_dict(self.statistics()); });
+}
+
+std::vector<std::byte*> pointers(const std::vector<uintptr_t>& bases) {
+  std::vector<std::byte*> pointers;
+  for (uintptr_t base : bases) pointers.push_back(pointer<std::byte>(base));
+  return pointers;
+}
+
+void bind_rank(py::module_& m) {
+  py::class_<cpu::NormalRank> rank(m, "NormalRank");
+  rank.def(py::init([](const NormalConfig& config, uint32_t self_rank,
+                       const std::vector<uintptr_t>& bases, uint64_t timeout_ns, uint64_t spin_ns) {
+             return std::make_unique<cpu::NormalRank>(
+                 config, self_rank, pointers(bases),
+                 cpu::WaitPolicy{timeout_ns, spin_ns, &python_interrupted});
+           }),
+           py::arg("config"), py::arg("self_rank"), py::arg("bases"), py::kw_only(),
+           py::arg("timeout_ns"), py::arg("spin_ns"));
+  bind_calls(rank);
+  py::class_<cpu::NormalNodeRank> node_rank(m, "NormalNodeRank");
+  node_rank.def(
+      py::init([](const NormalNodeConfig& config, uint32_t self_rank,
+                  const std::vector<uintptr_t>& bases, std::shared_ptr<cpu::Network> network,
+                  uint64_t timeout_ns, uint64_t spin_ns) {
+        return std::make_unique<cpu::NormalNodeRank>(
+            config, self_rank, pointers(bases),
+            cpu::WaitPolicy{timeout_ns, spin_ns, &python_interrupted}, std::move(network));
+      }),
+      py::arg("config"), py::arg("self_rank"), py::arg("bases"), py::arg("network"), py::kw_only(),
+      py::arg("timeout_ns"), py::arg("spin_ns"));
+  bind_calls(node_rank);
 }
 
 }  // namespace
 
 void bind_normal(py::module_& m) {
   bind_layout(m);
+  bind_node_layout(m);
   bind_device_layout(m);
   bind_rank(m);
 }

@@ -22,6 +22,7 @@ from ep_backend.bench import (
     precision,
     serve,
     tune,
+    wire,
 )
 from ep_backend.bench.demo import DemoSettings, Progress, ServerFailed, run_demo
 from ep_backend.bench.demo_engines import ENGINES
@@ -44,6 +45,7 @@ trace = typer.Typer(
 )
 app.add_typer(trace, name="trace")
 bench.command()(precision.precision)
+bench.command()(wire.wire)
 # `bench op` parses only --device and --kind itself: what it measures has options of its own.
 op_cpu = typer.Typer(pretty_exceptions_enable=False)
 op_cpu.command()(op.op)

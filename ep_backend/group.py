@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from ep_backend.errors import RendezvousError, SettingsMismatch
 from ep_backend.memory import SymmetricMemory, cuda, shm
+from ep_backend.virtual_network import VirtualNetwork
 
 T = TypeVar("T")
 
@@ -76,16 +77,40 @@ class Group:
         self_rank: this rank, 0..num_ranks-1.
         num_ranks: how many ranks there are.
         is_virtual: the ranks are threads of this process.
+        network: what joins the nodes of virtual ranks; None where all ranks are on one node.
     """
 
     def __init__(
-        self, exchange: _Exchange, self_rank: int, num_ranks: int, *, is_virtual: bool
+        self,
+        exchange: _Exchange,
+        self_rank: int,
+        num_ranks: int,
+        *,
+        is_virtual: bool,
+        network: VirtualNetwork | None = None,
     ) -> None:
         self._exchange = exchange
         self.self_rank = self_rank
         self.num_ranks = num_ranks
         self.is_virtual = is_virtual
         self._hosts: list[int] | None = None
+        self.network = network
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks on a node: that reach each other's memory. Those of node n come before those of
+        node n + 1."""
+        return self.num_ranks if self.network is None else self.network.ranks_per_node
+
+    @property
+    def ranks_of_node(self) -> range:
+        """Those of this rank's node."""
+        first = self.self_rank - self.self_rank % self.ranks_per_node
+        return range(first, first + self.ranks_per_node)
+
+    @property
+    def num_nodes(self) -> int:
+        return self.num_ranks // self.ranks_per_node
 
     @classmethod
     def from_process_group(
@@ -210,12 +235,19 @@ class VirtualWorld:
     """`num_ranks` ranks as threads of this process: for tests, benchmarks and development.
 
     The kernels, the memory layout and the waits are those of processes.
+
+    Attributes:
+        network: between the ranks' nodes, with counters; None where there is one node.
     """
 
-    def __init__(self, num_ranks: int, timeout_secs: float) -> None:
+    def __init__(
+        self, num_ranks: int, timeout_secs: float, network: VirtualNetwork | None = None
+    ) -> None:
         self._exchange = _ThreadExchange(num_ranks, timeout_secs)
+        self.network = network
         self.groups = [
-            Group(self._exchange, rank, num_ranks, is_virtual=True) for rank in range(num_ranks)
+            Group(self._exchange, rank, num_ranks, is_virtual=True, network=network)
+            for rank in range(num_ranks)
         ]
 
     def run(self, rank_main: Callable[[Group], T]) -> list[T]:
@@ -242,11 +274,32 @@ class VirtualWorld:
         return [future.result() for future in futures]
 
 
-def virtual_world(num_ranks: int, timeout_secs: float = 60.0) -> VirtualWorld:
-    """A world of `num_ranks` threads. See `VirtualWorld`."""
+def virtual_world(
+    num_ranks: int,
+    timeout_secs: float = 60.0,
+    *,
+    ranks_per_node: int | None = None,
+    network_seed: int = 0,
+    network_delay_us: int = 0,
+) -> VirtualWorld:
+    """A world of `num_ranks` threads. See `VirtualWorld`.
+
+    Args:
+        ranks_per_node: if given, ranks are on nodes of so many, and a network that reorders all
+            that RDMA may reorder joins the nodes: see `VirtualNetwork`. Default: all are on one
+            node, without a network.
+        network_seed: of the order in which the network delivers.
+        network_delay_us: how long it pauses, at most, between two deliveries.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
     if num_ranks < 1:
         raise ValueError(f"num_ranks is {num_ranks}, expected at least 1")
-    return VirtualWorld(num_ranks, timeout_secs)
+    network = None
+    if ranks_per_node is not None:
+        network = VirtualNetwork(num_ranks, ranks_per_node, network_seed, network_delay_us)
+    return VirtualWorld(num_ranks, timeout_secs, network)
 
 
 def _host_identity() -> str:

@@ -106,6 +106,8 @@ class DispatchHandle:
         self.is_received = False
         num_ranks = buffer.group.num_ranks
         num_slots = num_ranks * buffer.num_max_tokens_per_rank if workspace < 0 else 0
+        # Hierarchical: what is forwarded here, so that what comes back finds its way.
+        num_remote = buffer.group.num_nodes - 1 if buffer.hierarchical else 0
         # One allocation: this runs in every layer of every step.
         self._sizes = (
             num_tokens,
@@ -113,7 +115,10 @@ class DispatchHandle:
             num_ranks,
             4 * num_slots,
             2 * num_slots * buffer.top_k,
+            num_remote,
+            2 * num_remote * buffer.num_max_tokens_per_rank,
         )
+        self._is_networked = buffer.group.network is not None
         self.storage = torch.empty(sum(self._sizes), dtype=torch.int32, device=buffer.device)
         self._pointers = self._addresses()
 
@@ -141,17 +146,22 @@ class DispatchHandle:
         with reduction "source", instead of the weight the k that the row is of."""
         return self.storage.split(self._sizes)[4].view(-1, 2)
 
-    def pointers(self) -> tuple[int, int, int, int, int]:
+    def pointers(self) -> tuple[int, ...]:
         """Addresses of `num_partials`, the kernels' `answers`, `num_messages`, `messages` and
-        `entries`."""
+        `entries`; between nodes also of what is forwarded: how many messages, and which."""
         return self._pointers
 
-    def _addresses(self) -> tuple[int, int, int, int, int]:
+    def _addresses(self) -> tuple[int, ...]:
         num_partials = self.storage.data_ptr()
         answers = num_partials + 4 * self._sizes[0]
         num_messages = answers + 4 * self._sizes[1]
         messages = num_messages + 4 * self._sizes[2]
-        return num_partials, answers, num_messages, messages, messages + 4 * self._sizes[3]
+        entries = messages + 4 * self._sizes[3]
+        addresses = (num_partials, answers, num_messages, messages, entries)
+        if not self._is_networked:
+            return addresses
+        num_forwarded = entries + 4 * self._sizes[4]
+        return (*addresses, num_forwarded, num_forwarded + 4 * self._sizes[5])
 
 
 @dataclass(eq=False)

@@ -77,23 +77,9 @@ class CpuKernels:
     """
 
     def __init__(
-        self,
-        config: _native.LowLatencyConfig,
-        self_rank: int,
-        bases: list[int],
-        timeout_secs: float,
-        spin_us: float | None,
+        self, rank: _native.LowLatencyRank | _native.MultiNodeRank, spin_us: float
     ) -> None:
-        if spin_us is None:
-            spin_us = default_spin_us(config.num_ranks)
         self.spin_us = spin_us
-        rank = _native.LowLatencyRank(
-            config,
-            self_rank,
-            bases,
-            timeout_ns=int(timeout_secs * 1e9),
-            spin_ns=int(spin_us * 1e3),
-        )
         self._rank = rank
         # The two calls are as good as one.
         self.dispatch = None
@@ -229,6 +215,7 @@ class NetworkKernels(_GpuKernels):
 
 def make_kernels(
     config: _native.LowLatencyConfig,
+    multi_node: _native.MultiNodeConfig | None,
     group: Group,
     memory: SymmetricMemory,
     device: torch.device,
@@ -240,11 +227,33 @@ def make_kernels(
     """The kernels for `device` and that memory; arguments that they do not know are ignored.
 
     Args:
+        multi_node: where ranks are on several nodes.
+        spin_us: see `LowLatencyBuffer`.
         tuned_num_sms: of the tuning table: in place of `num_sms`, if there are as many.
     """
     bases = memory.bases
     if device.type == "cpu":
-        return CpuKernels(config, group.self_rank, bases, timeout_secs, spin_us)
+        if spin_us is None:
+            spin_us = default_spin_us(config.num_ranks)
+        timeout_ns, spin_ns = int(timeout_secs * 1e9), int(spin_us * 1e3)
+        rank = group.self_rank
+        if multi_node is None:
+            return CpuKernels(
+                _native.LowLatencyRank(config, rank, bases, timeout_ns=timeout_ns, spin_ns=spin_ns),
+                spin_us,
+            )
+        assert group.network is not None
+        return CpuKernels(
+            _native.MultiNodeRank(
+                multi_node,
+                rank,
+                bases,
+                group.network.native,
+                timeout_ns=timeout_ns,
+                spin_ns=spin_ns,
+            ),
+            spin_us,
+        )
     if num_sms is None:
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         if group.is_virtual:

@@ -108,6 +108,11 @@ class LowLatencyBuffer:
             batches: the send of a dispatch waits until every rank has come to its own.
         expert_ids: in workspaces, how received rows list their experts: "local", or "global". See
             `DispatchResult.recv_topk_idx`.
+        hierarchical: where ranks are on several nodes (`Group.ranks_per_node`): a token crosses the
+            network once for each node that owns some of its experts, to the rank of this one's
+            number there, which forwards it; a node adds up what it sends home. Fewer bytes, by a
+            hop within the node that the hooks take: a hook then waits for its peers' hooks, too, so
+            that all ranks must come to it. CPU, reduction "rank".
         num_banks: operations in flight, at least 2.
         timeout_secs: how long one wait for peers may last.
         device: where tensors live: "cpu", or a CUDA device. On CUDA, sends and hooks are launched
@@ -150,6 +155,7 @@ class LowLatencyBuffer:
         num_max_tagged_tokens: int | None = None,
         num_workspaces: int = 0,
         expert_ids: str = "local",
+        hierarchical: bool = False,
         num_banks: int = 2,
         timeout_secs: float = DEFAULT_TIMEOUT_SECS,
         device: str | torch.device = "cpu",
@@ -175,6 +181,7 @@ class LowLatencyBuffer:
             num_banks=num_banks,
             device=device_type(device),
             network=network,
+            hierarchical=hierarchical,
         )
         error: Exception | None = None
         tuned = Tuned()
@@ -182,6 +189,7 @@ class LowLatencyBuffer:
             if network is None and settings.device == "cuda":
                 settings = replace(settings, network=NetworkConfig.from_env())
             settings.check(group.num_ranks)
+            settings.check_nodes(group.num_nodes)
             start_exporter(group)
             check_waits(timeout_secs, spin_us)
             self.device = usable_device(device)
@@ -223,8 +231,13 @@ class LowLatencyBuffer:
         self.num_banks = num_banks
         self.num_workspaces = num_workspaces
         self.expert_ids = expert_ids
+        self.hierarchical = hierarchical
         config = settings.config(group.num_ranks)
         layout = _native.LowLatencyLayout(config)
+        num_bytes, multi_node = layout.num_bytes, None
+        if group.network is not None:
+            multi_node = settings.multi_node_config(group.num_ranks, group.ranks_per_node)
+            num_bytes = _native.MultiNodeLayout(multi_node).num_bytes
         self.num_local_experts: int = layout.partition.num_local_experts(group.self_rank)
         self.first_expert: int = layout.partition.first_expert(group.self_rank)
         self.expert_capacity: int = layout.expert_capacity
@@ -234,7 +247,7 @@ class LowLatencyBuffer:
         self.num_answer_words: int = layout.num_answer_words
         self.num_scales: int = layout.num_scales
         """N, scales of a dispatched row; 0 where it is not float8."""
-        self.num_symmetric_bytes: int = layout.num_bytes
+        self.num_symmetric_bytes: int = num_bytes
         """Shared memory this buffer takes on every rank."""
 
         self._row_alignment = CUDA_ROW_ALIGNMENT if self.device.type == "cuda" else 1
@@ -243,12 +256,13 @@ class LowLatencyBuffer:
         self._expert_out_shape = (*output_shape.rows, hidden)
         self._memory: SymmetricMemory
         if settings.network is None:
-            self._memory = group.allocate(layout.num_bytes, self.device)
+            self._memory = group.allocate(num_bytes, self.device)
         else:
             self.num_symmetric_bytes = _native.NetworkLayout(layout).num_bytes
             self._memory = nvshmem.allocate(group, self.num_symmetric_bytes, self.device, settings)
         self._kernels = make_kernels(
             config,
+            multi_node,
             group,
             self._memory,
             self.device,
@@ -473,9 +487,12 @@ class LowLatencyBuffer:
 
     def links(self) -> list[str]:
         """`[R]`: how each rank is reached: "self", "shm", "p2p" or "rdma"."""
+        network, self_rank = self.group.network, self.group.self_rank
+        if network is not None:
+            return [network.link(self_rank, rank) for rank in range(self.group.num_ranks)]
         direct = "shm" if self.device.type == "cpu" else "p2p"
         links = ["rdma" if base == 0 else direct for base in self._memory.bases]
-        links[self.group.self_rank] = "self"
+        links[self_rank] = "self"
         return links
 
     def __enter__(self) -> LowLatencyBuffer:

@@ -35,6 +35,7 @@ from ep_backend.normal_settings import (
     NormalSettings,
     NormalShape,
     check_cpu,
+    node_config,
 )
 from ep_backend.observe.buffer import BufferObserver, start_exporter
 from ep_backend.settings import check_waits, device_type
@@ -123,13 +124,14 @@ class NormalBuffer(ArgumentChecks):
             num_bytes=DEFAULT_NUM_BYTES if num_bytes is None else num_bytes,
         )
         given = {"num_bytes": num_bytes, "spin_us": spin_us}
+        ranks_per_node = group.ranks_per_node if group.num_nodes > 1 else None
         error: Exception | None = None
         tuned = Tuned()
         try:
             check_cpu(device)
             tuned = look_up(settings.tuning_shape(group.num_ranks), group, torch.device("cpu"))
             settings = settings.tuned(tuned, given)
-            settings.check(group.num_ranks)
+            settings.check(group.num_ranks, ranks_per_node)
             start_exporter(group)
             check_waits(timeout_secs, spin_us)
         except (TypeError, ValueError) as e:
@@ -141,18 +143,20 @@ class NormalBuffer(ArgumentChecks):
             spin_us = tuned.settings.get("spin_us")
 
         self.device = torch.device("cpu")
-        config = settings.config(group.num_ranks)
+        config = settings.config(group.num_ranks, ranks_per_node)
         layout = _native.NormalLayout(config)
-        self._take(group, settings, layout)
+        num_symmetric_bytes = layout.num_bytes
+        if ranks_per_node is not None:
+            node_layout = _native.NormalNodeLayout(node_config(config, ranks_per_node))
+            num_symmetric_bytes = node_layout.num_bytes
+        self._take(group, settings, layout, num_symmetric_bytes)
         self._fault = faults.active_fault()
         self.num_max_sms = 0
         """CUDA: what a call may take."""
         self.num_tokens_per_round: int = config.num_tokens_per_round
         """Tokens of a rank that travel at once: what `num_bytes` has room for."""
 
-        kernels = CpuNormalKernels(
-            config, group.self_rank, group.num_ranks, self._memory.bases, timeout_secs, spin_us
-        )
+        kernels = CpuNormalKernels(config, group, self._memory.bases, timeout_secs, spin_us)
         self._statistics = kernels.statistics
         observer = BufferObserver(group, self.device, self.first_expert, self._statistics)
         self._calls = KernelCalls(kernels, num_experts, self.device, observer)
@@ -162,6 +166,7 @@ class NormalBuffer(ArgumentChecks):
         group: Group,
         settings: NormalShape,
         layout: _native.NormalLayout | _native.NormalDeviceLayout,
+        num_bytes: int,
     ) -> None:
         """What is the same on any device. Collective: takes the memory."""
         self.group = group
@@ -177,13 +182,13 @@ class NormalBuffer(ArgumentChecks):
         """Ranks that a token can go to."""
         self.num_scales: int = layout.num_scales
         """Of a dispatched row; 0 where it is not float8."""
-        self.num_symmetric_bytes: int = layout.num_bytes
+        self.num_symmetric_bytes: int = num_bytes
         """Memory of the device that this buffer takes on every rank for the exchange."""
         self._x_dtypes = tuple(dict.fromkeys((self.dtype, self.dispatch_dtype)))
         self._lock = threading.Lock()
         is_cuda = self.device.type == "cuda"
         self._streams: Streams = CommStream(self.device) if is_cuda else NoStreams()
-        self._memory = group.allocate(layout.num_bytes, self.device)
+        self._memory = group.allocate(num_bytes, self.device)
 
     def dispatch(
         self,

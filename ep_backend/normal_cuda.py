@@ -29,7 +29,7 @@ from ep_backend.normal_cuda_settings import (
     num_available_sms,
 )
 from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
-from ep_backend.normal_settings import DEFAULT_NUM_BYTES
+from ep_backend.normal_settings import DEFAULT_NUM_BYTES, check_one_node
 from ep_backend.observe.buffer import BufferObserver, start_exporter
 from ep_backend.settings import CUDA_ROW_ALIGNMENT, check_waits, usable_device
 from ep_backend.tuning import REMEDY, TABLE_KEY, Tuned, log_taken, look_up
@@ -89,6 +89,7 @@ class CudaNormalBuffer(NormalBuffer):
             tuned = look_up(settings.tuning_shape(group.num_ranks), group, self.device)
             settings = settings.tuned(tuned, given)
             settings.check(group.num_ranks)
+            check_one_node(group)
             start_exporter(group)
             check_waits(timeout_secs, spin_us)
             self.num_max_sms = num_available_sms(group, self.device)
@@ -105,7 +106,7 @@ class CudaNormalBuffer(NormalBuffer):
 
         config = settings.config(group.num_ranks)
         layout = _native.NormalDeviceLayout(config)
-        self._take(group, settings, layout)
+        self._take(group, settings, layout, layout.num_bytes)
         self._fault = faults.active_fault()
         self.num_rows: int = config.num_rows
         """P, rows that a rank has room for: what `num_bytes` allows."""

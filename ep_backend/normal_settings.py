@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -22,6 +22,9 @@ from ep_backend.settings import (
     dtype_name,
 )
 from ep_backend.tuning import Shape, Tuned
+
+if TYPE_CHECKING:
+    from ep_backend.group import Group
 
 # As the native module counts them.
 NORMAL_KERNEL_NAMES = ("normal_counts", "normal_dispatch", "normal_combine")
@@ -74,44 +77,55 @@ class NormalSettings(NormalShape):
 
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""
-        return asdict(self) | {"protocol version": _native.NORMAL_PROTOCOL_VERSION}
+        return asdict(self) | {
+            "protocol version": _native.NORMAL_PROTOCOL_VERSION,
+            "protocol version between nodes": _native.NORMAL_NODE_PROTOCOL_VERSION,
+        }
 
-    def check(self, num_ranks: int) -> None:
-        """Raises `ValueError` for what no kernel could serve."""
+    def check(self, num_ranks: int, ranks_per_node: int | None = None) -> None:
+        """Raises `ValueError` for what no kernel could serve.
+
+        Args:
+            ranks_per_node: where they are on several nodes.
+        """
         check_int("num_ranks", num_ranks, 1, _native.MAX_RANKS)
         check_int("num_experts", self.num_experts, 1, _native.MAX_EXPERTS)
         check_int("hidden", self.hidden, 1, 1 << 20)
         check_int("top_k", self.top_k, 1, _native.MAX_TOP_K)
         check_choice("dtype", self.dtype, DTYPES)
         check_dispatch_dtype(self.dtype, self.dispatch_dtype, self.scale_format)
-        layout = self._least(num_ranks)
+        least = self.least_num_bytes(num_ranks, ranks_per_node)
         check_int(
             "num_bytes",
             self.num_bytes,
-            layout.num_bytes,
+            least,
             MAX_NUM_BYTES,
-            f"With {num_ranks} ranks and rows of {layout.row_bytes} bytes, one token of each rank "
-            f"at a time takes {layout.num_bytes}. Pass at least that; more is faster.",
+            f"With {num_ranks} ranks and rows of {self.hidden * self.dtype.itemsize} bytes, one "
+            f"token of each rank at a time takes {least}. Pass at least that; more is faster.",
         )
 
-    def least_num_bytes(self, num_ranks: int) -> int:
+    def least_num_bytes(self, num_ranks: int, ranks_per_node: int | None = None) -> int:
         """For one token of each rank at a time; of any settings that `num_bytes` may go with."""
-        return self._least(num_ranks).num_bytes
+        config = self._config(num_ranks, num_tokens_per_round=1)
+        if ranks_per_node is None:
+            return _native.NormalLayout(config).num_bytes
+        return _native.NormalNodeLayout(node_config(config, ranks_per_node)).num_bytes
 
     def num_bytes_for(self, num_ranks: int, num_tokens: int) -> int:
         """Budget in which so many tokens of a rank travel at once."""
         return _native.NormalLayout(self._config(num_ranks, num_tokens)).num_bytes
 
-    def config(self, num_ranks: int) -> _native.NormalConfig:
+    def config(self, num_ranks: int, ranks_per_node: int | None = None) -> _native.NormalConfig:
         """With as many tokens a round as the budget has room for."""
         config = self._config(num_ranks, num_tokens_per_round=0)
-        config.num_tokens_per_round = _native.NormalLayout.num_tokens_that_fit(
-            config, self.num_bytes
-        )
+        if ranks_per_node is None:
+            num_tokens = _native.NormalLayout.num_tokens_that_fit(config, self.num_bytes)
+        else:
+            num_tokens = _native.NormalNodeLayout.num_tokens_that_fit(
+                node_config(config, ranks_per_node), self.num_bytes
+            )
+        config.num_tokens_per_round = num_tokens
         return config
-
-    def _least(self, num_ranks: int) -> _native.NormalLayout:
-        return _native.NormalLayout(self._config(num_ranks, num_tokens_per_round=1))
 
     def _config(self, num_ranks: int, num_tokens_per_round: int) -> _native.NormalConfig:
         return _native.NormalConfig(
@@ -132,6 +146,19 @@ def check_cpu(device: str | torch.device) -> None:
         raise ValueError(f"device is {str(device)!r}, expected 'cpu' or a CUDA device.")
 
 
+def check_one_node(group: Group) -> None:
+    """Raises `ValueError` where ranks on CUDA devices are on several nodes."""
+    if group.network is not None:
+        raise ValueError(
+            f"ranks_per_node is {group.ranks_per_node}, but the network of a virtual world is a "
+            "CPU's. Pass device='cpu', or leave ranks_per_node out."
+        )
+
+
+def node_config(config: _native.NormalConfig, ranks_per_node: int) -> _native.NormalNodeConfig:
+    return _native.NormalNodeConfig(config, ranks_per_node)
+
+
 class CpuNormalKernels:
     """They run in the calling thread and wait there, without the interpreter lock. Kernels take
     addresses and sizes; csrc/bindings_normal.cpp says which.
@@ -143,20 +170,27 @@ class CpuNormalKernels:
     def __init__(
         self,
         config: _native.NormalConfig,
-        self_rank: int,
-        num_ranks: int,
+        group: Group,
         bases: list[int],
         timeout_secs: float,
         spin_us: float | None,
     ) -> None:
-        self.spin_us = default_spin_us(num_ranks) if spin_us is None else spin_us
-        rank = _native.NormalRank(
-            config,
-            self_rank,
-            bases,
-            timeout_ns=int(timeout_secs * 1e9),
-            spin_ns=int(self.spin_us * 1e3),
-        )
+        self.spin_us = default_spin_us(group.num_ranks) if spin_us is None else spin_us
+        timeout_ns, spin_ns = int(timeout_secs * 1e9), int(self.spin_us * 1e3)
+        rank: _native.NormalRank | _native.NormalNodeRank
+        if group.network is not None and group.num_nodes > 1:
+            rank = _native.NormalNodeRank(
+                node_config(config, group.ranks_per_node),
+                group.self_rank,
+                bases,
+                group.network.native,
+                timeout_ns=timeout_ns,
+                spin_ns=spin_ns,
+            )
+        else:
+            rank = _native.NormalRank(
+                config, group.self_rank, bases, timeout_ns=timeout_ns, spin_ns=spin_ns
+            )
         self._rank = rank
         self.normal_counts = rank.exchange_counts
         self.normal_dispatch = rank.dispatch

@@ -3,8 +3,10 @@
 Every kernel must equal these functions bit for bit: rows are ordered by source rank, then token;
 each product and each sum is rounded to float32; a rank adds its experts in k order and its partial
 sum is rounded to the payload's dtype; a token adds its ranks in rank order, or, where all rows come
-home, those in k order. Where rows of dispatch travel as float8, `quantize` says what becomes of
-them; `dispatch` then takes its result as `x`. Rows of combine that do are quantised from float32.
+home, those in k order. Hierarchical, a node adds its ranks in rank order and rounds, and a token
+adds its nodes in node order. Where rows of dispatch travel as float8, `quantize` says what becomes
+of them; `dispatch` then takes its result as `x`. Rows of combine that do are quantised from
+float32.
 
 R ranks, T_r tokens of rank r, H hidden, K top_k, N = ceil(H / 128) scales a float8 row.
 """
@@ -197,6 +199,7 @@ def combine(
     topk_weights: list[torch.Tensor],
     dtype: torch.dtype,
     combine_dtype: torch.dtype | None = None,
+    ranks_per_node: int | None = None,
 ) -> list[torch.Tensor]:
     """What every rank gets back.
 
@@ -205,6 +208,7 @@ def combine(
         received: what `dispatch` returned.
         topk_weights: of each rank, `[T_r, K]` float32.
         combine_dtype: of the rows that travel; default: `dtype`.
+        ranks_per_node: where a hierarchical combine adds up each node's rows before they go home.
 
     Returns:
         Of each rank, `[T_r, H]` of `dtype`.
@@ -214,12 +218,13 @@ def combine(
 
     def add_up(terms: dict[int, torch.Tensor], experts: list[int]) -> torch.Tensor:
         """The partial sum of each rank, then their sum."""
-        partials = []
-        for of_rank in owned:
+        partials = {}
+        for rank, of_rank in enumerate(owned):
             of_rank_terms = [term for k, term in terms.items() if experts[k] in of_rank]
             if of_rank_terms:
-                partials.append(_ordered_sum(of_rank_terms))
-        return _ordered_sum(list(travelled(torch.stack(partials), combine_dtype or dtype)))
+                partial = _ordered_sum(of_rank_terms)
+                partials[rank] = travelled(partial[None], combine_dtype or dtype)[0]
+        return _sum_of_ranks(partials, combine_dtype or dtype, ranks_per_node)
 
     return _combine_tokens(expert_out, received, topk_idx, topk_weights, dtype, add_up)
 
@@ -279,6 +284,7 @@ def combine_rank_major(
     num_tokens: list[int],
     dtype: torch.dtype,
     combine_dtype: torch.dtype | None = None,
+    ranks_per_node: int | None = None,
 ) -> list[torch.Tensor]:
     """What every rank gets back in the rank-major layout.
 
@@ -287,7 +293,7 @@ def combine_rank_major(
             rank's experts make of each message, weighted and summed.
         received: what `dispatch_rank_major` returned.
         num_tokens: T_r of each rank.
-        combine_dtype: as in `combine`.
+        combine_dtype, ranks_per_node: as in `combine`.
 
     Returns:
         Of each rank, `[T_r, H]` of `dtype`.
@@ -300,15 +306,30 @@ def combine_rank_major(
     for src_rank, n in enumerate(num_tokens):
         out = torch.zeros((n, expert_out[0][0].shape[1]), dtype=dtype)
         for token in range(n):
-            partials = [
-                rows[src_rank][sources[src_rank].tokens.index(token)]
-                for rows, sources in zip(arrived, received, strict=True)
+            partials = {
+                rank: rows[src_rank][sources[src_rank].tokens.index(token)]
+                for rank, (rows, sources) in enumerate(zip(arrived, received, strict=True))
                 if token in sources[src_rank].tokens
-            ]
+            }
             if partials:
-                out[token] = _ordered_sum(partials).to(dtype)
+                total = _sum_of_ranks(partials, combine_dtype or dtype, ranks_per_node)
+                out[token] = total.to(dtype)
         outs.append(out)
     return outs
+
+
+def _sum_of_ranks(
+    partials: dict[int, torch.Tensor], combine_dtype: torch.dtype, ranks_per_node: int | None
+) -> torch.Tensor:
+    """Of a token's partial rows by rank, as they arrive, in rank order; hierarchical, of its nodes'
+    sums, each as it arrives."""
+    if ranks_per_node is None:
+        return _ordered_sum(list(partials.values()))
+    by_node: dict[int, list[torch.Tensor]] = {}
+    for rank, partial in partials.items():
+        by_node.setdefault(rank // ranks_per_node, []).append(partial)
+    sums = torch.stack([_ordered_sum(of_node) for of_node in by_node.values()])
+    return _ordered_sum(list(travelled(sums, combine_dtype)))
 
 
 def _ordered_sum(terms: list[torch.Tensor]) -> torch.Tensor:

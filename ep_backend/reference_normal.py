@@ -2,6 +2,7 @@
 
 The kernels must equal these functions bit for bit, whatever the budget: rows are ordered by source
 rank, then token; a token adds its rows in rank order in float32, then its biases, and rounds once.
+On several nodes a node adds its rows in rank order and rounds; a token adds its nodes in order.
 
 R ranks, T_r tokens of rank r, N_r rows that it receives, H hidden, K top_k, S = ceil(H / 128)
 scales of a float8 row.
@@ -79,6 +80,7 @@ def combine(
     num_tokens: list[int],
     dtype: torch.dtype,
     biases: list[tuple[torch.Tensor, ...]] | None = None,
+    ranks_per_node: int | None = None,
 ) -> list[torch.Tensor]:
     """What every rank gets back.
 
@@ -88,11 +90,12 @@ def combine(
         received: what `dispatch` returned.
         num_tokens: T_r of each rank.
         biases: of each rank, tensors `[T_r, H]`, added behind the rows in this order.
+        ranks_per_node: where ranks are on several nodes.
 
     Returns:
         Of each rank, `[T_r, H]` of `dtype`; 0, or the biases, for tokens that went nowhere.
     """
-    terms = list(_rows_with_origins(x, received))
+    terms = list(_rows_with_origins(x, received, ranks_per_node))
     for src_rank, of_rank in enumerate(biases or []):
         for bias in of_rank:
             terms += [((src_rank, token), row) for token, row in enumerate(bias)]
@@ -100,18 +103,21 @@ def combine(
 
 
 def combine_weights(
-    topk_weights: list[torch.Tensor], received: list[ReceivedRows], num_tokens: list[int]
+    topk_weights: list[torch.Tensor],
+    received: list[ReceivedRows],
+    num_tokens: list[int],
+    ranks_per_node: int | None = None,
 ) -> list[torch.Tensor]:
     """What becomes of weights that go home with the rows.
 
     Args:
         topk_weights: of each rank, `[N_r, K]` float32.
-        received, num_tokens: as in `combine`.
+        received, num_tokens, ranks_per_node: as in `combine`.
 
     Returns:
         Of each rank, `[T_r, K]` float32: the sum over a token's rows, 0 where there is none.
     """
-    terms = list(_rows_with_origins(topk_weights, received))
+    terms = list(_rows_with_origins(topk_weights, received, ranks_per_node))
     return _sums(terms, num_tokens, topk_weights[0].shape[1])
 
 
@@ -119,17 +125,29 @@ Term = tuple[tuple[int, int], torch.Tensor]
 """(source rank, token), and something of it to add."""
 
 
-def _rows_with_origins(rows: list[torch.Tensor], received: list[ReceivedRows]) -> Iterator[Term]:
-    for of_rank, rows_of_rank in zip(received, rows, strict=True):
-        yield from zip(of_rank.origins, rows_of_rank, strict=True)
+def _rows_with_origins(
+    rows: list[torch.Tensor], received: list[ReceivedRows], ranks_per_node: int | None
+) -> Iterator[Term]:
+    """In rank order; on several nodes the sums of each node, in node order."""
+    for first in range(0, len(rows), ranks_per_node or 1):
+        of_node: list[Term] = []
+        for rank in range(first, first + (ranks_per_node or 1)):
+            of_node += zip(received[rank].origins, rows[rank], strict=True)
+        for origin, total in _sums_by_origin(of_node).items():
+            yield origin, total.to(rows[0].dtype)
+
+
+def _sums_by_origin(terms: list[Term]) -> dict[tuple[int, int], torch.Tensor]:
+    """In float32, terms added in the order given."""
+    sums: dict[tuple[int, int], torch.Tensor] = {}
+    for origin, term in terms:
+        sums[origin] = sums[origin] + term.float() if origin in sums else term.float()
+    return sums
 
 
 def _sums(terms: list[Term], num_tokens: list[int], width: int) -> list[torch.Tensor]:
     """Of each rank, `[T_r, width]` float32: terms added in the order given."""
-    sums: dict[tuple[int, int], torch.Tensor] = {}
-    for origin, term in terms:
-        sums[origin] = sums[origin] + term.float() if origin in sums else term.float()
     outs = [torch.zeros((n, width)) for n in num_tokens]
-    for (src_rank, token), total in sums.items():
+    for (src_rank, token), total in _sums_by_origin(terms).items():
         outs[src_rank][token] = total
     return outs

@@ -75,10 +75,14 @@ class BufferSettings:
     """Its type, "cpu" or "cuda"."""
     network: NetworkConfig | None = None
     """None: all ranks see each other's memory."""
+    hierarchical: bool = False
 
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""
-        return asdict(self) | {"protocol version": _native.PROTOCOL_VERSION}
+        return asdict(self) | {
+            "protocol version": _native.PROTOCOL_VERSION,
+            "protocol version between nodes": _native.MULTI_NODE_PROTOCOL_VERSION,
+        }
 
     def tuning_shape(self, num_ranks: int) -> Shape:
         """By which the tuning table knows such a buffer."""
@@ -161,6 +165,26 @@ class BufferSettings:
                 "reduction out."
             )
 
+    def check_nodes(self, num_nodes: int) -> None:
+        """Raises `ValueError` for what cannot be done where ranks are on so many nodes."""
+        if num_nodes > 1 and self.device == "cuda":
+            raise ValueError(
+                f"device is 'cuda', but the virtual ranks are on {num_nodes} nodes, whose network "
+                "is a CPU's. Pass device='cpu', or leave ranks_per_node out."
+            )
+        if not self.hierarchical:
+            return
+        if self.device != "cpu":
+            raise ValueError(
+                f"hierarchical is True and device {self.device!r}, but so far only the CPU's "
+                "kernels forward within a node. Leave hierarchical out."
+            )
+        if self.reduction == "source":
+            raise ValueError(
+                "hierarchical is True and reduction 'source', but rows of a node are added up "
+                "before they go home, and at home nobody could weight them. Pass reduction='rank'."
+            )
+
     def _check_workspaces(self) -> None:
         check_int("num_workspaces", self.num_workspaces, 0, _native.MAX_BANKS)
         check_choice("expert_ids", self.expert_ids, dict.fromkeys(EXPERT_IDS))
@@ -232,6 +256,14 @@ class BufferSettings:
             global_expert_ids=self.expert_ids == "global",
             reduction=REDUCTIONS[self.reduction],
             packs_messages=self.network is not None,
+        )
+
+    def multi_node_config(self, num_ranks: int, ranks_per_node: int) -> _native.MultiNodeConfig:
+        """Where ranks are on several nodes; of checked settings."""
+        return _native.MultiNodeConfig(
+            self.config(num_ranks),
+            ranks_per_node=ranks_per_node,
+            is_hierarchical=self.hierarchical and ranks_per_node < num_ranks,
         )
 
     def _num_tagged_tokens(self, num_ranks: int) -> int:

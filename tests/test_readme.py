@@ -141,6 +141,24 @@ def test_decode_numbers_are_those_of_the_results() -> None:
         ) in PAGES
 
 
+def test_numbers_between_nodes_are_those_of_the_results() -> None:
+    for num_nodes in (2, 4):
+        measured = results(f"wire-{num_nodes}-nodes.json")
+        assert (measured["settings"]["num_nodes"], measured["settings"]["ranks_per_node"]) == (
+            num_nodes,
+            8,
+        )
+        assert len(measured["cases"]) == 6
+        for case in measured["cases"]:
+            assert (
+                f"| {num_nodes} | {case['phase']} | {case['scheme'].replace('_', ' ')} "
+                f"| {case['copies_per_token']:.2f} | {case['num_bytes'] / 1024:.0f} "
+                f"| {case['num_messages']:.0f} | {case['floor_us']:.1f} |"
+            ) in PAGES
+        assert len(measured["counted"]) == 8
+        assert all(case["counted"] == case["formula"] for case in measured["counted"])
+
+
 def test_precision_numbers_are_those_of_the_results() -> None:
     cases = results("precision-cpu.json")["cases"]
     errors = {(c["distribution"], c["reduction"], c["combine_dtype"]): c["errors"] for c in cases}

@@ -34,6 +34,7 @@ class LowLatencyRank {
   // `bases[r]` is where this process sees the symmetric memory of rank r.
   LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_t self_rank,
                  std::vector<std::byte*> bases, WaitPolicy policy);
+  virtual ~LowLatencyRank() = default;
 
   OpResult dispatch_send(const DispatchSendParams& params);
   OpResult dispatch_recv(const DispatchRecvParams& params);
@@ -47,8 +48,43 @@ class LowLatencyRank {
   // By kind, phase * 2 + half.
   const Statistics& statistics() const { return statistics_; }
 
- private:
+ protected:
   class Op;
+
+  // Where a message for an expert of a rank is sent.
+  struct Destination {
+    uint32_t rank;
+    bool is_node = false;  // to be forwarded there: entries name experts by their global number
+  };
+  // Where a message is written.
+  struct MessagePlace {
+    std::byte* header;
+    std::byte* row;
+    float* scales;
+    bool has_row = false;  // and scales: they lie there already
+  };
+  // Where rows of combine travel as float8: a sum, and its row as it lies in an outcome.
+  struct SumScratch {
+    explicit SumScratch(const protocol::LowLatencyLayout& layout);
+    std::vector<float> sum;
+    std::vector<std::byte> row;
+  };
+  // What multi_node.h does otherwise, because not all ranks reach each other's memory.
+  virtual Destination destination(uint32_t rank) const { return {rank}; }
+  // Who writes to this rank's memory what `src_rank` has dispatched to it.
+  virtual uint32_t writer_of(uint32_t src_rank) const { return src_rank; }
+  virtual MessagePlace place_message(const Op& op, uint32_t dst_rank, uint32_t slot,
+                                     uint32_t token);
+  virtual void message_is_placed(const Op&, uint32_t /* dst_rank */, uint32_t /* slot */,
+                                 uint32_t /* token */) {}
+  virtual std::byte* place_row(const Op& op, uint32_t src_rank, uint32_t outcome_slot);
+  virtual void row_is_placed(const Op&, uint32_t /* src_rank */, uint32_t /* outcome_slot */) {}
+  virtual uint64_t num_outcome_slots(uint32_t /* src_rank */) const {
+    return layout_.num_outcome_slots();
+  }
+  // Writes a word that `peer` waits for; offsets are in its memory.
+  virtual void publish_word(protocol::Phase phase, uint32_t peer, uint64_t word, uint64_t value,
+                            uint64_t sleepers);
 
   bool is_reduced_at_source() const {
     return layout_.config().reduction == protocol::Reduction::kSource;
@@ -56,7 +92,7 @@ class LowLatencyRank {
   bool is_combine_float8() const { return layout_.num_combine_scales() > 0; }
   // Of a row of combine with its scales.
   uint64_t travelling_bytes() const {
-    return is_combine_float8() ? travelling_row_.size() : layout_.row_bytes();
+    return is_combine_float8() ? sum_scratch_.row.size() : layout_.row_bytes();
   }
 
   template <typename E>
@@ -66,7 +102,10 @@ class LowLatencyRank {
 
   bool check_experts(Op& op, const DispatchSendParams& params) const;
   void write_messages(Op& op, const DispatchSendParams& params);
+  void write_counts(uint64_t* counts, const Op& op, uint32_t dst_rank) const;
   void publish_counts_and_signals(Op& op);
+  bool unpack_sources(Op& op, const DispatchRecvParams& params);
+  void finish_dispatch(Op& op, const DispatchRecvParams& params);
   bool unpack_source(Op& op, uint32_t src_rank, const DispatchRecvParams& params);
   bool unpack_message(Op& op, uint32_t src_rank, uint32_t slot, const DispatchRecvParams& params);
   bool check_header(Op& op, uint32_t src_rank, const protocol::MessageHeader& header) const;
@@ -76,15 +115,20 @@ class LowLatencyRank {
   void copy_rows(Op& op, uint32_t src_rank, uint32_t first_message, uint64_t num_rows,
                  const DispatchRecvParams& params) const;
   Store store_for(uint32_t src_rank, uint64_t num_rows) const;
-  void send_sum(const Op& op, uint32_t src_rank, uint32_t outcome_slot,
-                const std::byte* const* rows, const float* weights, uint32_t num_rows, Store store);
-  void send_partials(Op& op, uint32_t src_rank, const CombineSendParams& params);
-  void send_rows(Op& op, uint32_t src_rank, const CombineSendParams& params);
+  uint32_t find_messages(const CombineSendParams& params);
+  void write_sum(SumScratch& scratch, std::byte* out, protocol::DType dtype,
+                 const std::byte* const* rows, const float* weights, uint32_t num_rows,
+                 Store store) const;
+  void send_messages(Op& op, uint32_t src_rank, const CombineSendParams& params);
+  uint64_t send_partials(Op& op, uint32_t src_rank, const CombineSendParams& params);
+  uint64_t send_rows(Op& op, uint32_t src_rank, const CombineSendParams& params);
 
   uint32_t self_rank_;
   protocol::LowLatencyLayout layout_;
   std::vector<std::byte*> bases_;
   WaitPolicy policy_;
+  // Ranks with which signals and credits are exchanged: all of them, in order.
+  std::vector<uint32_t> peers_;
 
   // Operations completed, by phase and half. In CUDA these four words live on the device.
   std::atomic<uint64_t> epochs_[protocol::kNumPhases][protocol::kNumHalves] = {};
@@ -104,9 +148,7 @@ class LowLatencyRank {
   uint32_t next_entry_ = 0;
   // Scratch of combine_send: where each source's messages begin in the handle.
   std::vector<uint32_t> first_message_of_;
-  // And, where rows travel as float8, a sum, and its row as it lies in an outcome.
-  std::vector<float> sum_;
-  std::vector<std::byte> travelling_row_;
+  SumScratch sum_scratch_;
 };
 
 }  // namespace ep::cpu

@@ -26,41 +26,55 @@ using protocol::Phase;
 OpResult LowLatencyRank::combine_send(const CombineSendParams& params) {
   Op op(*this, Phase::kCombine, Half::kSend);
   if (!op.ok() || !op.wait_for_credits()) return op.result();
+  const uint32_t num_messages = find_messages(params);
   const uint32_t num_ranks = layout_.config().num_ranks;
-  uint32_t num_rows = 0;
-  for (uint32_t src_rank = 0; src_rank < num_ranks; ++src_rank) {
-    first_message_of_[src_rank] = num_rows;
-    num_rows += params.handle.num_messages[src_rank];
-  }
   // This rank's own rows last: nobody else waits for them.
   for (uint32_t i = 1; i <= num_ranks; ++i) {
     const uint32_t src_rank = (self_rank_ + i) % num_ranks;
-    if (is_reduced_at_source()) {
-      send_rows(op, src_rank, params);
-    } else {
-      send_partials(op, src_rank, params);
-    }
+    send_messages(op, src_rank, params);
+    op.publish_signal(src_rank, params.handle.num_messages[src_rank]);
   }
-  return op.complete(num_rows);
+  return op.complete(num_messages);
 }
 
-// A weighted sum of rows of experts, as it travels, to where `src_rank` looks for it.
-void LowLatencyRank::send_sum(const Op& op, uint32_t src_rank, uint32_t outcome_slot,
-                              const std::byte* const* rows, const float* weights, uint32_t num_rows,
-                              Store store) {
+// Where each source's messages are in the handle. Returns how many there are.
+uint32_t LowLatencyRank::find_messages(const CombineSendParams& params) {
+  uint32_t num_messages = 0;
+  for (uint32_t src_rank = 0; src_rank < layout_.config().num_ranks; ++src_rank) {
+    first_message_of_[src_rank] = num_messages;
+    num_messages += params.handle.num_messages[src_rank];
+  }
+  return num_messages;
+}
+
+// Everything that goes home to `src_rank`, but for the signal.
+void LowLatencyRank::send_messages(Op& op, uint32_t src_rank, const CombineSendParams& params) {
+  const uint64_t num_rows = is_reduced_at_source() ? send_rows(op, src_rank, params)
+                                                   : send_partials(op, src_rank, params);
+  op.count_sent(src_rank, num_rows * travelling_bytes());
+}
+
+std::byte* LowLatencyRank::place_row(const Op& op, uint32_t src_rank, uint32_t outcome_slot) {
+  return bases_[src_rank] + layout_.outcome(op.bank(), outcome_slot);
+}
+
+// A weighted sum of rows of `dtype`, with or without weights, as it travels.
+void LowLatencyRank::write_sum(SumScratch& scratch, std::byte* out, DType dtype,
+                               const std::byte* const* rows, const float* weights,
+                               uint32_t num_rows, Store store) const {
   const auto& config = layout_.config();
-  std::byte* out = bases_[src_rank] + layout_.outcome(op.bank(), outcome_slot);
+  const RowFormat format{dtype, layout_.combine_scales_in_row()};
   if (!is_combine_float8()) {
-    weighted_sum({config.dtype}, config.dtype, out, rows, weights, num_rows, config.hidden, store);
+    weighted_sum(format, config.dtype, out, rows, weights, num_rows, config.hidden, store);
     return;
   }
-  auto* sum = reinterpret_cast<std::byte*>(sum_.data());
-  weighted_sum({config.dtype}, DType::kFloat32, sum, rows, weights, num_rows, config.hidden,
+  auto* sum = reinterpret_cast<std::byte*>(scratch.sum.data());
+  weighted_sum(format, DType::kFloat32, sum, rows, weights, num_rows, config.hidden,
                Store::kCached);
-  std::byte* scales = travelling_row_.data() + layout_.combine_scales_in_row();
+  std::byte* scales = scratch.row.data() + layout_.combine_scales_in_row();
   quantize_row(DType::kFloat32, protocol::ScaleFormat::kFloat32, sum, config.hidden,
-               travelling_row_.data(), reinterpret_cast<float*>(scales));
-  copy_row(out, travelling_row_.data(), travelling_row_.size(), store);
+               scratch.row.data(), reinterpret_cast<float*>(scales));
+  copy_row(out, scratch.row.data(), scratch.row.size(), store);
 }
 
 // How to write so many rows of combine for `src_rank`.
@@ -69,8 +83,8 @@ Store LowLatencyRank::store_for(uint32_t src_rank, uint64_t num_rows) const {
                                 : store_for_peer(num_rows * layout_.combine_row_bytes());
 }
 
-// One partial row to `src_rank` for each message that came from it, then the signal.
-void LowLatencyRank::send_partials(Op& op, uint32_t src_rank, const CombineSendParams& params) {
+// One partial row to `src_rank` for each message that came from it. Returns how many.
+uint64_t LowLatencyRank::send_partials(Op& op, uint32_t src_rank, const CombineSendParams& params) {
   const std::byte* rows[protocol::kMaxTopK];
   float weights[protocol::kMaxTopK];
   const HandleMessage* messages = params.handle.messages + first_message_of_[src_rank];
@@ -82,15 +96,17 @@ void LowLatencyRank::send_partials(Op& op, uint32_t src_rank, const CombineSendP
       rows[j] = params.expert_out + entries[j].row * layout_.row_bytes();
       weights[j] = entries[j].weight;
     }
-    send_sum(op, src_rank, messages[i].outcome_slot, rows, weights, messages[i].num_entries, store);
+    const uint32_t outcome_slot = messages[i].outcome_slot;
+    write_sum(sum_scratch_, place_row(op, src_rank, outcome_slot), layout_.config().dtype, rows,
+              weights, messages[i].num_entries, store);
+    row_is_placed(op, src_rank, outcome_slot);
   }
-  op.publish_signal(src_rank, num_messages);
-  op.count_sent(src_rank, num_messages * travelling_bytes());
+  return num_messages;
 }
 
-// Every row of the messages that came from `src_rank`, each to the outcome of its k, then the
-// signal. A token that lists an expert twice gets that row for both k.
-void LowLatencyRank::send_rows(Op& op, uint32_t src_rank, const CombineSendParams& params) {
+// Every row of the messages that came from `src_rank`, each to the outcome of its k. Returns how
+// many. A token that lists an expert twice gets that row for both k.
+uint64_t LowLatencyRank::send_rows(Op& op, uint32_t src_rank, const CombineSendParams& params) {
   const uint64_t row_bytes = layout_.row_bytes();
   const HandleMessage* messages = params.handle.messages + first_message_of_[src_rank];
   const uint32_t num_messages = params.handle.num_messages[src_rank];
@@ -102,16 +118,16 @@ void LowLatencyRank::send_rows(Op& op, uint32_t src_rank, const CombineSendParam
     for (uint32_t j = 0; j < messages[i].num_entries; ++j) {
       const uint32_t outcome_slot = messages[i].outcome_slot + protocol::bits_of(entries[j].weight);
       const std::byte* row = params.expert_out + entries[j].row * row_bytes;
+      std::byte* out = place_row(op, src_rank, outcome_slot);
       if (is_combine_float8()) {
-        send_sum(op, src_rank, outcome_slot, &row, nullptr, 1, store);
+        write_sum(sum_scratch_, out, layout_.config().dtype, &row, nullptr, 1, store);
       } else {
-        copy_row(bases_[src_rank] + layout_.outcome(op.bank(), outcome_slot), row, row_bytes,
-                 store);
+        copy_row(out, row, row_bytes, store);
       }
+      row_is_placed(op, src_rank, outcome_slot);
     }
   }
-  op.publish_signal(src_rank, num_messages);
-  op.count_sent(src_rank, num_rows * travelling_bytes());
+  return num_rows;
 }
 
 OpResult LowLatencyRank::combine_recv(const CombineRecvParams& params) {

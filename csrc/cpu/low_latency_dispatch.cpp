@@ -100,33 +100,53 @@ void LowLatencyRank::write_messages(Op& op, const DispatchSendParams& params) {
     const Row row = outgoing_.at(params.x, params.x_scales, params.x_is_quantized, token);
     uint32_t num_messages = 0;
     for (auto first = routes.begin(); first != routes.end();) {
-      const uint32_t dst_rank = first->rank;
+      const auto [dst_rank, is_node] = destination(first->rank);
       const uint32_t slot = num_messages_to_[dst_rank]++;
-      std::byte* dst = bases_[dst_rank];
-      std::byte* header = dst + layout_.header(op.bank(), self_rank_, slot);
-      auto* entries = reinterpret_cast<ExpertEntry*>(header + sizeof(MessageHeader));
+      const MessagePlace place = place_message(op, dst_rank, slot, token);
+      auto* entries = reinterpret_cast<ExpertEntry*>(place.header + sizeof(MessageHeader));
 
       auto route = first;
-      for (; route != routes.end() && route->rank == dst_rank; ++route) {
+      for (; route != routes.end() && destination(route->rank).rank == dst_rank; ++route) {
         ExpertEntry& entry = entries[route - first];
         entry = route->entry;
+        if (is_node) entry.local_expert = static_cast<uint16_t>(route->expert);
         const ExpertEntry* twin = find_twin(entries, &entry);
         entry.position = twin != nullptr ? twin->position : num_rows_for_expert_[route->expert]++;
       }
       // Where all rows come home, each to the column of its own k, messages name the first.
       const uint32_t column = is_reduced_at_source() ? 0 : num_messages;
+      const uint32_t outcome_slot = token * layout_.num_outcome_columns() + column;
       ++num_messages;
-      *reinterpret_cast<MessageHeader*>(header) = {
-          token, token * layout_.num_outcome_columns() + column,
-          static_cast<uint32_t>(route - first), static_cast<uint32_t>(op.epoch())};
-      copy_row(dst + layout_.inbox_row(op.bank(), self_rank_, slot), row.values, row_bytes,
-               dst_rank == self_rank_ ? Store::kCached : peer_store);
-      std::copy_n(row.scales, layout_.num_scales(),
-                  at<float>(dst, layout_.inbox_scales(op.bank(), self_rank_, slot)));
+      *reinterpret_cast<MessageHeader*>(place.header) = {token, outcome_slot,
+                                                         static_cast<uint32_t>(route - first),
+                                                         static_cast<uint32_t>(op.epoch())};
+      if (!is_reduced_at_source()) params.answers[outcome_slot] = dst_rank << 16 | slot;
+      if (!place.has_row) {
+        copy_row(place.row, row.values, row_bytes,
+                 dst_rank == self_rank_ ? Store::kCached : peer_store);
+        std::copy_n(row.scales, layout_.num_scales(), place.scales);
+      }
+      message_is_placed(op, dst_rank, slot, token);
       first = route;
     }
     params.num_partials[token] =
         is_reduced_at_source() ? list_answers(layout_, params, token) : num_messages;
+  }
+}
+
+LowLatencyRank::MessagePlace LowLatencyRank::place_message(const Op& op, uint32_t dst_rank,
+                                                           uint32_t slot, uint32_t) {
+  std::byte* dst = bases_[dst_rank];
+  return {dst + layout_.header(op.bank(), self_rank_, slot),
+          dst + layout_.inbox_row(op.bank(), self_rank_, slot),
+          at<float>(dst, layout_.inbox_scales(op.bank(), self_rank_, slot))};
+}
+
+// Of the rows that this rank sends to each expert of `dst_rank`.
+void LowLatencyRank::write_counts(uint64_t* counts, const Op& op, uint32_t dst_rank) const {
+  const uint32_t first_expert = layout_.partition().first_expert(dst_rank);
+  for (uint32_t local = 0; local < layout_.partition().num_local_experts(dst_rank); ++local) {
+    counts[local] = protocol::pack_signal(op.epoch(), num_rows_for_expert_[first_expert + local]);
   }
 }
 
@@ -136,11 +156,8 @@ void LowLatencyRank::publish_counts_and_signals(Op& op) {
   // Starting behind this rank, so that not all ranks wake rank 0 first.
   for (uint32_t i = 1; i <= partition.num_ranks; ++i) {
     const uint32_t dst_rank = (self_rank_ + i) % partition.num_ranks;
-    auto* counts = at<uint64_t>(bases_[dst_rank], layout_.counts(op.bank(), self_rank_));
-    const uint32_t first_expert = partition.first_expert(dst_rank);
-    for (uint32_t local = 0; local < partition.num_local_experts(dst_rank); ++local) {
-      counts[local] = protocol::pack_signal(op.epoch(), num_rows_for_expert_[first_expert + local]);
-    }
+    write_counts(at<uint64_t>(bases_[dst_rank], layout_.counts(op.bank(), self_rank_)), op,
+                 dst_rank);
     op.publish_signal(dst_rank, num_messages_to_[dst_rank]);
     op.count_sent(dst_rank, num_messages_to_[dst_rank] * bytes_of_row);
   }
@@ -148,18 +165,26 @@ void LowLatencyRank::publish_counts_and_signals(Op& op) {
 
 OpResult LowLatencyRank::dispatch_recv(const DispatchRecvParams& params) {
   Op op(*this, Phase::kDispatch, Half::kRecv);
-  if (!op.ok()) return op.result();
+  if (!op.ok() || !unpack_sources(op, params)) return op.result();
+  finish_dispatch(op, params);
+  return op.complete(next_message_);
+}
+
+bool LowLatencyRank::unpack_sources(Op& op, const DispatchRecvParams& params) {
   std::fill(next_row_.begin(), next_row_.end(), 0);
   num_rows_ = next_message_ = next_entry_ = 0;
   // In rank order, each source as soon as it has signalled: rows of an expert end up ordered by
   // source, then token, whatever arrived first.
   for (uint32_t src_rank = 0; src_rank < layout_.config().num_ranks; ++src_rank) {
-    if (!unpack_source(op, src_rank, params)) return op.result();
+    if (!unpack_source(op, src_rank, params)) return false;
   }
+  return true;
+}
+
+void LowLatencyRank::finish_dispatch(Op& op, const DispatchRecvParams& params) {
   std::copy(next_row_.begin(), next_row_.end(), params.num_recv_tokens_per_expert);
   for (uint32_t e = 0; e < next_row_.size(); ++e) statistics_.add_expert_rows(e, next_row_[e]);
   op.publish_credits();
-  return op.complete(next_message_);
 }
 
 // Inbox of one source -> rows of recv_x and entries of the handle. Nothing is copied before all its
@@ -167,7 +192,10 @@ OpResult LowLatencyRank::dispatch_recv(const DispatchRecvParams& params) {
 bool LowLatencyRank::unpack_source(Op& op, uint32_t src_rank, const DispatchRecvParams& params) {
   const auto& config = layout_.config();
   uint64_t num_messages;
-  if (!op.wait_for_signal(src_rank, &num_messages)) return false;
+  if (!op.wait_for_word(writer_of(src_rank), layout_.signal(op.bank(), op.phase(), src_rank),
+                        layout_.signal_sleepers(op.phase(), src_rank), &num_messages)) {
+    return false;
+  }
   if (num_messages > config.num_max_tokens_per_rank) {
     return op.fail(Status::kCorrupt, src_rank, config.num_max_tokens_per_rank, num_messages);
   }
@@ -231,8 +259,8 @@ bool LowLatencyRank::check_header(Op& op, uint32_t src_rank, const MessageHeader
     return op.fail(Status::kCorrupt, src_rank, layout_.config().top_k, header.num_entries);
   }
   const uint64_t num_columns = is_reduced_at_source() ? layout_.config().top_k : 1;
-  if (header.outcome_slot + num_columns > layout_.num_outcome_slots()) {
-    return op.fail(Status::kCorrupt, src_rank, layout_.num_outcome_slots(), header.outcome_slot);
+  if (header.outcome_slot + num_columns > num_outcome_slots(src_rank)) {
+    return op.fail(Status::kCorrupt, src_rank, num_outcome_slots(src_rank), header.outcome_slot);
   }
   return true;
 }

@@ -23,10 +23,20 @@ LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_
       outgoing_(config.dtype, config.dispatch_dtype, config.scale_format, config.hidden),
       next_row_(layout_.partition().num_local_experts(self_rank)),
       first_message_of_(config.num_ranks),
-      sum_(is_combine_float8() ? config.hidden : 0),
-      travelling_row_(is_combine_float8()
-                          ? layout_.combine_scales_in_row() + 4 * layout_.num_combine_scales()
-                          : 0) {}
+      sum_scratch_(layout_) {
+  for (uint32_t rank = 0; rank < config.num_ranks; ++rank) peers_.push_back(rank);
+}
+
+LowLatencyRank::SumScratch::SumScratch(const protocol::LowLatencyLayout& layout) {
+  if (layout.num_combine_scales() == 0) return;
+  sum.resize(layout.config().hidden);
+  row.resize(layout.combine_scales_in_row() + 4 * layout.num_combine_scales());
+}
+
+void LowLatencyRank::publish_word(Phase, uint32_t peer, uint64_t word, uint64_t value,
+                                  uint64_t sleepers) {
+  publish(at<uint64_t>(bases_[peer], word), value, at<uint32_t>(bases_[peer], sleepers));
+}
 
 LowLatencyRank::Op::Op(LowLatencyRank& rank, Phase phase, Half half)
     : rank_(rank),
@@ -52,8 +62,8 @@ bool LowLatencyRank::Op::wait_for_credits() {
   const uint32_t num_banks = rank_.layout_.config().num_banks;
   if (epoch_ <= num_banks) return true;  // every bank starts empty
   const uint64_t expected = epoch_ - num_banks;
-  for (uint32_t peer = 0; peer < rank_.layout_.config().num_ranks; ++peer) {
-    std::byte* self = rank_.bases_[rank_.self_rank_];
+  std::byte* self = rank_.bases_[rank_.self_rank_];
+  for (const uint32_t peer : rank_.peers_) {
     uint64_t seen;
     Status status = deadline_.wait_until(
         at<uint64_t>(self, rank_.layout_.credit(phase_, peer)), credit_arrived, expected,
@@ -64,11 +74,16 @@ bool LowLatencyRank::Op::wait_for_credits() {
 }
 
 bool LowLatencyRank::Op::wait_for_signal(uint32_t src_rank, uint64_t* count) {
+  return wait_for_word(src_rank, rank_.layout_.signal(bank_, phase_, src_rank),
+                       rank_.layout_.signal_sleepers(phase_, src_rank), count);
+}
+
+bool LowLatencyRank::Op::wait_for_word(uint32_t src_rank, uint64_t word, uint64_t sleepers,
+                                       uint64_t* count) {
   std::byte* self = rank_.bases_[rank_.self_rank_];
   uint64_t seen;
-  Status status = deadline_.wait_until(
-      at<uint64_t>(self, rank_.layout_.signal(bank_, phase_, src_rank)), signal_arrived, epoch_,
-      at<uint32_t>(self, rank_.layout_.signal_sleepers(phase_, src_rank)), &seen);
+  Status status = deadline_.wait_until(at<uint64_t>(self, word), signal_arrived, epoch_,
+                                       at<uint32_t>(self, sleepers), &seen);
   if (!waited(status, src_rank, epoch_, protocol::signal_epoch(seen))) return false;
   if (protocol::signal_epoch(seen) != epoch_) {
     return fail(Status::kNewerEpoch, src_rank, epoch_, protocol::signal_epoch(seen));
@@ -82,17 +97,15 @@ bool LowLatencyRank::Op::wait_for_signal(uint32_t src_rank, uint64_t* count) {
 
 void LowLatencyRank::Op::publish_signal(uint32_t dst_rank, uint64_t count) {
   fence_streamed_rows();
-  std::byte* dst = rank_.bases_[dst_rank];
-  publish(at<uint64_t>(dst, rank_.layout_.signal(bank_, phase_, rank_.self_rank_)),
-          protocol::pack_signal(epoch_, count),
-          at<uint32_t>(dst, rank_.layout_.signal_sleepers(phase_, rank_.self_rank_)));
+  rank_.publish_word(phase_, dst_rank, rank_.layout_.signal(bank_, phase_, rank_.self_rank_),
+                     protocol::pack_signal(epoch_, count),
+                     rank_.layout_.signal_sleepers(phase_, rank_.self_rank_));
 }
 
 void LowLatencyRank::Op::publish_credits() {
-  for (uint32_t peer = 0; peer < rank_.layout_.config().num_ranks; ++peer) {
-    std::byte* base = rank_.bases_[peer];
-    publish(at<uint64_t>(base, rank_.layout_.credit(phase_, rank_.self_rank_)), epoch_,
-            at<uint32_t>(base, rank_.layout_.credit_sleepers(phase_, rank_.self_rank_)));
+  for (const uint32_t peer : rank_.peers_) {
+    rank_.publish_word(phase_, peer, rank_.layout_.credit(phase_, rank_.self_rank_), epoch_,
+                       rank_.layout_.credit_sleepers(phase_, rank_.self_rank_));
   }
 }
 

@@ -15,6 +15,7 @@ class LowLatencyRank::Op {
   bool ok() const { return result_.status == Status::kOk; }
   uint64_t epoch() const { return epoch_; }
   uint32_t bank() const { return bank_; }
+  protocol::Phase phase() const { return phase_; }
   OpResult result() const { return result_; }
 
   // Waits for: the credit of every peer for the operation that last used this bank.
@@ -22,6 +23,8 @@ class LowLatencyRank::Op {
   // Waits for: the signal of `src_rank` for this epoch. `*count` is what it carries. One that
   // promises tagged units fails the buffer: these kernels do not read them.
   bool wait_for_signal(uint32_t src_rank, uint64_t* count);
+  // The same of any word that `src_rank` writes for this epoch; offsets are in this rank's memory.
+  bool wait_for_word(uint32_t src_rank, uint64_t word, uint64_t sleepers, uint64_t* count);
   // Publishes: to `dst_rank`, that all data of this epoch is in its memory.
   void publish_signal(uint32_t dst_rank, uint64_t count);
   // Publishes: to every peer, that this rank has emptied this epoch's bank.

@@ -18,15 +18,6 @@ namespace ep::cpu {
 using protocol::NormalCombineParams;
 using protocol::OpResult;
 
-namespace {
-
-// Every rank gives weights, or none does: a signal says what its sender thought.
-uint64_t weights_bit(const NormalCombineParams& params) {
-  return params.has_topk_weights ? protocol::kTaggedBit : 0;
-}
-
-}  // namespace
-
 OpResult NormalRank::combine(const NormalCombineParams& params) {
   Op op(*this, NormalCall::kCombine);
   if (!op.ok() || !op.wait_until_emptied()) return op.result();
@@ -40,34 +31,39 @@ OpResult NormalRank::combine(const NormalCombineParams& params) {
 // The rows of this round's messages, to where those came from.
 void NormalRank::send_home(Op& op, uint64_t round, const NormalCombineParams& params) {
   const uint32_t num_ranks = layout_.config().num_ranks;
-  const uint32_t top_k = layout_.config().top_k;
-  const uint64_t row_bytes = layout_.row_bytes();
   // This rank's own rows last: nobody else waits for them.
   for (uint32_t i = 1; i <= num_ranks; ++i) {
     const uint32_t src_rank = (self_rank_ + i) % num_ranks;
+    send_rows(op, round, src_rank, src_rank, self_rank_, params);
     const uint32_t count = params.rows.per_round[round * num_ranks + src_rank];
-    const Store store = src_rank == self_rank_ ? Store::kCached : store_for_peer(count * row_bytes);
-    for (uint32_t slot = 0; slot < count; ++slot) {
-      const uint64_t row = next_row_[src_rank]++;
-      std::byte* dst = bases_[src_rank];
-      copy_row(dst + layout_.row(op.bank(round), self_rank_, slot), params.x + row * row_bytes,
-               row_bytes, store);
-      if (params.has_topk_weights) {
-        std::copy_n(params.topk_weights + row * top_k, top_k,
-                    at<float>(dst, layout_.weights(op.bank(round), self_rank_, slot)));
-      }
-    }
     op.publish_signal(round, src_rank, count | weights_bit(params));
-    op.count_sent(src_rank, count * row_bytes);
   }
+}
+
+// Of this round's messages from `src_rank`, to `dst_rank`, where those of `as_rank` lie.
+void NormalRank::send_rows(Op& op, uint64_t round, uint32_t src_rank, uint32_t dst_rank,
+                           uint32_t as_rank, const NormalCombineParams& params) {
+  const uint32_t top_k = layout_.config().top_k, bank = op.bank(round);
+  const uint64_t row_bytes = layout_.row_bytes();
+  const uint32_t count = params.rows.per_round[round * layout_.config().num_ranks + src_rank];
+  const Store store = dst_rank == self_rank_ ? Store::kCached : store_for_peer(count * row_bytes);
+  std::byte* dst = bases_[dst_rank];
+  for (uint32_t slot = 0; slot < count; ++slot) {
+    const uint64_t row = next_row_[src_rank]++;
+    copy_row(dst + layout_.row(bank, as_rank, slot), params.x + row * row_bytes, row_bytes, store);
+    if (params.has_topk_weights) {
+      std::copy_n(params.topk_weights + row * top_k, top_k,
+                  at<float>(dst, layout_.weights(bank, as_rank, slot)));
+    }
+  }
+  op.count_sent(dst_rank, count * row_bytes);
 }
 
 // The round's tokens, once every rank has answered all of their messages.
 bool NormalRank::add_up(Op& op, uint64_t round, const NormalCombineParams& params) {
   const auto& config = layout_.config();
   const uint32_t num_columns = layout_.num_max_messages_per_token();
-  const uint64_t begin = std::min(round * config.num_tokens_per_round, params.routes.num_tokens);
-  const uint64_t end = std::min(begin + config.num_tokens_per_round, params.routes.num_tokens);
+  const auto [begin, end] = tokens_of(round, params.routes.num_tokens);
   std::fill(num_in_round_.begin(), num_in_round_.end(), 0);
   for (uint64_t token = begin; token < end; ++token) {
     const uint32_t* messages = params.routes.messages + token * num_columns;

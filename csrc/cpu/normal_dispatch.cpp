@@ -52,8 +52,7 @@ OpResult NormalRank::exchange_counts(const NormalCountsParams& params) {
   Op op(*this, NormalCall::kCounts);
   if (!op.ok() || !check_experts(op, params)) return op.result();
   route(params);
-  if (!op.wait_until_emptied()) return op.result();
-  write_counts(op, params.routes.num_tokens);
+  if (!op.wait_until_emptied() || !send_counts(op, params.routes.num_tokens)) return op.result();
   *params.num_rounds = 0;
   const uint32_t num_local_experts = layout_.partition().num_local_experts(self_rank_);
   std::fill_n(params.num_recv_tokens_per_expert, num_local_experts, 0);
@@ -108,19 +107,23 @@ void NormalRank::route(const NormalCountsParams& params) {
   }
 }
 
-void NormalRank::write_counts(Op& op, uint64_t num_tokens) {
+// Of the batch, for one rank.
+void NormalRank::write_counts(std::byte* counts, const Op& op, uint32_t dst_rank,
+                              uint64_t num_tokens) const {
   const auto& partition = layout_.partition();
+  *at<BatchCounts>(counts, 0) = {op.epoch(0), num_tokens, num_rows_to_[dst_rank]};
+  std::copy_n(num_rows_for_expert_.begin() + partition.first_expert(dst_rank),
+              partition.num_local_experts(dst_rank), at<uint64_t>(counts, sizeof(BatchCounts)));
+}
+
+bool NormalRank::send_counts(Op& op, uint64_t num_tokens) {
   // Starting behind this rank, so that not all ranks wake rank 0 first.
-  for (uint32_t i = 1; i <= partition.num_ranks; ++i) {
-    const uint32_t dst_rank = (self_rank_ + i) % partition.num_ranks;
-    std::byte* dst = bases_[dst_rank];
-    *at<BatchCounts>(dst, layout_.counts(self_rank_)) = {op.epoch(0), num_tokens,
-                                                         num_rows_to_[dst_rank]};
-    std::copy_n(num_rows_for_expert_.begin() + partition.first_expert(dst_rank),
-                partition.num_local_experts(dst_rank),
-                at<uint64_t>(dst, layout_.expert_counts(self_rank_)));
+  for (uint32_t i = 1; i <= layout_.config().num_ranks; ++i) {
+    const uint32_t dst_rank = (self_rank_ + i) % layout_.config().num_ranks;
+    write_counts(bases_[dst_rank] + layout_.counts(self_rank_), op, dst_rank, num_tokens);
     op.publish_signal(0, dst_rank, 0);
   }
+  return true;
 }
 
 // Counts of one source -> the caller's totals.
@@ -148,16 +151,23 @@ OpResult NormalRank::dispatch(const NormalDispatchParams& params) {
   Op op(*this, NormalCall::kDispatch);
   if (!op.ok() || !op.wait_until_emptied()) return op.result();
   start_rows(params.rows);
-  const uint32_t num_ranks = layout_.config().num_ranks;
   const bool is_done = op.run_rounds(
       params.rows.num_rounds, [&](uint64_t round) { send_tokens(op, round, params); },
-      [&](uint64_t round) {
-        for (uint32_t src_rank = 0; src_rank < num_ranks; ++src_rank) {
-          if (!unpack_source(op, round, src_rank, params)) return false;
-        }
-        return true;
-      });
+      [&](uint64_t round) { return receive_tokens(op, round, params); });
   return is_done ? op.complete(params.rows.num_rounds, params.routes.num_tokens) : op.result();
+}
+
+bool NormalRank::receive_tokens(Op& op, uint64_t round, const NormalDispatchParams& params) {
+  for (uint32_t src_rank = 0; src_rank < layout_.config().num_ranks; ++src_rank) {
+    if (!unpack_source(op, round, src_rank, params)) return false;
+  }
+  return true;
+}
+
+NormalRank::Tokens NormalRank::tokens_of(uint64_t round, uint64_t num_tokens) const {
+  const uint64_t per_round = layout_.config().num_tokens_per_round;
+  const uint64_t begin = std::min(round * per_round, num_tokens);
+  return {begin, std::min(begin + per_round, num_tokens)};
 }
 
 // Where the rows of each source begin and end in recv_x.
@@ -173,8 +183,7 @@ void NormalRank::start_rows(const protocol::RecvRows& rows) {
 // The round's tokens, each once to every rank that owns some of its experts.
 void NormalRank::send_tokens(Op& op, uint64_t round, const NormalDispatchParams& params) {
   const auto& config = layout_.config();
-  const uint64_t begin = std::min(round * config.num_tokens_per_round, params.routes.num_tokens);
-  const uint64_t end = std::min(begin + config.num_tokens_per_round, params.routes.num_tokens);
+  const auto [begin, end] = tokens_of(round, params.routes.num_tokens);
   const uint64_t row_bytes = layout_.dispatch_row_bytes();
   const Store peer_store = store_for_peer((end - begin) * row_bytes);
   std::fill(num_in_round_.begin(), num_in_round_.end(), 0);
@@ -185,13 +194,10 @@ void NormalRank::send_tokens(Op& op, uint64_t round, const NormalDispatchParams&
     const Row row = outgoing_.at(params.x, params.x_scales, params.x_is_quantized, token);
     for (uint32_t i = 0; i < params.routes.num_messages[token]; ++i) {
       const uint32_t dst_rank = messages[i] >> 16, slot = messages[i] & 0xffff;
-      std::byte* dst = bases_[dst_rank];
       ++num_in_round_[dst_rank];
-      copy_row(dst + layout_.row(op.bank(round), self_rank_, slot), row.values, row_bytes,
-               dst_rank == self_rank_ ? Store::kCached : peer_store);
-      std::copy_n(row.scales, layout_.num_scales(),
-                  at<float>(dst, layout_.scales(op.bank(round), self_rank_, slot)));
-      if (!params.is_cached) write_header(dst_rank, op.bank(round), slot, token, params);
+      write_message(bases_[dst_rank] + layout_.message(op.bank(round), self_rank_, slot), dst_rank,
+                    dst_rank, token, row, dst_rank == self_rank_ ? Store::kCached : peer_store,
+                    params);
     }
   }
   for (uint32_t i = 1; i <= config.num_ranks; ++i) {
@@ -202,22 +208,31 @@ void NormalRank::send_tokens(Op& op, uint64_t round, const NormalDispatchParams&
   }
 }
 
-// Of a message to `dst_rank`: its experts there and their weights, each at its k, and the token.
-void NormalRank::write_header(uint32_t dst_rank, uint32_t bank, uint32_t slot, uint64_t token,
-                              const NormalDispatchParams& params) {
+// A message to ranks `first_rank` .. `last_rank`: the row, and, unless the routing is cached, their
+// experts and the weights, each at its k, and the token. Experts are numbered from the first of
+// `first_rank`.
+void NormalRank::write_message(std::byte* message, uint32_t first_rank, uint32_t last_rank,
+                               uint64_t token, const Row& row, Store store,
+                               const NormalDispatchParams& params) const {
   const auto& partition = layout_.partition();
   const uint32_t top_k = layout_.config().top_k;
-  std::byte* dst = bases_[dst_rank];
-  auto* topk_idx = at<int32_t>(dst, layout_.message(bank, self_rank_, slot));
-  auto* topk_weights = at<float>(dst, layout_.weights(bank, self_rank_, slot));
+  const auto part = [&](uint64_t offset) { return message + offset - layout_.message(0, 0, 0); };
+  copy_row(part(layout_.row(0, 0, 0)), row.values, layout_.dispatch_row_bytes(), store);
+  std::copy_n(row.scales, layout_.num_scales(),
+              reinterpret_cast<float*>(part(layout_.scales(0, 0, 0))));
+  if (params.is_cached) return;
+  auto* topk_idx = reinterpret_cast<int32_t*>(message);
+  auto* topk_weights = reinterpret_cast<float*>(part(layout_.weights(0, 0, 0)));
   for (uint32_t k = 0; k < top_k; ++k) {
     const uint64_t route = token * top_k + k;
     const int64_t expert = expert_at(params.topk_idx, params.topk_idx_is_int64, route);
-    const bool is_local = expert >= 0 && partition.owner(static_cast<uint32_t>(expert)) == dst_rank;
-    topk_idx[k] = is_local ? static_cast<int32_t>(expert - partition.first_expert(dst_rank)) : -1;
-    topk_weights[k] = is_local ? params.topk_weights[route] : 0.0f;
+    const uint32_t owner = expert < 0 ? ~0u : partition.owner(static_cast<uint32_t>(expert));
+    const bool is_theirs = first_rank <= owner && owner <= last_rank;
+    topk_idx[k] =
+        is_theirs ? static_cast<int32_t>(expert - partition.first_expert(first_rank)) : -1;
+    topk_weights[k] = is_theirs ? params.topk_weights[route] : 0.0f;
   }
-  *at<int32_t>(dst, layout_.token(bank, self_rank_, slot)) = static_cast<int32_t>(token);
+  *reinterpret_cast<int32_t*>(part(layout_.token(0, 0, 0))) = static_cast<int32_t>(token);
 }
 
 // Messages of one source -> its next rows. Counts that contradict those of the batch must not

@@ -24,7 +24,14 @@ NormalRank::NormalRank(const protocol::NormalConfig& config, uint32_t self_rank,
       num_in_round_(config.num_ranks),
       next_row_(config.num_ranks),
       end_row_(config.num_ranks),
-      outgoing_(config.dtype, config.dispatch_dtype, config.scale_format, config.hidden) {}
+      outgoing_(config.dtype, config.dispatch_dtype, config.scale_format, config.hidden) {
+  for (uint32_t rank = 0; rank < config.num_ranks; ++rank) peers_.push_back(rank);
+}
+
+void NormalRank::publish_word(Phase, uint32_t peer, uint64_t word, uint64_t value,
+                              uint64_t sleepers) {
+  publish(at<uint64_t>(bases_[peer], word), value, at<uint32_t>(bases_[peer], sleepers));
+}
 
 NormalRank::Op::Op(NormalRank& rank, NormalCall call)
     : rank_(rank),
@@ -45,7 +52,7 @@ bool NormalRank::Op::wait_until_emptied() {
 
 // Before the send of `epoch`: waits for every peer to have emptied that epoch of `phase`.
 bool NormalRank::Op::wait_for_credits(uint64_t epoch, Phase phase, uint64_t emptied) {
-  for (uint32_t peer = 0; peer < rank_.layout_.config().num_ranks; ++peer) {
+  for (const uint32_t peer : rank_.peers_) {
     uint64_t seen;
     const bool has_come =
         wait_for(peer, rank_.layout_.credit(phase, peer),
@@ -56,14 +63,19 @@ bool NormalRank::Op::wait_for_credits(uint64_t epoch, Phase phase, uint64_t empt
 }
 
 bool NormalRank::Op::wait_for_signal(uint64_t round, uint32_t src_rank, uint64_t* count) {
+  const uint32_t writer = phase_ == Phase::kDispatch ? rank_.writer_of(src_rank) : src_rank;
+  return wait_for_word(round, writer, rank_.layout_.signal(bank(round), phase_, src_rank),
+                       rank_.layout_.signal_sleepers(phase_, src_rank), count);
+}
+
+bool NormalRank::Op::wait_for_word(uint64_t round, uint32_t writer, uint64_t word,
+                                   uint64_t sleepers, uint64_t* count) {
   uint64_t seen;
-  const bool has_come = wait_for(src_rank, rank_.layout_.signal(bank(round), phase_, src_rank),
-                                 rank_.layout_.signal_sleepers(phase_, src_rank), signal_arrived,
-                                 epoch(round), &seen);
+  const bool has_come = wait_for(writer, word, sleepers, signal_arrived, epoch(round), &seen);
   const uint64_t seen_epoch = protocol::signal_epoch(seen);
   if (has_come && seen_epoch != epoch(round)) result_.status = Status::kNewerEpoch;
   if (!ok()) {
-    return fail(result_.status, Half::kRecv, epoch(round), src_rank, epoch(round), seen_epoch);
+    return fail(result_.status, Half::kRecv, epoch(round), writer, epoch(round), seen_epoch);
   }
   *count = protocol::signal_low_bits(seen);
   return true;
@@ -86,16 +98,15 @@ bool NormalRank::Op::wait_for(uint32_t peer_rank, uint64_t word, uint64_t sleepe
 
 void NormalRank::Op::publish_signal(uint64_t round, uint32_t dst_rank, uint64_t count) {
   fence_streamed_rows();
-  std::byte* dst = rank_.bases_[dst_rank];
-  publish(at<uint64_t>(dst, rank_.layout_.signal(bank(round), phase_, rank_.self_rank_)),
-          protocol::pack_signal(epoch(round), count),
-          at<uint32_t>(dst, rank_.layout_.signal_sleepers(phase_, rank_.self_rank_)));
+  rank_.publish_word(phase_, dst_rank, rank_.layout_.signal(bank(round), phase_, rank_.self_rank_),
+                     protocol::pack_signal(epoch(round), count),
+                     rank_.layout_.signal_sleepers(phase_, rank_.self_rank_));
 }
 
 void NormalRank::Op::publish_credits(uint64_t round) {
-  for (std::byte* peer : rank_.bases_) {
-    publish(at<uint64_t>(peer, rank_.layout_.credit(phase_, rank_.self_rank_)), epoch(round),
-            at<uint32_t>(peer, rank_.layout_.credit_sleepers(phase_, rank_.self_rank_)));
+  for (const uint32_t peer : rank_.peers_) {
+    rank_.publish_word(phase_, peer, rank_.layout_.credit(phase_, rank_.self_rank_), epoch(round),
+                       rank_.layout_.credit_sleepers(phase_, rank_.self_rank_));
   }
 }
 

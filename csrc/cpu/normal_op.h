@@ -16,6 +16,7 @@ class NormalRank::Op {
   protocol::OpResult result() const { return result_; }
   // Of a round of this call, counted from 0.
   uint64_t epoch(uint64_t round) const { return first_epoch_ + round; }
+  protocol::Phase phase() const { return phase_; }
   uint32_t bank(uint64_t round) const {
     return protocol::bank_of(epoch(round), protocol::kNumRoundBanks);
   }
@@ -31,6 +32,9 @@ class NormalRank::Op {
   // Waits for: the signal of `src_rank` for this round. `*count` is what it carries, a flag above
   // the count included: where none is expected, no count is as large.
   bool wait_for_signal(uint64_t round, uint32_t src_rank, uint64_t* count);
+  // The same of any word that `writer` writes for this round; offsets are in this rank's memory.
+  bool wait_for_word(uint64_t round, uint32_t writer, uint64_t word, uint64_t sleepers,
+                     uint64_t* count);
   // Publishes: to `dst_rank`, that all data of this round is in its memory.
   void publish_signal(uint64_t round, uint32_t dst_rank, uint64_t count);
   // Publishes: to every peer, that this rank has emptied this round's bank.
@@ -62,6 +66,11 @@ class NormalRank::Op {
   uint64_t first_epoch_;
   protocol::OpResult result_;
 };
+
+// Every rank gives weights, or none does: a signal of combine says what its sender thought.
+inline uint64_t weights_bit(const protocol::NormalCombineParams& params) {
+  return params.has_topk_weights ? protocol::kTaggedBit : 0;
+}
 
 template <typename Send, typename Receive>
 bool NormalRank::Op::run_rounds(uint64_t num_rounds, Send send, Receive receive) {

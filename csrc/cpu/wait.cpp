@@ -54,6 +54,13 @@ Status Deadline::wait_until(uint64_t* word, bool (*arrived)(uint64_t, uint64_t),
   *seen = ld_acquire(word);
   if (arrived(*seen, expected)) return Status::kOk;
 
+  if (policy_.idle != nullptr) {
+    while (!arrived(*seen, expected)) {
+      policy_.idle();
+      *seen = ld_acquire(word);
+    }
+    return Status::kOk;
+  }
   const uint64_t wait_begin_ns = now_ns();
   while (now_ns() - wait_begin_ns < policy_.spin_ns) {
     for (int poll = 0; poll < kPollsPerClockRead; ++poll) {

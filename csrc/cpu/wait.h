@@ -19,6 +19,9 @@ struct WaitPolicy {
   uint64_t timeout_ns;
   uint64_t spin_ns;       // 0: sleep at once (more ranks than cores)
   bool (*interrupted)();  // asked about ten times a second while asleep; may be null
+  // In place of polling and sleeping, where one thread runs all ranks by turns: runs the others
+  // for a while. Such waits have no deadline: `idle` knows when nobody can go on.
+  void (*idle)() = nullptr;
 };
 
 uint64_t now_ns();

@@ -90,6 +90,8 @@ class NormalLayout {
     return config_.scale_format == ScaleFormat::kUE8M0 ? (num_scales_ + 3) / 4 : num_scales_;
   }
   EP_HOST_DEVICE constexpr uint64_t num_bytes() const { return num_bytes_; }
+  // From one message to the next.
+  EP_HOST_DEVICE constexpr uint64_t message_bytes() const { return message_bytes_; }
   // Rounds of a batch; all ranks run those of the largest.
   EP_HOST_DEVICE constexpr uint64_t num_rounds(uint64_t num_tokens) const {
     return (num_tokens + config_.num_tokens_per_round - 1) / config_.num_tokens_per_round;

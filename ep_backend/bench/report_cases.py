@@ -45,6 +45,7 @@ TITLES = {
     ("tune", "cpu", "low_latency"): "Settings tried by tune, processes on a CPU",
     ("tune", "cuda", "low_latency"): "Settings tried by tune, on GPUs",
     ("decode", "cpu", "low_latency"): "A decode loop without an engine",
+    ("wire", "cpu", "low_latency"): "What crosses the network between nodes",
 }
 
 

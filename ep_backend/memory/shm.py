@@ -16,6 +16,7 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ep_backend import _native
 from ep_backend.memory import raise_first
 
 if TYPE_CHECKING:
@@ -42,9 +43,29 @@ class MappedMemory:
         self._mappings.clear()  # unmapped when the last rank that shares a mapping lets go
 
 
+class NetworkedMemory(MappedMemory):
+    """That of virtual ranks on several nodes: what this rank has posted to the network is delivered
+    before it lets go of the memory."""
+
+    def __init__(self, mappings: list[mmap.mmap], network: _native.Network, rank: int) -> None:
+        self._network = network
+        self._rank = rank
+        super().__init__(mappings)
+
+    def close(self, *, has_failed: bool = False) -> None:
+        self._network.flush(self._rank)
+        super().close(has_failed=has_failed)
+
+    def __del__(self) -> None:
+        self.close()
+
+
 def allocate_in_process(group: Group, num_bytes: int) -> MappedMemory:
     """Symmetric memory for virtual ranks. Collective."""
-    return MappedMemory(group.all_gather(mmap.mmap(-1, num_bytes)))
+    mappings = group.all_gather(mmap.mmap(-1, num_bytes))
+    if group.network is None:
+        return MappedMemory(mappings)
+    return NetworkedMemory(mappings, group.network.native, group.self_rank)
 
 
 def allocate_shared(group: Group, num_bytes: int) -> MappedMemory:

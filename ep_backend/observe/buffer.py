@@ -42,7 +42,9 @@ class BufferObserver:
         self._source: Source | None = None
         if statistics is not None and Exporter.from_env(_process_rank(group)) is not None:
             link = "p2p" if device.type == "cuda" else "shm"
-            self._source = Source(group.self_rank, link, first_expert, statistics)
+            self._source = Source(
+                group.self_rank, link, first_expert, statistics, group.ranks_of_node
+            )
             ProcessCounts.get().add(self._source)
         self._gpu: GpuStamps | None = None
         if self.trace is not None:

@@ -137,7 +137,7 @@ class Source:
 
     Attributes:
         rank: whose numbers they are.
-        link: how this rank is joined to others: "shm" or "p2p".
+        link: how this rank is joined to others of its node: "shm" or "p2p".
         first_expert: the global number of this rank's first expert.
         statistics: reads the native kernels' counters.
     """
@@ -146,6 +146,15 @@ class Source:
     link: str
     first_expert: int
     statistics: Callable[[], KernelStatistics]
+    ranks_of_node: range | None = None
+    """With which it shares memory; to others the link is "rdma". None: all."""
+
+    def link_to(self, peer: int) -> str:
+        if peer == self.rank:
+            return "self"
+        if self.ranks_of_node is not None and peer not in self.ranks_of_node:
+            return "rdma"
+        return self.link
 
     def counts(self) -> Counts:
         counted = self.statistics()
@@ -158,9 +167,9 @@ class Source:
                 counts.add(WAIT_SECONDS, (rank, op, str(peer)), wait_ns * NS)
         for op, of_peers in counted.sent_bytes.items():
             for peer, num_bytes in enumerate(of_peers):
-                if num_bytes > 0:  # hooks send nothing
-                    link = "self" if peer == self.rank else self.link
-                    counts.add(SENT_BYTES, (rank, op, str(peer), link), num_bytes)
+                if num_bytes > 0:  # hooks send nothing, but for those that forward
+                    labels = (rank, op, str(peer), self.link_to(peer))
+                    counts.add(SENT_BYTES, labels, num_bytes)
         for expert, num_rows in enumerate(counted.num_expert_rows, self.first_expert):
             counts.add(EXPERT_ROWS, (rank, str(expert)), num_rows)
         if counted.num_tokens is not None:

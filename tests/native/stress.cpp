@@ -113,7 +113,9 @@ int main(int argc, char** argv) {
   auto* run = options.mode == "loop" ? run_loop : options.mode == "steady" ? run_steady : run_split;
   std::vector<std::unique_ptr<Rank>> ranks;
   for (uint32_t rank = 0; rank < options.num_ranks; ++rank) {
-    ranks.push_back(std::make_unique<Rank>(options, config, rank, bases));
+    const cpu::WaitPolicy policy{20'000'000'000, rank % 2 * 5'000, nullptr};
+    ranks.push_back(std::make_unique<Rank>(options, rank, bases[rank],
+                                           std::make_unique<OneNode>(config, rank, bases, policy)));
   }
   std::vector<std::thread> threads;
   for (auto& rank : ranks) threads.emplace_back([&] { run(*rank, options); });

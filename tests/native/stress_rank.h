@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/low_latency.h"
 #include "protocol/scales.h"
+#include "stress_kernels.h"
 
 namespace stress {
 
@@ -97,36 +97,14 @@ inline float load(const std::byte* row, uint32_t column, DType dtype) {
   return value;
 }
 
-// What one operation of one rank keeps between its send and its hooks.
-struct Operation {
-  std::vector<uint32_t> num_partials;
-  std::vector<uint32_t> answers;
-  std::vector<uint32_t> num_messages;
-  std::vector<cpu::HandleMessage> messages;
-  std::vector<cpu::HandleEntry> entries;
-  std::vector<std::byte> recv_x;
-  std::vector<float> recv_scales;
-  std::vector<int32_t> counts;
-  std::vector<int32_t> recv_topk_idx;
-  std::vector<float> recv_topk_weights;
-  std::vector<std::byte> expert_out;
-  std::vector<std::byte> out;
-
-  cpu::HandleView handle() { return {num_messages.data(), messages.data(), entries.data()}; }
-};
-
 class Rank {
  public:
-  Rank(const Options& options, const LowLatencyConfig& config, uint32_t self,
-       const std::vector<std::byte*>& bases)
-      : options_(options),
-        self_(self),
-        base_(bases[self]),
-        kernels_(config, self, bases, cpu::WaitPolicy{20'000'000'000, self % 2 * 5'000, nullptr}) {}
+  Rank(const Options& options, uint32_t self, std::byte* base, std::unique_ptr<Kernels> kernels)
+      : options_(options), self_(self), base_(base), kernels_(std::move(kernels)) {}
 
   std::unique_ptr<Operation> dispatch_send(uint64_t op) {
     const uint32_t tokens = num_tokens(op, self_);
-    const uint64_t row_bytes = kernels_.layout().row_bytes();
+    const uint64_t row_bytes = kernels_->layout().row_bytes();
     std::vector<std::byte> x(tokens * row_bytes);
     std::vector<int64_t> topk_idx(tokens * kTopK);
     std::vector<float> topk_weights(tokens * kTopK, 1.0f);
@@ -141,16 +119,16 @@ class Rank {
     }
     auto operation = std::make_unique<Operation>();
     operation->num_partials.resize(tokens);
-    operation->answers.resize(tokens * kernels_.layout().num_outcome_columns());
-    check(kernels_.dispatch_send({x.data(), false, nullptr, topk_idx.data(), true,
-                                  is_source() ? nullptr : topk_weights.data(), tokens,
-                                  operation->num_partials.data(), operation->answers.data()}),
+    operation->answers.resize(tokens * kernels_->layout().num_outcome_columns());
+    check(kernels_->dispatch_send({x.data(), false, nullptr, topk_idx.data(), true,
+                                   is_source() ? nullptr : topk_weights.data(), tokens,
+                                   operation->num_partials.data(), operation->answers.data()}),
           "dispatch send", op);
     return operation;
   }
 
   void dispatch_recv(uint64_t op, Operation& operation) {
-    const auto& layout = kernels_.layout();
+    const auto& layout = kernels_->layout();
     const uint32_t num_local = layout.partition().num_local_experts(self_);
     const uint64_t num_slots = layout.expert_capacity();
     operation.num_messages.resize(options_.num_ranks);
@@ -165,10 +143,11 @@ class Rank {
       operation.recv_topk_weights.resize(num_rows * kTopK);
     }
     if (options_.damage && op == 6 && self_ == 0) damage(op);
-    check(kernels_.dispatch_recv({options_.output, operation.recv_x.data(),
-                                  operation.recv_scales.data(), operation.counts.data(),
-                                  operation.recv_topk_idx.data(),
-                                  operation.recv_topk_weights.data(), operation.handle()}),
+    check(kernels_->dispatch_recv(
+              {options_.output, operation.recv_x.data(), operation.recv_scales.data(),
+               operation.counts.data(), operation.recv_topk_idx.data(),
+               operation.recv_topk_weights.data(), operation.handle()},
+              operation),
           "dispatch recv", op);
     if (is_rank_major()) {
       check_sources(op, operation);
@@ -179,7 +158,7 @@ class Rank {
 
   // The expert: adds its number to a row. Weights are 1, so sums stay exact.
   void combine_send(uint64_t op, Operation& operation) {
-    const auto& layout = kernels_.layout();
+    const auto& layout = kernels_->layout();
     const uint32_t first_expert = layout.partition().first_expert(self_);
     operation.expert_out.resize(operation.recv_x.size() / layout.dispatch_row_bytes() *
                                 layout.row_bytes());
@@ -199,17 +178,17 @@ class Rank {
         }
       }
     }
-    check(kernels_.combine_send({operation.expert_out.data(), operation.handle()}), "combine send",
-          op);
+    check(kernels_->combine_send({operation.expert_out.data(), operation.handle()}, operation),
+          "combine send", op);
   }
 
   void combine_recv(uint64_t op, Operation& operation) {
     const uint32_t tokens = num_tokens(op, self_);
-    const uint64_t row_bytes = kernels_.layout().row_bytes();
+    const uint64_t row_bytes = kernels_->layout().row_bytes();
     operation.out.resize(tokens * row_bytes);
     const std::vector<float> topk_weights(is_source() ? tokens * kTopK : 0, 1.0f);
-    check(kernels_.combine_recv({operation.out.data(), tokens, operation.num_partials.data(),
-                                 operation.answers.data(), topk_weights.data()}),
+    check(kernels_->combine_recv({operation.out.data(), tokens, operation.num_partials.data(),
+                                  operation.answers.data(), topk_weights.data()}),
           "combine recv", op);
     for (uint32_t token = 0; token < tokens; ++token) {
       for (uint32_t column = 0; column < options_.hidden; ++column) {
@@ -237,19 +216,21 @@ class Rank {
   }
 
   // Terms are not negative, and none is so small that its float8 has no exponent: half a step of
-  // three bits of mantissa. Everything else is exact.
+  // three bits of mantissa; where a node's sum is quantised again, another half. Everything else is
+  // exact.
   float tolerance() const {
-    return options_.combine_dtype == DType::kFloat8E4M3 ? 1.0001f / 16 : 0.0f;
+    if (options_.combine_dtype != DType::kFloat8E4M3) return 0.0f;
+    return options_.mode == "hierarchical" ? 2.0626f / 16 : 1.0001f / 16;
   }
   bool is_source() const { return options_.reduction == protocol::Reduction::kSource; }
   bool is_rank_major() const { return options_.output == OutputLayout::kRankMajor; }
 
   uint64_t row_of(size_t local, int32_t i) const {
-    return local * kernels_.layout().expert_capacity() + static_cast<uint64_t>(i);
+    return local * kernels_->layout().expert_capacity() + static_cast<uint64_t>(i);
   }
 
   float received(const Operation& operation, uint64_t row, uint32_t column) const {
-    const auto& layout = kernels_.layout();
+    const auto& layout = kernels_->layout();
     const std::byte* values = operation.recv_x.data() + row * layout.dispatch_row_bytes();
     const float value = load(values, column, options_.dispatch_dtype);
     if (operation.recv_scales.empty()) return value;
@@ -260,7 +241,7 @@ class Rank {
 
   // The sum of what `num_experts` experts whose numbers have the sum `sum` make of a row.
   void write_output(Operation& operation, uint64_t row, uint32_t num_experts, uint32_t sum) const {
-    std::byte* out = operation.expert_out.data() + row * kernels_.layout().row_bytes();
+    std::byte* out = operation.expert_out.data() + row * kernels_->layout().row_bytes();
     for (uint32_t column = 0; column < options_.hidden; ++column) {
       const float value = received(operation, row, column);
       store(out, column, options_.dtype,
@@ -282,7 +263,7 @@ class Rank {
   void check_rows(uint64_t op, const Operation& operation) const {
     for (size_t local = 0; local < operation.counts.size(); ++local) {
       const int64_t expert =
-          kernels_.layout().partition().first_expert(self_) + static_cast<int64_t>(local);
+          kernels_->layout().partition().first_expert(self_) + static_cast<int64_t>(local);
       int32_t next = 0;
       for (uint32_t src = 0; src < options_.num_ranks; ++src) {
         for (uint32_t token = 0; token < num_tokens(op, src); ++token) {
@@ -303,7 +284,7 @@ class Rank {
 
   // Rows of each source, by token, with the local experts of each; no expert in the unused ones.
   void check_sources(uint64_t op, const Operation& operation) const {
-    const auto& partition = kernels_.layout().partition();
+    const auto& partition = kernels_->layout().partition();
     const int64_t first_expert = partition.first_expert(self_);
     const int64_t num_local = partition.num_local_experts(self_);
     for (uint32_t src = 0; src < options_.num_ranks; ++src) {
@@ -330,7 +311,7 @@ class Rank {
 
   // Of a message from this rank to itself, so that nobody else is writing there.
   void damage(uint64_t op) {
-    const auto& layout = kernels_.layout();
+    const auto& layout = kernels_->layout();
     const uint32_t bank = protocol::bank_of(op + 1, options_.num_banks);
     base_[layout.inbox_row(bank, self_, 0) + 1] ^= std::byte{0x40};
   }
@@ -338,7 +319,7 @@ class Rank {
   const Options& options_;
   uint32_t self_;
   std::byte* base_;
-  cpu::LowLatencyRank kernels_;
+  std::unique_ptr<Kernels> kernels_;
 };
 
 }  // namespace stress

@@ -24,7 +24,8 @@ STRESS = Path(__file__).parent / "stress_normal.cpp"
 
 def sources(csrc: Path) -> list[Path]:
     kernels = (csrc / "cpu").glob("normal*.cpp")
-    return [STRESS, *sorted(kernels), csrc / "cpu" / "rows.cpp", csrc / "cpu" / "wait.cpp"]
+    shared = [csrc / "cpu" / f"{name}.cpp" for name in ("network", "rows", "wait")]
+    return [STRESS, *sorted(kernels), *shared]
 
 
 @pytest.fixture(scope="session", params=SANITIZERS, ids=lambda name: f"{name}_sanitizer")
@@ -82,8 +83,8 @@ SEEDED_BUGS = [
     SeededBug(
         "counts_are_not_quiet_at_their_start",
         "cpu/normal_dispatch.cpp",
-        "if (!op.wait_until_emptied()) return op.result();\n  write_counts",
-        "write_counts",
+        "if (!op.wait_until_emptied() || !send_counts(op, params.routes.num_tokens))",
+        "if (!send_counts(op, params.routes.num_tokens))",
     ),
 ]
 

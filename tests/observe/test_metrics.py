@@ -200,6 +200,21 @@ def run_once(buffer: LowLatencyBuffer) -> None:
     buffer.combine_and_receive(result.recv_x, result.handle)
 
 
+def test_bytes_between_nodes_are_of_another_link() -> None:
+    shape = Shape(4, num_experts=4, top_k=4, ranks_per_node=2)
+    world = shape.world()
+    buffers = world.run(shape.buffer)
+    world.run(lambda group: run_once(buffers[group.self_rank]))
+    nodes = [group.ranks_of_node for group in world.groups]
+    assert nodes == [range(2), range(2), range(2, 4), range(2, 4)]
+    for rank, buffer in enumerate(buffers):
+        source = counts.Source(rank, "shm", rank, buffer.statistics, nodes[rank])
+        sent = {labels[2:] for labels in source.counts().counters[counts.SENT_BYTES]}
+        links = {str(p): "shm" if p in nodes[rank] else "rdma" for p in range(4)}
+        assert sent == set((links | {str(rank): "self"}).items())
+    world.run(lambda group: buffers[group.self_rank].close())
+
+
 def test_a_closed_buffer_still_counts() -> None:
     process_counts = counts.ProcessCounts()
     (first,) = Shape(1).virtual_buffers()

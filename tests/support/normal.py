@@ -12,11 +12,13 @@ from ep_backend import (
     NormalBuffer,
     NormalDispatchHandle,
     NormalDispatchResult,
+    VirtualWorld,
     _native,
     reference,
     reference_normal,
+    virtual_world,
 )
-from ep_backend.normal_settings import NormalSettings
+from ep_backend.normal_settings import NormalSettings, node_config
 from tests.support.routing import make_routing
 from tests.support.scenario import origin_of, payload, same_bits, values_of
 from tests.support.shapes import Shape
@@ -35,6 +37,7 @@ class NormalShape:
     """Decides on `num_bytes`: the least that gives so many."""
     dispatch_dtype: torch.dtype | None = None
     scale_format: str = "float32"
+    ranks_per_node: int | None = None
 
     @property
     def is_float8(self) -> bool:
@@ -51,10 +54,28 @@ class NormalShape:
             num_bytes=num_bytes,
         )
 
-    def layout(self) -> _native.NormalLayout:
+    @property
+    def ranks_added_up(self) -> int | None:
+        """On each node, before rows go home: `ranks_per_node` of `reference_normal.combine`."""
+        is_several = self.ranks_per_node is not None and self.ranks_per_node < self.num_ranks
+        return self.ranks_per_node if is_several else None
+
+    def _config(self) -> _native.NormalConfig:
         config = self.settings(1 << 40).config(self.num_ranks)
         config.num_tokens_per_round = self.num_tokens_per_round
-        return _native.NormalLayout(config)
+        return config
+
+    def layout(self) -> _native.NormalLayout:
+        return _native.NormalLayout(self._config())
+
+    def node_layout(self) -> _native.NormalNodeLayout:
+        assert self.ranks_per_node is not None
+        return _native.NormalNodeLayout(node_config(self._config(), self.ranks_per_node))
+
+    def world(self, network_seed: int = 0) -> VirtualWorld:
+        return virtual_world(
+            self.num_ranks, ranks_per_node=self.ranks_per_node, network_seed=network_seed
+        )
 
     def buffer(
         self, group: Group, timeout_secs: float = 30.0, spin_us: float | None = None
@@ -65,7 +86,9 @@ class NormalShape:
             num_experts=self.num_experts,
             top_k=self.top_k,
             dtype=self.dtype,
-            num_bytes=self.layout().num_bytes,
+            num_bytes=(
+                self.layout() if self.ranks_added_up is None else self.node_layout()
+            ).num_bytes,
             dispatch_dtype=self.dispatch_dtype,
             scale_format=self.scale_format,
             timeout_secs=timeout_secs,
@@ -182,8 +205,12 @@ def case_of(
         biases,
         with_weights,
         received,
-        combined=reference_normal.combine(home, received, num_tokens, shape.dtype, biases),
-        combined_weights=reference_normal.combine_weights(weights, received, num_tokens),
+        combined=reference_normal.combine(
+            home, received, num_tokens, shape.dtype, biases, shape.ranks_added_up
+        ),
+        combined_weights=reference_normal.combine_weights(
+            weights, received, num_tokens, shape.ranks_added_up
+        ),
     )
 
 

@@ -140,16 +140,17 @@ def variant_of(
         ]
         num_tokens = [len(t) for t in x]
         combined = reference.combine_rank_major(
-            sums, by_source, num_tokens, shape.dtype, shape.combine_dtype
+            sums, by_source, num_tokens, shape.dtype, shape.combine_dtype, shape.ranks_added_up
         )
     else:
         outputs = [
             expert(e, values_of(r.rows, r.scales, shape.dtype)) for e, r in enumerate(received)
         ]
-        combine = reference.combine_source if shape.is_reduced_at_source else reference.combine
-        combined = combine(
-            outputs, received, topk_idx, topk_weights, shape.dtype, shape.combine_dtype
-        )
+        inputs = (outputs, received, topk_idx, topk_weights, shape.dtype, shape.combine_dtype)
+        if shape.is_reduced_at_source:
+            combined = reference.combine_source(*inputs)
+        else:
+            combined = reference.combine(*inputs, shape.ranks_added_up)
     sent, sent_scales = (rows, scales) if is_quantized else (x, None)
     return Variant(sent, sent_scales, topk_idx, topk_weights, received, by_source, combined)
 

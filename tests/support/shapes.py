@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ep_backend import Group, LowLatencyBuffer, NetworkConfig, _native, virtual_world
+from ep_backend import (
+    Group,
+    LowLatencyBuffer,
+    NetworkConfig,
+    VirtualWorld,
+    _native,
+    virtual_world,
+)
 from ep_backend.settings import BufferSettings
 
 
@@ -33,6 +40,8 @@ class Shape:
     expert_ids: str = "local"
     num_sms: int | None = None
     network: NetworkConfig | None = None
+    ranks_per_node: int | None = None
+    hierarchical: bool = False
 
     @property
     def is_float8(self) -> bool:
@@ -65,6 +74,7 @@ class Shape:
             num_banks=self.num_banks,
             device=self.device,
             network=self.network,
+            hierarchical=self.hierarchical,
         )
 
     def config(self) -> _native.LowLatencyConfig:
@@ -98,10 +108,26 @@ class Shape:
             spin_us=spin_us,
             num_sms=self.num_sms,
             network=self.network,
+            hierarchical=self.hierarchical,
+        )
+
+    @property
+    def ranks_added_up(self) -> int | None:
+        """On each node, before rows go home: `ranks_per_node` of `reference.combine`."""
+        is_several = self.ranks_per_node is not None and self.ranks_per_node < self.num_ranks
+        return self.ranks_per_node if self.hierarchical and is_several else None
+
+    def multi_node_layout(self) -> _native.MultiNodeLayout:
+        assert self.ranks_per_node is not None
+        config = self.settings().multi_node_config(self.num_ranks, self.ranks_per_node)
+        return _native.MultiNodeLayout(config)
+
+    def world(self, network_seed: int = 0) -> VirtualWorld:
+        return virtual_world(
+            self.num_ranks, ranks_per_node=self.ranks_per_node, network_seed=network_seed
         )
 
     def virtual_buffers(self, timeout_secs: float = 30.0) -> list[LowLatencyBuffer]:
         """One buffer a rank. One thread may drive them all, as long as no call has to wait: that
         makes an interleaving of ranks deterministic."""
-        world = virtual_world(self.num_ranks)
-        return world.run(lambda group: self.buffer(group, timeout_secs, spin_us=0))
+        return self.world().run(lambda group: self.buffer(group, timeout_secs, spin_us=0))

@@ -15,11 +15,17 @@ DTYPES = (torch.float32, torch.bfloat16)
 SCALE_FORMATS = ("float32", "power_of_two", "ue8m0")
 OUTPUT_LAYOUTS = ("expert_major", "rank_major")
 REDUCTIONS = ("rank", "source")
+NODES = ((2, 2), (3, 2), (2, 3), (1, 4), (1, 2), (2, 4), (2, 1))
+"""Ranks of a node, nodes."""
 
 
 @st.composite
 def shapes(
-    draw: st.DrawFn, max_ranks: int = 5, device: str = "cpu", in_expert_workspaces: bool = False
+    draw: st.DrawFn,
+    max_ranks: int = 5,
+    device: str = "cpu",
+    in_expert_workspaces: bool = False,
+    on_nodes: bool = False,
 ) -> Shape:
     dtype = draw(st.sampled_from(DTYPES))
     is_float8 = draw(st.booleans())
@@ -60,27 +66,40 @@ def shapes(
     reductions = REDUCTIONS if output_layout == "expert_major" else ("rank",)
     if in_expert_workspaces:
         reductions = ("source",)
+    num_ranks, nodes = draw(st.integers(1, max_ranks)), {}
+    reduction = draw(st.sampled_from(reductions))
+    if on_nodes:
+        ranks_per_node, num_nodes = draw(st.sampled_from(NODES))
+        num_ranks = ranks_per_node * num_nodes
+        is_hierarchical = reduction == "rank" and draw(st.integers(0, 3)) > 0
+        nodes = dict(ranks_per_node=ranks_per_node, hierarchical=is_hierarchical)
     return Shape(
-        num_ranks=draw(st.integers(1, max_ranks)),
+        num_ranks=num_ranks,
         top_k=draw(st.integers(1, 32)),
         dtype=dtype,
         dispatch_dtype=torch.float8_e4m3fn if is_float8 else None,
         combine_dtype=torch.float8_e4m3fn if is_combine_float8 else None,
         scale_format=draw(st.sampled_from(SCALE_FORMATS)) if is_float8 else "float32",
         output_layout=output_layout,
-        reduction=draw(st.sampled_from(reductions)),
+        reduction=reduction,
         num_banks=draw(st.integers(2, 4)),
         device=device,
+        **nodes,
         **settings,
     )
 
 
 @st.composite
 def scenarios(
-    draw: st.DrawFn, max_ranks: int = 5, device: str = "cpu", in_expert_workspaces: bool = False
+    draw: st.DrawFn,
+    max_ranks: int = 5,
+    device: str = "cpu",
+    in_expert_workspaces: bool = False,
+    on_nodes: bool = False,
 ) -> Scenario:
-    """`in_expert_workspaces`: nothing else, whose ranks must not share a stream."""
-    shape = draw(shapes(max_ranks, device, in_expert_workspaces))
+    """`in_expert_workspaces`: nothing else, whose ranks must not share a stream. `on_nodes`: ranks
+    on one node to four, of one rank to three, in place of `max_ranks`."""
+    shape = draw(shapes(max_ranks, device, in_expert_workspaces, on_nodes))
     scenario = Scenario(shape)
     tokens = st.integers(0, shape.num_max_tokens_per_rank)
     for _ in range(draw(st.integers(1, 3))):
