@@ -25,12 +25,15 @@ def register() -> None:
         return
     try:
         # Imported here: the package must be importable where SGLang is not installed.
-        from ep_backend_sglang import arguments, choice
+        from ep_backend_sglang import arguments, choice, cpu_default
 
         arguments.check()
         arguments.install()
         if choice.is_ours():  # a child of the process that was told so
             choice.install()
+        elif cpu_default.is_wanted():
+            cpu_default.check()
+            cpu_default.install()
     except Exception as error:
         traceback.print_exc()
         raise SystemExit(f"ep_backend's plugin stops this process: {error}") from error
