@@ -6,6 +6,7 @@ import statistics
 from typing import Any
 
 from ep_backend.bench.op_cuda_report import print_table
+from ep_backend.bench.serve_engines import ENGINES
 from ep_backend.bench.serve_gate import MAX_LIMIT, MEAN_LIMIT, NUM_PROMPTS
 
 # Times of a table's row, in ms, then what is printed with its range over the repeats.
@@ -138,6 +139,7 @@ def failures(document: dict[str, Any]) -> list[str]:
 
 def title(document: dict[str, Any]) -> str:
     machine, settings, versions = (document[k] for k in ("machine", "settings", "versions"))
+    engine = ENGINES[settings["engine"]]
     gpus = machine["gpus"]
     where = (
         f"{len(gpus)} x {gpus[0]}, driver {machine['driver']}"
@@ -145,7 +147,7 @@ def title(document: dict[str, Any]) -> str:
         else f"{machine['cpu']}, {machine['num_cpus']} cores"
     )
     return (
-        f"vLLM {versions.get('vllm', '')}, {settings['num_ranks']} ranks, "
+        f"{engine.title} {versions.get(engine.package, '')}, {settings['num_ranks']} ranks, "
         f"{settings['num_input_tokens']} tokens in, {settings['num_output_tokens']} out | "
         f"{where} | {document['date']}"
     )

@@ -74,7 +74,7 @@ def install() -> None:
         _record_the_exchange(group, dp_attention)
 
 
-def reduce_scatter_tensor(self: Any, output: Any, input: Any) -> None:  # noqa: A002, SGLang's name
+def reduce_scatter_tensor(self: Any, output: Any, input: Any) -> None:
     """As `reduce_scatterv`, with as many rows for each rank."""
     output.copy_(reduce_scatterv(self, input))
 

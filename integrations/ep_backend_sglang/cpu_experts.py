@@ -1,5 +1,5 @@
-"""Unquantised SwiGLU experts in plain PyTorch, for both formats of SGLang's DeepEP dispatcher, and for
-that of its own exchange.
+"""Unquantised SwiGLU experts in plain PyTorch, for both formats of SGLang's DeepEP dispatcher, and
+for that of its own exchange.
 
 T rows received, H hidden, K top_k, L experts of this rank, S rows an expert can receive.
 SGLang's weights: `w13_weight` `[L, 2I, H]`, gate before up; `w2_weight` `[L, H, I]`.
