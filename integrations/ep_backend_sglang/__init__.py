@@ -3,7 +3,7 @@
 SGLang loads `register` as a general plugin in every process: before the command line is parsed, in
 schedulers, in the detokenizer. To SGLang our backend is its own `deepep`, in every model, overlap
 and graph, with another `Buffer` behind its dispatcher. With another backend chosen, nothing behaves
-differently.
+differently, unless a benchmark on a CPU asks for that (`cpu_default`).
 """
 
 from __future__ import annotations
