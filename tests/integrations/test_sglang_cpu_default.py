@@ -115,6 +115,6 @@ def test_sglang_is_changed_only_where_it_is_asked_for(
 
 def test_it_is_for_cpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cpu_default.VARIABLE, "1")
-    assert cpu_default.is_wanted()
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert not cpu_default.is_wanted()
+    for has_accelerator in (False, True):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda has=has_accelerator: has)
+        assert cpu_default.is_wanted() is not has_accelerator
