@@ -1,11 +1,11 @@
-"""What our plug-ins for inference engines have in common: how long they wait, and checks that an
-engine looks as their patches expect."""
+"""What our plug-ins for inference engines have in common: how long they wait, checks that an engine
+looks as their patches expect, and what engines lack on a CPU."""
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,27 @@ DEFAULT_TIMEOUT_SECS = 120.0
 def timeout_secs() -> float:
     """How long an engine's rank waits for a peer."""
     return float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_SECS))
+
+
+def reduce_scatter_rows(rows: Any, sizes: Sequence[int], group: Any) -> Any:
+    """This rank's part of the sum of all ranks' `rows`, added in the order of ranks.
+
+    Args:
+        rows: `[sum(sizes), ..]`, on a CPU; rank r gets `sizes[r]` of them.
+        group: a gloo group. As an all-to-all: gloo has no reduce-scatter of uneven sizes.
+    """
+    from torch import distributed
+
+    num_ranks, num_own = group.size(), sizes[group.rank()]
+    received = rows.new_empty(num_ranks * num_own, *rows.shape[1:])
+    distributed.all_to_all_single(
+        received,
+        rows.contiguous(),
+        output_split_sizes=[num_own] * num_ranks,
+        input_split_sizes=list(sizes),
+        group=group,
+    )
+    return received.reshape(num_ranks, num_own, *rows.shape[1:]).sum(0)
 
 
 @dataclass(frozen=True)

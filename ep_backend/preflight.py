@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from ep_backend import LowLatencyBuffer, NormalBuffer, __version__, _native, virtual_world
+from ep_backend import LowLatencyBuffer, NormalBuffer, __version__, virtual_world
+from ep_backend.doctor.checks import Check, Level
+from ep_backend.doctor.gpu import Gpus, check_build, check_cards, check_peers
 from ep_backend.group import Group
 
 KERNELS = ("low-latency", "normal")
@@ -58,25 +60,23 @@ def check(
 
 
 def _check_gpus(num_gpus: int) -> str:
-    if not _native.has_cuda:
+    """As doctor does, of the first `num_gpus`; and that there are as many."""
+    _require(check_build())
+    gpus = Gpus.visible()
+    if len(gpus) < num_gpus:
         raise NotDeployable(
-            "this ep_backend was built without CUDA. Build it where nvcc is, with "
-            "EP_BACKEND_CUDA=ON."
-        )
-    num_visible = torch.cuda.device_count()
-    if num_visible < num_gpus:
-        raise NotDeployable(
-            f"{num_gpus} GPUs are needed, but torch sees {num_visible}. Reserve them for this "
+            f"{num_gpus} GPUs are needed, but torch sees {len(gpus)}. Reserve them for this "
             "container, or start fewer ranks."
         )
-    for own in range(num_gpus):
-        for peer in range(num_gpus):
-            if own != peer and not torch.cuda.can_device_access_peer(own, peer):
-                raise NotDeployable(
-                    f"GPU {own} cannot read GPU {peer}'s memory, but ranks exchange tokens that "
-                    "way. Use GPUs that are joined by NVLink (`nvidia-smi topo -p2p r` shows them)."
-                )
-    return f"{num_gpus} x {torch.cuda.get_device_name(0)}"
+    used = gpus.first(num_gpus)
+    for check in [*check_cards(used), *check_peers(used)]:
+        _require(check)
+    return f"{num_gpus} x {used.names[0]}"
+
+
+def _require(check: Check) -> None:
+    if check.level is Level.MISSING:
+        raise NotDeployable(f"{check.name}: {check.found}. {check.remedy}")
 
 
 def _check_exchange(device: str, kernels: str) -> None:

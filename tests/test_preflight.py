@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from ep_backend import _native
 from ep_backend.cli import app
+from ep_backend.doctor.gpu import Gpus
 from ep_backend.faults import FAULT_VARIABLE, Fault
 from ep_backend.preflight import KERNELS, NotDeployable, check
 
@@ -42,19 +43,26 @@ def test_what_is_missing_is_named(arguments: dict, message: str) -> None:
 def test_a_build_without_cuda_says_so() -> None:
     result = CliRunner().invoke(app, ["check", "--device", "cuda", "--gpus", "8"])
     assert result.exit_code == 1
-    assert "built without CUDA" in result.stderr
+    assert "CUDA kernels: this build is CPU-only. Install where nvcc is" in result.stderr
 
 
-def test_too_few_gpus_and_gpus_apart_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ep_backend.preflight._native.has_cuda", True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    monkeypatch.setattr(
-        "torch.cuda.can_device_access_peer", lambda own, peer: {own, peer} != {1, 3}
+def test_too_few_gpus_old_ones_and_gpus_apart_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = Gpus(
+        ("NVIDIA H100",) * 4 + ("NVIDIA A100",),
+        ((9, 0),) * 4 + ((8, 0),),
+        ("",) * 5,
+        lambda own, peer: {own, peer} != {1, 3},
     )
-    with pytest.raises(NotDeployable, match="8 GPUs are needed, but torch sees 4"):
+    monkeypatch.setattr("ep_backend._native.has_cuda", True)
+    monkeypatch.setattr(Gpus, "visible", lambda: gpus)
+    monkeypatch.setattr("ep_backend.preflight._check_exchange", lambda device, kernels: None)
+    with pytest.raises(NotDeployable, match="8 GPUs are needed, but torch sees 5"):
         check(device="cuda", num_gpus=8)
-    with pytest.raises(NotDeployable, match="GPU 1 cannot read GPU 3's memory"):
+    with pytest.raises(NotDeployable, match=r"GPU 4: NVIDIA A100, .* the kernels need 9\.0"):
+        check(device="cuda", num_gpus=5)
+    with pytest.raises(NotDeployable, match=r"reach each other's memory: 1 -> 3, 3 -> 1\. .*RDMA"):
         check(device="cuda", num_gpus=4)
+    assert "3 x NVIDIA H100, low-latency kernels" in check(device="cuda", num_gpus=3)
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from ep_backend.cli import app
@@ -263,11 +264,13 @@ def test_profiled_numbers_are_those_of_the_results() -> None:
             ) in PAGES
 
 
-def test_numbers_served_on_a_cpu_are_those_of_the_results() -> None:
-    measured = results("serve-vllm-cpu-2-ranks.json")
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_numbers_served_on_a_cpu_are_those_of_the_results(engine: str) -> None:
+    measured = results(f"serve-{engine}-cpu-2-ranks.json")
+    assert measured["settings"]["engine"] == engine
     runs = {(run["concurrency"], run["backend"]): run for run in measured["summary"]}
     for concurrency in (1, 4):
-        pair = [runs[concurrency, b] for b in ("default", "ep_backend_low_latency")]
+        pair = [runs[concurrency, b] for b in measured["settings"]["backends"]]
         tpot = [run["tpot_mean_ms"] for run in pair]
         times = [f"{ms['median']:.2f} ({ms['min']:.2f}-{ms['max']:.2f})" for ms in tpot]
         shares = [f"{run['exchange_share_of_forward']['median']:.0%}" for run in pair]

@@ -106,6 +106,19 @@ async def stream_all(
         return await asyncio.gather(*(one(client, prompt) for prompt in prompts))
 
 
+async def served_name(base_url: str, timeout_secs: float = 30.0) -> str:
+    """What an OpenAI-compatible server calls its (first) model.
+
+    Raises:
+        RuntimeError: it does not tell.
+    """
+    url = f"{base_url}/v1/models"
+    try:
+        return json.loads(await fetch_text(url, timeout_secs))["data"][0]["id"]
+    except (httpx.HTTPError, ValueError, LookupError, TypeError) as e:
+        raise RuntimeError(f"{url} does not name a model: {type(e).__name__}: {e}") from e
+
+
 async def fetch_text(url: str, timeout_secs: float = 30.0) -> str:
     """The body of a page.
 

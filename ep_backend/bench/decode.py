@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Callable
@@ -26,13 +25,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ep_backend import EPBackendError, __version__, _native
+from ep_backend import EPBackendError, _native
 from ep_backend.bench import decode_cpu, decode_cuda
 from ep_backend.bench.decode_rank import CheckFailed
 from ep_backend.bench.decode_settings import PROGRAM, Case, DecodeSettings, parse_arguments
 from ep_backend.bench.decode_times import CaseRow, Times
 from ep_backend.bench.op_cuda_report import machine as gpu_machine
 from ep_backend.bench.op_processes import RankFailed
+from ep_backend.bench.provenance import commit, installed_versions, this_machine
 from ep_backend.tuning import untuned_unless_asked
 
 
@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         document = {
             "bench": "decode",
             "date": begin.isoformat(timespec="seconds"),
+            "commit": commit(),
             "command": shlex.join([*PROGRAM.split(), *arguments]),
             "machine": where,
             "settings": asdict(settings) | {"shape": asdict(settings.shape)},
@@ -92,14 +93,7 @@ def measure(settings: DecodeSettings, on_times: Callable[[Case, Times], None]) -
 def machine(settings: DecodeSettings) -> dict[str, Any]:
     if settings.device == "cuda":
         return gpu_machine()
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "num_cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "ep_backend": __version__,
-        "load_average": os.getloadavg()[0],
-    }
+    return this_machine() | installed_versions() | {"load_average": os.getloadavg()[0]}
 
 
 def print_table(settings: DecodeSettings, where: dict[str, Any], rows: list[CaseRow]) -> None:

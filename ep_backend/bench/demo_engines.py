@@ -69,10 +69,17 @@ def vllm_command(
     return command
 
 
+SGLANG_BACKEND = "ep_backend"
+
+
 def sglang_command(
-    model: Path, num_ranks: int, deepep_mode: str, max_num_batched_tokens: int
+    model: Path,
+    num_ranks: int,
+    deepep_mode: str,
+    max_num_batched_tokens: int,
+    backend: str = SGLANG_BACKEND,
 ) -> list[str]:
-    """One rank, or data-parallel attention with experts shared through ep_backend.
+    """One rank, or data-parallel attention with experts shared through `backend`.
 
     It is SGLang's engine for GPUs, run in plain PyTorch: its engine for CPUs has no expert
     parallelism.
@@ -96,11 +103,20 @@ def sglang_command(
         "--disable-radix-cache",
     ]
     if num_ranks > 1:
-        command += ["--tp-size", str(num_ranks), "--dp-size", str(num_ranks)]
-        command += ["--enable-dp-attention", "--enable-dp-lm-head", "--moe-dense-tp-size", "1"]
-        command += ["--moe-a2a-backend", "ep_backend", "--deepep-mode", deepep_mode]
+        command += sglang_ranks(num_ranks, backend)
+    if num_ranks > 1 and backend == SGLANG_BACKEND:
+        command += ["--deepep-mode", deepep_mode]
         command += ["--deepep-dispatcher-output-dtype", "bf16"]  # not float8: rows as they are
     return command
+
+
+def sglang_ranks(num_ranks: int, backend: str) -> list[str]:
+    """Data-parallel attention; each rank has its part of the experts, whole ones."""
+    return [
+        *("--tp-size", str(num_ranks), "--dp-size", str(num_ranks), "--ep-size", str(num_ranks)),
+        *("--enable-dp-attention", "--enable-dp-lm-head", "--moe-dense-tp-size", "1"),
+        *("--moe-a2a-backend", backend),
+    ]
 
 
 VLLM = Engine(

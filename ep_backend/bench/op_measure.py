@@ -1,4 +1,4 @@
-"""What the CPU's op benchmarks share: settings, and the timing of ways in turns.
+"""What the CPU's op benchmarks share: settings, what a way is, and the timing of ways in turns.
 
 R ranks, T tokens of every rank.
 """
@@ -9,11 +9,12 @@ import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from ep_backend.bench.op_processes import Report
 from ep_backend.bench.routing import Inputs, make_inputs
 
 # A block of copies lasts at least this long: several time slices of the scheduler, so that ranks
@@ -102,6 +103,56 @@ class Memcpy:
 
     def __call__(self) -> None:
         ctypes.memmove(self._dst.data_ptr(), self._src.data_ptr(), self._num_bytes)
+
+
+class Way(Protocol):
+    """A way to exchange rows; both calls return when this rank has everything."""
+
+    def dispatch(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        """The rows that came, then what belongs to them."""
+        ...
+
+    def combine(self, rows: torch.Tensor, /) -> torch.Tensor:
+        """`[T, H]`, of the dispatch before; `rows` lie as that has brought them."""
+        ...
+
+
+AnyWay = TypeVar("AnyWay", bound=Way)
+
+
+def measure_cases(
+    settings: BenchSettings,
+    rank: int,
+    report: Report,
+    *,
+    make_ways: Callable[[int], dict[str, AnyWay]],
+    check: Callable[[Inputs, dict[str, AnyWay]], None],
+    count_bytes: Callable[[int], int],
+) -> None:
+    """Times every way in every case, once they agree; a `RankReport` a case. Collective.
+
+    Args:
+        make_ways: of T; by name.
+        check: raises AssertionError where ways differ.
+        count_bytes: of T, that a pair moves on this rank.
+
+    Raises:
+        AssertionError: a way gave a wrong result.
+    """
+    for num_tokens in settings.num_tokens:
+        ways = make_ways(num_tokens)
+        inputs = settings.inputs(rank, num_tokens)
+        check(inputs, ways)
+        pairs = {name: _pair_of(way, inputs) for name, way in ways.items()}
+        report(measure(settings, pairs, num_tokens, count_bytes(num_tokens)))
+
+
+def _pair_of(way: Way, inputs: Inputs) -> Callable[[], None]:
+    def pair() -> None:
+        recv_x, *_ = way.dispatch(inputs)
+        way.combine(recv_x)
+
+    return pair
 
 
 def measure(

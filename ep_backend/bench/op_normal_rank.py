@@ -5,14 +5,15 @@ R ranks, T tokens of every rank, N rows received, H hidden, K top_k.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
 
 from ep_backend import Group, NormalBuffer, reference, reference_normal
-from ep_backend.bench.op_measure import BenchSettings, check_out, measure
+from ep_backend.bench import op_measure
+from ep_backend.bench.op_measure import BenchSettings, check_out, measure_cases
 from ep_backend.bench.op_normal_gloo import NormalAllGather, NormalAllToAll, Received
 from ep_backend.bench.op_processes import RANK_TIMEOUT_SECS, Report
 from ep_backend.bench.routing import Inputs
@@ -35,14 +36,8 @@ class NormalBenchSettings(BenchSettings):
     """Of symmetric memory that a rank takes."""
 
 
-class Way(Protocol):
-    """A way to exchange rows; both calls return when this rank has everything."""
-
+class Way(op_measure.Way, Protocol):
     def dispatch(self, inputs: Inputs) -> Received: ...
-
-    def combine(self, rows: torch.Tensor) -> torch.Tensor:
-        """`[T, H]`, of the dispatch before."""
-        ...
 
 
 class Ours:
@@ -94,33 +89,26 @@ def bench_normal_rank(rank: int, settings: NormalBenchSettings, report: Report) 
             num_bytes=settings.num_bytes,
         ) as buffer,
     ):
-        ways = _make_ways(settings, rank, NUM_CHECK_TOKENS, buffer)
-        _check_against_reference(settings, rank, NUM_CHECK_TOKENS, ways)
-        for num_tokens in settings.num_tokens:
-            ways = _make_ways(settings, rank, num_tokens, buffer)
-            inputs = settings.inputs(rank, num_tokens)
-            _check_against_each_other(settings, inputs, ways)
-            pairs = {name: _pair_of(way, inputs) for name, way in ways.items()}
-            num_bytes = count_bytes(settings, rank, num_tokens)
-            report(measure(settings, pairs, num_tokens, num_bytes))
+        make_ways = partial(_make_ways, settings, rank, buffer)
+        _check_against_reference(settings, rank, NUM_CHECK_TOKENS, make_ways(NUM_CHECK_TOKENS))
+        measure_cases(
+            settings,
+            rank,
+            report,
+            make_ways=make_ways,
+            check=partial(_check_against_each_other, settings),
+            count_bytes=partial(count_bytes, settings, rank),
+        )
 
 
 def _make_ways(
-    settings: NormalBenchSettings, rank: int, num_tokens: int, buffer: NormalBuffer
+    settings: NormalBenchSettings, rank: int, buffer: NormalBuffer, num_tokens: int
 ) -> dict[str, Way]:
     return {
         "ours": Ours(buffer),
         "gloo_all_to_all": NormalAllToAll(settings, rank, num_tokens),
         "gloo_all_gather": NormalAllGather(settings, rank, num_tokens),
     }
-
-
-def _pair_of(way: Way, inputs: Inputs) -> Callable[[], None]:
-    def pair() -> None:
-        recv_x, _, _ = way.dispatch(inputs)
-        way.combine(recv_x)
-
-    return pair
 
 
 def _check_against_reference(

@@ -6,15 +6,16 @@ S = R * M rows an expert has room for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
 
 from ep_backend import Group, LowLatencyBuffer, reference
+from ep_backend.bench import op_measure
 from ep_backend.bench.op_gloo import GlooAllGather, GlooAllToAll, Shape
-from ep_backend.bench.op_measure import BenchSettings, check_out, measure
+from ep_backend.bench.op_measure import BenchSettings, check_out, measure_cases
 from ep_backend.bench.op_processes import RANK_TIMEOUT_SECS, Report
 from ep_backend.bench.routing import Inputs
 
@@ -50,15 +51,9 @@ class OpBenchSettings(BenchSettings):
         )
 
 
-class Way(Protocol):
-    """A way to exchange rows; both calls return when this rank has everything."""
-
+class Way(op_measure.Way, Protocol):
     def dispatch(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         """`recv_x` `[L, S, H]` and `[L]` counts."""
-        ...
-
-    def combine(self, expert_out: torch.Tensor) -> torch.Tensor:
-        """`[T, H]`, of the dispatch before."""
         ...
 
 
@@ -117,21 +112,21 @@ def bench_rank(rank: int, settings: OpBenchSettings, report: Report) -> None:
             dtype=settings.dtype,
         ) as buffer,
     ):
+        make_ways = partial(_make_ways, settings, rank, buffer)
         num_check_tokens = min(NUM_CHECK_TOKENS, settings.num_max_tokens_per_rank)
-        _check_against_reference(
-            settings, rank, num_check_tokens, _make_ways(settings, rank, num_check_tokens, buffer)
+        _check_against_reference(settings, rank, num_check_tokens, make_ways(num_check_tokens))
+        measure_cases(
+            settings,
+            rank,
+            report,
+            make_ways=make_ways,
+            check=partial(_check_against_each_other, settings),
+            count_bytes=partial(count_bytes, settings, rank),
         )
-        for num_tokens in settings.num_tokens:
-            ways = _make_ways(settings, rank, num_tokens, buffer)
-            inputs = settings.inputs(rank, num_tokens)
-            _check_against_each_other(settings, inputs, ways)
-            pairs = {name: _pair_of(way, inputs) for name, way in ways.items()}
-            num_bytes = count_bytes(settings, rank, num_tokens)
-            report(measure(settings, pairs, num_tokens, num_bytes))
 
 
 def _make_ways(
-    settings: OpBenchSettings, rank: int, num_tokens: int, buffer: LowLatencyBuffer
+    settings: OpBenchSettings, rank: int, buffer: LowLatencyBuffer, num_tokens: int
 ) -> dict[str, Way]:
     shape = settings.shape(num_tokens)
     return {
@@ -139,14 +134,6 @@ def _make_ways(
         "gloo_all_to_all": GlooAllToAll(shape, rank),
         "gloo_all_gather": GlooAllGather(shape, rank),
     }
-
-
-def _pair_of(way: Way, inputs: Inputs) -> Callable[[], None]:
-    def pair() -> None:
-        recv_x, _ = way.dispatch(inputs)
-        way.combine(recv_x)
-
-    return pair
 
 
 def _check_against_reference(

@@ -11,7 +11,6 @@ T tokens of a rank, R ranks, H hidden, K top_k.
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -24,8 +23,9 @@ import torch
 import typer
 from rich.table import Table
 
-from ep_backend import DispatchHandle, LowLatencyBuffer, __version__, virtual_world
+from ep_backend import DispatchHandle, LowLatencyBuffer, virtual_world
 from ep_backend.bench.precision_rows import DISTRIBUTIONS
+from ep_backend.bench.provenance import commit, installed_versions, this_machine
 from ep_backend.bench.routing import Inputs, make_inputs
 
 COMBINE_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
@@ -192,13 +192,15 @@ def precision(
         raise typer.BadParameter(str(e)) from e
     begin = datetime.now(timezone.utc)
     cases = list(measure(settings))
-    versions = {"ep_backend": __version__, "torch": torch.__version__}
+    versions = installed_versions()
     rich.console.Console().print(_table(settings, versions, cases))
     if json_path is not None:
         document = {
             "bench": "precision",
             "date": begin.isoformat(timespec="seconds"),
-            "versions": versions | {"python": platform.python_version()},
+            "commit": commit(),
+            "machine": this_machine(),
+            "versions": versions,
             "settings": asdict(settings),
             "cases": [asdict(case) for case in cases],
         }

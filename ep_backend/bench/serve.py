@@ -1,9 +1,9 @@
 """`ep-backend bench serve`: an engine's latency and throughput, by all-to-all backend.
 
 One server after another serves the same model, each with another backend, in turn. In every one:
-warm-up, then a correctness check (`serve_gate`), then the sweep of concurrencies, with
-`vllm bench serve`'s streaming client and random prompts. Every measurement is written when it is
-made: a run that is cut short has told what it knows, and `--resume` goes on from there.
+warm-up, then a correctness check (`serve_gate`), then the sweep of concurrencies, with the engine's
+own benchmark and random prompts. Every measurement is written when it is made: a run that is cut
+short has told what it knows, and `--resume` goes on from there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from typing import Any
 import httpx
 
 from ep_backend.bench import serve_gate, serve_profile
+from ep_backend.bench.client import served_name
 from ep_backend.bench.serve_client import (
     BenchClient,
     ClientFailed,
-    bench_arguments,
     read_metrics,
     running_client,
 )
@@ -40,13 +40,20 @@ from ep_backend.bench.serve_document import (
     write_document,
     write_reference,
 )
-from ep_backend.bench.serve_engine import model_directory, server_command, server_environment
+from ep_backend.bench.serve_engine import Target, model_directory
+from ep_backend.bench.serve_engines import ENGINES, server_command, server_environment
 from ep_backend.bench.serve_page import write_report
 from ep_backend.bench.serve_progress import Display, Plan, Stage
 from ep_backend.bench.serve_report import gate_line, has_failed, print_results
 from ep_backend.bench.serve_settings import PROGRAM, Options, Visit, parse_arguments
 from ep_backend.bench.serve_share import exchange_share
-from ep_backend.bench.server import START_TIMEOUT_SECS, Server, ServerFailed, running_server
+from ep_backend.bench.server import (
+    START_TIMEOUT_SECS,
+    Server,
+    ServerFailed,
+    attached_server,
+    running_server,
+)
 from ep_backend.observe.trace import TRACE_VARIABLE
 
 Cells = list[tuple[int, int]]
@@ -56,8 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 1 where something failed or was not reached, 2 where it cannot
     begin."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    if util.find_spec("vllm") is None:
-        print(f"{PROGRAM}: vLLM is not importable in {sys.executable}", file=sys.stderr)
+    engine = ENGINES[options.engine]
+    if util.find_spec(engine.package) is None:
+        print(f"{PROGRAM}: {engine.title} is not importable in {sys.executable}", file=sys.stderr)
         return 2
     # SIGTERM ends the servers as Ctrl-C does; a shell's background job begins with that ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -84,6 +92,7 @@ class Run:
             CannotResume: the earlier one was measured otherwise.
         """
         self.options = options
+        self.engine = ENGINES[options.engine]
         self._begin = time.monotonic()
         if options.resume:
             self.document = resumed_document(options)
@@ -143,50 +152,75 @@ class Run:
             ServerFailed: it did not start or did not last.
             ClientFailed: a measurement failed: the rest of this server's are not tried.
         """
-        command = server_command(self.options, model, visit.backend)
         profile_dir = self._profile_dir(visit)
-        if profile_dir is not None:
-            command += serve_profile.profiler_arguments(profile_dir)
         environment = server_environment(self.options, visit.backend)
-        log = self.options.log(visit.name)
-        entry |= {"command": self._shown(command, model), "environment": environment.copy()}
-        entry["log"] = log.name
         trace_dir = self._new_trace_dir(visit)
-        if trace_dir is not None:
-            environment[TRACE_VARIABLE] = str(trace_dir.resolve())
-        self._begin_stage(visit, "start-up", f" (log: {log})")
+        running = self._server(visit, model, environment, trace_dir, profile_dir, entry)
         async with AsyncExitStack() as stack:
             client = await stack.enter_async_context(
-                running_client(self.options.log("client"), environment)
+                running_client(self.options.engine, self.options.log("client"), environment)
             )
-            server = await stack.enter_async_context(
-                running_server(
-                    command,
-                    log,
-                    environment=environment,
-                    start_timeout_secs=max(START_TIMEOUT_SECS, self.options.limit_secs),
-                )
-            )
+            server = await stack.enter_async_context(running)
+            target = Target(server.base_url, model, await self._served_name(visit, server, model))
             entry["start_secs"] = round(server.start_secs, 1)
             self._begin_stage(visit, "warm-up", f", up after {server.start_secs:.0f} s")
             for concurrency in sorted({c for _, c in cells}):
-                await self._bench(client, server, model, concurrency, None)
+                await self._bench(client, target, concurrency, None)
             self._begin_stage(visit, "correctness")
-            await self._check(visit, server, model)
+            await self._check(visit, target)
             for repeat, concurrency in cells:
                 self._begin_stage(visit, cell_name(repeat, concurrency))
-                await self._cell(visit, client, server, model, concurrency, repeat, trace_dir)
+                await self._cell(visit, client, target, concurrency, repeat, trace_dir)
             if profile_dir is not None:
                 for concurrency in self.options.profile:
                     self._begin_stage(visit, profile_name(concurrency))
-                    await self._profile(visit, client, server, model, concurrency, profile_dir)
+                    await self._profile(visit, client, target, concurrency, profile_dir)
+
+    def _server(
+        self,
+        visit: Visit,
+        model: Path,
+        environment: dict[str, str],
+        trace_dir: Path | None,
+        profile_dir: Path | None,
+        entry: dict[str, Any],
+    ) -> AbstractAsyncContextManager[Server]:
+        """Started here, or running already; `entry` tells which."""
+        url = self.options.urls.get(visit.backend)
+        if url is not None:
+            entry |= {"url": url}
+            self._begin_stage(visit, "start-up", f" (is at {url})")
+            return attached_server(url, min(START_TIMEOUT_SECS, self.options.limit_secs))
+        command = server_command(self.options, model, visit.backend)
+        if profile_dir is not None:
+            command += serve_profile.profiler_arguments(profile_dir)
+        log = self.options.log(visit.name)
+        entry |= {"command": self._shown(command, model), "environment": environment.copy()}
+        entry["log"] = log.name
+        if trace_dir is not None:
+            environment = environment | {TRACE_VARIABLE: str(trace_dir.resolve())}
+        self._begin_stage(visit, "start-up", f" (log: {log})")
+        return running_server(
+            command,
+            log,
+            environment=environment,
+            start_timeout_secs=max(START_TIMEOUT_SECS, self.options.limit_secs),
+        )
+
+    async def _served_name(self, visit: Visit, server: Server, model: Path) -> str:
+        """What the server calls the model: one that runs already may have been told a name."""
+        if visit.backend not in self.options.urls:
+            return str(model)
+        try:
+            return await served_name(server.base_url)
+        except RuntimeError as e:
+            raise ServerFailed(str(e)) from e
 
     async def _cell(
         self,
         visit: Visit,
         client: BenchClient,
-        server: Server,
-        model: Path,
+        target: Target,
         concurrency: int,
         repeat: int,
         trace_dir: Path | None,
@@ -199,14 +233,15 @@ class Run:
         }
         begin_ns = time.monotonic_ns()
         try:
-            metrics = await self._bench(client, server, model, concurrency, repeat)
+            metrics = await self._bench(client, target, concurrency, repeat)
         except ClientFailed as e:
             self.document["cells"].append(cell | {"error": str(e)})
             raise
         if trace_dir is not None:
             metrics |= exchange_share(trace_dir, (begin_ns, time.monotonic_ns()))
-        arguments = self._bench_arguments(server, model, concurrency, repeat)
-        cell["client"] = shlex.join(["vllm", "bench", "serve", *self._shown(arguments, model)])
+        arguments = self._bench_arguments(target, concurrency, repeat)
+        shown = shlex.join(self._shown(arguments, target.model))
+        cell["client"] = f"{self.engine.client_name} {shown}"
         self.document["cells"].append(cell | {"metrics": metrics})
         tpot, tokens = metrics["tpot_mean_ms"], metrics["output_tokens_per_sec"]
         self._say(f"  TPOT {tpot:.2f} ms, {tokens:.0f} tok/s")
@@ -216,16 +251,15 @@ class Run:
         self,
         visit: Visit,
         client: BenchClient,
-        server: Server,
-        model: Path,
+        target: Target,
         concurrency: int,
         profile_dir: Path,
     ) -> None:
         """While requests as those of the first repeat are answered."""
         profile = {"server": visit.name, "backend": visit.backend, "concurrency": concurrency}
-        requests = asyncio.ensure_future(self._bench(client, server, model, concurrency, 0))
+        requests = asyncio.ensure_future(self._bench(client, target, concurrency, 0))
         try:
-            traces = await serve_profile.record(server.base_url, profile_dir)
+            traces = await serve_profile.record(target.base_url, profile_dir)
             profile["ranks"] = serve_profile.profile_of(traces)
         except (RuntimeError, httpx.HTTPError) as e:
             profile["error"] = f"{type(e).__name__}: {e}"
@@ -234,31 +268,23 @@ class Run:
         self._write()
         await requests
 
-    def _bench_arguments(
-        self, server: Server, model: Path, concurrency: int, repeat: int | None
-    ) -> list[str]:
-        return bench_arguments(
-            self.options, server.base_url, model, concurrency=concurrency, repeat=repeat
-        )
+    def _bench_arguments(self, target: Target, concurrency: int, repeat: int | None) -> list[str]:
+        of_round = self.options.round(concurrency, repeat)
+        return self.engine.bench_arguments(self.options, target, of_round)
 
     async def _bench(
-        self,
-        client: BenchClient,
-        server: Server,
-        model: Path,
-        concurrency: int,
-        repeat: int | None,
+        self, client: BenchClient, target: Target, concurrency: int, repeat: int | None
     ) -> dict[str, Any]:
-        num_prompts = concurrency if repeat is None else self.options.num_prompts(concurrency)
-        arguments = self._bench_arguments(server, model, concurrency, repeat)
-        return read_metrics(await client.run(arguments), num_prompts)
+        result = await client.run(self._bench_arguments(target, concurrency, repeat))
+        num_prompts = self.options.round(concurrency, repeat).num_prompts
+        return read_metrics(self.engine, result, num_prompts)
 
-    async def _check(self, visit: Visit, server: Server, model: Path) -> None:
+    async def _check(self, visit: Visit, target: Target) -> None:
         """Against the first server that was checked, and against itself, which tells the noise."""
         gate: dict[str, Any] = {"server": visit.name, "backend": visit.backend}
         try:
-            found = await serve_gate.probe(server.base_url, model)
-            again = await serve_gate.probe(server.base_url, model)
+            found = await serve_gate.probe(self.engine, target)
+            again = await serve_gate.probe(self.engine, target)
         except RuntimeError as e:
             gate["error"] = str(e)
         else:
@@ -276,7 +302,7 @@ class Run:
         self._write()
 
     def _new_trace_dir(self, visit: Visit) -> Path | None:
-        if not self.options.trace:
+        if not self.options.trace or visit.backend in self.options.urls:
             return None
         trace_dir = self.options.beside(f"{visit.name}-trace")
         shutil.rmtree(trace_dir, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""`vllm bench serve`, kept ready in a process of its own.
+"""An engine's own benchmark, kept ready in a process of its own.
 
 Importing it takes longer than many a measurement: the process does that once, while the server
 starts, and then runs one measurement for every line that it is sent.
@@ -15,54 +15,17 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from ep_backend.bench.serve_settings import Options
+from ep_backend.bench.serve_engine import ServedEngine
+from ep_backend.bench.serve_engines import ENGINES
 from ep_backend.bench.server import LOG_TAIL_LINES
-
-NUM_WARMUP_TOKENS = 32
-# Our names, with the unit last, for vLLM's.
-PERCENTILES = (50, 95, 99)
-METRICS = {
-    **{f"{name}_mean_ms": f"mean_{name}_ms" for name in ("tpot", "itl")},
-    **{f"{n}_p{p}_ms": f"p{p}_{n}_ms" for n in ("tpot", "itl", "ttft") for p in PERCENTILES},
-    "output_tokens_per_sec": "output_throughput",
-    "duration_secs": "duration",
-}
 
 
 class ClientFailed(RuntimeError):
     """A measurement failed, or the client's process ended."""
 
 
-def bench_arguments(
-    options: Options, base_url: str, model: Path, *, concurrency: int, repeat: int | None
-) -> list[str]:
-    """Of `vllm bench serve`. Repeat None: a round to warm up, a request per slot."""
-    is_warmup = repeat is None
-    num_tokens = options.num_output_tokens
-    num_prompts = concurrency if is_warmup else options.num_prompts(concurrency)
-    return [
-        *("--backend", "vllm", "--base-url", base_url, "--model", str(model)),
-        *("--dataset-name", "random"),
-        *("--random-input-len", str(options.num_input_tokens)),
-        *(
-            "--random-output-len",
-            str(min(num_tokens, NUM_WARMUP_TOKENS) if is_warmup else num_tokens),
-        ),
-        *("--random-range-ratio", "0"),
-        *("--num-prompts", str(num_prompts)),
-        *("--max-concurrency", str(concurrency)),
-        # Greedy answers of a random model fall into cycles, which few experts serve.
-        *("--temperature", "1", "--ignore-eos"),
-        # All backends get the same prompts, every measurement others.
-        *("--seed", str(1000 * concurrency + (999 if repeat is None else repeat))),
-        *("--percentile-metrics", "ttft,tpot,itl"),
-        *("--metric-percentiles", ",".join(map(str, PERCENTILES))),
-        "--disable-tqdm",
-    ]
-
-
-def read_metrics(result: dict[str, Any], num_prompts: int) -> dict[str, Any]:
-    """Our metrics from what `vllm bench serve` returns.
+def read_metrics(engine: ServedEngine, result: dict[str, Any], num_prompts: int) -> dict[str, Any]:
+    """Our metrics from what the engine's benchmark returns.
 
     Raises:
         ClientFailed: not all requests were answered.
@@ -71,7 +34,7 @@ def read_metrics(result: dict[str, Any], num_prompts: int) -> dict[str, Any]:
         errors = [error for error in result.get("errors", []) if error]
         last = f": {errors[-1].strip().splitlines()[-1]}" if errors else ""
         raise ClientFailed(f"{result['completed']} of {num_prompts} requests were answered{last}")
-    metrics = {ours: round(float(result[theirs]), 4) for ours, theirs in METRICS.items()}
+    metrics = {ours: round(float(result[theirs]), 4) for ours, theirs in engine.metrics.items()}
     return metrics | {"num_requests": num_prompts, "num_tokens": result["total_output_tokens"]}
 
 
@@ -83,7 +46,7 @@ class BenchClient:
         self._log = log
 
     async def run(self, arguments: list[str]) -> dict[str, Any]:
-        """One measurement; returns `vllm bench serve`'s result.
+        """One measurement; returns the benchmark's result.
 
         Raises:
             ClientFailed: it raised, or the process has ended; the text says why.
@@ -107,13 +70,13 @@ class BenchClient:
 
 @contextlib.asynccontextmanager
 async def running_client(
-    log: Path, environment: dict[str, str], module: str = __name__
+    engine: str, log: Path, environment: dict[str, str], module: str = __name__
 ) -> AsyncIterator[BenchClient]:
     """Starts the process, and ends it with the block. `module` is what it runs."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as errors:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", module),
+            *(sys.executable, "-m", module, engine),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
@@ -130,18 +93,15 @@ async def running_client(
 
 def main() -> None:
     """The process: arguments in, results out, a line each."""
-    # vLLM prints to stdout: that goes to the log, where stderr goes.
+    # Engines print to stdout: that goes to the log, where stderr goes.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from vllm.benchmarks import serve
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = FlexibleArgumentParser()
-    serve.add_cli_args(parser)
-    kept = {*METRICS.values(), "completed", "total_output_tokens"}
+    engine = ENGINES[sys.argv[1]]
+    run = engine.load_client()
+    kept = {*engine.metrics.values(), "completed", "total_output_tokens"}
     for line in sys.stdin:
         try:
-            result = serve.main(parser.parse_args(json.loads(line)))
+            result = run(json.loads(line))
             # Each error is a traceback; the end of one will do.
             errors = [error[-400:] for error in result.get("errors", []) if error][-1:]
             numbers = {k: v for k, v in result.items() if k in kept}

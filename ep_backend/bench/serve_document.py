@@ -11,6 +11,7 @@ from typing import Any
 
 from ep_backend.bench.provenance import commit
 from ep_backend.bench.serve_engine import inherited_environment, machine, versions
+from ep_backend.bench.serve_engines import ENGINES
 from ep_backend.bench.serve_gate import Probe
 from ep_backend.bench.serve_report import summarise
 from ep_backend.bench.serve_settings import Options, Visit
@@ -32,7 +33,7 @@ def new_document(options: Options) -> Document:
         "command": options.command,
         "date": _today(),
         "commit": commit(),
-        "versions": versions(),
+        "versions": versions(ENGINES[options.engine].package),
         "machine": machine(),
         "load_average_before": round(os.getloadavg()[0], 2),
         "inherited_environment": inherited_environment(),

@@ -1,4 +1,4 @@
-"""Command lines and environment of the servers, and what they run on."""
+"""What the benchmark asks of an engine, and what servers of any run on."""
 
 from __future__ import annotations
 
@@ -8,77 +8,78 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import metadata, util
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ep_backend.bench.demo_engines import VLLM as VLLM_ON_CPU
-from ep_backend.bench.demo_engines import core_binding, vllm_command
 from ep_backend.bench.model import TinyMoE, make_model
 from ep_backend.bench.serve_model import RandomMoE
-from ep_backend.bench.serve_settings import DEFAULT, SINGLE, Options
+from ep_backend.bench.serve_settings import Options, Round
 from ep_backend.bench.server import SHM_DIR
 from ep_backend.tuning.site import cpu_name
 
-# As a module: the `vllm` script is not there where vLLM is only on PYTHONPATH.
-VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 NUM_MAX_SEQS = GRAPH_SIZES[-1]
+MAX_MODEL_TOKENS = 2048
 CPU_BATCHED_TOKENS = 256
-# What vLLM takes when it is not told, which the demo's command line spells out.
-CPU_DEFAULT = "allgather_reducescatter"
-RECORDED_PREFIXES = ("VLLM_", "NCCL_", "GLOO_", "TP_", "CUDA_", "TORCH_", "EP_BACKEND_", "OMP_")
+RECORDED_PREFIXES = (
+    *("VLLM_", "SGLANG_", "NCCL_", "GLOO_", "TP_", "CUDA_", "TORCH_"),
+    *("EP_BACKEND_", "OMP_"),
+)
 SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+PERCENTILES = (50, 95, 99)
 
 
-def server_command(options: Options, model: Path, backend: str) -> list[str]:
-    """`vllm serve`, without host and port."""
-    if options.device == "cpu":
-        command = vllm_command(
-            model,
-            num_ranks=1 if backend == SINGLE else options.num_ranks,
-            backend=CPU_DEFAULT if backend == DEFAULT else backend,
-            max_num_batched_tokens=options.max_num_batched_tokens or CPU_BATCHED_TOKENS,
-        )
-        return [*VLLM, *command[1:], *options.server_arguments]
-    command = [
-        *(*VLLM, "serve", str(model)),
-        *("--max-model-len", "2048"),
-        *("--max-num-seqs", str(NUM_MAX_SEQS)),
-        *("--cudagraph-capture-sizes", *map(str, GRAPH_SIZES)),
-        "--no-enable-prefix-caching",  # prompts are random, but a repeat's are not to be found
-    ]
-    if backend != SINGLE:
-        command += ["--data-parallel-size", str(options.num_ranks), "--enable-expert-parallel"]
-    if backend not in (SINGLE, DEFAULT):
-        command += ["--all2all-backend", backend]
-    if options.max_num_batched_tokens is not None:
-        command += ["--max-num-batched-tokens", str(options.max_num_batched_tokens)]
-    return command + list(options.server_arguments)
+@dataclass(frozen=True)
+class Target:
+    """Whom a client asks."""
+
+    base_url: str
+    model: Path
+    """The checkpoint: its tokenizer, and the size of its vocabulary."""
+    served_name: str
+    """What the server calls the model."""
 
 
-def server_environment(options: Options, backend: str) -> dict[str, str]:
-    """What is set beside the inherited variables; those of `--env` come last."""
-    environment = {
+@dataclass(frozen=True)
+class ServedEngine:
+    """How an engine is served, measured by its own benchmark, and asked for log-probabilities."""
+
+    title: str
+    package: str
+    """Which must be importable."""
+    server_command: Callable[[Options, Path, str], list[str]]
+    """Of the checkpoint and a backend; without host and port."""
+    server_environment: Callable[[Options, str], dict[str, str]]
+    """Of a backend; what only this engine needs."""
+    client_name: str
+    """Of its benchmark, as it is typed."""
+    bench_arguments: Callable[[Options, Target, Round], list[str]]
+    load_client: Callable[[], Callable[[list[str]], dict[str, Any]]]
+    """Imports its benchmark, which takes long, and returns what runs one measurement."""
+    metrics: dict[str, str]
+    """Our names, with the unit last, for those of its results."""
+    question: Callable[[Target, list[int]], tuple[str, dict[str, Any]]]
+    """Path and body of a request for the log-probabilities of a prompt's tokens."""
+    read_answer: Callable[[dict[str, Any], list[int]], tuple[list[float], int]]
+    """Those of `prompt[1:]`, and the greedy token that follows. Raises RuntimeError where one is
+    missing."""
+    cpu_default_note: str
+    """What a report says of the engine's own exchange on a CPU."""
+
+
+def common_environment() -> dict[str, str]:
+    """What is set beside the inherited variables, for servers of any engine and their clients."""
+    return {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
         # The client would ask a proxy for this machine.
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",
     }
-    if util.find_spec("flashinfer") is None:
-        environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # else vLLM imports it, and ends
-    if options.device == "cpu":
-        environment |= VLLM_ON_CPU.environment
-        environment[VLLM_ON_CPU.binding_variable] = core_binding(
-            1 if backend == SINGLE else options.num_ranks
-        )
-        if backend == DEFAULT:
-            environment["EP_BACKEND_VLLM_CPU_DEFAULT"] = "1"
-    return environment | options.environment
 
 
 @contextmanager
@@ -114,8 +115,9 @@ def _write_random_model(directory: Path, limit_secs: float) -> None:
         raise RuntimeError(f"the random model was not written within {limit_secs:g} s") from e
 
 
-def versions() -> dict[str, str]:
-    names = ("vllm", "torch", "transformers", "ep_backend", "nvidia-nccl-cu13", "triton")
+def versions(*engines: str) -> dict[str, str]:
+    """Of what decides how an engine runs; `engines`: packages."""
+    names = (*engines, "torch", "transformers", "ep_backend", "nvidia-nccl-cu13", "triton")
     found = {name: _version(name) for name in names}
     return {"python": platform.python_version()} | {k: v for k, v in found.items() if v}
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import httpx
 
+from ep_backend.bench.serve_engine import ServedEngine, Target
+
 NUM_PROMPTS = 16
 NUM_PROMPT_TOKENS = 100
 # Between two exact exchanges in bfloat16 on 24 layers, two H100s against one gave 0.0094 and 0.055.
@@ -68,54 +70,31 @@ def vocab_size_of(model: Path) -> int:
     return json.loads((model / "config.json").read_text())["vocab_size"]
 
 
-async def probe(base_url: str, model: Path) -> Probe:
+async def probe(engine: ServedEngine, target: Target) -> Probe:
     """Asks all prompts at once.
 
     Raises:
         RuntimeError: the server answered with an error, or without log-probabilities.
     """
-    prompts = fixed_prompts(vocab_size_of(model))
+    prompts = fixed_prompts(vocab_size_of(target.model))
     async with httpx.AsyncClient(
-        base_url=base_url, timeout=TIMEOUT_SECS, trust_env=False
+        base_url=target.base_url, timeout=TIMEOUT_SECS, trust_env=False
     ) as client:
-        answers = await asyncio.gather(*(_ask(client, str(model), p) for p in prompts))
+        answers = await asyncio.gather(*(_ask(client, engine, target, p) for p in prompts))
     return Probe([logprobs for logprobs, _ in answers], [token for _, token in answers])
 
 
-async def _ask(client: httpx.AsyncClient, model: str, prompt: list[int]) -> tuple[list[float], int]:
-    request = {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": 1,
-        "temperature": 0.0,
-        "ignore_eos": True,
-        "prompt_logprobs": 1,
-        "return_token_ids": True,
-    }
+async def _ask(
+    client: httpx.AsyncClient, engine: ServedEngine, target: Target, prompt: list[int]
+) -> tuple[list[float], int]:
+    path, request = engine.question(target, prompt)
     try:
-        response = await client.post("/v1/completions", json=request)
+        response = await client.post(path, json=request)
     except httpx.HTTPError as e:
         raise RuntimeError(f"no answer to a fixed prompt: {type(e).__name__}: {e}") from e
     if response.status_code != 200:
         raise RuntimeError(f"the server answered {response.status_code}: {response.text}")
-    return read_answer(response.json()["choices"][0], prompt)
-
-
-def read_answer(choice: dict[str, Any], prompt: list[int]) -> tuple[list[float], int]:
-    """Log-probabilities of `prompt[1:]`, and the token that follows.
-
-    Raises:
-        RuntimeError: one is missing.
-    """
-    entries = choice.get("prompt_logprobs") or []
-    if len(entries) != len(prompt):
-        raise RuntimeError(f"{len(entries)} prompt log-probabilities for {len(prompt)} tokens")
-    try:
-        pairs = zip(entries[1:], prompt[1:], strict=True)
-        logprobs = [entry[str(token)]["logprob"] for entry, token in pairs]
-        return logprobs, choice["token_ids"][0]
-    except (KeyError, IndexError, TypeError) as e:
-        raise RuntimeError(f"an answer lacks a log-probability or its token: {e!r}") from e
+    return engine.read_answer(response.json(), prompt)
 
 
 def compare(reference: Probe, other: Probe) -> Difference:

@@ -9,7 +9,8 @@ from typing import Any
 from ep_backend.bench import serve_profile
 from ep_backend.bench.charts import Chart, Point, Series, write_png
 from ep_backend.bench.page import Section, Table, page
-from ep_backend.bench.serve_client import PERCENTILES
+from ep_backend.bench.serve_engine import PERCENTILES
+from ep_backend.bench.serve_engines import ENGINES
 from ep_backend.bench.serve_report import (
     CAPTION,
     HEADS,
@@ -28,11 +29,6 @@ X_LABEL = "requests in flight"
 NOTES = (
     "TPOT: mean time between a request's tokens after its first; inter-token latency: every such "
     "time by itself. Points are medians over runs, bars span the smallest to the largest run.",
-)
-CPU_DEFAULT_NOTE = (
-    "default, on a CPU: vLLM's allgather_reducescatter with its own experts. Alone, vLLM fails "
-    "there at the first request; ep_backend's plug-in supplies gathers of uneven sizes over gloo, "
-    "and local expert ids. ep_backend_low_latency runs with other experts, of the batched format."
 )
 SHARE_NOTE = (
     "Share of a forward pass: the time from call to result of both halves of the exchange, waiting "
@@ -83,7 +79,7 @@ def section_of(document: Document, name: str = "") -> Section:
     charts = charts_of(document)
     notes = list(NOTES)
     if settings["device"] == "cpu" and "default" in settings["backends"]:
-        notes.append(CPU_DEFAULT_NOTE)
+        notes.append(ENGINES[settings["engine"]].cpu_default_note)
     if "share" in charts:
         notes.append(SHARE_NOTE)
     notes += [gate_line(gate) for gate in document["gates"]]
@@ -130,7 +126,7 @@ def _servers(document: Document) -> Table:
         (
             server["name"],
             str(server.get("start_secs", "")),
-            shlex.join(server.get("command", [])),
+            server.get("url") or shlex.join(server.get("command", [])),
             _pairs(server.get("environment", {})),
         )
         for server in document["servers"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from ep_backend.bench import serve_profile
 from ep_backend.bench.op_cuda_report import print_table
+from ep_backend.bench.serve_engines import ENGINES
 from ep_backend.bench.serve_gate import MAX_LIMIT, MEAN_LIMIT, NUM_PROMPTS
 
 # Times of a table's row, in ms, then what is printed with its range over the repeats.
@@ -145,6 +146,7 @@ def failures(document: dict[str, Any]) -> list[str]:
 
 def title(document: dict[str, Any]) -> str:
     machine, settings, versions = (document[k] for k in ("machine", "settings", "versions"))
+    engine = ENGINES[settings["engine"]]
     gpus = machine["gpus"]
     where = (
         f"{len(gpus)} x {gpus[0]}, driver {machine['driver']}"
@@ -152,7 +154,7 @@ def title(document: dict[str, Any]) -> str:
         else f"{machine['cpu']}, {machine['num_cpus']} cores"
     )
     return (
-        f"vLLM {versions.get('vllm', '')}, {settings['num_ranks']} ranks, "
+        f"{engine.title} {versions.get(engine.package, '')}, {settings['num_ranks']} ranks, "
         f"{settings['num_input_tokens']} tokens in, {settings['num_output_tokens']} out | "
         f"{where} | {document['date']}"
     )

@@ -8,23 +8,37 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ep_backend.bench.model import TinyMoE
+
 PROGRAM = "ep-backend bench serve"
-ENGINES = ("vllm", "sglang")
-CLIENTS = ("vllm",)
 DEVICES = ("cuda", "cpu")
 
 DEFAULT = "default"
-"""All ranks, with the exchange that the engine takes when it is not told. On a CPU vLLM's fails at
-the first request: there our plug-in supplies what it lacks (`ep_backend_vllm.cpu_default`)."""
+"""All ranks, with the exchange that the engine takes when it is not told. On a CPU it starts and
+fails: there our plug-ins supply what it lacks (`cpu_default` of each)."""
 SINGLE = "single"
 """One rank, no exchange."""
 OURS = "ep_backend_low_latency"
+OURS_OF = {"vllm": OURS, "sglang": "ep_backend"}
+"""What engines call our backend."""
+ENGINES = tuple(OURS_OF)
 
-BACKENDS = (DEFAULT, OURS)
 DEFAULT_CONCURRENCY = {"cuda": (1, 8, 32, 64, 128), "cpu": (1, 4)}
 DEFAULT_REPEATS = {"cuda": 3, "cpu": 2}
 # At concurrency 1, a request per slot would be measured by itself.
 MIN_PROMPTS = 8
+NUM_WARMUP_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Round:
+    """One measurement, or a round to warm up: a request a slot, short answers."""
+
+    concurrency: int
+    num_prompts: int
+    num_output_tokens: int
+    seed: int
+    """All backends get the same prompts, every measurement others."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +60,14 @@ class Options:
     command: str
     device: str = "cuda"
     engine: str = "vllm"
-    client: str = "vllm"
     num_ranks: int = 2
     model: Path | None = None
     """None: a random one is written, and removed in the end."""
-    backends: tuple[str, ...] = BACKENDS
-    """`DEFAULT`, `SINGLE`, or a name for the engine's --all2all-backend; the first is what the
-    others are compared with."""
+    backends: tuple[str, ...] = (DEFAULT, OURS)
+    """`DEFAULT`, `SINGLE`, or a name for vLLM's --all2all-backend or SGLang's --moe-a2a-backend;
+    the first is what the others are compared with."""
+    urls: dict[str, str] = field(default_factory=dict)
+    """Of backends whose servers run already."""
     concurrency: tuple[int, ...] = DEFAULT_CONCURRENCY["cuda"]
     repeats: int = 3
     prompts_per_slot: int = 4
@@ -85,6 +100,15 @@ class Options:
     def num_prompts(self, concurrency: int) -> int:
         return max(MIN_PROMPTS, concurrency * self.prompts_per_slot)
 
+    def round(self, concurrency: int, repeat: int | None) -> Round:
+        """Repeat None: a round to warm up."""
+        num_tokens = self.num_output_tokens
+        if repeat is None:
+            num_tokens = min(num_tokens, NUM_WARMUP_TOKENS)
+            return Round(concurrency, concurrency, num_tokens, 1000 * concurrency + 999)
+        num_prompts = self.num_prompts(concurrency)
+        return Round(concurrency, num_prompts, num_tokens, 1000 * concurrency + repeat)
+
     def beside(self, name: str) -> Path:
         """A file that goes with the output."""
         return self.output.with_name(f"{self.output.stem}-{name}")
@@ -98,10 +122,13 @@ def parse_arguments(arguments: list[str]) -> Options:
     parser = _parser()
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
     device = given.setdefault("device", Options.device)
+    engine = given.setdefault("engine", Options.engine)
+    given["urls"] = dict(given.pop("urls", []))
+    given.setdefault("backends", tuple(given["urls"]) or (DEFAULT, OURS_OF[engine]))
     given.setdefault("concurrency", DEFAULT_CONCURRENCY[device])
     given.setdefault("repeats", DEFAULT_REPEATS[device])
     # On GPUs, graphs replay the exchange: no trace sees it.
-    given.setdefault("trace", device == "cpu")
+    given.setdefault("trace", device == "cpu" and not given["urls"])
     given["environment"] = dict(given.pop("environment", []))
     given["server_arguments"] = tuple(shlex.split(given.pop("server_arguments", "")))
     options = Options(shlex.join([*PROGRAM.split(), *arguments]), **given)
@@ -110,12 +137,6 @@ def parse_arguments(arguments: list[str]) -> Options:
 
 
 def _check(parser: argparse.ArgumentParser, options: Options) -> None:
-    if options.engine == "sglang":
-        parser.error(
-            "--engine sglang is not measured yet: servers are compared by vLLM's prompt "
-            "log-probabilities first, which SGLang gives in another way. Run SGLang's own "
-            "sglang.bench_serving against a server of each backend"
-        )
     for flag, value in (
         ("--ranks", options.num_ranks - 1),
         ("--repeats", options.repeats),
@@ -133,6 +154,19 @@ def _check(parser: argparse.ArgumentParser, options: Options) -> None:
         parser.error("--profile looks at kernels on a GPU, and needs vLLM to record them")
     if options.model is not None and not (options.model / "config.json").exists():
         parser.error(f"--model {options.model} has no config.json")
+    if options.urls and options.model is None:
+        parser.error("--url needs --model: the checkpoint that the running servers have loaded")
+    if options.urls and options.profile:
+        parser.error("--profile starts its servers: only those are told where traces go; no --url")
+    if stray := set(options.urls) - set(options.backends):
+        parser.error(f"--url is given for {', '.join(sorted(stray))}, not among --backends")
+    num_heads, num_ranks = TinyMoE().num_kv_heads, options.num_ranks
+    is_tiny = options.model is None and options.device == "cpu"
+    if is_tiny and options.engine == "sglang" and num_heads % num_ranks != 0:
+        parser.error(
+            f"--ranks is {num_ranks}, but the tiny model has {num_heads} key heads, which SGLang "
+            "shares out on a CPU; give another --model (ep-backend make-model writes one)"
+        )
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -164,20 +198,29 @@ def _parser() -> argparse.ArgumentParser:
         description="Latency and throughput of an inference server, by all-to-all backend.",
     )
     add = parser.add_argument
-    add("--engine", choices=ENGINES)
-    add("--device", choices=DEVICES, help="[default: cuda]")
     add(
-        "--client",
-        choices=CLIENTS,
-        help="Who sends requests and measures: vllm is `vllm bench serve`. [default: vllm]",
+        "--engine",
+        choices=ENGINES,
+        help="Measured by its own benchmark: `vllm bench serve`, `sglang.bench_serving`. SGLang's "
+        "flags for GPUs have not been run yet. [default: vllm]",
     )
+    add("--device", choices=DEVICES, help="[default: cuda]")
     add("--ranks", dest="num_ranks", type=int, help="Data-parallel ranks. [default: 2]")
     add("--model", type=Path, help="A checkpoint. [default: a random Qwen3-MoE]")
     add(
         "--backends",
         type=_names,
-        help=f"{DEFAULT}, {SINGLE} (one rank) or names for --all2all-backend; the first is the "
-        f"reference. [default: {','.join(BACKENDS)}]",
+        help=f"{DEFAULT}, {SINGLE} (one rank) or names for vLLM's --all2all-backend or SGLang's "
+        f"--moe-a2a-backend; the first is the reference. [default: {DEFAULT} and ours]",
+    )
+    add(
+        "--url",
+        dest="urls",
+        type=_variable,
+        action="append",
+        metavar="BACKEND=URL",
+        help="A server that runs already, with --model, and serves with this backend: it is "
+        "measured as it is. May be repeated; --backends is then by default those.",
     )
     add(
         "--concurrency",

@@ -34,7 +34,8 @@ class Server:
     """A server that answers."""
 
     base_url: str
-    log: Path
+    log: Path | None
+    """None: it was not started here."""
     start_secs: float
 
 
@@ -80,17 +81,29 @@ async def running_server(
         _stop(process, run_id)
 
 
+@contextlib.asynccontextmanager
+async def attached_server(url: str, timeout_secs: float) -> AsyncIterator[Server]:
+    """A server that runs already, as soon as it is healthy; it is left running.
+
+    Raises:
+        ServerFailed: it was not healthy within `timeout_secs`.
+    """
+    base_url = url.rstrip("/")
+    start_secs = await _wait_healthy(None, base_url, None, lambda seconds: None, timeout_secs)
+    yield Server(base_url, None, start_secs)
+
+
 async def _wait_healthy(
-    process: subprocess.Popen,
+    process: subprocess.Popen | None,
     base_url: str,
-    log: Path,
+    log: Path | None,
     on_wait: Callable[[float], None],
     timeout_secs: float,
 ) -> float:
     begin = time.monotonic()
     async with httpx.AsyncClient(base_url=base_url, timeout=5.0, trust_env=False) as client:
         while (seconds := time.monotonic() - begin) < timeout_secs:
-            if process.poll() is not None:
+            if process is not None and process.poll() is not None:
                 raise ServerFailed(
                     f"the server ended at start-up with code {process.returncode}.{_tail(log)}"
                 )
@@ -99,7 +112,8 @@ async def _wait_healthy(
                     return seconds
             on_wait(seconds)
             await asyncio.sleep(0.5)
-    raise ServerFailed(f"the server was not healthy after {timeout_secs:.0f} s.{_tail(log)}")
+    where = base_url if process is None else "the server"
+    raise ServerFailed(f"{where} was not healthy after {timeout_secs:.0f} s.{_tail(log)}")
 
 
 def _stop(process: subprocess.Popen, run_id: str) -> None:
@@ -177,6 +191,8 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _tail(log: Path) -> str:
+def _tail(log: Path | None) -> str:
+    if log is None:
+        return ""
     lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
     return f" The end of {log}:\n" + "\n".join(lines)

@@ -28,6 +28,14 @@ class Gpus:
     def __len__(self) -> int:
         return len(self.names)
 
+    def first(self, num_gpus: int) -> Gpus:
+        return Gpus(
+            self.names[:num_gpus],
+            self.capabilities[:num_gpus],
+            self.pci_addresses[:num_gpus],
+            self.can_access,
+        )
+
     @classmethod
     def visible(cls) -> Gpus:
         if not torch.cuda.is_available():
@@ -56,17 +64,21 @@ def check_gpus(machine: Machine, gpus: Gpus, has_cuda_build: bool | None = None)
     Args:
         has_cuda_build: of this library. Default: as it is.
     """
-    if has_cuda_build is None:
-        has_cuda_build = _native.has_cuda
     return [
-        _check_build(has_cuda_build),
+        check_build(has_cuda_build),
         _check_driver(machine),
-        *_check_cards(gpus),
-        *_check_peers(gpus),
+        *check_cards(gpus),
+        *check_peers(gpus),
     ]
 
 
-def _check_build(has_cuda_build: bool) -> Check:
+def check_build(has_cuda_build: bool | None = None) -> Check:
+    """
+    Args:
+        has_cuda_build: of this library. Default: as it is.
+    """
+    if has_cuda_build is None:
+        has_cuda_build = _native.has_cuda
     if has_cuda_build:
         return Check("CUDA kernels", Level.OK, "in this build")
     return Check(
@@ -89,7 +101,7 @@ def _check_driver(machine: Machine) -> Check:
     return Check("NVIDIA driver", Level.OK, version.splitlines()[0].removeprefix("NVRM version: "))
 
 
-def _check_cards(gpus: Gpus) -> list[Check]:
+def check_cards(gpus: Gpus) -> list[Check]:
     if len(gpus) == 0:
         return [
             Check(
@@ -116,7 +128,7 @@ def _check_cards(gpus: Gpus) -> list[Check]:
     return checks
 
 
-def _check_peers(gpus: Gpus) -> list[Check]:
+def check_peers(gpus: Gpus) -> list[Check]:
     pairs = [(a, b) for a in range(len(gpus)) for b in range(len(gpus)) if a != b]
     apart = [f"{a} -> {b}" for a, b in pairs if not gpus.can_access(a, b)]
     if not pairs:

@@ -3,7 +3,7 @@
 SGLang loads `register` as a general plugin in every process: before the command line is parsed, in
 schedulers, in the detokenizer. To SGLang our backend is its own `deepep`, in every model, overlap
 and graph, with another `Buffer` behind its dispatcher. With another backend chosen, nothing behaves
-differently.
+differently, unless a benchmark on a CPU asks for that (`cpu_default`).
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ def register() -> None:
         return
     try:
         # Imported here: the package must be importable where SGLang is not installed.
-        from ep_backend_sglang import arguments, choice
+        from ep_backend_sglang import arguments, choice, cpu_default
 
         arguments.check()
         arguments.install()
         if choice.is_ours():  # a child of the process that was told so
             choice.install()
+        elif cpu_default.is_wanted():
+            cpu_default.check()
+            cpu_default.install()
     except Exception as error:
         traceback.print_exc()
         raise SystemExit(f"ep_backend's plugin stops this process: {error}") from error

@@ -1,4 +1,5 @@
-"""Unquantised SwiGLU experts in plain PyTorch, for both formats of SGLang's DeepEP dispatcher.
+"""Unquantised SwiGLU experts in plain PyTorch, for both formats of SGLang's DeepEP dispatcher, and
+for that of its own exchange.
 
 T rows received, H hidden, K top_k, L experts of this rank, S rows an expert can receive.
 SGLang's weights: `w13_weight` `[L, 2I, H]`, gate before up; `w2_weight` `[L, H, I]`.
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sglang.srt.layers.moe.token_dispatcher import DispatchOutputChecker
+from sglang.srt.layers.moe.token_dispatcher import DispatchOutputChecker, StandardCombineInput
 from sglang.srt.layers.moe.token_dispatcher.deepep import (
     DeepEPLLCombineInput,
     DeepEPNormalCombineInput,
@@ -25,15 +26,23 @@ PLAIN = {
     "swiglu_limit": None,
 }
 """What SGLang says of experts that are SwiGLU and nothing else."""
+PLAIN_STANDARD = {"no_combine": False, "routed_scaling_factor": None}
+"""What else kernels of the standard format would have to do."""
 
 
 def run_experts(layer: Any, dispatch_output: Any) -> Any:
-    """What `DeepEPMoE.run_moe_core` returns.
+    """What `DeepEPMoE.run_moe_core` returns, or `FusedMoE.run_moe_core` for the standard format.
 
     Raises:
         NotImplementedError: the layer's experts are not plain SwiGLU.
     """
-    _check(layer)
+    _check(layer, PLAIN)
+    if DispatchOutputChecker.format_is_standard(dispatch_output):
+        _check(layer, PLAIN_STANDARD)
+        topk = dispatch_output.topk_output
+        return StandardCombineInput(
+            _weigh_and_add(layer, dispatch_output.hidden_states, topk.topk_ids, topk.topk_weights)
+        )
     is_normal = DispatchOutputChecker.format_is_deepep_normal(dispatch_output)
     run, combine_input = (
         (_run_normal, DeepEPNormalCombineInput)
@@ -44,8 +53,8 @@ def run_experts(layer: Any, dispatch_output: Any) -> Any:
     return combine_input(rows, dispatch_output.topk_ids, dispatch_output.topk_weights)
 
 
-def _check(layer: Any) -> None:
-    for name, plain in PLAIN.items():
+def _check(layer: Any, expected: dict[str, Any]) -> None:
+    for name, plain in expected.items():
         value = getattr(layer.moe_runner_config, name)
         if value != plain:
             raise NotImplementedError(
@@ -56,13 +65,27 @@ def _check(layer: Any) -> None:
 
 
 def _run_normal(layer: Any, dispatch_output: Any) -> torch.Tensor:
-    """`[T, H]`: the weighted sum of a row's local experts; combine only adds."""
-    x, topk_ids = dispatch_output.hidden_states, dispatch_output.topk_ids
+    return _weigh_and_add(
+        layer,
+        dispatch_output.hidden_states,
+        dispatch_output.topk_ids,
+        dispatch_output.topk_weights,
+    )
+
+
+def _weigh_and_add(
+    layer: Any, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+) -> torch.Tensor:
+    """`[T, H]`: the weighted sum of a row's local experts; combine only adds.
+
+    Args:
+        topk_ids: `[T, K]` as this rank numbers its experts, -1 for those of other ranks.
+    """
     total = torch.zeros_like(x)
     for expert in range(layer.w13_weight.shape[0]):
         rows, slots = (topk_ids == expert).nonzero(as_tuple=True)
         if len(rows) > 0:
-            weights = dispatch_output.topk_weights[rows, slots, None]
+            weights = topk_weights[rows, slots, None]
             outputs = _swiglu(layer, expert, x[rows]) * weights.to(x.dtype)
             total.index_add_(0, rows, outputs)
     return total

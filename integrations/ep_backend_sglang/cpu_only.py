@@ -28,10 +28,8 @@ def is_active() -> bool:
 def check() -> None:
     if not is_active():
         return
-    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE
     from sglang.srt.layers.moe.token_dispatcher import deepep
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     place = f"{DISPATCHER}.DeepEPBuffer.get_deepep_buffer"
     require(hasattr(deepep.DeepEPBuffer, "get_deepep_buffer"), place, "does not exist")
@@ -41,6 +39,13 @@ def check() -> None:
     require("combine_a" in vars(normal), place, "does not exist")
     place = f"{MOE}.ep_moe.layer.DeepEPMoE.run_moe_core"
     require("run_moe_core" in vars(DeepEPMoE), place, "does not exist")
+    check_padding()
+
+
+def check_padding() -> None:
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
     place = f"{BATCH}.ForwardBatch.prepare_mlp_sync_batch"
     require(hasattr(ForwardBatch, "prepare_mlp_sync_batch"), place, "does not exist")
     require_global(ForwardBatch.prepare_mlp_sync_batch, place, "_is_cpu")
@@ -51,9 +56,11 @@ def check() -> None:
 def install() -> None:
     if not is_active():
         return
+    from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE
+
     _describe_a_device()
-    _compute_experts_in_torch()
-    _pad_batches_without_a_gpu()
+    compute_experts_in_torch(DeepEPMoE)
+    pad_batches_without_a_gpu()
     _combine_without_deep_gemm()
 
 
@@ -67,11 +74,9 @@ def _describe_a_device() -> None:
     torch.cuda.get_device_properties = get_device_properties
 
 
-def _compute_experts_in_torch() -> None:
-    """For what DeepEP's dispatch brings, SGLang has kernels for GPUs only."""
-    from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE
-
-    original = DeepEPMoE.run_moe_core
+def compute_experts_in_torch(moe: Any) -> None:
+    """Of a class of MoE layers: for what an exchange brings, SGLang has kernels for GPUs only."""
+    original = moe.run_moe_core
 
     @functools.wraps(original)
     def run_moe_core(self: Any, dispatch_output: Any) -> Any:
@@ -81,10 +86,10 @@ def _compute_experts_in_torch() -> None:
 
         return run_experts(self, dispatch_output)
 
-    DeepEPMoE.run_moe_core = run_moe_core
+    moe.run_moe_core = run_moe_core
 
 
-def _pad_batches_without_a_gpu() -> None:
+def pad_batches_without_a_gpu() -> None:
     """Ranks of data-parallel attention pad their batches to one size, in pinned memory and with
     sequences as long as a graph for the GPU wants them."""
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend

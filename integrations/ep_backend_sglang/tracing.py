@@ -40,15 +40,16 @@ def install() -> None:
     from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPDispatcher
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-    _record(ModelRunner, "forward", "forward", lambda batch: len(batch.input_ids))
-    _record(DeepEPDispatcher, "dispatch", "prepare", lambda hidden_states: len(hidden_states))
-    _record(DeepEPDispatcher, "combine", "finalize", lambda rows: len(rows.topk_ids))
+    record(ModelRunner, "forward", "forward", lambda batch: len(batch.input_ids))
+    record(DeepEPDispatcher, "dispatch", "prepare", lambda hidden_states: len(hidden_states))
+    record(DeepEPDispatcher, "combine", "finalize", lambda rows: len(rows.topk_ids))
 
 
-def _record(cls: Any, name: str, kind: str, num_tokens_of: Callable[[Any], int]) -> None:
+def record(cls: Any, name: str, kind: str, num_tokens_of: Callable[[Any], int]) -> None:
     """Records every call of a method as a span.
 
     Args:
+        cls: or a module, for a function whose first argument is passed by position.
         num_tokens_of: this rank's tokens, from the method's first argument.
     """
     original = getattr(cls, name)

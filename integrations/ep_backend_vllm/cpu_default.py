@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from ep_backend.observe.trace import TraceWriter
+from ep_backend.plugins import reduce_scatter_rows
 from ep_backend_vllm.patching import rebind_everywhere, require, require_parameters
 
 VARIABLE = "EP_BACKEND_VLLM_CPU_DEFAULT"
@@ -95,24 +96,13 @@ def reduce_scatterv(
 ) -> Any:
     """This rank's rows of the sum of all ranks' `input_` `[sum(sizes), ..]`, added in the order of
     ranks."""
-    import torch
-
     world_size = self.world_size
     if sizes is None:
         _check(dim, len(input_) % world_size == 0, f"{len(input_)} rows, {world_size} ranks")
         sizes = [len(input_) // world_size] * world_size
     sizes = list(sizes)
     _check(dim, sum(sizes) == len(input_), f"{len(input_)} rows, sizes {sizes}")
-    num_own = sizes[self.rank_in_group]
-    received = input_.new_empty(world_size * num_own, *input_.shape[1:])
-    torch.distributed.all_to_all_single(
-        received,
-        input_.contiguous(),
-        output_split_sizes=[num_own] * world_size,
-        input_split_sizes=sizes,
-        group=self.device_group,
-    )
-    return received.reshape(world_size, num_own, *input_.shape[1:]).sum(0)
+    return reduce_scatter_rows(input_, sizes, self.device_group)
 
 
 def _copy(tensor: Any) -> Any:

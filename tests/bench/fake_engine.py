@@ -7,8 +7,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from ep_backend.bench.serve_client import METRICS
+from ep_backend.bench.serve_engine import ServedEngine, Target
 from ep_backend.bench.serve_gate import NUM_PROMPT_TOKENS, NUM_PROMPTS, Probe
+from ep_backend.bench.serve_vllm import METRICS
 from ep_backend.bench.server import Server, ServerFailed
 
 
@@ -48,7 +49,7 @@ class FakeEngine:
             self.num_running -= 1
 
     @asynccontextmanager
-    async def client(self, log: Path, environment: dict[str, str]) -> Any:
+    async def client(self, engine: str, log: Path, environment: dict[str, str]) -> Any:
         yield self
 
     async def run(self, arguments: list[str]) -> dict[str, Any]:
@@ -58,7 +59,7 @@ class FakeEngine:
         result: dict[str, Any] = dict.fromkeys(METRICS.values(), 2.0)
         return result | {"completed": completed, "total_output_tokens": 128 * completed}
 
-    async def probe(self, base_url: str, model: Path) -> Probe:
+    async def probe(self, engine: ServedEngine, target: Target) -> Probe:
         if self.answer is not None:
             return logprobs_of(self.answer)
         return logprobs_of(-9.0 if self.backend == "default" else -9.005)

@@ -18,6 +18,7 @@ from ep_backend.bench import decode, decode_cuda
 from ep_backend.bench.decode_rank import CheckFailed, DecodeRank, Experts
 from ep_backend.bench.decode_settings import MODELS, Case, DecodeSettings, parse_arguments
 from ep_backend.bench.decode_times import CaseRow, Times
+from ep_backend.bench.provenance import commit, this_machine
 
 HAS_GPU = _native.has_cuda and torch.cuda.is_available()
 SMALL = DecodeSettings(num_tokens=(3,), num_layers=2, num_repeats=2)
@@ -98,6 +99,8 @@ def test_a_run_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert decode.main(line.split()) == 0
     assert "MoE layers of a decode step, tiny" in capsys.readouterr().out
     document = json.loads((tmp_path / "x.json").read_text())
+    assert document["commit"] == commit()
+    assert this_machine().items() <= document["machine"].items()
     assert [case["num_micro_batches"] for case in document["cases"]] == [1, 1, 2]
     for case in document["cases"]:
         times = case["ms_per_layer"]

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from ep_backend import faults
 from ep_backend.bench.precision import Errors, PrecisionSettings, measure
 from ep_backend.bench.precision_rows import DISTRIBUTIONS
+from ep_backend.bench.provenance import commit, this_machine
 from ep_backend.cli import app
 
 SMALL = PrecisionSettings(num_ranks=3, num_tokens=5, hidden=300, num_experts=7, top_k=3, seed=1)
@@ -34,6 +35,7 @@ def test_every_way_is_measured_on_every_distribution(tmp_path: Path) -> None:
     assert "student_t_2" in result.output
     document = json.loads(path.read_text())
     assert document["settings"]["hidden"] == 300
+    assert (document["commit"], document["machine"]) == (commit(), this_machine())
     errors = {
         (case["distribution"], case["reduction"], case["combine_dtype"]): case["errors"]
         for case in document["cases"]

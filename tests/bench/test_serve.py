@@ -16,27 +16,23 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from ep_backend.bench import serve_engine
-from ep_backend.bench.serve_client import (
-    METRICS,
-    ClientFailed,
-    bench_arguments,
-    read_metrics,
-    running_client,
-)
-from ep_backend.bench.serve_engine import model_directory, server_command, server_environment
+from ep_backend.bench import serve_engine, serve_vllm
+from ep_backend.bench.serve_client import ClientFailed, read_metrics, running_client
+from ep_backend.bench.serve_engine import PERCENTILES, Target, model_directory
+from ep_backend.bench.serve_engines import ENGINES, server_command, server_environment
 from ep_backend.bench.serve_gate import (
     NUM_PROMPT_TOKENS,
     NUM_PROMPTS,
     compare,
     fixed_prompts,
-    read_answer,
 )
 from ep_backend.bench.serve_model import RandomMoE, make_random_model
-from ep_backend.bench.serve_settings import OURS, Options, parse_arguments
+from ep_backend.bench.serve_settings import OURS, Options, Round, parse_arguments
 from tests.bench.fake_engine import logprobs_of, values_of
 
 MODEL = Path("/models/m")
+TARGET = Target("http://h:1", MODEL, str(MODEL))
+ROUND = Round(concurrency=4, num_prompts=16, num_output_tokens=128, seed=4000)
 SMALL = RandomMoE(
     num_layers=2,
     hidden=128,
@@ -63,6 +59,16 @@ def test_defaults_go_by_the_device() -> None:
     assert (cpu.concurrency, cpu.repeats) == ((1, 4), 2)
     assert (options.trace, cpu.trace) == (False, True)
     assert shlex.split(cpu.command)[3:] == ["--device", "cpu"]
+    assert parse_arguments(["--engine", "sglang"]).backends == ("default", "ep_backend")
+
+
+def test_running_servers_are_the_backends_and_are_not_traced(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    line = f"--model {tmp_path} --device cpu --url default=http://a:1 --url x=http://b:2"
+    options = parse_arguments(shlex.split(line))
+    assert options.backends == ("default", "x")
+    assert options.urls == {"default": "http://a:1", "x": "http://b:2"}
+    assert not options.trace
 
 
 def test_everything_can_be_chosen(tmp_path: Path) -> None:
@@ -95,17 +101,20 @@ def test_everything_can_be_chosen(tmp_path: Path) -> None:
         ("--repeats 0", "--repeats must be at least 1"),
         ("--output-tokens 1", "--output-tokens must be at least 2"),
         ("--env A", "expected NAME=VALUE"),
-        ("--engine sglang", "sglang is not measured yet"),
         ("--engine vlm", "invalid choice"),
-        ("--client sglang", "invalid choice"),
         ("--model /nowhere", "has no config.json"),
+        ("--url default", "expected NAME=VALUE"),
+        ("--url default=http://h:1", "--url needs --model"),
+        ("--model {model} --url a=http://h:1 --backends b", "for a, not among --backends"),
+        ("--engine sglang --device cpu --ranks 4", "2 key heads"),
     ],
 )
 def test_wrong_arguments_end_the_program(
-    line: str, expected: str, capsys: pytest.CaptureFixture[str]
+    line: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SystemExit) as end:
-        parse_arguments(shlex.split(line))
+        parse_arguments(shlex.split(line.format(model=tmp_path)))
     assert end.value.code == 2
     assert expected in capsys.readouterr().err
 
@@ -169,7 +178,7 @@ def test_given_variables_come_last_and_flashinfer_is_left_out_where_it_is_not(
 ) -> None:
     options = Options("", environment={"HF_HUB_OFFLINE": "0", "A": "1"})
     found: Any = None
-    monkeypatch.setattr(serve_engine.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(serve_vllm.util, "find_spec", lambda name: found)
     environment = server_environment(options, "default")
     assert environment["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
     assert (environment["HF_HUB_OFFLINE"], environment["A"]) == ("0", "1")
@@ -185,11 +194,13 @@ def test_no_secret_is_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "VLLM_API_KEY" not in inherited
 
 
-def test_backends_get_the_same_prompts_and_measurements_others() -> None:
-    options = parse_arguments(["--prompts-per-slot", "3"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_backends_get_the_same_prompts_and_measurements_others(engine: str) -> None:
+    options = parse_arguments(["--prompts-per-slot", "3", "--engine", engine])
 
     def arguments(concurrency: int, repeat: int | None) -> list[str]:
-        return bench_arguments(options, "http://h:1", MODEL, concurrency=concurrency, repeat=repeat)
+        of_round = options.round(concurrency, repeat)
+        return ENGINES[engine].bench_arguments(options, TARGET, of_round)
 
     cell = arguments(32, 1)
     assert values_of(cell, "--num-prompts") == ["96"]
@@ -202,6 +213,14 @@ def test_backends_get_the_same_prompts_and_measurements_others() -> None:
     assert values_of(arguments(32, None), "--num-prompts") == ["32"]
 
 
+def test_a_running_servers_name_for_the_model_is_told_to_vllms_client() -> None:
+    named = replace(TARGET, served_name="x")
+    arguments = [serve_vllm.bench_arguments(Options(""), t, ROUND) for t in (TARGET, named)]
+    assert "--served-model-name" not in arguments[0]
+    assert values_of(arguments[1], "--served-model-name") == ["x"]
+    assert serve_vllm.question(named, [1, 2])[1]["model"] == "x"
+
+
 def test_vllm_takes_these_arguments() -> None:
     pytest.importorskip("vllm")
     from vllm.benchmarks.serve import add_cli_args
@@ -210,7 +229,8 @@ def test_vllm_takes_these_arguments() -> None:
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
     options = parse_arguments([])
-    parsed = parser.parse_args(bench_arguments(options, "u", MODEL, concurrency=4, repeat=0))
+    given = serve_vllm.bench_arguments(options, TARGET, options.round(4, 0))
+    parsed = parser.parse_args(given)
     assert (parsed.num_prompts, parsed.random_input_len, parsed.ignore_eos) == (16, 64, True)
     assert parsed.metric_percentiles == "50,95,99"
 
@@ -218,16 +238,20 @@ def test_vllm_takes_these_arguments() -> None:
 # The client's process
 
 
-def test_metrics_need_every_answer() -> None:
-    result = {theirs: float(i) for i, theirs in enumerate(METRICS.values())}
+@pytest.mark.parametrize("engine", ENGINES)
+def test_metrics_need_every_answer(engine: str) -> None:
+    served = ENGINES[engine]
+    result = {theirs: float(i) for i, theirs in enumerate(served.metrics.values())}
     result |= {"completed": 4, "total_output_tokens": 512}
-    metrics = read_metrics(result, 4)
+    metrics = read_metrics(served, result, 4)
     assert metrics["tpot_mean_ms"] == result["mean_tpot_ms"]
     assert metrics["itl_p99_ms"] == result["p99_itl_ms"]
     assert (metrics["num_requests"], metrics["num_tokens"]) == (4, 512)
+    needed = {f"{n}_p{p}_ms" for n in ("tpot", "itl", "ttft") for p in PERCENTILES}
+    assert needed <= set(metrics)
     failed: dict[str, Any] = result | {"completed": 3, "errors": ["", "Trace\nConnection refused"]}
     with pytest.raises(ClientFailed, match=r"3 of 4 .* answered: Connection refused"):
-        read_metrics(failed, 4)
+        read_metrics(served, failed, 4)
 
 
 CLIENT = """
@@ -248,7 +272,7 @@ async def test_one_process_runs_many_measurements_and_its_end_is_told(
     (tmp_path / "fake_client.py").write_text(CLIENT)
     environment = {"PYTHONPATH": str(tmp_path)}
     log = tmp_path / "logs" / "client.log"
-    async with running_client(log, environment, module="fake_client") as client:
+    async with running_client("vllm", log, environment, module="fake_client") as client:
         assert await client.run(["a", "b"]) == {"got": ["a", "b"]}
         with pytest.raises(ClientFailed, match="bad"):
             await client.run(["bad"])
@@ -285,6 +309,7 @@ def test_a_nan_is_not_good_and_first_tokens_are_counted() -> None:
 
 
 def test_an_answer_is_read_by_the_prompts_tokens() -> None:
+    read = lambda choice, prompt: serve_vllm.read_answer({"choices": [choice]}, prompt)  # noqa: E731
     choice: dict[str, Any] = {
         "prompt_logprobs": [
             None,
@@ -293,13 +318,13 @@ def test_an_answer_is_read_by_the_prompts_tokens() -> None:
         ],
         "token_ids": [11],
     }
-    assert read_answer(choice, [4, 5, 6]) == ([-1.5, -2.5], 11)
+    assert read(choice, [4, 5, 6]) == ([-1.5, -2.5], 11)
     with pytest.raises(RuntimeError, match="lacks"):
-        read_answer(choice, [4, 5, 7])
+        read(choice, [4, 5, 7])
     with pytest.raises(RuntimeError, match="3 prompt log-probabilities for 4"):
-        read_answer(choice, [4, 5, 6, 7])
+        read(choice, [4, 5, 6, 7])
     with pytest.raises(RuntimeError, match="lacks"):
-        read_answer(choice | {"token_ids": None}, [4, 5, 6])
+        read(choice | {"token_ids": None}, [4, 5, 6])
 
 
 def test_prompts_are_the_same_in_every_run_and_do_not_end() -> None:

@@ -4,16 +4,19 @@ told and resumed."""
 from __future__ import annotations
 
 import json
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ep_backend.bench import serve
-from ep_backend.bench.serve_client import METRICS
 from ep_backend.bench.serve_gate import compare
 from ep_backend.bench.serve_report import HEADS, has_failed, print_results, summarise, table_cells
 from ep_backend.bench.serve_settings import OURS, Options, parse_arguments
+from ep_backend.bench.serve_vllm import METRICS
+from ep_backend.bench.server import Server
 from tests.bench.fake_engine import FakeEngine, logprobs_of
 
 
@@ -131,12 +134,63 @@ def test_the_limit_ends_servers_and_keeps_what_was_measured(start: Any) -> None:
     assert len(document["summary"]) == 2
 
 
-def test_without_vllm_it_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("engine", "title"), [("vllm", "vLLM"), ("sglang", "SGLang")])
+def test_without_the_engine_it_says_so(
+    engine: str, title: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(serve.util, "find_spec", lambda name: None)
-    assert serve.main([]) == 2
-    assert "vLLM is not importable" in capsys.readouterr().err
+    missing = lambda name: None if name == engine else object()  # noqa: E731
+    monkeypatch.setattr(serve.util, "find_spec", missing)
+    assert serve.main(["--engine", engine]) == 2
+    assert f"{title} is not importable" in capsys.readouterr().err
+
+
+# Servers that run already
+
+
+def test_a_running_server_is_measured_by_the_name_it_gives(
+    start: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine, attached = FakeEngine(), []
+
+    @asynccontextmanager
+    async def attach(url: str, timeout_secs: float) -> Any:
+        attached.append(url)
+        async with engine.server(["--all2all-backend", OURS], tmp_path / "log") as server:
+            yield replace(server, base_url=url, log=None)
+
+    async def served_name(base_url: str) -> str:
+        return f"the model at {base_url}"
+
+    monkeypatch.setattr(serve, "attached_server", attach)
+    monkeypatch.setattr(serve, "served_name", served_name)
+    status, document = start(engine, "--url", f"{OURS}=http://b:2", "--backends", f"default,{OURS}")
+    assert status == 0
+    assert attached == ["http://b:2"] * 2, "the other backend's servers were started"
+    assert [server.get("url") for server in document["servers"]] == [None, "http://b:2"] * 2
+    assert all(("command" in s) == (s["backend"] == "default") for s in document["servers"])
+    for cell in document["cells"]:
+        ours = cell["backend"] == OURS
+        assert ("--base-url http://b:2 " in cell["client"]) == ours
+        assert ("'the model at http://b:2'" in cell["client"]) == ours
+    assert document["gates"][1]["versus"] == "default-0"
+    assert "http://b:2" in (tmp_path / "out" / "r.html").read_text()
+
+
+def test_a_running_server_that_names_no_model_is_a_failure(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nameless(base_url: str) -> str:
+        raise RuntimeError("no name")
+
+    @asynccontextmanager
+    async def attach(url: str, timeout_secs: float) -> Any:
+        yield Server(url, None, 0.0)
+
+    monkeypatch.setattr(serve, "attached_server", attach)
+    monkeypatch.setattr(serve, "served_name", nameless)
+    status, document = start(FakeEngine(), "--url", f"{OURS}=http://b:2")
+    assert (status, document["cells"]) == (1, [])
+    assert [server["error"] for server in document["servers"]] == ["no name"] * 2
 
 
 # Resumed

@@ -16,13 +16,27 @@ import torch.nn.functional as F
 pytest.importorskip("sglang", reason="SGLang is not installed")
 
 import ep_backend_sglang
-from ep_backend_sglang import arguments, buffer, choice, cpu_experts, cpu_only, dispatcher, tracing
+from ep_backend_sglang import (
+    arguments,
+    buffer,
+    choice,
+    cpu_default,
+    cpu_experts,
+    cpu_only,
+    dispatcher,
+    tracing,
+)
 from ep_backend_sglang.patching import UnsupportedSGLang
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.moe import utils
 from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE
 from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
-from sglang.srt.layers.moe.token_dispatcher import deepep
+from sglang.srt.layers.moe.token_dispatcher import (
+    StandardCombineInput,
+    StandardDispatchOutput,
+    deepep,
+)
+from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.model_executor import forward_batch_info
 from sglang.srt.server_args import ServerArgs
 
@@ -163,6 +177,12 @@ def test_deepep_after_ours_in_one_process_is_refused() -> None:
         (cpu_only, f"{dispatcher.PLACE}._DeepEPDispatcherImplNormal.combine_a"),
         (cpu_only, f"{cpu_only.MOE}.ep_moe.layer.DeepEPMoE.run_moe_core"),
         (cpu_only, f"{cpu_only.BATCH}.ForwardBatch.prepare_mlp_sync_batch"),
+        (cpu_default, f"{cpu_only.BATCH}.ForwardBatch.prepare_mlp_sync_batch"),
+        (cpu_default, f"{cpu_default.DP_ATTENTION}.memcpy_cpu"),
+        (cpu_default, f"{cpu_default.DP_ATTENTION}._dp_gather"),
+        (cpu_default, f"{cpu_default.GROUP}.reduce_scatterv"),
+        (cpu_default, f"{cpu_default.LAYER}.run_moe_core"),
+        (cpu_default, f"{tracing.RUNNER}.forward"),
         (tracing, f"{tracing.RUNNER}.forward"),
         (tracing, f"{tracing.DISPATCHER}.combine"),
     ],
@@ -260,6 +280,21 @@ def test_experts_on_a_cpu_weigh_and_add_what_combine_will_not() -> None:
         ]
         expected = sum(terms, torch.zeros(6))
         torch.testing.assert_close(result.hidden_states[row], expected)
+
+
+def test_experts_on_a_cpu_weigh_and_add_for_sglangs_own_exchange() -> None:
+    x = torch.randn(2, 6, generator=torch.Generator().manual_seed(2))
+    ids, weights = torch.tensor([[0, 2], [-1, 1]]), torch.tensor([[0.5, 0.25], [1.0, 2.0]])
+    output = StandardDispatchOutput(x, None, StandardTopKOutput(weights, ids, torch.empty(0)))
+    result = cpu_experts.run_experts(Layer(), output)
+    assert isinstance(result, StandardCombineInput)
+    first = 0.5 * Layer().expert(0, x[0]) + 0.25 * Layer().expert(2, x[0])
+    torch.testing.assert_close(result.hidden_states[0], first)
+    torch.testing.assert_close(result.hidden_states[1], 2.0 * Layer().expert(1, x[1]))
+    layer = Layer()
+    layer.moe_runner_config = MoeRunnerConfig(routed_scaling_factor=2.5)
+    with pytest.raises(NotImplementedError, match=r"routed_scaling_factor 2\.5, but on a CPU only"):
+        cpu_experts.run_experts(layer, output)
 
 
 def test_experts_on_a_cpu_leave_rows_that_did_not_arrive() -> None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from ep_backend.cli import app
 from tests.serving_configs.configs import ROOT, Process, all_processes, servers_of
+from tests.support.engine_parsers import parse, sglang_parser, vllm_parser
 
 VLLM_SERVERS, SGLANG_SERVERS = servers_of("vllm"), servers_of("sglang")
 origin = lambda process: process.origin  # noqa: E731
@@ -24,43 +25,6 @@ origin = lambda process: process.origin  # noqa: E731
 def test_there_are_commands() -> None:
     assert len(VLLM_SERVERS) == 8, "six services, two containers of pods"
     assert len(SGLANG_SERVERS) == 6
-
-
-@functools.cache
-def vllm_parser() -> argparse.ArgumentParser:
-    pytest.importorskip("vllm", reason="vLLM is not installed: its commands were not parsed")
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.plugins import load_general_plugins
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    load_general_plugins()
-    parser = FlexibleArgumentParser()
-    return ServeSubcommand().subparser_init(parser.add_subparsers())
-
-
-@functools.cache
-def sglang_parser() -> argparse.ArgumentParser:
-    pytest.importorskip("sglang", reason="SGLang is not installed: its commands were not parsed")
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import ServerArgs
-
-    load_plugins()
-    parser = argparse.ArgumentParser()
-    ServerArgs.add_cli_args(parser)
-    return parser
-
-
-def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
-    """Without abbreviations, which argparse would take for the flag.
-
-    Raises:
-        SystemExit: the parser refuses a word; it says which on the standard error.
-    """
-    for word in words:
-        name = word.partition("=")[0]
-        if name.startswith("--") and name not in parser._option_string_actions:
-            parser.error(f"unrecognized arguments: {word}")
-    return parser.parse_args(words)
 
 
 def misspelt(words: list[str]) -> Iterator[list[str]]:
