@@ -62,44 +62,43 @@ def test_vllm_over_two_hosts_ends_before_it_loads_a_model() -> None:
             assert "rank 1 is on another host than rank 0" in answer.error
 
 
-def make_manager_of_gpus_on_another_host(rank: Rank, has_nvshmem: bool, text_format: str) -> str:
-    """As if there were GPUs and NVSHMEM; a buffer is not made."""
-    from ep_backend_vllm import backends
-    from ep_backend_vllm.communicator import make_manager
+def gpus_on_another_host(rank: Rank, has_nvshmem: bool, experts_format: str) -> list[int]:
+    """As if there were GPUs and NVSHMEM. What comes before a manager is made."""
+    from ep_backend_vllm import backends, communicator
     from vllm.platforms import current_platform
 
     from ep_backend.memory import nvshmem
 
     type(current_platform).is_cuda = lambda self: True
-    os.environ[backends.FORMAT_VARIABLE] = text_format
+    os.environ[backends.FORMAT_VARIABLE] = experts_format
     if has_nvshmem or rank.group.self_rank == 0:
         nvshmem.extension = lambda: None
     if rank.group.self_rank == 1:
         group_module._host_identity = lambda: "another host"
-    manager = make_manager(rank.group._exchange.process_group, "ep_backend_low_latency")
-    return str(manager.group.hosts())
+    communicator._require_reachable(rank.group, backends.LOW_LATENCY)
+    return rank.group.hosts()
 
 
 def test_vllm_over_two_hosts_of_gpus_goes_on_with_nvshmem() -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed")
     with RankProcesses(2) as ranks:
-        ranks.start(make_manager_of_gpus_on_another_host, True, "batched")
-        assert [answer.value for answer in ranks.answers()] == ["[0, 1]"] * 2
+        found = ranks.run(gpus_on_another_host, True, "batched")
+        assert found == [[0, 1]] * 2
 
 
 @pytest.mark.parametrize(
-    ("has_nvshmem", "text_format", "errors"),
+    ("has_nvshmem", "experts_format", "errors"),
     [
         (True, "standard", ["EP_BACKEND_VLLM_FORMAT=batched on all hosts"] * 2),
         (False, "batched", ["rank 1 refused its settings: ep_backend was", "without NVSHMEM"]),
     ],
 )
 def test_vllm_over_two_hosts_of_gpus_names_what_is_missing(
-    has_nvshmem: bool, text_format: str, errors: list[str]
+    has_nvshmem: bool, experts_format: str, errors: list[str]
 ) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed")
     with RankProcesses(2) as ranks:
-        ranks.start(make_manager_of_gpus_on_another_host, has_nvshmem, text_format)
+        ranks.start(gpus_on_another_host, has_nvshmem, experts_format)
         for answer, error in zip(ranks.answers(), errors, strict=True):
             assert error in answer.error
 
