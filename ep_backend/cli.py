@@ -34,7 +34,7 @@ from ep_backend.network import VARIABLE, NetworkConfig
 from ep_backend.observe import perfetto
 from ep_backend.observe.scrape import ScrapeFailed, endpoint_urls
 from ep_backend.observe.top import show
-from ep_backend.preflight import KERNELS, NotDeployable
+from ep_backend.preflight import KERNELS, REDUCTIONS, NotDeployable
 from ep_backend.preflight import check as preflight
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -166,10 +166,21 @@ def check_command(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of this host, with --device cuda.")] = 1,
     kernels: Annotated[str, typer.Option(help=", ".join(KERNELS))] = KERNELS[0],
+    reduction: Annotated[
+        str, typer.Option(help="Where rows are added up: rank (vLLM) or source (SGLang).")
+    ] = REDUCTIONS[0],
 ) -> None:
     """Whether this machine can do what a deployment will ask of it; deployments run it first."""
     try:
-        typer.echo(preflight(num_hosts=hosts, device=device, num_gpus=gpus, kernels=kernels))
+        typer.echo(
+            preflight(
+                num_hosts=hosts,
+                device=device,
+                num_gpus=gpus,
+                kernels=kernels,
+                reduction=reduction,
+            )
+        )
     except NotDeployable as e:
         typer.echo(f"not deployable: {e}", err=True)
         raise typer.Exit(1) from e

@@ -6,14 +6,19 @@ with a reason instead of with a time-out of the engine.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ep_backend import LowLatencyBuffer, NormalBuffer, __version__, virtual_world
-from ep_backend.doctor.checks import Check, Level
+from ep_backend.doctor.checks import Check, Level, Machine
 from ep_backend.doctor.gpu import Gpus, check_build, check_cards, check_peers
+from ep_backend.doctor.rdma import check_rdma
 from ep_backend.group import Group
 
 KERNELS = ("low-latency", "normal")
+REDUCTIONS = ("rank", "source")
+"""Of low-latency kernels: vLLM's plug-in uses the first, DeepEP's API, and so SGLang, the other."""
 
 NUM_TOKENS, HIDDEN, NUM_EXPERTS, TOP_K = 4, 128, 4, 2
 TIMEOUT_SECS = 30.0
@@ -24,7 +29,12 @@ class NotDeployable(RuntimeError):
 
 
 def check(
-    *, num_hosts: int = 1, device: str = "cpu", num_gpus: int = 1, kernels: str = "low-latency"
+    *,
+    num_hosts: int = 1,
+    device: str = "cpu",
+    num_gpus: int = 1,
+    kernels: str = "low-latency",
+    reduction: str = "rank",
 ) -> str:
     """Checks the topology, the GPUs and their links, then exchanges a few tokens.
 
@@ -33,6 +43,7 @@ def check(
         device: "cpu" or "cuda".
         num_gpus: of this host that the ranks will use; ignored on the CPU.
         kernels: those that the engine will use, one of `KERNELS`.
+        reduction: of low-latency kernels, one of `REDUCTIONS`.
 
     Returns:
         What was found, in a line.
@@ -40,23 +51,41 @@ def check(
     Raises:
         NotDeployable: something is missing.
     """
-    if kernels not in KERNELS:
-        raise NotDeployable(f"kernels is {kernels!r}, expected one of {', '.join(KERNELS)}.")
+    for name, value, known in (
+        ("kernels", kernels, KERNELS),
+        ("reduction", reduction, REDUCTIONS),
+    ):
+        if value not in known:
+            raise NotDeployable(f"{name} is {value!r}, expected one of {', '.join(known)}.")
     if num_hosts > 1:
-        raise NotDeployable(
-            f"one group over {num_hosts} hosts needs RDMA, which ep_backend {__version__} does not "
-            "have in engines: there ranks are joined by the memory of one host. (Only a "
-            "LowLatencyBuffer of your own reaches further.) Keep each expert-parallel group on one "
-            "host, or leave this backend out and let the engine use its own."
-        )
+        _check_network(num_hosts, device, kernels, reduction)
     if device == "cuda":
         found = _check_gpus(num_gpus)
     elif device == "cpu":
         found = "CPU"
     else:
         raise NotDeployable(f"device is {device!r}, expected 'cpu' or 'cuda'.")
-    _check_exchange(device, kernels)
-    return f"ep_backend {__version__}: {found}, {kernels} kernels exchange correctly"
+    _check_exchange(device, kernels, reduction)
+    network = "" if num_hosts == 1 else f", and what {num_hosts} hosts need is there"
+    return f"ep_backend {__version__}: {found}, {kernels} kernels exchange correctly{network}"
+
+
+def _check_network(num_hosts: int, device: str, kernels: str, reduction: str) -> None:
+    """As far as one host can tell: nothing is sent to the others."""
+    needs = f"one group over {num_hosts} hosts needs RDMA"
+    otherwise = (
+        "Keep each expert-parallel group on one host, or leave this backend out and let the engine "
+        "use its own."
+    )
+    if (device, kernels, reduction) != ("cuda", "low-latency", "rank"):
+        raise NotDeployable(
+            f"{needs}, which only low-latency kernels on GPUs have, with reduction rank; asked for "
+            f"are {kernels} kernels, device {device}, reduction {reduction}. {otherwise}"
+        )
+    for check in check_rdma(Machine(), Gpus.visible()):
+        # A server's container may lock more memory than that in which this runs.
+        if check.level is Level.MISSING and check.name != "locked memory":
+            raise NotDeployable(f"{needs}. {check.name}: {check.found} {check.remedy} {otherwise}")
 
 
 def _check_gpus(num_gpus: int) -> str:
@@ -79,10 +108,10 @@ def _require(check: Check) -> None:
         raise NotDeployable(f"{check.name}: {check.found}. {check.remedy}")
 
 
-def _check_exchange(device: str, kernels: str) -> None:
+def _check_exchange(device: str, kernels: str, reduction: str) -> None:
     # On one GPU, kernels of several ranks on one stream would wait for each other.
     num_ranks = 1 if device == "cuda" else 2
-    exchange = _low_latency if kernels == "low-latency" else _normal
+    exchange = partial(_low_latency, reduction) if kernels == "low-latency" else _normal
 
     def rank_main(group: Group) -> bool:
         x, topk_idx, topk_weights = _batch(device)
@@ -110,7 +139,11 @@ def _batch(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _low_latency(
-    group: Group, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
+    reduction: str,
+    group: Group,
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
 ) -> torch.Tensor:
     """Experts multiply by their number plus one."""
     buffer = LowLatencyBuffer(
@@ -120,14 +153,17 @@ def _low_latency(
         num_experts=NUM_EXPERTS,
         top_k=TOP_K,
         dtype=x.dtype,
+        reduction=reduction,
         device=x.device,
         timeout_secs=TIMEOUT_SECS,
     )
-    result, recv_hook = buffer.dispatch(x, topk_idx, topk_weights)
+    there, home = (topk_weights, None) if reduction == "rank" else (None, topk_weights)
+    result, recv_hook = buffer.dispatch(x, topk_idx, there)
     recv_hook()
     num_local = NUM_EXPERTS // group.num_ranks
     numbers = torch.arange(1, num_local + 1, device=x.device) + group.self_rank * num_local
-    combined, recv_hook = buffer.combine(result.recv_x * numbers.view(-1, 1, 1), result.handle)
+    rows = result.recv_x * numbers.view(-1, 1, 1)
+    combined, recv_hook = buffer.combine(rows, result.handle, topk_weights=home)
     recv_hook()
     combined = combined.clone()
     buffer.close()

@@ -7,14 +7,16 @@ from typer.testing import CliRunner
 
 from ep_backend import _native
 from ep_backend.cli import app
+from ep_backend.doctor.checks import Check, Level
 from ep_backend.doctor.gpu import Gpus
 from ep_backend.faults import FAULT_VARIABLE, Fault
-from ep_backend.preflight import KERNELS, NotDeployable, check
+from ep_backend.preflight import KERNELS, REDUCTIONS, NotDeployable, check
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_a_cpu_exchanges(kernels: str) -> None:
-    found = check(device="cpu", kernels=kernels)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_cpu_exchanges(kernels: str, reduction: str) -> None:
+    found = check(device="cpu", kernels=kernels, reduction=reduction)
     assert "CPU" in found
     assert f"{kernels} kernels exchange correctly" in found
 
@@ -29,7 +31,13 @@ def test_a_wrong_result_is_noticed(kernels: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_hosts": 2}, "needs RDMA"),
+        ({"num_hosts": 2}, "2 hosts needs RDMA, which only .* device cpu, reduction rank"),
+        (
+            {"num_hosts": 3, "device": "cuda", "reduction": "source"},
+            "3 hosts needs RDMA, .* reduction source",
+        ),
+        ({"num_hosts": 2, "device": "cuda", "kernels": "normal"}, "asked for are normal kernels"),
+        ({"reduction": "home"}, "reduction is 'home', expected one of rank, source"),
         ({"device": "tpu"}, "device is 'tpu', expected 'cpu' or 'cuda'"),
         ({"kernels": "fast"}, "kernels is 'fast', expected one of low-latency, normal"),
     ],
@@ -55,7 +63,7 @@ def test_too_few_gpus_old_ones_and_gpus_apart_are_named(monkeypatch: pytest.Monk
     )
     monkeypatch.setattr("ep_backend._native.has_cuda", True)
     monkeypatch.setattr(Gpus, "visible", lambda: gpus)
-    monkeypatch.setattr("ep_backend.preflight._check_exchange", lambda device, kernels: None)
+    monkeypatch.setattr("ep_backend.preflight._check_exchange", lambda *_: None)
     with pytest.raises(NotDeployable, match="8 GPUs are needed, but torch sees 5"):
         check(device="cuda", num_gpus=8)
     with pytest.raises(NotDeployable, match=r"GPU 4: NVIDIA A100, .* the kernels need 9\.0"):
@@ -63,6 +71,21 @@ def test_too_few_gpus_old_ones_and_gpus_apart_are_named(monkeypatch: pytest.Monk
     with pytest.raises(NotDeployable, match=r"reach each other's memory: 1 -> 3, 3 -> 1\. .*RDMA"):
         check(device="cuda", num_gpus=4)
     assert "3 x NVIDIA H100, low-latency kernels" in check(device="cuda", num_gpus=3)
+
+
+def test_what_a_network_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = Gpus(("NVIDIA H100",), ((9, 0),), ("",))
+    monkeypatch.setattr("ep_backend._native.has_cuda", True)
+    monkeypatch.setattr(Gpus, "visible", lambda: gpus)
+    monkeypatch.setattr("ep_backend.preflight._check_exchange", lambda *_: None)
+    found = [Check("kernels over NVSHMEM", Level.NOTE, "in this build")]
+    monkeypatch.setattr("ep_backend.preflight.check_rdma", lambda *_: found)
+    assert "what 2 hosts need is there" in check(num_hosts=2, device="cuda")
+    found.append(Check("locked memory", Level.MISSING, "limited to 64 KiB"))
+    check(num_hosts=2, device="cuda")
+    found.append(Check("network cards", Level.MISSING, "none.", "Install their driver."))
+    with pytest.raises(NotDeployable, match=r"network cards: none\. Install .* on one host"):
+        check(num_hosts=2, device="cuda")
 
 
 @pytest.mark.gpu

@@ -8,6 +8,8 @@ divided by the chain, and told as the ranks' difference. A replay counts as long
 rank; median, p10 and p90 over replays. Every case is checked eagerly and through the graph, before
 and after. Data stay in the L2 cache as far as they fit.
 
+In a checkout the tests of several GPUs are run first.
+
 The normal kernels' operations (exact sizes, cached, copied first, ..) are chains of their own.
 
 Beside them in the same run: NCCL's all-to-alls of the same bytes, and copies between the GPUs.
@@ -26,6 +28,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessException, spawn
 
 from ep_backend import _native
+from ep_backend.bench import multi_gpu_tests
 from ep_backend.bench.multi_gpu_rank import DOCUMENT, rank_main
 from ep_backend.bench.multi_gpu_report import has_failed, note_crash, print_results
 from ep_backend.bench.multi_gpu_settings import Options, parse_arguments
@@ -39,11 +42,19 @@ def main(arguments: list[str] | None = None) -> int:
     num_visible = torch.cuda.device_count() if _native.has_cuda else 0
     options = parse_arguments(arguments, num_visible)
     untuned_unless_asked()
+    begin = time.monotonic()
+    tests = None
+    if options.with_tests and multi_gpu_tests.are_here():
+        print("tests of several GPUs ...", flush=True)
+        tests = multi_gpu_tests.run_tests(options.limit_secs)
+    limit_secs = options.limit_secs - (time.monotonic() - begin)
     with tempfile.TemporaryDirectory(prefix="ep-backend-bench-") as directory:
-        crash = run_ranks(options, Path(directory))
+        crash = run_ranks(options, Path(directory), limit_secs)
         document = read_document(Path(directory) / DOCUMENT)
     if crash is not None:
         note_crash(document, crash)
+    if tests is not None:
+        document["tests"] = tests
     print_results(document)
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -51,14 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
     return int(has_failed(document))
 
 
-def run_ranks(options: Options, directory: Path) -> str | None:
+def run_ranks(options: Options, directory: Path, limit_secs: float) -> str | None:
     """Returns what ended a rank early, and with it the others; None: nothing did."""
     context = spawn(rank_main, args=(options, directory), nprocs=options.num_gpus, join=False)
-    deadline = time.monotonic() + options.limit_secs
+    deadline = time.monotonic() + limit_secs
     try:
         while not context.join(timeout=1.0):
             if time.monotonic() > deadline:
-                return f"not done after {options.limit_secs:g} s"
+                return f"not done within {options.limit_secs:g} s"
     except ProcessException as e:
         return str(e).strip()
     finally:

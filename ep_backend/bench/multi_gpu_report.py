@@ -31,7 +31,8 @@ def note_crash(document: dict[str, Any], crash: str) -> None:
 
 def has_failed(document: dict[str, Any]) -> bool:
     cases = document["cases"] + document.get("normal", {}).get("cases", [])
-    return "error" in document or any("error" in case for case in cases)
+    parts = [document, document.get("tests", {}), *cases]
+    return any("error" in part for part in parts)
 
 
 def table_cells(document: dict[str, Any]) -> list[list[str]]:
@@ -90,6 +91,9 @@ def print_results(document: dict[str, Any]) -> None:
     for name in SIDE_MEASUREMENTS:
         if "error" in document.get(name, {}):
             print(f"{name}: {document[name]['error']}")
+    tests = document.get("tests")
+    if tests is not None:
+        print(f"tests of several GPUs: {tests.get('error', tests.get('summary'))}")
     for name in ("note", "error"):
         if name in document:
             print(f"{name}: {document[name]}")

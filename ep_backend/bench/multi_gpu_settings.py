@@ -79,6 +79,7 @@ class Options:
     kinds: tuple[str, ...] = KINDS
     with_nccl: bool = True
     with_copy: bool = True
+    with_tests: bool = True
     limit_secs: float = 240.0
     """Of the whole run; then its processes are ended."""
     output: Path | None = None
@@ -126,7 +127,15 @@ def parse_arguments(arguments: list[str], num_visible: int) -> Options:
         parser.error(f"--kind is {','.join(kinds)}, expected a list of {' and '.join(KINDS)}")
     run = {
         k: given.pop(k)
-        for k in ("kinds", "with_nccl", "with_copy", "limit_secs", "output", "network")
+        for k in (
+            "kinds",
+            "with_nccl",
+            "with_copy",
+            "with_tests",
+            "limit_secs",
+            "output",
+            "network",
+        )
         if k in given
     }
     of_normal = {
@@ -189,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     for flag, name, what in (
         ("--no-nccl", "with_nccl", "NCCL's all-to-all of the same bytes"),
         ("--no-copy", "with_copy", "the copy of 256 MiB from GPU 0 to GPU 1"),
+        ("--no-tests", "with_tests", "the tests of several GPUs, which a checkout has"),
     ):
         parser.add_argument(
             flag, dest=name, action="store_const", const=False, help=f"Leave out {what}."

@@ -95,6 +95,7 @@ def _refuse_what_is_missing(record: Any) -> None:
     if record.nnodes > 1:
         raise ValueError(
             f"--nnodes is {record.nnodes}, but --moe-a2a-backend {choice.NAME} joins ranks by the "
-            "memory of one host: in engines there is no RDMA yet. Keep the ranks of a server on "
-            f"one host, or choose {choice.BUILT_IN!r}."
+            "memory of one host: the kernels over a network do not add rows up at home yet, as "
+            f"SGLang wants it. Keep the ranks of a server on one host, or choose "
+            f"{choice.BUILT_IN!r}."
         )

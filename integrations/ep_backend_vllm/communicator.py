@@ -6,7 +6,8 @@ import functools
 from typing import Any
 
 from ep_backend import Group, LowLatencyBuffer, NormalBuffer, plugins
-from ep_backend_vllm.backends import BACKENDS
+from ep_backend.memory import nvshmem
+from ep_backend_vllm.backends import BACKENDS, FORMAT_VARIABLE, LOW_LATENCY, uses_batched_format
 from ep_backend_vllm.patching import require, require_parameters
 
 Buffer = LowLatencyBuffer | NormalBuffer
@@ -74,12 +75,36 @@ def _attach_our_manager(communicator: Any) -> None:
     communicator.__init__ = init
 
 
+def _require_reachable(group: Group, backend: str) -> None:
+    """Over a network only the low-latency kernels on GPUs reach; their buffers find out by
+    themselves that there is one."""
+    from vllm.platforms import current_platform
+
+    if max(group.hosts()) == 0:
+        return
+    if backend != LOW_LATENCY or not current_platform.is_cuda():
+        group.require_one_host()
+    error: Exception | None = None
+    try:
+        nvshmem.extension()
+        if not uses_batched_format():
+            error = ValueError(
+                f"ranks are on {max(group.hosts()) + 1} hosts, but the standard format is for "
+                f"those of one, whose GPUs see each other's memory. Set {FORMAT_VARIABLE}=batched "
+                "on all hosts."
+            )
+    except (ImportError, ValueError) as e:
+        error = e
+    group.agree(backend, {}, error)
+
+
 def make_manager(cpu_group: Any, backend: str) -> Any:
     """The manager that vLLM asks for buffers; `cpu_group` is the group's gloo process group.
     Collective.
 
     Raises:
-        RendezvousError: a rank is on another host.
+        RendezvousError: a rank is on another host, and this backend does not reach it.
+        ValueError, ImportError, SettingsMismatch: it might, but for the format, or for the build.
     """
     from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase
     from vllm.logger import init_logger
@@ -87,7 +112,7 @@ def make_manager(cpu_group: Any, backend: str) -> Any:
 
     logger = init_logger("vllm.ep_backend")
     group = Group.from_process_group(cpu_group)
-    group.require_one_host()  # now, not after a model was loaded
+    _require_reachable(group, backend)  # now, not after a model was loaded
 
     class EPBackendManager(All2AllManagerBase):
         def __init__(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ep_backend import _native
-from ep_backend.bench import multi_gpu
+from ep_backend.bench import multi_gpu, multi_gpu_tests
 from ep_backend.bench.multi_gpu_copies import CopyTimes
 from ep_backend.bench.multi_gpu_normal import NormalTimes, Traffic, result_of, traffic_of
 from ep_backend.bench.multi_gpu_normal_report import HEADS, normal_cells
@@ -247,12 +247,37 @@ def test_a_crash_at_the_start_is_told(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "error: in start: process 0 died" in capsys.readouterr().out
 
 
+def test_tests_are_told_and_fail_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tests = tmp_path / multi_gpu_tests.TESTS
+    tests.mkdir(parents=True)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpus(n)\n")
+    monkeypatch.setattr(multi_gpu_tests, "ROOT", tmp_path)
+    assert multi_gpu_tests.are_here()
+    marked = "import pytest\n@pytest.mark.gpus(2)\ndef test_kernel():\n    "
+    (tests / "test_a.py").write_text(marked + "pass\ndef test_of_one_gpu():\n    assert False\n")
+    found = multi_gpu_tests.run_tests(60.0)
+    assert found["summary"].startswith("1 passed, 1 deselected")
+    assert "error" not in found
+    (tests / "test_b.py").write_text(marked + "assert False\n")
+    found = multi_gpu_tests.run_tests(60.0)
+    assert "FAILED" in found["error"]
+    assert "test_b.py::test_kernel" in found["error"]
+    document = {"running": None, "cases": [], "tests": found}
+    assert has_failed(document)
+    print_results(document)
+    assert "test_b.py::test_kernel" in capsys.readouterr().out
+    (tests / "test_b.py").write_text(marked + "import time; time.sleep(60)\n")
+    assert multi_gpu_tests.run_tests(2.0)["error"] == "not done after 2 s"
+
+
 @pytest.mark.gpus(2)
 def test_cases_are_timed_between_gpus(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     sizes = "--hidden 512 --experts 64 --chain 4 --repeats 5 --tokens 1,64 --form fused,hook"
     normal = "--normal-tokens 256 --normal-num-sms 2,5 --normal-chain 2"
-    line = f"{sizes} {normal} --transfer pull,push --output {path}"
+    line = f"{sizes} {normal} --transfer pull,push --no-tests --output {path}"
     assert multi_gpu.main(line.split()) == 0
     written = json.loads(path.read_text())
     assert written["running"] is None

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 from ep_backend_sglang import choice
@@ -22,11 +23,14 @@ OF_SEVERAL_HOSTS = [check for check in CHECKS if "--hosts" in check.options()]
 ON_CPUS = [check for check in CHECKS if check.options()["--device"] == "cpu"]
 
 
+@pytest.mark.skipif(find_spec("ep_backend._nvshmem") is not None, reason="NVSHMEM is built")
 @pytest.mark.parametrize("check", OF_SEVERAL_HOSTS, ids=lambda check: check.origin)
 def test_no_server_of_several_hosts_starts(check: Process) -> None:
     result = CliRunner().invoke(app, check.words[1:])
     assert result.exit_code == 1
     assert "2 hosts needs RDMA" in result.stderr
+    why = "without NVSHMEM" if check.origin.startswith("vllm") else "reduction source"
+    assert why in result.stderr
     assert "on one host" in result.stderr
 
 
@@ -58,6 +62,47 @@ def test_vllm_over_two_hosts_ends_before_it_loads_a_model() -> None:
             assert "rank 1 is on another host than rank 0" in answer.error
 
 
+def gpus_on_another_host(rank: Rank, has_nvshmem: bool, experts_format: str) -> list[int]:
+    """As if there were GPUs and NVSHMEM. What comes before a manager is made."""
+    from ep_backend_vllm import backends, communicator
+    from vllm.platforms import current_platform
+
+    from ep_backend.memory import nvshmem
+
+    type(current_platform).is_cuda = lambda self: True
+    os.environ[backends.FORMAT_VARIABLE] = experts_format
+    if has_nvshmem or rank.group.self_rank == 0:
+        nvshmem.extension = lambda: None
+    if rank.group.self_rank == 1:
+        group_module._host_identity = lambda: "another host"
+    communicator._require_reachable(rank.group, backends.LOW_LATENCY)
+    return rank.group.hosts()
+
+
+def test_vllm_over_two_hosts_of_gpus_goes_on_with_nvshmem() -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    with RankProcesses(2) as ranks:
+        found = ranks.run(gpus_on_another_host, True, "batched")
+        assert found == [[0, 1]] * 2
+
+
+@pytest.mark.parametrize(
+    ("has_nvshmem", "experts_format", "errors"),
+    [
+        (True, "standard", ["EP_BACKEND_VLLM_FORMAT=batched on all hosts"] * 2),
+        (False, "batched", ["rank 1 refused its settings: ep_backend was", "without NVSHMEM"]),
+    ],
+)
+def test_vllm_over_two_hosts_of_gpus_names_what_is_missing(
+    has_nvshmem: bool, experts_format: str, errors: list[str]
+) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    with RankProcesses(2) as ranks:
+        ranks.start(gpus_on_another_host, has_nvshmem, experts_format)
+        for answer, error in zip(ranks.answers(), errors, strict=True):
+            assert error in answer.error
+
+
 # In a process of its own: SGLang's choice, once made, stays.
 SGLANG_ARGUMENTS = """
 from ep_backend_sglang import choice
@@ -86,5 +131,7 @@ def test_sglang_over_two_hosts_ends_at_its_arguments() -> None:
         check=False,
         env={name: value for name, value in os.environ.items() if name != choice.VARIABLE},
     )
-    assert re.search(r"refused: .*--nnodes is 2.*there is no RDMA yet", result.stdout), result
+    assert re.search(r"refused: .*--nnodes is 2.*do not add rows up at home yet", result.stdout), (
+        result
+    )
     assert "chosen: False" in result.stdout
