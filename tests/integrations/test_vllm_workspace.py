@@ -48,43 +48,50 @@ class PlayedWorkspaces:
         return self.inner.group
 
     def dispatch_and_receive(self, *args: Any, **place: int) -> Any:
-        result = self.inner.dispatch_and_receive(*args)
-        return self._result(result, **place)
+        result, hook = self.dispatch(*args, **place)
+        hook()
+        return result
 
-    def dispatch(self, *args: Any, **place: int) -> Any:
-        result, hook = self.inner.dispatch(*args)
-        hook()  # tensors here are copies: there is nothing to fill later
-        return self._result(result, **place), lambda: None
-
-    def _result(self, result: Any, workspace: int, num_slots: int) -> Any:
+    def dispatch(self, *args: Any, workspace: int, num_slots: int) -> Any:
+        result, inner_hook = self.inner.dispatch(*args)
         first = self.inner.first_expert
         foreign = NUM_EXPERTS - 1 if first == 0 else 0
-        idx, scales = result.recv_topk_idx[:, :num_slots], result.recv_scales
-        return SimpleNamespace(
+        received = SimpleNamespace(
             handle=SimpleNamespace(
                 inner=result.handle,
                 workspace=workspace,
                 num_slots=num_slots,
                 num_tokens=result.handle.num_tokens,
             ),
-            recv_x=result.recv_x[:, :num_slots].contiguous(),
-            recv_scales=None if scales is None else scales[:, :num_slots].contiguous(),
-            recv_topk_idx=torch.where(idx < 0, foreign, idx + first),
-            recv_topk_weights=result.recv_topk_weights[:, :num_slots].contiguous(),
+            recv_scales=None,
         )
+        names = ["recv_x", "recv_topk_idx", "recv_topk_weights"]
+        names += ["recv_scales"] if result.recv_scales is not None else []
+        for name in names:
+            setattr(received, name, torch.empty_like(getattr(result, name)[:, :num_slots]))
+
+        def hook() -> None:
+            inner_hook()
+            for name in names:
+                getattr(received, name).copy_(getattr(result, name)[:, :num_slots])
+            idx = received.recv_topk_idx
+            idx.copy_(torch.where(idx < 0, foreign, idx + first))
+
+        return received, hook
 
     def combine_input(self, workspace: int, num_slots: int) -> torch.Tensor:
         size = (self.group.num_ranks, num_slots, HIDDEN)
         return self.inputs.setdefault((workspace, num_slots), torch.empty(size))
 
     def combine_and_receive(self, rows: torch.Tensor, handle: Any, out: torch.Tensor) -> None:
+        _, hook = self.combine(rows, handle, out)
+        hook()
+
+    def combine(self, rows: torch.Tensor, handle: Any, out: torch.Tensor) -> Any:
         assert rows is self.combine_input(handle.workspace, handle.num_slots)
         full = torch.zeros(self.group.num_ranks, MAX_TOKENS, HIDDEN)
         full[:, : handle.num_slots] = rows
-        self.inner.combine_and_receive(full, handle.inner, out)
-
-    def combine(self, rows: torch.Tensor, handle: Any, out: torch.Tensor) -> Any:
-        return out, lambda: self.combine_and_receive(rows, handle, out)
+        return self.inner.combine(full, handle.inner, out)
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["one-kernel", "hooks"])
