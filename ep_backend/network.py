@@ -30,8 +30,11 @@ FAMILIES = ("low_latency", "normal")
 # and is of no use here; few teams, each of which takes symmetric memory.
 DEFAULT_ENVIRONMENT = {"NVSHMEM_DISABLE_NVLS": "1", "NVSHMEM_MAX_TEAMS": "7"}
 
+DEPTH_VARIABLE = "NVSHMEM_QP_DEPTH"
 MIN_QUEUE_PAIR_DEPTH = 1024
 """NVSHMEM's default."""
+MAX_QUEUE_PAIR_DEPTH = 1 << 15
+"""NVSHMEM takes no more."""
 REQUESTS_PER_PUT = 2
 """The payload, and the addition that tells of it."""
 
@@ -89,7 +92,7 @@ class NetworkConfig:
             ("traffic_class", 0, 255),
             ("gid_index", 0, 255),
             ("queue_pairs_per_peer", 1, 128),
-            ("queue_pair_depth", 64, 1 << 15),
+            ("queue_pair_depth", 64, MAX_QUEUE_PAIR_DEPTH),
         ):
             value = getattr(self, name)
             if value is not None:
@@ -133,11 +136,22 @@ class NetworkConfig:
     def depth_for(self, num_max_tokens_per_rank: int, num_banks: int) -> int:
         """Requests that a queue pair must hold for all messages of all banks to one peer, both
         ways, with counts and signals. No send waits for room then: credits hold it up first, and
-        their wait ends, where NVSHMEM's for a peer that has died does not."""
+        their wait ends, where NVSHMEM's for a peer that has died does not.
+
+        Raises:
+            ValueError: no queue pair holds so many.
+        """
         if self.queue_pair_depth is not None:
             return self.queue_pair_depth
-        num_puts = 2 * num_banks * (num_max_tokens_per_rank + 2)
-        return max(MIN_QUEUE_PAIR_DEPTH, 1 << (REQUESTS_PER_PUT * num_puts - 1).bit_length())
+        num_requests = REQUESTS_PER_PUT * 2 * num_banks * (num_max_tokens_per_rank + 2)
+        if num_requests > MAX_QUEUE_PAIR_DEPTH:
+            raise ValueError(
+                f"num_max_tokens_per_rank is {num_max_tokens_per_rank} and num_banks {num_banks}, "
+                f"so {num_requests} requests to a peer may be in flight, but a queue pair holds "
+                f"{MAX_QUEUE_PAIR_DEPTH} at most. Lower one of the two; or pass queue_pair_depth, "
+                "and a put may wait for a peer that has died."
+            )
+        return max(MIN_QUEUE_PAIR_DEPTH, 1 << (num_requests - 1).bit_length())
 
     def environment(
         self, family: str, num_max_tokens_per_rank: int, num_banks: int
@@ -154,9 +168,7 @@ class NetworkConfig:
             )
         environment = dict(TRANSPORTS[self.transport])
         if self.transport != "none":
-            environment["NVSHMEM_QP_DEPTH"] = str(
-                self.depth_for(num_max_tokens_per_rank, num_banks)
-            )
+            environment[DEPTH_VARIABLE] = str(self.depth_for(num_max_tokens_per_rank, num_banks))
         for variable, value in (
             ("NVSHMEM_IB_SL", level),
             ("NVSHMEM_IB_TRAFFIC_CLASS", self.traffic_class),
@@ -231,10 +243,13 @@ def check_fixed(required: dict[str, str], fixed: dict[str, str | None]) -> None:
         ValueError: it was started with something else.
     """
     for variable, value in required.items():
-        if fixed.get(variable) != value:
+        present = fixed.get(variable) or ""
+        if variable == DEPTH_VARIABLE and present.isdigit() and int(present) >= int(value):
+            continue  # queue pairs that hold more are as good
+        if present != value:
             raise ValueError(
                 f"the buffer's NetworkConfig needs {variable}={value}, but NVSHMEM has started in "
-                f"this process with {fixed.get(variable) or 'it unset'}, and reads it only once. "
+                f"this process with {present or 'it unset'}, and reads it only once. "
                 "Give all buffers of a process the same NetworkConfig (queue_pair_depth: for the "
                 "largest of them), or use another process."
             )

@@ -6,6 +6,9 @@ with a reason instead of with a time-out of the engine.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -15,6 +18,7 @@ from ep_backend.doctor.checks import Check, Level, Machine
 from ep_backend.doctor.gpu import Gpus, check_build, check_cards, check_peers
 from ep_backend.doctor.rdma import check_rdma
 from ep_backend.group import Group
+from ep_backend.network import VARIABLE
 
 KERNELS = ("low-latency", "normal")
 REDUCTIONS = ("rank", "source")
@@ -65,7 +69,8 @@ def check(
         found = "CPU"
     else:
         raise NotDeployable(f"device is {device!r}, expected 'cpu' or 'cuda'.")
-    _check_exchange(device, kernels, reduction)
+    with _no_network() if num_hosts > 1 else nullcontext():
+        _check_exchange(device, kernels, reduction)
     network = "" if num_hosts == 1 else f", and what {num_hosts} hosts need is there"
     return f"ep_backend {__version__}: {found}, {kernels} kernels exchange correctly{network}"
 
@@ -86,6 +91,18 @@ def _check_network(num_hosts: int, device: str, kernels: str, reduction: str) ->
         # A server's container may lock more memory than that in which this runs.
         if check.level is Level.MISSING and check.name != "locked memory":
             raise NotDeployable(f"{needs}. {check.name}: {check.found} {check.remedy} {otherwise}")
+
+
+@contextmanager
+def _no_network() -> Iterator[None]:
+    """NVSHMEM is not started: it would want cards and locked memory, which containers of servers
+    have, but not that in which this runs."""
+    text = os.environ.pop(VARIABLE, None)
+    try:
+        yield
+    finally:
+        if text is not None:
+            os.environ[VARIABLE] = text
 
 
 def _check_gpus(num_gpus: int) -> str:

@@ -56,9 +56,14 @@ def test_everything_that_is_set_reaches_nvshmem() -> None:
 
 @given(st.integers(1, 4096), st.integers(2, 8))
 def test_a_queue_pair_holds_all_that_a_buffer_has_in_flight(num_tokens: int, banks: int) -> None:
-    depth = NetworkConfig().depth_for(num_tokens, banks)
     # Both phases; a message a token, the counts and the signal; two requests each.
     num_requests = 2 * banks * (num_tokens + 2) * 2
+    if num_requests > 1 << 15:
+        with pytest.raises(ValueError, match=f"so {num_requests} requests .* holds 32768 at most"):
+            NetworkConfig().depth_for(num_tokens, banks)
+        assert NetworkConfig(queue_pair_depth=1024).depth_for(num_tokens, banks) == 1024
+        return
+    depth = NetworkConfig().depth_for(num_tokens, banks)
     assert depth == 1024 or num_requests <= depth < 2 * num_requests
     assert depth >= max(1024, num_requests)
     assert depth & (depth - 1) == 0
@@ -125,6 +130,11 @@ def test_variables_that_nvshmem_has_read() -> None:
         check_fixed({"NVSHMEM_IB_SL": "4"}, fixed)
     with pytest.raises(ValueError, match="with it unset"):
         check_fixed({"NVSHMEM_QP_DEPTH": "2048"}, fixed)
+    # A smaller buffer than the first one; a larger one.
+    fixed["NVSHMEM_QP_DEPTH"] = "2048"
+    check_fixed({"NVSHMEM_QP_DEPTH": "1024"}, fixed)
+    with pytest.raises(ValueError, match=r"NVSHMEM_QP_DEPTH=4096, but .* with 2048"):
+        check_fixed({"NVSHMEM_QP_DEPTH": "4096"}, fixed)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from ep_backend import _native
+from ep_backend import NetworkConfig, _native
 from ep_backend.cli import app
 from ep_backend.doctor.checks import Check, Level
 from ep_backend.doctor.gpu import Gpus
@@ -86,6 +86,22 @@ def test_what_a_network_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     found.append(Check("network cards", Level.MISSING, "none.", "Install their driver."))
     with pytest.raises(NotDeployable, match=r"network cards: none\. Install .* on one host"):
         check(num_hosts=2, device="cuda")
+
+
+def test_nothing_is_started_that_the_servers_will_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the network's settings it is asked what they need, no more."""
+    seen: list[NetworkConfig | None] = []
+    monkeypatch.setenv("EP_BACKEND_NETWORK", "transport=proxy")
+    monkeypatch.setattr("ep_backend.preflight._check_gpus", lambda _: "GPUs")
+    monkeypatch.setattr(
+        "ep_backend.preflight.check_rdma", lambda *_: seen.append(NetworkConfig.from_env()) or []
+    )
+    monkeypatch.setattr(
+        "ep_backend.preflight._check_exchange", lambda *_: seen.append(NetworkConfig.from_env())
+    )
+    check(num_hosts=2, device="cuda")
+    assert seen == [NetworkConfig(transport="proxy"), None]
+    assert NetworkConfig.from_env() == seen[0]
 
 
 @pytest.mark.gpu

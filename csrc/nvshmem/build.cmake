@@ -14,9 +14,11 @@ if(NOT NVSHMEM_ROOT)
       "import importlib.util as u; print(next(iter(u.find_spec('nvidia.nvshmem').submodule_search_locations)))"
     OUTPUT_VARIABLE NVSHMEM_ROOT OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
 endif()
-# Wheels have only the versioned name.
-find_file(NVSHMEM_HOST_LIBRARY NAMES libnvshmem_host.so.3 PATHS ${NVSHMEM_ROOT}/lib NO_DEFAULT_PATH)
-find_file(NVSHMEM_DEVICE_LIBRARY NAMES libnvshmem_device.a PATHS ${NVSHMEM_ROOT}/lib NO_DEFAULT_PATH)
+# Wheels have only the versioned name. NO_CACHE: a build folder is used again, with another NVSHMEM_ROOT, too.
+find_file(NVSHMEM_HOST_LIBRARY NAMES libnvshmem_host.so.3
+  PATHS ${NVSHMEM_ROOT}/lib NO_DEFAULT_PATH NO_CACHE)
+find_file(NVSHMEM_DEVICE_LIBRARY NAMES libnvshmem_device.a
+  PATHS ${NVSHMEM_ROOT}/lib NO_DEFAULT_PATH NO_CACHE)
 if(NOT NVSHMEM_HOST_LIBRARY OR NOT NVSHMEM_DEVICE_LIBRARY)
   set(missing "NVSHMEM 3 is not in '${NVSHMEM_ROOT}': pip install nvidia-nvshmem-cu13, or set NVSHMEM_ROOT. \
 (pip builds in isolation: NVSHMEM_ROOT, or --no-build-isolation)")

@@ -73,6 +73,8 @@ uintptr_t address_on(uintptr_t address, int pe) {
 }
 
 void quiet() {
+  // Kernels of other streams may not have put all yet: buffers are closed without waiting for them.
+  cuda::check(cudaDeviceSynchronize(), "waiting for kernels");
   cudaStream_t stream;
   cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
   nvshmemx_quiet_on_stream(stream);

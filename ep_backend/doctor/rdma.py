@@ -68,13 +68,14 @@ def check_rdma(machine: Machine, gpus: Gpus, build: Build | None = None) -> list
         build: of this library. Default: as it is.
     """
     ports = ports_of(machine)
+    build = Build.present() if build is None else build
     return [
-        _check_kernels(Build.present() if build is None else build),
+        _check_kernels(build),
         _check_settings(machine),
         *_check_ports(ports),
         _check_registration(machine),
         _check_device_initiated(machine, _transport(machine)),
-        _check_nvshmem(machine),
+        _check_nvshmem(machine, build),
         _check_locked_memory(machine),
         *_check_affinity(machine, gpus, sorted({port.card for port in ports if port.is_active})),
     ]
@@ -212,12 +213,15 @@ def _check_device_initiated(machine: Machine, transport: str) -> Check:
     )
 
 
-def _check_nvshmem(machine: Machine) -> Check:
+def _check_nvshmem(machine: Machine, build: Build) -> Check:
     found = {name: machine.version_of(name) for name in NVSHMEM_WHEELS}
     present = [f"{name} {version}" for name, version in found.items() if version is not None]
     python = machine.version_of("nvshmem4py-cu13") or machine.version_of("nvshmem4py-cu12")
     if not present:
         remedy = "pip install 'ep_backend[nvshmem]'"
+        if build.nvshmem is not None:  # NVSHMEM_ROOT named another place, and it has loaded
+            found_elsewhere = f"{build.nvshmem}, not of a wheel"
+            return Check("NVSHMEM", Level.NOTE, found_elsewhere, f"If it should be: {remedy}")
         return Check("NVSHMEM", Level.MISSING, "no NVSHMEM wheel is installed", remedy)
     if python is None:
         return Check(

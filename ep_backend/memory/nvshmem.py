@@ -168,7 +168,14 @@ def allocate(
     bases = [native.address_on(block.address, pe) for pe in pes]
     if network.links == "rdma":
         bases = [base if rank == group.self_rank else 0 for rank, base in enumerate(bases)]
-    return NetworkMemory(block, bases, pes)
+    return NetworkMemory(block, _mutual(group, bases), pes)
+
+
+def _mutual(group: Group, bases: list[int]) -> list[int]:
+    """Those of ranks that see this one's memory, too: kernels write to whom they expect to write to
+    them, else both put. (A process that sees fewer GPUs sees the memory of fewer.)"""
+    seen = group.all_gather([base != 0 for base in bases])
+    return [base if seen[rank][group.self_rank] else 0 for rank, base in enumerate(bases)]
 
 
 def _block(group: Group, world: _World, num_bytes: int, native: ModuleType) -> _Block:

@@ -146,7 +146,11 @@ def test_limits_wheels_and_ports(tmp_path: Path) -> None:
     assert "nvshmem4py is not installed" in checks["NVSHMEM"].found
     assert checks["NVSHMEM"].level is Level.NOTE
     empty = Machine(tmp_path, {}, lambda _: None, node.limit_of)
-    assert by_name(check_rdma(empty, gpus(2), BUILD))["NVSHMEM"].level is Level.MISSING
+    without = Build(why_not="built without NVSHMEM")
+    assert by_name(check_rdma(empty, gpus(2), without))["NVSHMEM"].level is Level.MISSING
+    # NVSHMEM_ROOT named one that is of no wheel.
+    assert missing_in(empty) == set()
+    assert by_name(check_rdma(empty, gpus(2), BUILD))["NVSHMEM"].found == "3.4.5, not of a wheel"
     for i in range(2):
         write(tmp_path, f"/sys/class/infiniband/mlx5_{i}/ports/1/state", "1: DOWN")
     cards = by_name(check_rdma(node, gpus(2)))["network cards"]

@@ -113,6 +113,15 @@ def test_a_rank_without_room_is_told_everywhere() -> None:
     assert first == second
 
 
+def test_ranks_write_to_each_other_or_neither_does() -> None:
+    seen = [[1, 2, 3], [0, 2, 3], [1, 2, 3]]  # rank 1 does not see the memory of rank 0
+
+    def rank_main(group: Group) -> list[int]:
+        return nvshmem._mutual(group, seen[group.self_rank])
+
+    assert virtual_world(3).run(rank_main) == [[1, 0, 3], [0, 2, 3], [1, 2, 3]]
+
+
 def test_a_call_that_waits_for_a_missing_peer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvshmem, "CALL_SECS", 0.05)
     for_ever = threading.Event()

@@ -15,7 +15,16 @@ from typer.testing import CliRunner
 from ep_backend import RendezvousError
 from ep_backend import group as group_module
 from ep_backend.cli import app
-from tests.serving_configs.configs import Process, all_processes
+from ep_backend.network import VARIABLE
+from tests.serving_configs.configs import (
+    COMPOSE_FILES,
+    LEADER_WORKER_SETS,
+    Process,
+    all_processes,
+    containers,
+    example_environment,
+    services,
+)
 from tests.support.processes import Rank, RankProcesses
 
 CHECKS = [process for process in all_processes() if process.is_check]
@@ -36,6 +45,23 @@ def test_no_server_of_several_hosts_starts(check: Process) -> None:
 
 def test_those_are_all_wide_ones() -> None:
     assert len(OF_SEVERAL_HOSTS) == 4, "two compose files, two pods"
+
+
+def test_checks_know_the_settings_of_the_network() -> None:
+    """Of their servers: which transport is asked for decides what is missing."""
+    files = [
+        services(path, {**example_environment(path.parent), "NETWORK": "transport=proxy"})
+        for path in COMPOSE_FILES
+    ]
+    pods = [containers(path) for path in LEADER_WORKER_SETS]
+    num_set = 0
+    for processes in (list(found.values()) for found in files + pods):
+        settings = {p.environment.get(VARIABLE) for p in processes if p.engine}
+        for process in processes:
+            if settings != {None} and process.is_check:
+                assert {process.environment.get(VARIABLE)} == settings, process.origin
+                num_set += 1
+    assert num_set == 3, "a compose file, two pods"
 
 
 @pytest.mark.parametrize("check", ON_CPUS, ids=lambda check: check.origin)
