@@ -71,7 +71,8 @@ class LowLatencyRank {
   };
   // What multi_node.h does otherwise, because not all ranks reach each other's memory.
   virtual Destination destination(uint32_t rank) const { return {rank}; }
-  // Who writes to this rank's memory what `src_rank` has dispatched to it.
+  // Who writes to this rank's memory what `src_rank` has dispatched to it, and is sent the rows
+  // that answer it.
   virtual uint32_t writer_of(uint32_t src_rank) const { return src_rank; }
   virtual MessagePlace place_message(const Op& op, uint32_t dst_rank, uint32_t slot,
                                      uint32_t token);

@@ -51,7 +51,7 @@ uint32_t LowLatencyRank::find_messages(const CombineSendParams& params) {
 void LowLatencyRank::send_messages(Op& op, uint32_t src_rank, const CombineSendParams& params) {
   const uint64_t num_rows = is_reduced_at_source() ? send_rows(op, src_rank, params)
                                                    : send_partials(op, src_rank, params);
-  op.count_sent(src_rank, num_rows * travelling_bytes());
+  op.count_sent(writer_of(src_rank), num_rows * travelling_bytes());
 }
 
 std::byte* LowLatencyRank::place_row(const Op& op, uint32_t src_rank, uint32_t outcome_slot) {

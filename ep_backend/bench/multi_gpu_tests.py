@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,14 +33,26 @@ def run_tests(limit_secs: float) -> dict[str, Any]:
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", MARKER, str(TESTS)]
     found: dict[str, Any] = {"command": " ".join(["python", *command])}
     begin = time.monotonic()
-    try:
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=limit_secs
-        )
-    except subprocess.TimeoutExpired:
-        return found | {"error": f"not done after {limit_secs:g} s"}
-    lines = (done.stdout or done.stderr).strip().splitlines() or ["pytest said nothing"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+    ) as tests:
+        try:
+            output, errors = tests.communicate(timeout=limit_secs)
+        except BaseException as e:
+            # And the ranks that it has started, which would keep the GPUs.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(tests.pid, signal.SIGKILL)
+            if not isinstance(e, subprocess.TimeoutExpired):
+                raise
+            return found | {"error": f"not done after {limit_secs:g} s"}
+    lines = (output or errors).strip().splitlines() or ["pytest said nothing"]
     found |= {"summary": lines[-1].strip("= "), "secs": round(time.monotonic() - begin, 1)}
-    if done.returncode not in (0, NOTHING_SELECTED):
+    if tests.returncode not in (0, NOTHING_SELECTED):
         found["error"] = "\n".join(line for line in lines if line.startswith("FAILED")) or lines[-1]
     return found

@@ -32,6 +32,7 @@ from ep_backend.bench.serve_client import (
 from ep_backend.bench.serve_document import (
     CannotResume,
     forget_server,
+    lacks_profiles,
     missing_cells,
     new_document,
     read_reference,
@@ -96,12 +97,16 @@ class Run:
         self._begin = time.monotonic()
         if options.resume:
             self.document = resumed_document(options)
-            self._reference = read_reference(options)
+            self._reference = read_reference(self.document, options)
         else:
             self.document = new_document(options)
             self._reference = None
-        missing = ((v, missing_cells(self.document, v, options)) for v in options.visits())
-        self._visits: list[tuple[Visit, Cells]] = [(v, cells) for v, cells in missing if cells]
+        self._visits: list[tuple[Visit, Cells]] = [
+            (visit, cells)
+            for visit in options.visits()
+            if (cells := missing_cells(self.document, visit, options))
+            or lacks_profiles(self.document, visit, options)
+        ]
         self._display = Display(
             Plan([s for v, cells in self._visits for s in stages(v, cells, options.profile)])
         )
@@ -164,7 +169,7 @@ class Run:
             target = Target(server.base_url, model, await self._served_name(visit, server, model))
             entry["start_secs"] = round(server.start_secs, 1)
             self._begin_stage(visit, "warm-up", f", up after {server.start_secs:.0f} s")
-            for concurrency in sorted({c for _, c in cells}):
+            for concurrency in sorted({c for _, c in cells} or set(self.options.profile)):
                 await self._bench(client, target, concurrency, None)
             self._begin_stage(visit, "correctness")
             await self._check(visit, target)

@@ -79,7 +79,7 @@ def resumed_document(options: Options) -> Document:
                     f"{options.output} was measured with {name} {was!r}, now it is {now!r}; "
                     "measure with the same, or into another --output"
                 )
-    if document["gates"] and not reference_path(options).exists():
+    if _was_checked(document) and not reference_path(options).exists():
         raise CannotResume(
             f"{reference_path(options)} is gone, with which the other servers' results are "
             "compared; start anew, without --resume"
@@ -101,6 +101,21 @@ def missing_cells(document: Document, visit: Visit, options: Options) -> list[tu
     return [cell for cell in wanted if cell not in measured]
 
 
+def lacks_profiles(document: Document, visit: Visit, options: Options) -> bool:
+    """Whether some of those that this server is to make are not there."""
+    made = {
+        profile["concurrency"]
+        for profile in document.get("profiles", [])
+        if profile["server"] == visit.name and "ranks" in profile
+    }
+    return visit.number == 0 and not made.issuperset(options.profile)
+
+
+def _was_checked(document: Document) -> bool:
+    """Whether some server's answers were kept, to compare with."""
+    return any("error" not in gate for gate in document["gates"])
+
+
 def forget_server(document: Document, visit: Visit) -> None:
     """Before it is started again: what its earlier start and check gave."""
     document["servers"] = [s for s in document["servers"] if s["name"] != visit.name]
@@ -117,8 +132,9 @@ def write_reference(options: Options, name: str, found: Probe) -> None:
     _replace(reference_path(options), {"server": name} | dataclasses.asdict(found))
 
 
-def read_reference(options: Options) -> tuple[str, Probe] | None:
-    if not reference_path(options).exists():
+def read_reference(document: Document, options: Options) -> tuple[str, Probe] | None:
+    """None: no server has been checked; what lies there is of another sweep."""
+    if not _was_checked(document):
         return None
     found = json.loads(reference_path(options).read_text())
     return found["server"], Probe(found["logprobs"], found["first_tokens"])

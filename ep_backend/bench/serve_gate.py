@@ -67,14 +67,18 @@ def fixed_prompts(vocab_size: int) -> list[list[int]]:
 
 
 def vocab_size_of(model: Path) -> int:
-    return json.loads((model / "config.json").read_text())["vocab_size"]
+    config = json.loads((model / "config.json").read_text())
+    if "vocab_size" not in config:
+        raise RuntimeError(f"{model / 'config.json'} has no vocab_size, of which prompts are drawn")
+    return config["vocab_size"]
 
 
 async def probe(engine: ServedEngine, target: Target) -> Probe:
     """Asks all prompts at once.
 
     Raises:
-        RuntimeError: the server answered with an error, or without log-probabilities.
+        RuntimeError: the server answered with an error, or without log-probabilities; or the model
+            does not say how many tokens it knows.
     """
     prompts = fixed_prompts(vocab_size_of(target.model))
     async with httpx.AsyncClient(

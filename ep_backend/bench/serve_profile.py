@@ -8,6 +8,7 @@ import gzip
 import json
 import re
 import statistics
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,7 +66,10 @@ async def record(base_url: str, trace_dir: Path) -> list[Path]:
             if answer.status_code != 200:
                 raise RuntimeError(f"{path} answered {answer.status_code}: {answer.text[:200]}")
             await asyncio.sleep(secs)
-    return sorted(set(_traces(trace_dir)) - before)
+    traces = sorted(set(_traces(trace_dir)) - before)
+    if not traces:
+        raise RuntimeError(f"the server has left no trace in {trace_dir}")
+    return traces
 
 
 def _traces(trace_dir: Path) -> Iterator[Path]:
@@ -166,9 +170,16 @@ def _busy_us(kernels: list[Kernel]) -> float:
 
 
 def read_kernels(trace: Path) -> list[Kernel]:
-    """Of a trace of PyTorch's profiler."""
-    raw = trace.read_bytes()
-    events = json.loads(gzip.decompress(raw) if trace.suffix == ".gz" else raw)["traceEvents"]
+    """Of a trace of PyTorch's profiler.
+
+    Raises:
+        RuntimeError: it is none, or not whole.
+    """
+    try:
+        raw = trace.read_bytes()
+        events = json.loads(gzip.decompress(raw) if trace.suffix == ".gz" else raw)["traceEvents"]
+    except (OSError, EOFError, ValueError, KeyError, zlib.error) as e:
+        raise RuntimeError(f"{trace} cannot be read: {type(e).__name__}: {e}") from e
     return [
         Kernel(event["name"], float(event["ts"]), float(event["dur"]))
         for event in events
@@ -180,7 +191,7 @@ def profile_of(traces: list[Path]) -> list[dict[str, Any]]:
     """A `RankProfile` for each trace, as JSON.
 
     Raises:
-        RuntimeError: a trace has no exchange.
+        RuntimeError: a trace has no exchange, or cannot be read.
     """
     return [asdict(RankProfile.of(read_kernels(trace))) for trace in traces]
 

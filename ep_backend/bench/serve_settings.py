@@ -144,6 +144,7 @@ def _check(parser: argparse.ArgumentParser, options: Options) -> None:
         ("--input-tokens", options.num_input_tokens),
         ("--output-tokens", options.num_output_tokens - 1),
         ("--concurrency", min(options.concurrency)),
+        ("--profile", min(options.profile, default=1)),
     ):
         if value < 1:
             least = 2 if flag in ("--ranks", "--output-tokens") else 1

@@ -268,8 +268,18 @@ def test_tests_are_told_and_fail_the_run(
     assert has_failed(document)
     print_results(document)
     assert "test_b.py::test_kernel" in capsys.readouterr().out
-    (tests / "test_b.py").write_text(marked + "import time; time.sleep(60)\n")
-    assert multi_gpu_tests.run_tests(2.0)["error"] == "not done after 2 s"
+    sleeping = "import subprocess, pathlib; p = subprocess.Popen(['sleep', '60'])\n    "
+    sleeping += f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(p.pid)); p.wait()\n"
+    (tests / "test_b.py").write_text(marked + sleeping)
+    assert multi_gpu_tests.run_tests(5.0)["error"] == "not done after 5 s"
+    assert not is_alive(int((tmp_path / "pid").read_text())), "what a test has started goes on"
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.gpus(2)

@@ -25,6 +25,7 @@ from ep_backend.bench.serve_gate import (
     NUM_PROMPTS,
     compare,
     fixed_prompts,
+    vocab_size_of,
 )
 from ep_backend.bench.serve_model import RandomMoE, make_random_model
 from ep_backend.bench.serve_settings import OURS, Options, Round, parse_arguments
@@ -368,6 +369,12 @@ def test_random_tokens_survive_being_text(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     prompt = fixed_prompts(SMALL.vocab_size)[0]
     assert tokenizer.encode(tokenizer.decode(prompt)).ids == prompt
+
+
+def test_a_model_that_does_not_say_how_many_tokens_it_knows_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"text_config": {"vocab_size": 512}}')
+    with pytest.raises(RuntimeError, match=r"config\.json has no vocab_size"):
+        vocab_size_of(tmp_path)
 
 
 def test_the_default_model_has_30_gb() -> None:

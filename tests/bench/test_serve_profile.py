@@ -7,8 +7,10 @@ import gzip
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -16,7 +18,7 @@ import pytest
 from ep_backend.bench import serve, serve_profile
 from ep_backend.bench.serve_profile import HEADS, Kernel, RankProfile, record, table_cells
 from ep_backend.bench.serve_report import has_failed, print_results
-from ep_backend.bench.serve_settings import parse_arguments
+from ep_backend.bench.serve_settings import OURS, parse_arguments
 from tests.bench.fake_engine import FakeEngine
 
 SEND = "void ep::cuda::workspace_dispatch_kernel<ep::cuda::CopyRow, true, false>(ep::cuda::View)"
@@ -106,6 +108,63 @@ def test_a_moment_is_recorded(recording: tuple[str, Path]) -> None:
     ]
 
 
+def test_no_trace_is_an_error(recording: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_profile, "_traces", lambda trace_dir: iter(()))
+    with pytest.raises(RuntimeError, match="left no trace in"):
+        asyncio.run(record(*recording))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"{}", gzip.compress(b"{}")[:-9]],
+    ids=["half", "without events", "half, compressed"],
+)
+def test_a_trace_that_cannot_be_read_is_told(content: bytes, tmp_path: Path) -> None:
+    name = "a.pt.trace.json" + (".gz" if content[0] == 0x1F else "")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RuntimeError, match=rf"{name} cannot be read"):
+        serve_profile.profile_of([tmp_path / name])
+
+
+def test_profiles_that_are_missing_are_made_when_a_sweep_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    row = asdict(RankProfile.of(layers([(SEND, 3.0), (HOOK, 2.0), (COMBINE, 4.0)], 3)))
+    monkeypatch.setattr(serve_profile, "profile_of", lambda traces: [row] * len(traces))
+    is_broken = True
+
+    async def recorded(_url: str, profile_dir: Path) -> list[Path]:
+        if is_broken and "ep_backend" in profile_dir.name:
+            raise RuntimeError("no trace")
+        return [profile_dir]
+
+    monkeypatch.setattr(serve_profile, "record", recorded)
+
+    def measured(*more: str) -> tuple[dict[str, Any], list[str]]:
+        engine = FakeEngine()
+        monkeypatch.setattr(serve, "running_server", engine.server)
+        monkeypatch.setattr(serve, "running_client", engine.client)
+        monkeypatch.setattr(serve.serve_gate, "probe", engine.probe)
+        arguments = ["--concurrency", "2", "--repeats", "2", "--profile", "2,4", *more]
+        arguments += ["--model", str(tmp_path), "--output", str(tmp_path / "x.json")]
+        run = serve.Run(parse_arguments(arguments))
+        run.measure()
+        return run.document, engine.started
+
+    cut, _ = measured()
+    assert has_failed(cut)
+    is_broken = False
+    resumed, started = measured("--resume")
+    assert started == [OURS]  # the first server of the other backend has told all
+    assert not has_failed(resumed)
+    assert [(p["backend"], p["concurrency"]) for p in resumed["profiles"]] == [
+        (backend, concurrency) for backend in ("default", OURS) for concurrency in (2, 4)
+    ]
+    assert resumed["cells"] == cut["cells"]
+    assert measured("--resume")[1] == []
+
+
 def test_a_server_that_cannot_be_profiled_fails_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +196,12 @@ def test_a_server_that_cannot_be_profiled_fails_the_run(
     commands = {server["name"]: server["command"] for server in document["servers"]}
     assert "--profiler-config.profiler" in commands["default-0"]
     assert "--profiler-config.profiler" not in commands["default-1"]
+
+
+def test_somebody_must_be_in_flight(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--profile", "8,0"])
+    assert "--profile must be at least 1" in capsys.readouterr().err
 
 
 def test_kernels_are_a_gpus(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from ep_backend.bench import serve
-from ep_backend.bench.serve_gate import compare
+from ep_backend.bench.serve_engine import ServedEngine, Target
+from ep_backend.bench.serve_gate import Probe, compare
 from ep_backend.bench.serve_report import HEADS, has_failed, print_results, summarise, table_cells
 from ep_backend.bench.serve_settings import OURS, Options, parse_arguments
 from ep_backend.bench.serve_vllm import METRICS
@@ -274,6 +275,25 @@ def test_another_machine_or_lost_answers_do_not_go_on(
     (tmp_path / "out" / "r-reference.json").unlink()
     assert start(FakeEngine(), "--resume")[0] == 2
     assert "r-reference.json is gone" in capsys.readouterr().err
+
+
+def test_a_sweep_in_which_no_server_could_be_checked_goes_on(start: Any) -> None:
+    class Mute(FakeEngine):
+        async def probe(self, engine: ServedEngine, target: Target) -> Probe:
+            raise RuntimeError("no answer")
+
+    assert start(Mute(slow=OURS), "--limit", "2")[0] == 1
+    engine = FakeEngine()
+    _, document = start(engine, "--resume")
+    assert engine.started == [OURS, "default", OURS]
+    assert "versus" not in document["gates"][1]
+
+
+def test_answers_of_a_sweep_that_is_gone_are_not_compared_with(start: Any, tmp_path: Path) -> None:
+    start(FakeEngine())
+    (tmp_path / "out" / "r.json").unlink()
+    status, document = start(FakeEngine(answer=-8.0), "--resume")
+    assert (status, "versus" in document["gates"][0]) == (0, False)
 
 
 def test_without_resume_a_sweep_starts_anew(start: Any) -> None:

@@ -4,6 +4,7 @@ network that reorders what RDMA may reorder: flat and hierarchical, on shapes th
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -78,6 +79,39 @@ def test_the_order_of_sums_is_that_of_the_nodes() -> None:
         assert all(map(same_bits, flat, combined(shape, scenario, seed)))
         assert all(map(same_bits, by_node, combined(hierarchical, scenario, seed)))
     assert all(map(same_bits, flat, combined(replace(shape, ranks_per_node=None), scenario)))
+
+
+@pytest.mark.parametrize("hierarchical", [False, True], ids=["flat", "hierarchical"])
+@pytest.mark.parametrize("combine_dtype", [None, torch.float8_e4m3fn], ids=["bfloat16", "float8"])
+def test_bytes_are_counted_where_they_go(
+    hierarchical: bool, combine_dtype: torch.dtype | None
+) -> None:
+    """A rank's statistics of a combine say what the network has counted of every pair."""
+    shape = Shape(6, combine_dtype=combine_dtype, ranks_per_node=2, hierarchical=hierarchical)
+    variant = Scenario(shape).add("uniform", [6] * 6, seed=0).variants[0]
+    world = shape.world()
+    assert world.network is not None
+    network = world.network
+    buffers = world.run(shape.buffer)
+    results = world.run(
+        lambda group: buffers[group.self_rank].dispatch_and_receive(
+            *variant.inputs(group.self_rank)
+        )
+    )
+    pairs = list(product(range(6), range(6)))
+    before = {pair: network.traffic(*pair) for pair in pairs}
+    expert_out = [torch.zeros_like(result.recv_x) for result in results]
+    world.run(
+        lambda group: buffers[group.self_rank].combine_and_receive(
+            expert_out[group.self_rank], results[group.self_rank].handle
+        )
+    )
+    sent = [buffer.statistics().sent_bytes for buffer in buffers]
+    for src_rank, dst_rank in pairs:
+        counted = network.traffic(src_rank, dst_rank) - before[src_rank, dst_rank]
+        told = sum(sent[src_rank][kind][dst_rank] for kind in ("combine_send", "combine_recv"))
+        assert told == counted.put_bytes, (src_rank, dst_rank)
+    world.run(lambda group: buffers[group.self_rank].close())
 
 
 def test_one_node_is_as_if_there_was_no_network() -> None:

@@ -3,6 +3,7 @@ it was damaged or when somebody does not come."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,7 @@ from ep_backend import (
     _native,
 )
 from tests.support.memory import entry_of, header_of, word_of
-from tests.support.scenario import Scenario, check_received
+from tests.support.scenario import Scenario, check_combined, check_received, run_experts
 from tests.support.shapes import Shape
 
 DISPATCH = _native.Phase.DISPATCH
@@ -201,6 +202,58 @@ def test_a_partial_row_for_no_message_of_the_forwarder_is_refused() -> None:
     header.outcome_slot = 2 * 2  # messages times ranks of a node
     with pytest.raises(ProtocolError, match="CORRUPT: expected 4, saw 4"):
         exchange.dispatched[2][1]()
+    exchange.close()
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(hook: RecvHook) -> None:
+    """Calls it alone, as if Ctrl-C was pressed while it waits for what others forward or add up."""
+
+    def raise_it(*_: object) -> None:
+        raise Interrupted
+
+    handler = signal.signal(signal.SIGALRM, raise_it)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(Interrupted):
+            hook()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def test_a_hook_that_was_interrupted_goes_on_behind_what_it_has_forwarded() -> None:
+    shape = Shape(6, num_max_tokens_per_rank=4, ranks_per_node=2, hierarchical=True)
+    scenario = Scenario(shape).add("uniform", [4, 0, 3, 4, 4, 1], seed=0)
+    variant = scenario.variants[0]
+    exchange = send(shape, variant.x, variant.topk_idx, variant.topk_weights)
+    assert exchange.world.network is not None
+    network = exchange.world.network
+
+    def hooks_of_all(hooks: list[RecvHook], rank: int) -> None:
+        """`rank`'s is interrupted first. It has forwarded or added up then, and does so once."""
+        before = network.traffic(rank, rank ^ 1), network.traffic(rank, (rank + 2) % 6)
+        interrupt(hooks[rank])
+        first = network.traffic(rank, rank ^ 1), network.traffic(rank, (rank + 2) % 6)
+        assert first != before
+        interrupt(hooks[rank])
+        assert (network.traffic(rank, rank ^ 1), network.traffic(rank, (rank + 2) % 6)) == first
+        exchange.world.run(lambda group: hooks[group.self_rank]())
+
+    hooks_of_all([hook for _, hook in exchange.dispatched], 3)
+    results = [result for result, _ in exchange.dispatched]
+    for rank, result in enumerate(results):
+        check_received(result, variant, shape, rank)
+    combined = [
+        buffer.combine(run_experts(result, shape, rank), result.handle)
+        for rank, (buffer, result) in enumerate(zip(exchange.buffers, results, strict=True))
+    ]
+    hooks_of_all([hook for _, hook in combined], 4)
+    for rank, (out, _) in enumerate(combined):
+        check_combined(out, variant, rank)
     exchange.close()
 
 
