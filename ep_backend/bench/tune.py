@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     request = parse_arguments(arguments)
     path = request.table or table_path()
     if path is None:
-        print(f"{PROGRAM}: {TUNING_VARIABLE} is off; name a table with --table", file=sys.stderr)
+        why = f"{TUNING_VARIABLE} is off, or there is no home directory"
+        print(f"{PROGRAM}: {why}; name a table with --table", file=sys.stderr)
         return 2
     if request.shows:
         return print_table_file(path)

@@ -12,12 +12,14 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import ep_backend_vllm
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from ep_backend_vllm import adapter as adapters
 from ep_backend_vllm.backends import HIGH_THROUGHPUT, LOW_LATENCY
 from ep_backend_vllm.high_throughput import NormalPrepareAndFinalize, num_bytes_for
 from vllm.config.compilation import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.model_executor.layers.fused_moe.config import (
     FUSED_MOE_UNQUANTIZED_CONFIG,
     fp8_w8a8_moe_quant_config,
+    nvfp4_moe_quant_config,
 )
 
 from ep_backend import Group, NormalBuffer, reference, virtual_world
@@ -140,6 +142,25 @@ def test_experts_on_a_gpu_get_float8_blocks_global_ids_and_counts() -> None:
             adapter.prepare(*arguments, BLOCKS, defer_input_quant=True)
 
     virtual_world(NUM_RANKS).run(rank_main)
+
+
+def test_rows_are_quantised_as_the_layer_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of nvfp4 by its global scale, and with scales in the order in which the experts read them;
+    vLLM's kernel for it, which no CPU has, is played."""
+    seen: list[Any] = []
+
+    def quantise(x: torch.Tensor, scale: torch.Tensor, **how: Any) -> tuple[torch.Tensor, str]:
+        seen.append((scale, how["quant_dtype"], how["is_scale_swizzled"]))
+        return x, "scales"
+
+    monkeypatch.setattr(adapters, "moe_kernel_quantize_input", quantise)
+    of_a1 = torch.tensor([3.0])
+    for is_swizzled in (False, True):
+        config = nvfp4_moe_quant_config(
+            ONE, ONE, of_a1, ONE, ONE, ONE, is_scale_swizzled=is_swizzled
+        )
+        assert adapters.quantised_rows(torch.ones(2, HIDDEN), None, config, False)[1] == "scales"
+    assert seen == [(of_a1, "nvfp4", False), (of_a1, "nvfp4", True)]
 
 
 def test_shared_experts_run_beside_combine_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
