@@ -163,6 +163,36 @@ def test_rows_are_quantised_as_the_layer_says(monkeypatch: pytest.MonkeyPatch) -
     assert seen == [(of_a1, "nvfp4", False), (of_a1, "nvfp4", True)]
 
 
+@pytest.mark.parametrize(
+    ("backend", "device", "is_taken"),
+    [
+        (HIGH_THROUGHPUT, "cuda", False),
+        (HIGH_THROUGHPUT, "cpu", True),
+        (LOW_LATENCY, "cuda", True),
+        ("allgather_reducescatter", "cuda", True),
+    ],
+)
+def test_experts_that_take_no_counts_are_not_chosen(
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: str, is_taken: bool
+) -> None:
+    """CUTLASS's assert that there are none. What a CPU cannot say yes to is said for it."""
+    from vllm.model_executor.layers.fused_moe.experts.cutlass_moe import CutlassExpertsFp8
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+
+    def rank_main(group: Group) -> None:
+        config: Any = moe_config_of(group, buffer_of(group))
+        config.device = device
+        config.moe_parallel_config.all2all_backend = backend
+        standard = mk.FusedMoEActivationFormat.Standard
+        for experts, expected in ((CutlassExpertsFp8, is_taken), (TritonExperts, True)):
+            for name in ("_supports_current_device", "_supports_quant_scheme"):
+                monkeypatch.setattr(experts, name, staticmethod(lambda *_: True))
+            is_supported, why = experts.is_supported_config(experts, config, None, None, standard)
+            assert is_supported == expected, why
+
+    virtual_world(NUM_RANKS).run(rank_main)
+
+
 def test_shared_experts_run_beside_combine_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between its call and the wait for its event; played on a CPU, where there are no events."""
     batch = batch_of(torch.Generator().manual_seed(1), 3)
