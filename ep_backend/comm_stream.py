@@ -84,8 +84,9 @@ class NoStreams:
 
 
 class CommStream:
-    """One buffer's. Operations that ask for nothing run on the current stream. All run in the order
-    in which they are issued, whatever stream each is on."""
+    """One buffer's. Operations that ask for nothing run on the current stream. Those on our stream
+    and all others run in the order in which they are issued; two others on different streams only
+    if their caller lets one stream wait for the other."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -265,8 +265,9 @@ class CudaNormalBuffer(NormalBuffer):
 
     def combine_input(self, handle: NormalDispatchHandle) -> torch.Tensor:
         """`[N or num_worst_tokens, H]` of the buffer's dtype: in symmetric memory, if there is room
-        for it, from which combine need not copy. It may be written when the handle's dispatch has
-        been received, until a combine has been given it."""
+        for it, from which combine need not copy. All handles share that, and peers may still read
+        it when a combine of this rank has ended: so it may be written when a dispatch behind the
+        last combine has been received, until a combine has been given it."""
         self._check_handle(handle)
         assert isinstance(handle, CudaNormalDispatchHandle)
         if handle.may_need_rounds(self.num_rows):

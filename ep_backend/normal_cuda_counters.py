@@ -39,6 +39,7 @@ class CudaNormalCounters:
         self._num_local_experts = buffer.num_local_experts
         self._row_bytes = (dispatch_row_bytes, buffer.hidden * buffer.dtype.itemsize)
         self._epochs = epochs
+        self._device = buffer.device
         with torch.cuda.device(buffer.device):
             self._reader = _native.CudaCounterReader()
         self._dispatched: torch.Tensor | None = None
@@ -88,9 +89,11 @@ class CudaNormalCounters:
 
     def statistics(self) -> KernelStatistics:
         """As counted so far; waits for no kernel."""
-        dispatches, combines = self._reader.read(self._epochs, 2)
+        # The thread that exports metrics has another current device, where CUDA would take memory.
+        with torch.cuda.device(self._device):
+            dispatches, combines = self._reader.read(self._epochs, 2)
+            tokens, expert_rows, sent_bytes = self._rows()
         waited = self._waited
-        tokens, expert_rows, sent_bytes = self._rows()
         return KernelStatistics(
             num_ops={
                 "normal_counts": waited.num_ops,

@@ -15,6 +15,7 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
@@ -43,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     request = parse_arguments(arguments)
     path = request.table or table_path()
     if path is None:
-        print(f"{PROGRAM}: {TUNING_VARIABLE} is off; name a table with --table", file=sys.stderr)
+        why = f"{TUNING_VARIABLE} is off, or there is no home directory"
+        print(f"{PROGRAM}: {why}; name a table with --table", file=sys.stderr)
         return 2
     if request.shows:
         return print_table_file(path)
@@ -52,6 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
     missing = _missing(request.settings)
     if missing:
         print(f"{PROGRAM}: {missing}", file=sys.stderr)
+        return 1
+    try:
+        _try_to_write_beside(path)
+    except OSError as e:  # now, not after a search of minutes
+        print(
+            f"{PROGRAM}: {path} cannot be written ({e}); name another with --table", file=sys.stderr
+        )
         return 1
     # What was found before must not change what is measured now.
     os.environ[TUNING_VARIABLE] = OFF
@@ -88,6 +97,12 @@ def _missing(settings: TuneSettings) -> str:
             f"{torch.cuda.device_count()}; --virtual has all ranks on one"
         )
     return ""
+
+
+def _try_to_write_beside(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def _take(

@@ -18,7 +18,7 @@ def check_tuning(machine: Machine, gpus: Gpus) -> list[Check]:
     """The table, then a line for each entry that buffers on this machine would take."""
     path = table_path(machine.environ)
     if path is None:
-        return [Check(NAME, Level.OK, f"off ({TUNING_VARIABLE})")]
+        return [Check(NAME, Level.OK, f"off ({TUNING_VARIABLE}, or no home directory)")]
     try:
         table = Table.read(_on(machine, path))
     except TableUnreadable as e:

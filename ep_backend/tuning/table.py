@@ -155,7 +155,8 @@ def _instance(kind: type[T], document: Mapping[str, Any]) -> T:
 
 
 def table_path(environ: Mapping[str, str] | None = None) -> Path | None:
-    """Of the table; None where `EP_BACKEND_TUNING` is "off"."""
+    """Of the table; None where `EP_BACKEND_TUNING` is "off", or where it says nothing and there is
+    no home directory, as in containers whose user has no name."""
     environ = os.environ if environ is None else environ
     given = environ.get(TUNING_VARIABLE)
     if given == OFF:
@@ -163,7 +164,10 @@ def table_path(environ: Mapping[str, str] | None = None) -> Path | None:
     if given:
         return Path(given)
     cache = environ.get("XDG_CACHE_HOME")
-    directory = Path(cache) if cache else Path(environ.get("HOME") or Path.home()) / ".cache"
+    try:
+        directory = Path(cache) if cache else Path(environ.get("HOME") or Path.home()) / ".cache"
+    except RuntimeError:  # the user is not in /etc/passwd
+        return None
     return directory / "ep_backend" / "tuning.json"
 
 

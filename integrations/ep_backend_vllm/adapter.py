@@ -76,12 +76,14 @@ def quantised_rows(
     is_wanted = quant_config.quant_dtype is not None and not defer_input_quant
     if scales is not None or not is_wanted or x.numel() == 0:
         return x, scales
+    is_nvfp4 = quant_config.quant_dtype == "nvfp4"
     return moe_kernel_quantize_input(
         x,
-        quant_config.a1_scale,
+        quant_config.a1_gscale if is_nvfp4 else quant_config.a1_scale,
         quant_dtype=quant_config.quant_dtype,
         per_act_token_quant=quant_config.per_act_token_quant,
         block_shape=quant_config.block_shape,
+        is_scale_swizzled=quant_config.is_scale_swizzled,
     )
 
 

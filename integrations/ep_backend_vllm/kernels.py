@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,6 +11,9 @@ from ep_backend_vllm.patching import rebind_everywhere, require, require_paramet
 
 MODULAR_KERNEL = "FusedMoEKernelModularImpl"
 PLACE = "vllm.model_executor.layers.fused_moe.all2all_utils.maybe_make_prepare_finalize"
+
+DEEP_EP_HIGH_THROUGHPUT = "deepep_high_throughput"
+EXPERTS = "vllm.model_executor.layers.fused_moe.modular_kernel.FusedMoEExperts.is_supported_config"
 
 
 def check() -> None:
@@ -20,6 +24,8 @@ def check() -> None:
     kernel = _modular_kernel()
     place = f"{kernel.__module__}.{MODULAR_KERNEL}._allocate_buffers"
     require(hasattr(kernel, "_allocate_buffers"), place, "does not exist")
+    require_parameters(_experts().is_supported_config, EXPERTS, "cls", "moe_config")
+    require(hasattr(_experts(), "_supports_parallel_config"), EXPERTS, "cannot ask the experts")
 
 
 def install() -> None:
@@ -39,6 +45,7 @@ def install() -> None:
 
     rebind_everywhere(original, maybe_make_prepare_finalize)
     _let_experts_write_to_workspaces(_modular_kernel())
+    _refuse_experts_without_counts(_experts())
 
 
 def _modular_kernel() -> Any:
@@ -47,6 +54,32 @@ def _modular_kernel() -> Any:
     place = f"{modular_kernel.__name__}.{MODULAR_KERNEL}"
     require(hasattr(modular_kernel, MODULAR_KERNEL), place, "does not exist")
     return getattr(modular_kernel, MODULAR_KERNEL)
+
+
+def _experts() -> Any:
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
+
+    return FusedMoEExperts
+
+
+def _refuse_experts_without_counts(experts: Any) -> None:
+    """On a GPU our high-throughput backend hands rows over as DeepEP's does, with counts that are
+    known to the host. Experts that cannot take those, as CUTLASS's, say so of DeepEP by name."""
+    import torch
+
+    original = experts.is_supported_config
+
+    @functools.wraps(original)
+    def is_supported_config(cls: Any, moe_config: Any, *args: Any, **kwargs: Any) -> Any:
+        parallel = moe_config.moe_parallel_config
+        is_ours = parallel.use_all2all_kernels and parallel.all2all_backend == HIGH_THROUGHPUT
+        if is_ours and torch.device(moe_config.device).type != "cpu":
+            as_deep_ep = dataclasses.replace(parallel, all2all_backend=DEEP_EP_HIGH_THROUGHPUT)
+            if not cls._supports_parallel_config(as_deep_ep):
+                return False, f"kernel does not support what {HIGH_THROUGHPUT} hands over"
+        return original(cls, moe_config, *args, **kwargs)
+
+    experts.is_supported_config = staticmethod(is_supported_config)
 
 
 def _let_experts_write_to_workspaces(kernel: Any) -> None:

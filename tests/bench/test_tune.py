@@ -173,9 +173,22 @@ def test_without_a_gpu_cuda_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert not table.exists()
 
 
+def test_a_table_that_cannot_be_written_is_noticed_before_the_search(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "_search_processes", lambda *_: pytest.fail("it has searched"))
+    file = tmp_path / "file"
+    file.touch()
+    table = file / "t.json"
+    assert tune.main(["--ranks", "2", "--table", str(table)]) == 1
+    assert f"{table} cannot be written" in (said := capsys.readouterr().err)
+    assert "name another with --table" in said
+
+
 def test_it_does_not_guess_where_the_table_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main(["--ranks", "2"]) == 2  # tests have it off
-    assert "EP_BACKEND_TUNING is off; name a table with --table" in capsys.readouterr().err
+    expected = "EP_BACKEND_TUNING is off, or there is no home directory; name a table with --table"
+    assert expected in capsys.readouterr().err
 
 
 def test_show_prints_the_table(tmp_path: Path) -> None:

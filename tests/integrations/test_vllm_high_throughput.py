@@ -12,12 +12,14 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import ep_backend_vllm
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from ep_backend_vllm import adapter as adapters
 from ep_backend_vllm.backends import HIGH_THROUGHPUT, LOW_LATENCY
 from ep_backend_vllm.high_throughput import NormalPrepareAndFinalize, num_bytes_for
 from vllm.config.compilation import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.model_executor.layers.fused_moe.config import (
     FUSED_MOE_UNQUANTIZED_CONFIG,
     fp8_w8a8_moe_quant_config,
+    nvfp4_moe_quant_config,
 )
 
 from ep_backend import Group, NormalBuffer, reference, virtual_world
@@ -138,6 +140,55 @@ def test_experts_on_a_gpu_get_float8_blocks_global_ids_and_counts() -> None:
         assert torch.equal(got_weights, torch.cat([expected_weights] * 2))
         with pytest.raises(NotImplementedError, match="wants unquantised activations"):
             adapter.prepare(*arguments, BLOCKS, defer_input_quant=True)
+
+    virtual_world(NUM_RANKS).run(rank_main)
+
+
+def test_rows_are_quantised_as_the_layer_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of nvfp4 by its global scale, and with scales in the order in which the experts read them;
+    vLLM's kernel for it, which no CPU has, is played."""
+    seen: list[Any] = []
+
+    def quantise(x: torch.Tensor, scale: torch.Tensor, **how: Any) -> tuple[torch.Tensor, str]:
+        seen.append((scale, how["quant_dtype"], how["is_scale_swizzled"]))
+        return x, "scales"
+
+    monkeypatch.setattr(adapters, "moe_kernel_quantize_input", quantise)
+    of_a1 = torch.tensor([3.0])
+    for is_swizzled in (False, True):
+        config = nvfp4_moe_quant_config(
+            ONE, ONE, of_a1, ONE, ONE, ONE, is_scale_swizzled=is_swizzled
+        )
+        assert adapters.quantised_rows(torch.ones(2, HIDDEN), None, config, False)[1] == "scales"
+    assert seen == [(of_a1, "nvfp4", False), (of_a1, "nvfp4", True)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "is_taken"),
+    [
+        (HIGH_THROUGHPUT, "cuda", False),
+        (HIGH_THROUGHPUT, "cpu", True),
+        (LOW_LATENCY, "cuda", True),
+        ("allgather_reducescatter", "cuda", True),
+    ],
+)
+def test_experts_that_take_no_counts_are_not_chosen(
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: str, is_taken: bool
+) -> None:
+    """CUTLASS's assert that there are none. What a CPU cannot say yes to is said for it."""
+    from vllm.model_executor.layers.fused_moe.experts.cutlass_moe import CutlassExpertsFp8
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+
+    def rank_main(group: Group) -> None:
+        config: Any = moe_config_of(group, buffer_of(group))
+        config.device = device
+        config.moe_parallel_config.all2all_backend = backend
+        standard = mk.FusedMoEActivationFormat.Standard
+        for experts, expected in ((CutlassExpertsFp8, is_taken), (TritonExperts, True)):
+            for name in ("_supports_current_device", "_supports_quant_scheme"):
+                monkeypatch.setattr(experts, name, staticmethod(lambda *_: True))
+            is_supported, why = experts.is_supported_config(experts, config, None, None, standard)
+            assert is_supported == expected, why
 
     virtual_world(NUM_RANKS).run(rank_main)
 

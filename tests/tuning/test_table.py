@@ -109,6 +109,18 @@ def test_the_table_can_be_switched_off() -> None:
     assert table_path({"EP_BACKEND_TUNING": "off", "XDG_CACHE_HOME": "/c"}) is None
 
 
+def test_a_user_without_a_home_has_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number: buffers are made there, too."""
+
+    def unknown(_uid: int) -> None:
+        raise KeyError("no such user")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.delenv("HOME", raising=False)
+    assert table_path({}) is None
+    assert table_path({"EP_BACKEND_TUNING": "/t.json"}) == Path("/t.json")
+
+
 def test_which_settings_a_shape_has() -> None:
     rank_major = replace(SHAPE, output_layout="rank_major", has_workspaces=True)
     assert SHAPE.settings_of("cuda") == ("num_sms", "transfer", "num_max_tagged_tokens")
