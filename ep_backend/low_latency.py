@@ -488,7 +488,7 @@ class LowLatencyBuffer:
     def links(self) -> list[str]:
         """`[R]`: how each rank is reached: "self", "shm", "p2p" or "rdma"."""
         network, self_rank = self.group.network, self.group.self_rank
-        if network is not None:
+        if network is not None and self.device.type == "cpu":
             return [network.link(self_rank, rank) for rank in range(self.group.num_ranks)]
         direct = "shm" if self.device.type == "cpu" else "p2p"
         links = ["rdma" if base == 0 else direct for base in self._memory.bases]
