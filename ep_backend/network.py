@@ -7,7 +7,7 @@ So does one class of queue pairs: a service level cannot differ between kernels 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -211,12 +211,26 @@ class NetworkConfig:
         return advice
 
 
+# Facts about both are read from NVSHMEM 3.4.5 and 3.8.0; with neither set, one card adds to a word.
+SPREADING: dict[str, Callable[[str], bool]] = {
+    "NVSHMEM_IBGDA_ENABLE_MULTI_PORT": lambda value: value not in ("", "0", "false", "no", "off"),
+    "NVSHMEM_IB_ATOMIC_POLICY": lambda value: value == "multi",
+}
+
+
 def check_free(required: dict[str, str], environ: Mapping[str, str] = os.environ) -> None:
     """For NVSHMEM's variables before it starts.
 
     Raises:
-        ValueError: one is set to something else in the environment.
+        ValueError: one is set to something else in the environment, or to what would lose arrivals.
     """
+    for variable, is_wrong in SPREADING.items():
+        if is_wrong(environ.get(variable, "").lower()):
+            raise ValueError(
+                f"{variable} is {environ[variable]!r} in the environment: then several cards of a "
+                "rank may add to one word, whose sum is lost, but receivers count messages so. "
+                "Unset it."
+            )
     for variable, value in required.items():
         present = environ.get(variable)
         if present is not None and present != value:

@@ -17,6 +17,16 @@ def environment(config: NetworkConfig, family: str = "low_latency") -> dict[str,
     return config.environment(family, num_max_tokens_per_rank=128, num_banks=2)
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("NVSHMEM_IBGDA_ENABLE_MULTI_PORT", "1"), ("NVSHMEM_IB_ATOMIC_POLICY", "MULTI")],
+)
+def test_several_cards_that_add_to_one_word_are_refused(variable: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"{variable} is '{value}'"):
+        check_free({}, {variable: value})
+    check_free({}, {variable: "0"})
+
+
 def test_transports() -> None:
     assert environment(NetworkConfig())["NVSHMEM_IB_ENABLE_IBGDA"] == "1"
     assert environment(NetworkConfig(transport="ibgda_cpu"))["NVSHMEM_IBGDA_NIC_HANDLER"] == "cpu"
