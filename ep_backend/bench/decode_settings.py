@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from ep_backend.bench.options import numbers, option_adder
 
 PROGRAM = "ep-backend bench decode"
 DEVICES = ("cpu", "cuda")
@@ -105,18 +106,11 @@ def parse_arguments(arguments: list[str]) -> tuple[DecodeSettings, Path | None]:
         "CPU, or virtual ranks on one GPU, in a CUDA graph.",
     )
 
-    def add(flag: str, name: str, parse: Any, text: str) -> None:
-        shown = getattr(default, name)
-        if isinstance(shown, tuple):
-            shown = ",".join(map(str, shown))
-        parser.add_argument(
-            flag, dest=name, type=parse, metavar=flag[2:].upper(), help=f"{text} [default: {shown}]"
-        )
-
+    add = option_adder(parser, default)
     add("--model", "model", str, f"One of {', '.join(MODELS)}: the shape of its MoE layers.")
     add("--device", "device", str, "cpu or cuda.")
-    add("--ranks", "num_ranks", _numbers, "List: expert-parallel ranks.")
-    add("--tokens", "num_tokens", _numbers, "List: tokens of every rank.")
+    add("--ranks", "num_ranks", numbers, "List: expert-parallel ranks.")
+    add("--tokens", "num_tokens", numbers, "List: tokens of every rank.")
     add("--layers", "num_layers", int, "Layers of a step that is timed.")
     add("--layout", "layout", str, "expert_major, or on CUDA expert_workspace.")
     add("--repeats", "num_repeats", int, "Steps timed.")
@@ -128,7 +122,3 @@ def parse_arguments(arguments: list[str]) -> tuple[DecodeSettings, Path | None]:
         return replace(default, **given), output
     except ValueError as e:
         parser.error(str(e))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))

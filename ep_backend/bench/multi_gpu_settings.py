@@ -14,10 +14,8 @@ from ep_backend.bench.op_cuda_settings import (
     Case,
     CudaBenchSettings,
     add_case_options,
-    numbers,
-    without_output,
-    words,
 )
+from ep_backend.bench.options import numbers, without_output, words
 
 PROGRAM = "python -m ep_backend.bench.multi_gpu"
 MAX_GPUS = 8

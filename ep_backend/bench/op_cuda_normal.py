@@ -36,12 +36,8 @@ from ep_backend.bench.op_cuda_normal_case import (
     yardstick,
 )
 from ep_backend.bench.op_cuda_report import machine, print_table, reason
-from ep_backend.bench.op_cuda_settings import (
-    TRAVELLING_DTYPES,
-    numbers,
-    without_output,
-    words,
-)
+from ep_backend.bench.op_cuda_settings import TRAVELLING_DTYPES
+from ep_backend.bench.options import numbers, option_adder, without_output, words
 from ep_backend.tuning import untuned_unless_asked
 
 PROGRAM = "ep-backend bench op --kind normal --device cuda"
@@ -261,14 +257,7 @@ def parse_arguments(arguments: list[str]) -> tuple[NormalBenchSettings, Path | N
         "GPU, beside a copy on as many SMs. A list is swept.",
     )
 
-    def add(flag: str, name: str, parse: Any, text: str) -> None:
-        shown = getattr(default, name)
-        if isinstance(shown, tuple):
-            shown = ",".join(map(str, shown))
-        parser.add_argument(
-            flag, dest=name, type=parse, metavar=flag[2:].upper(), help=f"{text} [default: {shown}]"
-        )
-
+    add = option_adder(parser, default)
     add("--ranks", "num_ranks", numbers, "List: virtual ranks, all on this GPU.")
     add("--tokens", "num_tokens", numbers, "List: tokens of every rank.")
     add("--dispatch-dtype", "dispatch_dtypes", words, "List of bf16, fp8: rows of dispatch.")

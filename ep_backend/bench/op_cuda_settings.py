@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from ep_backend.bench.options import numbers, option_adder, words
 from ep_backend.settings import TAGGED_TOKENS_IN_WORKSPACES, default_tagged_tokens
 
 PROGRAM = "ep-backend bench op --device cuda"
@@ -198,14 +198,7 @@ def add_case_options(
         with_ranks: the number of virtual ranks is swept too.
     """
 
-    def add(flag: str, name: str, parse: Any, text: str) -> None:
-        shown = getattr(default, name)
-        if isinstance(shown, tuple):
-            shown = ",".join("default" if value is None else str(value) for value in shown)
-        parser.add_argument(
-            flag, dest=name, type=parse, metavar=flag[2:].upper(), help=f"{text} [default: {shown}]"
-        )
-
+    add = option_adder(parser, default)
     if with_ranks:
         add("--ranks", "num_ranks", numbers, "List: virtual ranks, all on this GPU.")
     add("--tokens", "num_tokens", numbers, "List: tokens of every rank.")
@@ -229,21 +222,6 @@ def add_case_options(
     add("--repeats", "num_repeats", int, "Replays timed.")
     add("--seed", "seed", int, "Of the inputs.")
     parser.add_argument("--output", "--json", type=Path, help="Write all results there, as JSON.")
-
-
-def without_output(arguments: Sequence[str]) -> list[str]:
-    """Where results were written to says nothing about them."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--output", "--json")
-    return parser.parse_known_args(arguments)[1]
-
-
-def words(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
 
 
 def _numbers_or_default(text: str) -> tuple[int | None, ...]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ep_backend.bench.decode_settings import MODELS
+from ep_backend.bench.options import numbers, option_adder, words
 from ep_backend.settings import dtype_name
 from ep_backend.tuning import Shape
 
@@ -169,20 +169,12 @@ def _parser() -> argparse.ArgumentParser:
         "that buffers look in: processes on a CPU, a process a GPU, or virtual ranks on one GPU.",
     )
 
-    def add(flag: str, name: str, parse: Any, text: str) -> None:
-        shown = getattr(default, name)
-        if isinstance(shown, tuple):
-            shown = ",".join(map(str, shown))
-        shown = shown or ("the dtype" if name.endswith("dtype") else "some")
-        parser.add_argument(
-            flag, dest=name, type=parse, metavar=flag[2:].upper(), help=f"{text} [default: {shown}]"
-        )
-
+    add = option_adder(parser, default)
     parser.add_argument("--show", dest="shows", action="store_true", help="Print the table.")
     parser.add_argument("--model", choices=MODELS, help="The shape of its MoE layers.")
     add("--device", "device", str, "cpu or cuda.")
-    add("--kernels", "kernels", _words, f"List of {', '.join(KERNELS)}.")
-    add("--ranks", "num_ranks", _numbers, "List: expert-parallel ranks.")
+    add("--kernels", "kernels", words, f"List of {', '.join(KERNELS)}.")
+    add("--ranks", "num_ranks", _ascending, "List: expert-parallel ranks.")
     parser.add_argument(
         "--virtual",
         dest="is_virtual",
@@ -194,12 +186,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--experts", "num_experts", int, "Experts of all ranks together.")
     add("--top-k", "top_k", int, "Experts of a token.")
     add("--dtype", "dtype", str, "float32 or bf16.")
-    add("--dispatch-dtype", "dispatch_dtype", str, "Of rows of dispatch: the dtype, or fp8.")
-    add("--combine-dtype", "combine_dtype", str, "Low latency: the dtype, or fp8.")
-    add("--layout", "layouts", _words, f"Low latency: list of {', '.join(LAYOUTS)}.")
-    add("--tokens", "num_tokens", _numbers, "Low latency: list of tokens of every rank.")
-    add("--prefill-tokens", "num_prefill_tokens", _numbers, "Normal: list of tokens of a rank.")
-    add("--num-sms", "num_sms", _numbers, "CUDA: list of blocks of a kernel, of a rank.")
+    add(
+        "--dispatch-dtype",
+        "dispatch_dtype",
+        str,
+        "Of rows of dispatch: the dtype, or fp8.",
+        "the dtype",
+    )
+    add("--combine-dtype", "combine_dtype", str, "Low latency: the dtype, or fp8.", "the dtype")
+    add("--layout", "layouts", words, f"Low latency: list of {', '.join(LAYOUTS)}.")
+    add("--tokens", "num_tokens", _ascending, "Low latency: list of tokens of every rank.")
+    add("--prefill-tokens", "num_prefill_tokens", _ascending, "Normal: list of tokens of a rank.")
+    add("--num-sms", "num_sms", _ascending, "CUDA: list of blocks of a kernel, of a rank.", "some")
     add("--spin-us", "spin_us", _floats, "CPU: list of microseconds that a wait polls.")
     add("--form", "form", str, "Low latency: fused or hook, one call or a send and its hook.")
     add("--chain", "chain", int, "Pairs in a chain.")
@@ -212,12 +210,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(sorted(int(word) for word in text.split(",")))
+def _ascending(text: str) -> tuple[int, ...]:
+    return tuple(sorted(numbers(text)))
 
 
 def _floats(text: str) -> tuple[float, ...]:
