@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import gc
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -34,16 +35,66 @@ NUM_ROUNDS = 2
 MAX_CACHED_INPUTS = 16
 
 
-class Candidate(Protocol):
-    """Buffers of this process's ranks."""
+Buffer = TypeVar("Buffer", LowLatencyBuffer, NormalBuffer)
+Ops = TypeVar("Ops")
 
+
+class Candidate(ABC, Generic[Buffer, Ops]):
+    """Buffers of this process's ranks, of one kind, and checked operations on them."""
+
+    _buffers: Sequence[Buffer]
+
+    def __init__(self, ranks: Ranks, settings: TuneSettings, shape: Shape) -> None:
+        self._ranks = ranks
+        self._settings = settings
+        self._shape = shape
+        self._ops: list[Ops] = []
+        self._chain: Chain | None = None
+
+    @abstractmethod
     def chain(self, num_tokens: int) -> Chain:
         """Of pairs, checked. Collective."""
 
     def check(self) -> None:
         """Runs the chain once more, and raises `CheckFailed` where it is wrong now. Collective."""
 
-    def close(self) -> None: ...
+        def run() -> None:
+            self._poison()
+            assert self._chain is not None
+            self._chain.run()
+            self._raise_if_failed()
+            self._check_results()
+
+        self._ranks.step(run)
+
+    @abstractmethod
+    def _poison(self) -> None:
+        """What the chain must write anew."""
+
+    @abstractmethod
+    def _check_results(self) -> None:
+        """Of the chain."""
+
+    def _checked_chain(self, acts: Sequence[Callable[[], object]]) -> Chain:
+        """Of a pair on each rank."""
+        self._chain = chain = self._ranks.chain(acts, self._raise_if_failed)
+        self.check()
+        return chain
+
+    def _raise_if_failed(self) -> None:
+        for buffer in self._buffers:
+            buffer.raise_if_failed()
+
+    def close(self) -> None:
+        # A graph must not be left to the garbage collector, which may come in a capture.
+        self._chain = None
+        self._ops.clear()
+        if self._ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        if len(self._buffers) < self._buffers[0].group.num_ranks:
+            self._ranks.gather([None])  # no peer may still read what is unmapped now
+        for buffer in self._buffers:
+            buffer.close()
 
 
 def measure(
@@ -94,15 +145,11 @@ def inputs_of(settings: TuneSettings, shape: Shape, rank: int, num_tokens: int) 
     )
 
 
-class LowLatencyCandidate:
+class LowLatencyCandidate(Candidate[LowLatencyBuffer, RankOps]):
     def __init__(
         self, ranks: Ranks, settings: TuneSettings, shape: Shape, tried: dict[str, Any]
     ) -> None:
-        self._ranks = ranks
-        self._settings = settings
-        self._shape = shape
-        self._ops: list[RankOps] = []
-        self._chain: Chain | None = None
+        super().__init__(ranks, settings, shape)
         self._results: dict[int, DispatchResult] = {}
         self._buffers = ranks.make(
             lambda group: LowLatencyBuffer(
@@ -135,11 +182,7 @@ class LowLatencyCandidate:
         places = range(len(self._ops))
         self._ranks.run([partial(self._keep, RankOps.dispatch, i) for i in places])
         self._ranks.step(self._make_expert_out)
-        acts = [partial(self._keep, RankOps.pair, i) for i in places]
-        chain = self._ranks.chain(acts, self._raise_if_failed)
-        self._chain = chain
-        self.check()
-        return chain
+        return self._checked_chain([partial(self._keep, RankOps.pair, i) for i in places])
 
     def _keep(self, operation: Callable[[RankOps], DispatchResult], place: int) -> None:
         self._results[place] = operation(self._ops[place])
@@ -149,38 +192,20 @@ class LowLatencyCandidate:
         for place, ops in enumerate(self._ops):
             ops.make_expert_out(self._results[place])
 
-    def check(self) -> None:
-        def run() -> None:
-            for place, ops in enumerate(self._ops):
-                ops.poison(self._results[place])
-            assert self._chain is not None
-            self._chain.run()
-            self._raise_if_failed()
-            for place, ops in enumerate(self._ops):
-                ops.check("chain", self._results[place])
+    def _poison(self) -> None:
+        for place, ops in enumerate(self._ops):
+            ops.poison(self._results[place])
 
-        self._ranks.step(run)
-
-    def _raise_if_failed(self) -> None:
-        for buffer in self._buffers:
-            buffer.raise_if_failed()
-
-    def close(self) -> None:
-        # A graph must not be left to the garbage collector, which may come in a capture.
-        self._chain = None
-        self._ops.clear()
-        _close(self._ranks, self._buffers)
+    def _check_results(self) -> None:
+        for place, ops in enumerate(self._ops):
+            ops.check("chain", self._results[place])
 
 
-class NormalCandidate:
+class NormalCandidate(Candidate[NormalBuffer, "NormalOps"]):
     def __init__(
         self, ranks: Ranks, settings: TuneSettings, shape: Shape, tried: dict[str, Any]
     ) -> None:
-        self._ranks = ranks
-        self._settings = settings
-        self._shape = shape
-        self._ops: list[NormalOps] = []
-        self._chain: Chain | None = None
+        super().__init__(ranks, settings, shape)
         self._buffers = ranks.make(
             lambda group: NormalBuffer(
                 group,
@@ -208,38 +233,20 @@ class NormalCandidate:
         ]
         self._ranks.run([ops.dispatch for ops in self._ops])
         self._ranks.step(self._make_rows)
-        acts = [ops.pair for ops in self._ops]
-        chain = self._ranks.chain(acts, self._raise_if_failed)
-        self._chain = chain
-        self.check()
-        return chain
+        return self._checked_chain([ops.pair for ops in self._ops])
 
     def _make_rows(self) -> None:
         self._raise_if_failed()
         for ops in self._ops:
             ops.make_rows()
 
-    def check(self) -> None:
-        def run() -> None:
-            for ops in self._ops:
-                ops.out.fill_(torch.nan)
-            assert self._chain is not None
-            self._chain.run()
-            self._raise_if_failed()
-            for ops in self._ops:
-                ops.check()
+    def _poison(self) -> None:
+        for ops in self._ops:
+            ops.out.fill_(torch.nan)
 
-        self._ranks.step(run)
-
-    def _raise_if_failed(self) -> None:
-        for buffer in self._buffers:
-            buffer.raise_if_failed()
-
-    def close(self) -> None:
-        # A graph must not be left to the garbage collector, which may come in a capture.
-        self._chain = None
-        self._ops.clear()
-        _close(self._ranks, self._buffers)
+    def _check_results(self) -> None:
+        for ops in self._ops:
+            ops.check()
 
 
 class NormalOps:
@@ -319,12 +326,3 @@ def most_rows(ranks: Ranks, shape: Shape, topk_idx: Sequence[torch.Tensor]) -> i
     """
     counts = [owners(idx, shape.num_experts, shape.num_ranks).sum(0).tolist() for idx in topk_idx]
     return max(map(sum, zip(*ranks.gather(counts), strict=True)))
-
-
-def _close(ranks: Ranks, buffers: Sequence[LowLatencyBuffer | NormalBuffer]) -> None:
-    if ranks.device.type == "cuda":
-        torch.cuda.synchronize()
-    if len(buffers) < buffers[0].group.num_ranks:
-        ranks.gather([None])  # no peer may still read what is unmapped now
-    for buffer in buffers:
-        buffer.close()
