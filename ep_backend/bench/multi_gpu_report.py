@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ep_backend.bench.multi_gpu_normal_report import print_normal
-from ep_backend.bench.op_cuda_report import print_table
+from ep_backend.bench.op_cuda_report import driver_and_versions, print_table
 
 CAPTION = (
     "pair us: median of a chain's replays on the slowest rank / its length; dispatch: the same of "
@@ -76,8 +76,7 @@ def print_results(document: dict[str, Any]) -> None:
         title = (
             f"dispatch + combine, {len(document['cards'])} x {gpu['gpu']}, a process each | hidden "
             f"{settings['hidden']}, {settings['num_experts']} experts, top-{settings['top_k']} | "
-            f"driver {gpu['driver']}, CUDA {gpu['cuda']}, torch {gpu['torch']}, ep_backend "
-            f"{gpu['ep_backend']}"
+            f"{driver_and_versions(gpu)}"
         )
         print_table(title, [*SETTING_HEADS, *TIME_HEADS], table_cells(document), CAPTION)
     for case in document["cases"]:

@@ -34,6 +34,7 @@ from ep_backend.bench.op_cuda_report import (
     CaseRow,
     Floors,
     GemmRow,
+    driver_and_versions,
     machine,
     peers,
     print_table,
@@ -150,8 +151,8 @@ def print_results(
     shared, heads, cells = table_rows(rows, floors.copy_gbs if floors else None)
     title = (
         f"dispatch + combine, virtual ranks on one {gpu['gpu']} | hidden {settings.hidden}, "
-        f"{settings.num_experts} experts, top-{settings.top_k} | driver {gpu['driver']}, CUDA "
-        f"{gpu['cuda']}, torch {gpu['torch']}, ep_backend {gpu['ep_backend']}\n{shared}"
+        f"{settings.num_experts} experts, top-{settings.top_k} | "
+        f"{driver_and_versions(gpu)}\n{shared}"
     )
     print_table(title, heads, cells, CAPTION)
     for row in rows:

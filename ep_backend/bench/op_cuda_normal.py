@@ -35,7 +35,7 @@ from ep_backend.bench.op_cuda_normal_case import (
     measure,
     yardstick,
 )
-from ep_backend.bench.op_cuda_report import machine, print_table, reason
+from ep_backend.bench.op_cuda_report import driver_and_versions, machine, print_table, reason
 from ep_backend.bench.op_cuda_settings import TRAVELLING_DTYPES
 from ep_backend.bench.options import numbers, option_adder, without_output, words
 from ep_backend.tuning import untuned_unless_asked
@@ -233,9 +233,8 @@ def print_results(
 ) -> None:
     title = (
         f"normal dispatch and combine, virtual ranks on one {gpu['gpu']} | hidden "
-        f"{settings.hidden}, {settings.num_experts} experts, top-{settings.top_k} | driver "
-        f"{gpu['driver']}, CUDA {gpu['cuda']}, torch {gpu['torch']}, ep_backend "
-        f"{gpu['ep_backend']}"
+        f"{settings.hidden}, {settings.num_experts} experts, top-{settings.top_k} | "
+        f"{driver_and_versions(gpu)}"
     )
     print_table(title, HEADS, [row.cells() for row in rows], CAPTION)
     for y in yardsticks:

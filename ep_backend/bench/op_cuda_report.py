@@ -166,6 +166,14 @@ def _time_cells(row: CaseRow, copy_gbs: float | None) -> dict[str, str]:
     return cells
 
 
+def driver_and_versions(gpu: dict[str, Any]) -> str:
+    """Of `machine()`, for a title."""
+    return (
+        f"driver {gpu['driver']}, CUDA {gpu['cuda']}, torch {gpu['torch']}, "
+        f"ep_backend {gpu['ep_backend']}"
+    )
+
+
 def print_table(title: str, heads: list[str], cells: list[list[str]], caption: str) -> None:
     """With rich where it is installed, else as aligned text."""
     if util.find_spec("rich") is None:

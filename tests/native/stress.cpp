@@ -92,17 +92,7 @@ int main(int argc, char** argv) {
       output == "rank_major" ? OutputLayout::kRankMajor : OutputLayout::kExpertMajor,
       output == "source" ? protocol::Reduction::kSource : protocol::Reduction::kRank,
       argc > 8};
-  LowLatencyConfig config{options.num_ranks,
-                          kNumExperts,
-                          kMaxTokens,
-                          options.hidden,
-                          kTopK,
-                          options.num_banks,
-                          options.dtype,
-                          options.dispatch_dtype,
-                          protocol::ScaleFormat::kPowerOfTwo};
-  config.reduction = options.reduction;
-  config.combine_dtype = options.combine_dtype;
+  const LowLatencyConfig config = config_of(options);
   // Exactly as many bytes as the layout says: AddressSanitizer sees the first byte behind them.
   const uint64_t num_bytes = protocol::LowLatencyLayout(config).num_bytes();
   std::vector<std::byte*> bases;

@@ -95,18 +95,7 @@ struct Plan {
 };
 
 Plan low_latency(const Options& options, uint32_t ranks_per_node, cpu::WaitPolicy policy) {
-  LowLatencyConfig low_latency{options.num_ranks,
-                               kNumExperts,
-                               kMaxTokens,
-                               options.hidden,
-                               kTopK,
-                               options.num_banks,
-                               options.dtype,
-                               options.dispatch_dtype,
-                               protocol::ScaleFormat::kPowerOfTwo};
-  low_latency.reduction = options.reduction;
-  low_latency.combine_dtype = options.combine_dtype;
-  const protocol::MultiNodeConfig config{low_latency, ranks_per_node,
+  const protocol::MultiNodeConfig config{config_of(options), ranks_per_node,
                                          options.mode == "hierarchical"};
   return {protocol::MultiNodeLayout(config).num_bytes(),
           [=, &options](uint64_t seed, const Bases& bases, const auto& network) {

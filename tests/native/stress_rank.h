@@ -34,6 +34,21 @@ struct Options {
   bool damage;
 };
 
+inline LowLatencyConfig config_of(const Options& options) {
+  LowLatencyConfig config{options.num_ranks,
+                          kNumExperts,
+                          kMaxTokens,
+                          options.hidden,
+                          kTopK,
+                          options.num_banks,
+                          options.dtype,
+                          options.dispatch_dtype,
+                          protocol::ScaleFormat::kPowerOfTwo};
+  config.reduction = options.reduction;
+  config.combine_dtype = options.combine_dtype;
+  return config;
+}
+
 [[noreturn]] inline void give_up(const char* what, uint32_t rank, uint64_t op, uint64_t a,
                                  uint64_t b) {
   std::fprintf(stderr, "stress: rank %u, operation %llu: %s: %llu, %llu\n", rank,
