@@ -128,14 +128,16 @@ def test_one_gpu_numbers_are_those_of_the_results() -> None:
         ) in PAGES
 
 
-def test_decode_numbers_are_those_of_the_results() -> None:
-    names = ("decode-deepseek-v3-h100.json", "decode-deepseek-v3-h100-workspace.json")
+@pytest.mark.parametrize(("where", "num_cases"), [("h100", 18), ("2-h100", 7)])
+def test_decode_numbers_are_those_of_the_results(where: str, num_cases: int) -> None:
+    names = (f"decode-deepseek-v3-{where}.json", f"decode-deepseek-v3-{where}-workspace.json")
     packed, in_workspace = (results(name)["cases"] for name in names)
-    assert len(packed) == 18
+    assert len(packed) == num_cases
+    unit = " GPUs" if "2-" in where else ""
     for case, other in zip(packed, in_workspace, strict=True):
         ms = case["ms_per_layer"]
         assert (
-            f"| {case['num_ranks']} | {case['num_tokens']} | {case['num_micro_batches']} "
+            f"| {case['num_ranks']}{unit} | {case['num_tokens']} | {case['num_micro_batches']} "
             f"| {ms['step']:.3f} | {ms['experts']:.3f} | {1e3 * ms['exchange']:.0f} "
             f"| {1e3 * other['ms_per_layer']['exchange']:.0f} | {case['exchange_share']:.1%} "
             f"| {case['ms_per_token']:.0f} |"

@@ -5,8 +5,8 @@ batch, whose dispatch and combine are one call each, and with two, which overlap
 hooks on one stream. Timed are a step, a step without experts, and a step without the exchange: how
 much of the exchange passes beside the experts is the difference.
 
-On a GPU all ranks of a virtual world share it: experts take as long as on a GPU that does the work
-of all ranks, and nothing is said about a link.
+With `--gpu-per-rank` every rank has a GPU of its own. Else all ranks of a virtual world share one:
+experts take as long as on a GPU that does the work of all ranks, and nothing is said about a link.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ep_backend import EPBackendError, _native
-from ep_backend.bench import decode_cpu, decode_cuda
+from ep_backend.bench import decode_cpu, decode_cuda, decode_gpus
 from ep_backend.bench.decode_rank import CheckFailed
 from ep_backend.bench.decode_settings import PROGRAM, Case, DecodeSettings, parse_arguments
 from ep_backend.bench.decode_times import CaseRow, Times
@@ -43,6 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
     if settings.device == "cuda" and not (_native.has_cuda and torch.cuda.is_available()):
         print(
             f"{PROGRAM} --device cuda: needs a GPU and a build with CUDA. Pass --device cpu.",
+            file=sys.stderr,
+        )
+        return 1
+    if settings.gpu_per_rank and max(settings.num_ranks) > torch.cuda.device_count():
+        print(
+            f"{PROGRAM} --gpu-per-rank: {max(settings.num_ranks)} ranks, this host has "
+            f"{torch.cuda.device_count()} GPUs. Ask for fewer ranks, or leave the option out.",
             file=sys.stderr,
         )
         return 1
@@ -81,13 +88,14 @@ def measure(settings: DecodeSettings, on_times: Callable[[Case, Times], None]) -
     Raises:
         CheckFailed, EPBackendError, RankFailed: a result is wrong, or a rank failed.
     """
-    if settings.device == "cuda":
+    if settings.device == "cuda" and not settings.gpu_per_rank:
         for case in settings.cases():
             on_times(case, decode_cuda.measure(settings, case))
             torch.cuda.empty_cache()
-    else:
-        for num_ranks in settings.num_ranks:
-            decode_cpu.measure_all(settings, num_ranks, on_times)
+        return
+    processes = decode_gpus if settings.gpu_per_rank else decode_cpu
+    for num_ranks in settings.num_ranks:
+        processes.measure_all(settings, num_ranks, on_times)
 
 
 def machine(settings: DecodeSettings) -> dict[str, Any]:
@@ -100,7 +108,8 @@ def print_table(settings: DecodeSettings, where: dict[str, Any], rows: list[Case
     shape = settings.shape
     title = (
         f"MoE layers of a decode step, {settings.model} | hidden {shape.hidden}, "
-        f"{shape.num_experts} experts of {shape.intermediate}, top-{shape.top_k}, bfloat16 | "
+        f"{shape.num_experts} experts of {shape.intermediate}, top-{shape.top_k}, bfloat16"
+        f"{', a GPU a rank' if settings.gpu_per_rank else ''} | "
         + ", ".join(f"{v}" for v in where.values())
     )
     caption = (

@@ -35,7 +35,7 @@ def measure_all(
     Raises:
         RankFailed: a result is wrong, or a rank failed.
     """
-    cases = iter(cases_of(settings, num_ranks))
+    cases = iter(settings.cases_of(num_ranks))
 
     def on_reports(reports: list[RankReport]) -> None:
         slowest = {
@@ -52,7 +52,7 @@ def bench_rank(rank: int, settings: DecodeSettings, report: Report) -> None:
     """The process of one rank."""
     torch.set_num_threads(1)
     group = Group.from_process_group()
-    for case in cases_of(settings, group.num_ranks):
+    for case in settings.cases_of(group.num_ranks):
         decode = DecodeRank(settings, case, group, torch.device("cpu"))
         decode.run("step")
         decode.check()
@@ -61,10 +61,6 @@ def bench_rank(rank: int, settings: DecodeSettings, report: Report) -> None:
         decode.run("step")
         report(RankReport(times_us, decode.check()))
         decode.buffer.close()
-
-
-def cases_of(settings: DecodeSettings, num_ranks: int) -> list[Case]:
-    return [case for case in settings.cases() if case.num_ranks == num_ranks]
 
 
 def _time(decode: DecodeRank, part: str, num_repeats: int) -> list[float]:

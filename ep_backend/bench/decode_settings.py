@@ -57,6 +57,8 @@ class DecodeSettings:
     num_layers: int = 4
     """Run one after the other in a step that is timed; they share their experts' weights."""
     layout: str = "expert_major"
+    gpu_per_rank: bool = False
+    """On CUDA: a process and a GPU a rank; else virtual ranks that share one GPU."""
     dtype: torch.dtype = torch.bfloat16
     num_repeats: int = 20
     """Steps timed."""
@@ -81,6 +83,8 @@ class DecodeSettings:
             )
         if self.device == "cpu" and self.layout != "expert_major":
             raise ValueError("layout is 'expert_workspace', which only CUDA has")
+        if self.device == "cpu" and self.gpu_per_rank:
+            raise ValueError("gpu_per_rank is True with device 'cpu', expected 'cuda'")
 
     @property
     def shape(self) -> MoEShape:
@@ -95,6 +99,9 @@ class DecodeSettings:
             if num_micro_batches <= num_tokens
         ]
 
+    def cases_of(self, num_ranks: int) -> list[Case]:
+        return [case for case in self.cases() if case.num_ranks == num_ranks]
+
 
 def parse_arguments(arguments: list[str]) -> tuple[DecodeSettings, Path | None]:
     """The settings, and where the JSON goes. Wrong arguments end the program, as argparse does."""
@@ -103,7 +110,7 @@ def parse_arguments(arguments: list[str]) -> tuple[DecodeSettings, Path | None]:
         prog=PROGRAM,
         description="Time of a decode step's MoE layers: dispatch, experts, combine; with one "
         "micro-batch, and with two that overlap through receive hooks. Ranks are processes on a "
-        "CPU, or virtual ranks on one GPU, in a CUDA graph.",
+        "CPU, or in a CUDA graph virtual ranks on one GPU or processes with a GPU each.",
     )
 
     add = option_adder(parser, default)
@@ -113,6 +120,11 @@ def parse_arguments(arguments: list[str]) -> tuple[DecodeSettings, Path | None]:
     add("--tokens", "num_tokens", numbers, "List: tokens of every rank.")
     add("--layers", "num_layers", int, "Layers of a step that is timed.")
     add("--layout", "layout", str, "expert_major, or on CUDA expert_workspace.")
+    parser.add_argument(
+        "--gpu-per-rank",
+        action="store_true",
+        help="On CUDA: a process and a GPU a rank [default: virtual ranks on one GPU].",
+    )
     add("--repeats", "num_repeats", int, "Steps timed.")
     add("--seed", "seed", int, "Of inputs and weights.")
     parser.add_argument("--output", "--json", type=Path, help="Write all results there, as JSON.")

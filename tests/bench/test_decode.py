@@ -43,6 +43,7 @@ def test_a_batch_of_one_token_is_not_split() -> None:
         (["--tokens", "0"], "positive"),
         (["--layers", "0"], "at least 1"),
         (["--layout", "expert_workspace"], "only CUDA has"),
+        (["--gpu-per-rank"], "with device 'cpu'"),
     ],
 )
 def test_impossible_settings_are_refused(
@@ -122,6 +123,34 @@ def test_a_broken_combine_fails_the_run(
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert decode.main(["--device", "cuda"]) == 1
     assert "needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "num_ranks", [1, pytest.param(2, marks=pytest.mark.gpus(2))], ids=["1-gpu", "2-gpus"]
+)
+@pytest.mark.parametrize("layout", ["expert_major", "expert_workspace"])
+def test_a_gpu_a_rank(layout: str, num_ranks: int, tmp_path: Path) -> None:
+    if not HAS_GPU:
+        pytest.skip("no GPU: nothing was run")
+    line = (
+        f"--device cuda --gpu-per-rank --ranks {num_ranks} --layout {layout} --tokens 5 --layers 2 "
+        f"--repeats 2 --output {tmp_path / 'x.json'}"
+    )
+    assert decode.main(line.split()) == 0
+    cases = json.loads((tmp_path / "x.json").read_text())["cases"]
+    assert [case["num_micro_batches"] for case in cases] == [1, 2]
+    for case in cases:
+        assert case["ms_per_layer"]["exchange"] > 0
+        assert 0 < case["ms_per_layer"]["relative_error"] < 0.02
+
+
+@pytest.mark.gpu
+def test_more_ranks_than_gpus_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    if not HAS_GPU:
+        pytest.skip("no GPU: nothing was run")
+    assert decode.main(["--device", "cuda", "--gpu-per-rank", "--ranks", "16"]) == 1
+    assert "16 ranks, this host has" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
