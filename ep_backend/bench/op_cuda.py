@@ -47,6 +47,7 @@ from ep_backend.bench.op_cuda_settings import (
     CudaBenchSettings,
     parse_arguments,
 )
+from ep_backend.bench.options import without_output
 from ep_backend.bench.peer_flashinfer import FlashInferTimes, time_flashinfer
 from ep_backend.bench.provenance import commit
 from ep_backend.tuning import untuned_unless_asked
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
             "bench": "op",
             "device": "cuda",
             "date": begin.isoformat(timespec="seconds"),
-            "command": shlex.join([*PROGRAM.split(), *arguments]),
+            "command": shlex.join([*PROGRAM.split(), *without_output(arguments)]),
             "commit": commit(),
             "machine": gpu,
             "settings": asdict(settings),
