@@ -32,7 +32,7 @@ PROGRAM = (sys.executable, "-m", "ep_backend.bench.peer_flashinfer_rank")
 BLOCK_SIZE_VARIABLE = "TLLM_MOE_A2A_COMBINE_BLOCK_SIZE"
 DEFAULT_BLOCK_SIZE = 256
 FASTEST_BLOCK_SIZE = 512
-"""On H100s with small batches."""
+"""Where it fits, on H100s (results/NUMBERS.md)."""
 SMALLER_BLOCK_SIZES = (128, 64, 32)
 """For cases in which no default one fits."""
 THREADS_PER_SM = 512
@@ -99,7 +99,8 @@ class FlashInferTimes:
 
 
 def time_flashinfer(settings: CudaBenchSettings, num_sms: int) -> FlashInferTimes:
-    """Builds it, checks it and times it in the rank-major cases of the settings.
+    """Builds it, checks it and times it in the rank-major cases of the settings. What goes wrong
+    is told in the rows or the reason, never raised.
 
     Args:
         num_sms: of the GPU.
@@ -107,19 +108,20 @@ def time_flashinfer(settings: CudaBenchSettings, num_sms: int) -> FlashInferTime
     try:
         version = metadata.version("flashinfer-python")
     except metadata.PackageNotFoundError:
-        return FlashInferTimes(reason="pip install ep_backend[flashinfer]")
+        return FlashInferTimes(reason="pip install flashinfer-python")
     if not settings.with_flashinfer:
         return FlashInferTimes(version, "left out")
     cases = list(flashinfer_cases(settings, num_sms))
     if not cases:
-        return FlashInferTimes(version, "its rows are rank-major and come home as bf16")
+        reason = "no case is like its own, rank-major with rows that come home as bf16"
+        return FlashInferTimes(version, reason)
     _, failure = _run(settings, [], DEFAULT_BLOCK_SIZE, BUILD_SECS)
     if failure is not None:
         return FlashInferTimes(version, f"it did not start: {failure}")
     rows: list[FlashInferRow] = []
     for block_size in sorted({case.combine_block_size for case in cases}):
-        ours = [case for case in cases if case.combine_block_size == block_size]
-        rows += _measure(settings, ours, block_size, num_sms)
+        of_size = [case for case in cases if case.combine_block_size == block_size]
+        rows += _measure(settings, of_size, block_size, num_sms)
     return FlashInferTimes(version, None, sorted(rows, key=lambda row: cases.index(row.case)))
 
 

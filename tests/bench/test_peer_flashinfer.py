@@ -227,7 +227,7 @@ def test_so_is_that_it_is_not_installed(
     monkeypatch.setattr(metadata, "version", missing)
     times = time_flashinfer(SWEEP, num_sms=132)
     op_cuda.print_flashinfer(times, [])
-    told = "flashinfer: not timed: not installed: pip install ep_backend[flashinfer]"
+    told = "flashinfer: not timed: not installed: pip install flashinfer-python"
     assert told in capsys.readouterr().out
 
 
