@@ -107,6 +107,31 @@ def test_prefill_numbers_over_nvlink_are_those_of_the_results() -> None:
         assert "{:.0f}, {:.0f} and {:.0f} ".format(*gbs) + told in flowing
 
 
+def test_numbers_of_flashinfer_are_those_of_the_results() -> None:
+    measured = results("op-cuda-flashinfer-h100.json")
+    sizes = ("num_ranks", "num_tokens", "dispatch_dtype")
+    ours_us = {tuple(c[s] for s in sizes): c["pair"]["median_us"] for c in measured["cases"]}
+    theirs: dict[tuple, list[tuple[float, int]]] = {key: [] for key in ours_us}
+    for row in measured["flashinfer"]:
+        timed = (row["pair"]["median_us"], row["combine_block_size"])
+        theirs[tuple(row[s] for s in sizes)].append(timed)
+    ratios = {key: min(rows)[0] / ours_us[key] for key, rows in theirs.items()}
+    assert len(ratios) == 24
+    for num_ranks, num_tokens in {key[:2] for key in ratios}:
+        cells = [str(num_ranks), str(num_tokens)]
+        for dtype in ("bf16", "fp8"):
+            key = (num_ranks, num_tokens, dtype)
+            us, block_size = min(theirs[key])
+            cells += [f"{us:.1f} ({block_size})", f"{ours_us[key]:.1f}", f"{ratios[key]:.2f}"]
+        assert f"| {' | '.join(cells)} |" in PAGES
+    flowing = " ".join(PAGES.split())
+    assert f"{min(ratios.values()):.2f} to {max(ratios.values()):.2f} times as long" in flowing
+    assert f"faster in {sum(ratio < 1 for ratio in ratios.values())} cases of 24" in flowing
+    more = [dict(map(reversed, rows)) for rows in theirs.values() if len(rows) == 2]
+    more_us = [by_block[256] - by_block[512] for by_block in more]
+    assert f"takes {min(more_us):.1f} to {max(more_us):.1f} us more where 512 fit" in flowing
+
+
 def test_one_gpu_numbers_are_those_of_the_results() -> None:
     cases = results("op-cuda-h100.json")["cases"]
     by_form = {

@@ -35,6 +35,7 @@ from ep_backend.bench.op_cuda_report import (
     Floors,
     GemmRow,
     driver_and_versions,
+    flashinfer_table,
     machine,
     peers,
     print_table,
@@ -46,11 +47,17 @@ from ep_backend.bench.op_cuda_settings import (
     CudaBenchSettings,
     parse_arguments,
 )
+from ep_backend.bench.options import without_output
+from ep_backend.bench.peer_flashinfer import FlashInferTimes, time_flashinfer
 from ep_backend.bench.provenance import commit
 from ep_backend.tuning import untuned_unless_asked
 
 T = TypeVar("T")
 
+FLASHINFER_CAPTION = (
+    "Same run, inputs, graphs and timing, in a process of its own. block: threads of its combine, "
+    "256 by default. ours: rank-major, dispatch and combine one kernel each."
+)
 CAPTION = (
     "All ranks at once. pair us: median of a chain's replays / its length; dispatch: the same of "
     "dispatches alone; combine: their difference. MB: what a pair must read and write; roofline: "
@@ -71,19 +78,22 @@ def main(arguments: list[str] | None = None) -> int:
     rows = measure_rows(settings)
     gemms = measure_gemms(settings) if settings.with_gemm else []
     gpu = machine()
+    flashinfer = time_flashinfer(settings, gpu["num_sms"])
     print_results(settings, gpu, rows, floors, gemms)
+    print_flashinfer(flashinfer, rows)
     if output is not None:
         document = {
             "bench": "op",
             "device": "cuda",
             "date": begin.isoformat(timespec="seconds"),
-            "command": shlex.join([*PROGRAM.split(), *arguments]),
+            "command": shlex.join([*PROGRAM.split(), *without_output(arguments)]),
             "commit": commit(),
             "machine": gpu,
             "settings": asdict(settings),
             "floors": asdict(floors) if floors is not None else None,
             "gemm_beside_dispatch": [gemm.to_json() for gemm in gemms],
-            "peers": peers(),
+            "peers": peers(flashinfer),
+            "flashinfer": [row.to_json() for row in flashinfer.rows],
             "cases": [row.to_json(floors.copy_gbs if floors else None) for row in rows],
         }
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +172,19 @@ def print_results(
         print(floors)
     for gemm in gemms:
         print(gemm)
-    for peer, state in peers().items():
+
+
+def print_flashinfer(flashinfer: FlashInferTimes, rows: list[CaseRow]) -> None:
+    if flashinfer.rows:
+        title = (
+            f"FlashInfer {flashinfer.version}, one-sided all-to-all, rank-major\n"
+            "its float8 rows were quantised before, which is not timed; ours quantises"
+        )
+        print_table(title, *flashinfer_table(flashinfer.rows, rows), FLASHINFER_CAPTION)
+    for row in flashinfer.rows:
+        if row.error is not None:
+            print(f"failed: {row.case}: {row.error}")
+    for peer, state in peers(flashinfer).items():
         print(f"{peer}: {state}")
 
 

@@ -128,7 +128,11 @@ def measure(settings: CudaBenchSettings, case: Case) -> CaseTimes:
         dispatches = Chain(ranks, RankOps.dispatch, settings.chain)
         pair_us = time_replays(pairs.graph, settings.num_repeats)
         dispatch_us = time_replays(dispatches.graph, settings.num_repeats)
-        single, cold = _single_and_cold(settings, ranks) if settings.is_cold else (None, None)
+        single, cold = (
+            single_and_cold(settings, Chain(ranks, RankOps.pair, 1).graph)
+            if settings.is_cold
+            else (None, None)
+        )
         relative_error = pairs.check()
         check_lockstep(ranks, is_first=False)
         num_symmetric_bytes = buffers[0].num_symmetric_bytes
@@ -187,10 +191,11 @@ def _check(what: str, results: dict[RankOps, DispatchResult]) -> float:
     return max(rank.check(what, result) for rank, result in results.items())
 
 
-def _single_and_cold(settings: CudaBenchSettings, ranks: list[RankOps]) -> tuple[Spread, Spread]:
+def single_and_cold(
+    settings: CudaBenchSettings, pair: torch.cuda.CUDAGraph
+) -> tuple[Spread, Spread]:
     """Both from the same graph of one pair, so that their difference is the cache."""
-    graph = Chain(ranks, RankOps.pair, 1).graph
     scratch = torch.empty(COLD_SCRATCH_BYTES, dtype=torch.uint8, device="cuda")
-    single_us = time_replays(graph, settings.num_repeats)
-    cold_us = time_replays(graph, settings.num_repeats, prepare=scratch.zero_)
+    single_us = time_replays(pair, settings.num_repeats)
+    cold_us = time_replays(pair, settings.num_repeats, prepare=scratch.zero_)
     return Spread.of(single_us), Spread.of(cold_us)

@@ -10,7 +10,7 @@ right. All terms of a sum have the sign of x: nothing cancels, and errors are re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -108,20 +108,14 @@ class RankOps:
         used, rows = self._scaled_rows(result)
         if not torch.equal(self._expert_out[used], rows):
             raise CheckFailed(f"{what}: rows that rank {rank} received differ from its first ones")
-        factors = (self._topk_weights * _expert_factor(self._topk_idx)).sum(1, keepdim=True)
-        expected = self._x.float() * factors
-        tolerance = expected.abs() * BF16_TOLERANCE
-        row_amax = expected.abs().amax(1, keepdim=True)  # not below that of any channel group
-        for dtype in (self.buffer.dispatch_dtype, self.buffer.combine_dtype):
-            if dtype == torch.float8_e4m3fn:
-                # Of what has its error already.
-                tolerance += (expected.abs() + tolerance) * FP8_TOLERANCE + row_amax * FP8_SUBNORMAL
-        error = self._out.float() - expected
-        is_right = error.abs() <= tolerance  # NaN is not
-        if not bool(is_right.all()):
-            num_wrong = int((~is_right).sum())
-            raise CheckFailed(f"{what}: {num_wrong} elements of rank {rank}'s combine are wrong")
-        return float(error.norm() / expected.norm())
+        return check_combined(
+            f"{what}: rank {rank}'s combine",
+            self._out,
+            self._x,
+            self._topk_idx,
+            self._topk_weights,
+            (self.buffer.dispatch_dtype, self.buffer.combine_dtype),
+        )
 
     def _scaled_rows(self, result: DispatchResult) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """What the experts make of the rows received.
@@ -145,16 +139,47 @@ class RankOps:
             scales = result.recv_scales[used].repeat_interleave(CHANNELS_PER_SCALE, dim=1)
             values *= scales[:, : self.buffer.hidden]
         if result.recv_topk_idx is None or result.recv_topk_weights is None:
-            factors = _expert_factor(self.buffer.first_expert + used[0])
+            factors = expert_factor(self.buffer.first_expert + used[0])
         else:
             local_idx = result.recv_topk_idx[used]
             weights = torch.where(local_idx >= 0, result.recv_topk_weights[used], 0)
-            factors = (weights * _expert_factor(self.buffer.first_expert + local_idx)).sum(1)
+            factors = (weights * expert_factor(self.buffer.first_expert + local_idx)).sum(1)
         return used, (values * factors[:, None]).to(torch.bfloat16)
 
 
-def _expert_factor(expert: torch.Tensor) -> torch.Tensor:
+def expert_factor(expert: torch.Tensor) -> torch.Tensor:
     return 1.0 + expert % 4
+
+
+def check_combined(
+    what: str,
+    out: torch.Tensor,
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    travelling_dtypes: Iterable[torch.dtype],
+) -> float:
+    """Of what combine gave, `[T, H]`, for the experts above; returns its error, relative to the
+    result (of all elements).
+
+    Args:
+        travelling_dtypes: of the rows of dispatch and combine.
+
+    Raises:
+        CheckFailed: an element is off by more than its roundings.
+    """
+    expected = x.float() * (topk_weights * expert_factor(topk_idx)).sum(1, keepdim=True)
+    tolerance = expected.abs() * BF16_TOLERANCE
+    row_amax = expected.abs().amax(1, keepdim=True)  # not below that of any channel group
+    for dtype in travelling_dtypes:
+        if dtype == torch.float8_e4m3fn:
+            # Of what has its error already.
+            tolerance += (expected.abs() + tolerance) * FP8_TOLERANCE + row_amax * FP8_SUBNORMAL
+    error = out.float() - expected
+    is_right = error.abs() <= tolerance  # NaN is not
+    if not bool(is_right.all()):
+        raise CheckFailed(f"{what}: {int((~is_right).sum())} elements are wrong")
+    return float(error.norm() / expected.norm())
 
 
 def run_lockstep(ranks: list[RankOps], *, is_first: bool) -> list[DispatchResult]:

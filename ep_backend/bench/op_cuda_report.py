@@ -6,7 +6,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata, util
+from importlib import util
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ep_backend import __version__
 from ep_backend.bench.op_cuda_case import CaseTimes
 from ep_backend.bench.op_cuda_floors import GEMM_SIZE, GemmTimes
 from ep_backend.bench.op_cuda_settings import Case
+from ep_backend.bench.peer_flashinfer import FlashInferRow, FlashInferTimes, is_comparable
 
 
 @dataclass(frozen=True)
@@ -218,19 +219,59 @@ def machine() -> dict[str, Any]:
     }
 
 
-def peers() -> dict[str, str]:
-    """Why no other library is in the table."""
-    try:
-        flashinfer = (
-            f"{metadata.version('flashinfer-python')} installed; not timed: its one-sided "
-            "all-to-all takes one rank a process, this benchmark has all ranks in one"
-        )
-    except metadata.PackageNotFoundError:
-        flashinfer = "not installed"
+def peers(flashinfer: FlashInferTimes) -> dict[str, str]:
+    """What was timed of other libraries, or why it was not."""
     return {
-        "flashinfer": flashinfer,
+        "flashinfer": str(flashinfer),
         "deep_ep": "not timed: its low-latency kernels need RDMA and one rank a process",
     }
+
+
+def flashinfer_table(
+    flashinfer: Sequence[FlashInferRow], rows: Sequence[CaseRow]
+) -> tuple[list[str], list[list[str]]]:
+    """The heads of the columns, the cells: FlashInfer's rows, each beside the fastest of ours that
+    has done the same in one kernel for dispatch and one for combine."""
+    lines = []
+    for row in flashinfer:
+        case = row.case
+        sizes = (case.num_ranks, case.num_tokens, case.dispatch_dtype)
+        values = (*sizes, case.combine_block_size)
+        line = dict(zip(("ranks", "tokens", "dtype", "block"), map(str, values), strict=True))
+        line["pair us"] = "failed"
+        lines.append(line)
+        if row.pair is None:
+            continue
+        ours_us = [
+            r.times.pair.median_us
+            for r in rows
+            if r.times is not None and is_comparable(r.case) and r.case.form == "fused"
+            if (r.case.num_ranks, r.case.num_tokens, r.case.dispatch_dtype) == sizes
+        ]
+        us = {"pair us": row.pair.median_us, "p10": row.pair.p10_us, "p90": row.pair.p90_us}
+        if row.single_pair is not None and row.cold_pair is not None:
+            us |= {"single": row.single_pair.median_us, "cold": row.cold_pair.median_us}
+        if ours_us:
+            us["ours"] = min(ours_us)
+            line["theirs / ours"] = f"{row.pair.median_us / min(ours_us):.2f}"
+        line |= {head: f"{value:.1f}" for head, value in us.items()}
+    heads = [head for head in _FLASHINFER if any(head in line for line in lines)]
+    return heads, [[line.get(head, "") for head in heads] for line in lines]
+
+
+_FLASHINFER = (
+    "ranks",
+    "tokens",
+    "dtype",
+    "block",
+    "pair us",
+    "p10",
+    "p90",
+    "single",
+    "cold",
+    "ours",
+    "theirs / ours",
+)
 
 
 def _driver_version() -> str:

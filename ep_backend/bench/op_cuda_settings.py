@@ -91,6 +91,8 @@ class CudaBenchSettings:
     """Also time pairs whose data are not in the L2 cache."""
     with_floors: bool = True
     with_gemm: bool = True
+    with_flashinfer: bool = True
+    """Where it is installed."""
 
     def __post_init__(self) -> None:
         for name in ("num_ranks", "num_tokens"):
@@ -179,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     for flag, name, what in (
         ("--no-floors", "with_floors", "the floors of the GPU"),
         ("--no-gemm", "with_gemm", "the GEMM between send and hook"),
+        ("--no-flashinfer", "with_flashinfer", "FlashInfer, which is timed where it is installed"),
     ):
         parser.add_argument(
             flag, dest=name, action="store_const", const=False, help=f"Leave out {what}."
