@@ -31,7 +31,7 @@ def check() -> None:
     require(hasattr(VllmConfig, "__post_init__"), place, "lacks __post_init__")
     place = f"{ParallelConfig.__module__}.ParallelConfig"
     require(hasattr(ParallelConfig, "enable_dbo"), place, "lacks enable_dbo")
-    group = getattr(utils, "AttentionGroup", None)
+    group: Any = getattr(utils, "AttentionGroup", None)
     require(hasattr(group, "create_metadata_builders"), BUILDERS, "does not exist")
     require_parameters(group.create_metadata_builders, BUILDERS, "self", "vllm_config")
     require(hasattr(modular_kernel(), "_allocate_buffers"), BUFFERS, "does not exist")
@@ -39,7 +39,9 @@ def check() -> None:
     manager = getattr(workspace, "WorkspaceManager", None)
     require(hasattr(manager, "is_locked"), WORKSPACE, "lacks WorkspaceManager.is_locked")
     require(
-        hasattr(workspace, "current_workspace_manager"), WORKSPACE, "lacks current_workspace_manager"
+        hasattr(workspace, "current_workspace_manager"),
+        WORKSPACE,
+        "lacks current_workspace_manager",
     )
 
 

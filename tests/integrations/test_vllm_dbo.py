@@ -41,7 +41,9 @@ def _platform_that_overlaps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_platform_that_overlaps")
 def test_vllm_accepts_overlap_with_our_low_latency_backend() -> None:
-    config = VllmConfig(parallel_config=ParallelConfig(enable_dbo=True, all2all_backend=LOW_LATENCY))
+    config = VllmConfig(
+        parallel_config=ParallelConfig(enable_dbo=True, all2all_backend=LOW_LATENCY)
+    )
     assert config.parallel_config.all2all_backend == LOW_LATENCY
     assert config.parallel_config.use_ubatching
 
@@ -143,11 +145,8 @@ def test_attention_of_each_micro_batch_is_of_its_own_requests() -> None:
 @pytest.fixture
 def _scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """vLLM's scratch memory for two micro-batches, on a CPU, as on a GPU."""
-    from vllm.platforms import current_platform
-
     monkeypatch.setattr(mk, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
-    del current_platform
     workspace.reset_workspace_manager()
     workspace.init_workspace_manager(torch.device("cpu"), 2)
     yield
