@@ -21,9 +21,17 @@ def register() -> None:
     if _is_registered:
         return
     # Imported here: the package must be importable where vLLM is not installed.
-    from ep_backend_vllm import communicator, config, cpu, cpu_default, kernels, tracing
+    from ep_backend_vllm import (
+        communicator,
+        config,
+        cpu,
+        cpu_default,
+        kernels,
+        micro_batches,
+        tracing,
+    )
 
-    parts = (config, communicator, kernels, cpu, cpu_default, tracing)
+    parts = (config, communicator, kernels, micro_batches, cpu, cpu_default, tracing)
     for part in parts:  # all of them first: a half-applied plugin would be worse than none
         part.check()
     for part in parts:

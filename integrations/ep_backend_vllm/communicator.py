@@ -149,7 +149,9 @@ def make_manager(cpu_group: Any, backend: str) -> Any:
             return self.buffers[key]
 
         def max_sms_used(self) -> int | None:
-            return 0 if current_platform.is_cpu() else None  # None: as many as there are
+            """That experts must leave free while the other micro-batch's rows travel. With hooks
+            none: our kernels are on the experts' stream. None: all that there are."""
+            return 0 if current_platform.is_cpu() or backend == LOW_LATENCY else None
 
         def destroy(self) -> None:
             while self.buffers:

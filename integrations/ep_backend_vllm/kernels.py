@@ -21,7 +21,7 @@ def check() -> None:
 
     require(hasattr(all2all_utils, "maybe_make_prepare_finalize"), PLACE, "does not exist")
     require_parameters(all2all_utils.maybe_make_prepare_finalize, PLACE, "moe", "quant_config")
-    kernel = _modular_kernel()
+    kernel = modular_kernel()
     place = f"{kernel.__module__}.{MODULAR_KERNEL}._allocate_buffers"
     require(hasattr(kernel, "_allocate_buffers"), place, "does not exist")
     require_parameters(_experts().is_supported_config, EXPERTS, "cls", "moe_config")
@@ -44,11 +44,11 @@ def install() -> None:
         return _make_low_latency(moe, quant_config)
 
     rebind_everywhere(original, maybe_make_prepare_finalize)
-    _let_experts_write_to_workspaces(_modular_kernel())
+    _let_experts_write_to_workspaces(modular_kernel())
     _refuse_experts_without_counts(_experts())
 
 
-def _modular_kernel() -> Any:
+def modular_kernel() -> Any:
     from vllm.model_executor.layers.fused_moe import modular_kernel
 
     place = f"{modular_kernel.__name__}.{MODULAR_KERNEL}"

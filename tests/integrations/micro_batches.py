@@ -13,6 +13,7 @@ import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from ep_backend_vllm import workspace
 from ep_backend_vllm.cpu_experts import BatchedCPUExperts
 from ep_backend_vllm.low_latency import LowLatencyPrepareAndFinalize
+from vllm import forward_context
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
 from vllm.v1.worker import ubatching
 
@@ -51,12 +52,15 @@ def play_streams() -> None:
 
 
 def run_step(layers: list[Any], batches: list[Batch], num_slots: list[int]) -> list[torch.Tensor]:
-    """All layers for both micro-batches, in vLLM's order.
+    """All layers for both micro-batches, in vLLM's order; or for the only batch.
 
     Args:
         layers: `layer(batch)`, one after the other; each adds to its batch's `x`.
         num_slots: of each micro-batch, the most tokens of a rank.
     """
+    if len(batches) == 1:
+        with forward_context.override_forward_context(_forward_context(num_slots[0])):
+            return [_run_layers(layers, batches[0])]
     ready = threading.Barrier(len(batches) + 1)
     contexts = ubatching.make_ubatch_contexts(
         num_micro_batches=len(batches),
@@ -70,10 +74,7 @@ def run_step(layers: list[Any], batches: list[Batch], num_slots: list[int]) -> l
     def micro_batch(i: int) -> None:
         try:
             with contexts[i]:
-                x, ids, weights = batches[i]
-                for layer in layers:
-                    x = x + layer((x, ids, weights))
-                outs[i] = x
+                outs[i] = _run_layers(layers, batches[i])
         except BaseException as e:
             outs[i] = e
             contexts[i].cpu_signal_event.set()
@@ -89,6 +90,13 @@ def run_step(layers: list[Any], batches: list[Batch], num_slots: list[int]) -> l
         if isinstance(out, BaseException):
             raise out
     return outs
+
+
+def _run_layers(layers: list[Any], batch: Batch) -> torch.Tensor:
+    x, ids, weights = batch
+    for layer in layers:
+        x = x + layer((x, ids, weights))
+    return x
 
 
 def _forward_context(num_slots: int) -> Any:

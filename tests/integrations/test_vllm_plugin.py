@@ -11,7 +11,15 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import ep_backend_vllm
-from ep_backend_vllm import communicator, config, cpu, cpu_default, kernels, tracing
+from ep_backend_vllm import (
+    communicator,
+    config,
+    cpu,
+    cpu_default,
+    kernels,
+    micro_batches,
+    tracing,
+)
 from ep_backend_vllm.backends import BACKENDS, HIGH_THROUGHPUT, LOW_LATENCY
 from ep_backend_vllm.patching import UnsupportedVLLM
 
@@ -109,6 +117,9 @@ def test_name_tests_of_vllm_know_the_backend(
             "vllm.model_executor.layers.fused_moe.prepare_finalize.naive_dp_ep."
             "MoEPrepareAndFinalizeNaiveDPEPModular",
         ),
+        (micro_batches, "vllm.v1.worker.utils.AttentionGroup.create_metadata_builders"),
+        (micro_batches, "vllm.v1.worker.workspace.WorkspaceManager.is_locked"),
+        (micro_batches, "vllm.v1.worker.workspace.current_workspace_manager"),
         (tracing, "vllm.forward_context.set_forward_context"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
