@@ -67,7 +67,8 @@ struct CopiedRows : SendShape<14336, 0, 14336 / 128, 14> {
 };
 
 // Rows of T that become float8 on the way. Making them takes SMs as long as sending them: the next
-// chunk is loaded while this one leaves.
+// chunk is loaded while this one leaves. (A fence of all memory behind each chunk, not of shared
+// memory alone, took 8 SMs 40 us of 450.)
 template <typename T>
 struct QuantizedRows : SendShape<8192, 8192 / sizeof(T), 8192 / sizeof(T) / 128, kSendWarps> {
   const std::byte* x;  // [T, H]
@@ -357,7 +358,7 @@ class RowSender {
     return message != kNoMessage && message_rank(message) == op_.rank().self_rank;
   }
   // Of float8 rows: while they are made, the copy engine has time for the others. 8 ranks of one
-  // H100 took 6432 us so, 7063 us where the copy engine stores all.
+  // H100 took 6432 us so, 7063 us where the copy engine stored all (chunks of 7168 bytes).
   __device__ bool stores_own_rows() const { return !Rows::kIsInPlace && op_.num_ranks() > 1; }
   __device__ bool is_sent_in_bulk(uint64_t message) const {
     return message != kNoMessage && !(stores_own_rows() && is_own(message));
