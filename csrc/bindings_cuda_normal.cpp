@@ -49,14 +49,14 @@ void bind_rank(py::module_& m) {
   py::class_<NormalRank>(m, "CudaNormalRank")
       .def(py::init([](const protocol::NormalDeviceConfig& config, uint32_t self_rank,
                        const std::vector<uintptr_t>& bases, uint64_t timeout_ns,
-                       uint32_t num_max_sms) {
+                       uint32_t num_max_sms, bool shares_gpu) {
              std::vector<std::byte*> pointers;
              for (uintptr_t base : bases) pointers.push_back(pointer<std::byte>(base));
              return std::make_unique<NormalRank>(config, self_rank, pointers, timeout_ns,
-                                                 num_max_sms);
+                                                 num_max_sms, shares_gpu);
            }),
            py::arg("config"), py::arg("self_rank"), py::arg("bases"), py::kw_only(),
-           py::arg("timeout_ns"), py::arg("num_max_sms"))
+           py::arg("timeout_ns"), py::arg("num_max_sms"), py::arg("shares_gpu"))
       .def("dispatch",
            [](NormalRank& self, uintptr_t x, bool x_is_quantized, uintptr_t x_scales,
               DispatchStart start, uintptr_t topk_idx, bool topk_idx_is_int64,

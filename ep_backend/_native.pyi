@@ -617,6 +617,7 @@ class CudaNormalRank:
         *,
         timeout_ns: int,
         num_max_sms: int,
+        shares_gpu: bool,
     ) -> None: ...
     # csrc/bindings_cuda_normal.cpp says what they take; the stream is last.
     def dispatch(self, *args: DispatchStart | int) -> OpResult: ...

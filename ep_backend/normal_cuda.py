@@ -120,6 +120,7 @@ class CudaNormalBuffer(NormalBuffer):
             self._memory.bases,
             timeout_secs,
             self.num_max_sms,
+            group.is_virtual,
             self.device,
         )
         self._tickets = itertools.count(1)

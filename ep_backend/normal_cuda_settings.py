@@ -100,6 +100,7 @@ class CudaNormalKernels:
 
     Args:
         num_max_sms: blocks that a kernel will have at most.
+        shares_gpu: all ranks are on the same GPU.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class CudaNormalKernels:
         bases: list[int],
         timeout_secs: float,
         num_max_sms: int,
+        shares_gpu: bool,
         device: torch.device,
     ) -> None:
         self._device = device
@@ -119,6 +121,7 @@ class CudaNormalKernels:
                 bases,
                 timeout_ns=int(timeout_secs * 1e9),
                 num_max_sms=num_max_sms,
+                shares_gpu=shares_gpu,
             )
 
     def normal_dispatch(self, *args: Any) -> _native.OpResult:

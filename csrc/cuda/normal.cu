@@ -22,7 +22,7 @@ Launch launch_of(uint32_t num_sms, uint32_t num_threads, void* stream) {
 
 NormalRank::NormalRank(const protocol::NormalDeviceConfig& config, uint32_t self_rank,
                        const std::vector<std::byte*>& bases, uint64_t timeout_ns,
-                       uint32_t num_max_sms)
+                       uint32_t num_max_sms, bool shares_gpu)
     : view_{NormalDeviceLayout(config), self_rank, bases[self_rank]} {
   prepare_normal_dispatch();
   prepare_normal_combine();
@@ -46,6 +46,7 @@ NormalRank::NormalRank(const protocol::NormalDeviceConfig& config, uint32_t self
         "allocating a rank's counts");
   *view_.host_counts = {};
   view_.timeout_ns = timeout_ns;
+  view_.shares_gpu = shares_gpu;
   check(cudaDeviceSynchronize(), "setting a rank up");
 }
 

@@ -43,6 +43,7 @@ struct NormalView {
   uint64_t timeout_ns;
   Owners owners;
   uint32_t num_local_experts;
+  bool shares_gpu;  // with all its peers: there is no link
 };
 
 // Where tokens went and rows came from: on the device, kept by the caller's handle.
@@ -111,9 +112,11 @@ struct NormalCombine {
 class NormalRank {
  public:
   // `bases[r]`: memory of rank r as the current device sees it. `num_max_sms`: blocks that a kernel
-  // will have at most. Throws std::runtime_error with the CUDA error where the device refuses.
+  // will have at most. `shares_gpu`: all ranks are on the same GPU. Throws std::runtime_error with
+  // the CUDA error where the device refuses.
   NormalRank(const protocol::NormalDeviceConfig& config, uint32_t self_rank,
-             const std::vector<std::byte*>& bases, uint64_t timeout_ns, uint32_t num_max_sms);
+             const std::vector<std::byte*>& bases, uint64_t timeout_ns, uint32_t num_max_sms,
+             bool shares_gpu);
   ~NormalRank();
   NormalRank(const NormalRank&) = delete;
   NormalRank& operator=(const NormalRank&) = delete;

@@ -311,15 +311,15 @@ void launch_normal_dispatch(const NormalView& rank, const NormalDispatch& params
   const uint32_t num_scales = layout.num_scales();
   const protocol::ScaleFormat format = layout.config().scale_format;
   auto run = [&](auto rows) {
-    launch.run(normal::normal_dispatch_kernel<decltype(rows)>, normal::kSendBytes, rank, rows,
+    launch.run(normal::normal_dispatch_kernel<decltype(rows)>, rows.kSharedBytes, rank, rows,
                params);
   };
   if (num_scales == 0 || params.x_is_quantized) {
-    run(normal::CopiedRows{params.x, params.x_scales, layout.dispatch_row_bytes(), num_scales});
+    run(normal::CopiedRows(params.x, params.x_scales, layout.dispatch_row_bytes(), num_scales));
   } else if (layout.config().dtype == protocol::DType::kBFloat16) {
-    run(normal::QuantizedRows<__nv_bfloat16>{params.x, layout.row_bytes(), num_scales, format});
+    run(normal::QuantizedRows<__nv_bfloat16>(params.x, layout.row_bytes(), num_scales, format));
   } else {
-    run(normal::QuantizedRows<float>{params.x, layout.row_bytes(), num_scales, format});
+    run(normal::QuantizedRows<float>(params.x, layout.row_bytes(), num_scales, format));
   }
 }
 

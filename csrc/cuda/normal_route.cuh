@@ -15,8 +15,8 @@ namespace ep::cuda::normal {
 
 constexpr uint64_t kNoMessage = ~uint64_t{0};
 
-// Of a block of dispatch.
-constexpr uint32_t kSendWarps = 14;
+// Of a block of dispatch. Those that send may be fewer.
+constexpr uint32_t kSendWarps = 16;
 constexpr uint32_t kSendThreads = kSendWarps * kWarp;
 
 __device__ inline uint64_t pack_message(uint32_t r, uint32_t number) {

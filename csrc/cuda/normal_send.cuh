@@ -2,32 +2,53 @@
 // once, and stores it from there to every rank that wants it.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/normal_route.cuh"
 #include "cuda/part.cuh"
 #include "protocol/scales.h"
+#include "ptx/bfloat16.cuh"
 
 namespace ep::cuda::normal {
 
-// What a warp has of a row at once: a bfloat16 row of 7168. 8 SMs that stored 5 rows for each that
-// they loaded moved 571 GB/s with 14 such warps; those that only store, 489 (H100). In channels of
-// any type it is a multiple of 512, so that no word of scales is of two chunks.
-constexpr uint32_t kChunkBytes = 14336;
-constexpr uint32_t kChunkScales = kChunkBytes / 128;  // of float8 that arrives as such
-
-// What a warp needs to move rows, in shared memory.
+// What a warp needs to move rows, in shared memory: chunks of them.
 struct SendBuffer {
-  std::byte* row;     // kChunkBytes
-  float* scales;      // kChunkScales
+  std::byte* in;      // as loaded
+  std::byte* out;     // as it travels
+  float* scales;      // of that
   uint64_t* barrier;  // loads arrive here
 };
-constexpr uint32_t kSendBytes = kSendWarps * (kChunkBytes + kChunkScales * 4);
+
+// What is known of rows of any kind: how much of one a warp has at once, and how many warps of a
+// block send. Chunks are whole words of scales; where rows are quantised, whole sectors of them,
+// too (32 bytes: eight scales).
+template <uint32_t kInBytes, uint32_t kOutBytes, uint32_t kScales, uint32_t kWarps>
+struct SendShape {
+  static constexpr uint32_t kChunkBytes = kInBytes, kNumWarps = kWarps;
+  static constexpr bool kIsInPlace = kOutBytes == 0;
+  static constexpr uint32_t kSharedBytes = kWarps * (kInBytes + kOutBytes + kScales * 4);
+  static_assert(kWarps <= kSendWarps);
+
+  __device__ static SendBuffer buffer(std::byte* shared, uint64_t* barriers) {
+    const uint32_t warp = min(threadIdx.x / kWarp, kWarps - 1);  // the others send nothing
+    std::byte* in = shared + warp * (kInBytes + kOutBytes);
+    auto* scales = reinterpret_cast<float*>(shared + kWarps * (kInBytes + kOutBytes));
+    return {in, kIsInPlace ? in : in + kInBytes, scales + warp * kScales, barriers + warp};
+  }
+};
 
 // Rows that travel as they are: float32, bfloat16, or float8 that the caller has quantised.
-struct CopiedRows {
+//
+// A chunk is a bfloat16 row of 7168. 8 SMs that stored 5 rows for each that they loaded moved 571
+// GB/s with 14 such warps; those that only store, 489 (H100).
+struct CopiedRows : SendShape<14336, 0, 14336 / 128, 14> {
   const std::byte* x;  // [T, H]
   const float* scales;
   uint64_t row_bytes;
   uint32_t num_scales;
+
+  CopiedRows(const std::byte* x, const float* scales, uint64_t row_bytes, uint32_t num_scales)
+      : x(x), scales(scales), row_bytes(row_bytes), num_scales(num_scales) {}
 
   static constexpr uint32_t kBytesPerByte = 1;  // of x, for each that travels
 
@@ -40,76 +61,113 @@ struct CopiedRows {
     for (uint32_t i = threadIdx.x % kWarp; i < protocol::scales_for(num_bytes); i += kWarp) {
       buffer.scales[i] = of_token[i];
     }
-    ptx::fence_proxy_async();
+    ptx::fence_proxy_async_shared();
     __syncwarp();
   }
 };
 
-// Rows of T that become float8 on the way, in place.
+// Rows of T that become float8 on the way. Making them takes SMs as long as sending them: the next
+// chunk is loaded while this one leaves. (A fence of all memory behind each chunk, not of shared
+// memory alone, took 8 SMs 40 us of 450.)
 template <typename T>
-struct QuantizedRows {
+struct QuantizedRows : SendShape<8192, 8192 / sizeof(T), 8192 / sizeof(T) / 128, kSendWarps> {
   const std::byte* x;  // [T, H]
   uint64_t row_bytes;
   uint32_t num_scales;
   protocol::ScaleFormat format;
 
+  QuantizedRows(const std::byte* x, uint64_t row_bytes, uint32_t num_scales,
+                protocol::ScaleFormat format)
+      : x(x), row_bytes(row_bytes), num_scales(num_scales), format(format) {}
+
   static constexpr uint32_t kBytesPerByte = sizeof(T);
 
-  // 16 bytes of x are a vector; eight of a lane at a time, so that lanes which share a scale find
-  // one of eight each. Lanes read neighbouring vectors: in a warp's 32, no bank of shared memory
-  // twice. (A lane that reads the 32 bytes which it makes 16 of takes each bank twice.)
+  // 16 bytes of x are a vector; eight of a lane at a time, or four of what is left. Lanes read
+  // neighbouring vectors: in a warp's 32, no bank of shared memory twice. (A lane that reads the 32
+  // bytes which it makes 16 of takes each bank twice.)
   __device__ void finish(const SendBuffer& buffer, uint32_t, uint32_t, uint32_t num_bytes) const {
-    const uint32_t lane = threadIdx.x % kWarp, num_vectors = num_bytes / 16;
-    const auto* vectors = reinterpret_cast<const uint4*>(buffer.row);
-    for (uint32_t first = lane; first - lane < num_vectors; first += kAtOnce * kWarp) {
-      uint4 inputs[kAtOnce];
-      float amax[kAtOnce];
-#pragma unroll
-      for (uint32_t v = 0; v < kAtOnce; ++v) {
-        const uint32_t vector = first + v * kWarp;
-        inputs[v] = vector < num_vectors ? vectors[vector] : uint4{};
-        amax[v] = largest(inputs[v]);
-      }
-      const protocol::Scale own = protocol::scale_for(largest_of_sets(amax), format);
-      const uint32_t group = (first + lane % kAtOnce * kWarp) / kLanesPerScale;
-      if (lane % kLanesPerScale < kAtOnce && group * kLanesPerScale < num_vectors) {
-        buffer.scales[group] = own.scale;
-      }
-      __syncwarp();  // all have read what is written now
-#pragma unroll
-      for (uint32_t v = 0; v < kAtOnce; ++v) {
-        const float inverse = __shfl_sync(kAllLanes, own.inverse, v, kAtOnce);
-        if (first + v * kWarp < num_vectors) write(buffer, first + v * kWarp, inputs[v], inverse);
-      }
+    const uint32_t num_vectors = num_bytes / 16;
+    uint32_t first = threadIdx.x % kWarp;
+#pragma unroll 1
+    for (; first / kWarp * kWarp + 8 * kWarp <= num_vectors; first += 8 * kWarp) {
+      quantize<8, true>(buffer, first, num_vectors);
     }
-    ptx::fence_proxy_async();
+#pragma unroll 1
+    for (; first / kWarp * kWarp < num_vectors; first += 4 * kWarp) {
+      quantize<4, false>(buffer, first, num_vectors);
+    }
+    ptx::fence_proxy_async_shared();
     __syncwarp();
   }
 
  private:
   static constexpr uint32_t kWidth = sizeof(uint4) / sizeof(T);  // channels of a vector
   static constexpr uint32_t kLanesPerScale = 128 / kWidth;
-  static constexpr uint32_t kAtOnce = 8;
+  // The largest magnitude, NaN left out: of bfloat16, two, of the even channels and of the odd.
+  using Largest = std::conditional_t<sizeof(T) == 2, uint32_t, float>;
 
-  // Of a vector, NaN left out.
-  __device__ static float largest(const uint4& vector) { return QuantizeRow<T>::largest({vector}); }
-
-  // `values[i]` of lanes that share a scale are set i; lane j returns the largest of set j mod 8.
-  __device__ static float largest_of_sets(float (&values)[kAtOnce]) {
+  // Vectors first, first + 32, ..: kCount of them in a lane, so that lanes which share a scale find
+  // one of kCount each. Whole warp.
+  template <uint32_t kCount, bool kAreAllThere>
+  __device__ void quantize(const SendBuffer& buffer, uint32_t first, uint32_t num_vectors) const {
+    const uint32_t lane = threadIdx.x % kWarp;
+    const auto* vectors = reinterpret_cast<const uint4*>(buffer.in);
+    uint4 inputs[kCount];
+    Largest amax[kCount];
 #pragma unroll
-    for (uint32_t half = kAtOnce / 2; half > 0; half /= 2) {
+    for (uint32_t v = 0; v < kCount; ++v) {
+      const uint32_t vector = first + v * kWarp;
+      inputs[v] = kAreAllThere || vector < num_vectors ? vectors[vector] : uint4{};
+      amax[v] = largest(inputs[v]);
+    }
+    const protocol::Scale own = protocol::scale_for(magnitude(largest_of_sets(amax)), format);
+    const uint32_t vector = first + lane % kCount * kWarp;
+    if (lane % kLanesPerScale < kCount && (kAreAllThere || vector < num_vectors)) {
+      buffer.scales[vector / kLanesPerScale] = own.scale;
+    }
+#pragma unroll
+    for (uint32_t v = 0; v < kCount; ++v) {
+      const float inverse = __shfl_sync(kAllLanes, own.inverse, v, kCount);
+      if (kAreAllThere || first + v * kWarp < num_vectors) {
+        write(buffer, first + v * kWarp, inputs[v], inverse);
+      }
+    }
+  }
+
+  __device__ static uint32_t larger(uint32_t a, uint32_t b) { return ptx::max_magnitudes(a, b); }
+  __device__ static float larger(float a, float b) { return fmaxf(fabsf(a), fabsf(b)); }
+  __device__ static float magnitude(float value) { return fabsf(value); }
+  __device__ static float magnitude(uint32_t pair) {
+    return larger(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
+  }
+  __device__ static Largest largest(const uint4& vector) {
+    if constexpr (sizeof(T) == 2) {
+      return larger(larger(vector.x, vector.y), larger(vector.z, vector.w));
+    } else {
+      float values[kWidth];
+      widen(vector, values);
+      return larger(larger(values[0], values[1]), larger(values[2], values[3]));
+    }
+  }
+
+  // `values[i]` of lanes that share a scale are set i; lane j returns the largest of set j mod
+  // kCount.
+  template <uint32_t kCount>
+  __device__ static Largest largest_of_sets(Largest (&values)[kCount]) {
+#pragma unroll
+    for (uint32_t half = kCount / 2; half > 0; half /= 2) {
       const bool is_upper = (threadIdx.x & half) != 0;
 #pragma unroll
       for (uint32_t i = 0; i < half; ++i) {
-        const float given = is_upper ? values[i] : values[i + half];
-        const float kept = is_upper ? values[i + half] : values[i];
-        values[i] = fmaxf(kept, __shfl_xor_sync(kAllLanes, given, half));
+        const Largest given = is_upper ? values[i] : values[i + half];
+        const Largest kept = is_upper ? values[i + half] : values[i];
+        values[i] = larger(kept, __shfl_xor_sync(kAllLanes, given, half));
       }
     }
-    float amax = values[0];
+    Largest amax = values[0];
 #pragma unroll
-    for (uint32_t step = kAtOnce; step < kLanesPerScale; step *= 2) {
-      amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, step));
+    for (uint32_t step = kCount; step < kLanesPerScale; step *= 2) {
+      amax = larger(amax, __shfl_xor_sync(kAllLanes, amax, step));
     }
     return amax;
   }
@@ -126,11 +184,44 @@ struct QuantizedRows {
           << (c % 4 * 8);
     }
     if constexpr (kWidth == 8) {
-      reinterpret_cast<uint2*>(buffer.row)[vector] = {words[0], words[1]};
+      reinterpret_cast<uint2*>(buffer.out)[vector] = {words[0], words[1]};
     } else {
-      reinterpret_cast<uint32_t*>(buffer.row)[vector] = words[0];
+      reinterpret_cast<uint32_t*>(buffer.out)[vector] = words[0];
     }
   }
+};
+
+// Which rows a block sends, and with which blocks it shares them.
+//
+// Where bulk stores to a peer and at home leave one SM, they wait for each other. With SMs for
+// both, some copy what stays at home and the others send. Between two H100s (NV18), 8192 bfloat16
+// rows of 7168 from each to both, us on 14 / 16 / 18 / 20 / 24 / 32 SMs: 352 / 381 / - / 429 / 418
+// / 387 where all SMs do both; 402 / 347 / 335 / 342 / 331 / 330 with these roles. On 24 that is
+// 354 GB/s over the link, where copy engines reach 387. On fewer SMs rows would be loaded twice for
+// nothing.
+//
+// Of more GPUs less stays at home; how much less is reckoned here, not measured.
+struct Role {
+  uint32_t block = blockIdx.x, num_blocks = gridDim.x;  // among those of this role
+  bool sends_own = true, sends_to_peers = true;
+
+  __device__ Role() {}
+  __device__ explicit Role(const NormalView& rank) {
+    const uint32_t num_ranks = rank.layout.config().num_ranks;
+    if (rank.shares_gpu || num_ranks == 1 || gridDim.x <= kNumLinkSMs) return;
+    // Of a token's rows, one of R stays.
+    const uint32_t num_wanted = (kNumOwnSMs + num_ranks - 2) / (num_ranks - 1);
+    const uint32_t num_own = min(num_wanted, gridDim.x - kNumLinkSMs);
+    if (num_own * kNumOwnSMs < num_wanted * (kNumOwnSMs - 1)) return;
+    sends_own = blockIdx.x < num_own;
+    sends_to_peers = !sends_own;
+    block = sends_own ? blockIdx.x : blockIdx.x - num_own;
+    num_blocks = sends_own ? num_own : gridDim.x - num_own;
+  }
+
+ private:
+  static constexpr uint32_t kNumLinkSMs = 9;  // fill the link, nearly
+  static constexpr uint32_t kNumOwnSMs = 8;   // copy as much at home meanwhile
 };
 
 // Ranks of a token, two in a lane.
@@ -150,18 +241,17 @@ class RowSender {
         params_(params),
         topk_(op.rank(), params),
         warp_(threadIdx.x / kWarp),
-        lane_(threadIdx.x % kWarp) {
-    stores_own_rows_ = op.num_ranks() > 1;
+        lane_(threadIdx.x % kWarp),
+        buffer_(Rows::buffer(shared, barriers)) {
+    if constexpr (kHasRoles) role_ = Role(op.rank());
     has_bulk_scales_ = rows.num_scales > 0 && rows.num_scales % 4 == 0 &&
                        layout_.config().scale_format != protocol::ScaleFormat::kUE8M0;
-    auto* scales = reinterpret_cast<float*>(shared + kSendWarps * kChunkBytes);
-    buffer_ = {shared + warp_ * kChunkBytes, scales + warp_ * kChunkScales, barriers + warp_};
   }
 
   // Asks for the row that this warp sends first, while nobody knows yet where to. `run` from token
   // 0 to the last must follow, or `forget_first`: a block must not end before it is here.
   __device__ void fetch_first() {
-    const uint32_t token = warp_ * gridDim.x + blockIdx.x;
+    const uint32_t token = first_token();
     is_fetched_ = token < params_.routes.num_tokens;
     if (is_fetched_) load(token, 0);
   }
@@ -170,28 +260,38 @@ class RowSender {
     is_fetched_ = false;
   }
 
-  // Tokens begin .. end - 1, among all warps of the grid. `place(rank, number)`: in which row of
+  // Tokens begin .. end - 1, among all warps of the role. `place(rank, number)`: in which row of
   // that rank its row `number` of this batch goes. Whole block; behind it, all is written.
   template <typename Place>
   __device__ void run(uint32_t begin, uint32_t end, Place place) {
-    const uint64_t step = uint64_t{gridDim.x} * kSendWarps;
-    for (uint64_t token = begin + warp_ * gridDim.x + blockIdx.x; token < end; token += step) {
-      send(static_cast<uint32_t>(token), place);
+    const uint64_t step = uint64_t{role_.num_blocks} * Rows::kNumWarps;
+    for (uint64_t token = uint64_t{begin} + first_token(); token < end; token += step) {
+      const bool is_last = token + step >= end;
+      send(static_cast<uint32_t>(token), is_last ? kNoToken : static_cast<uint32_t>(token + step),
+           place);
     }
     ptx::bulk_wait_written();
     ptx::fence_proxy_async();
   }
 
  private:
+  // Rows that become float8 take SMs longer than the link: they are made once, for all ranks.
+  static constexpr bool kHasRoles = Rows::kIsInPlace;
+  static constexpr uint32_t kNoToken = 0xffffffff;
+
+  // Of a batch, this warp's; none, where it sends nothing.
+  __device__ uint32_t first_token() const {
+    return warp_ < Rows::kNumWarps ? warp_ * role_.num_blocks + role_.block : kNoToken;
+  }
   __device__ uint32_t chunk_bytes(uint32_t first) const {
-    return min(kChunkBytes, static_cast<uint32_t>(rows_.row_bytes) - first);
+    return min(Rows::kChunkBytes, static_cast<uint32_t>(rows_.row_bytes) - first);
   }
   // A chunk of a token's row, from byte `first` on. Whole warp, done with what is there.
   __device__ void load(uint32_t token, uint32_t first) const {
     __syncwarp();
     if (lane_ != 0) return;
     ptx::mbarrier_arrive_expect(buffer_.barrier, chunk_bytes(first));
-    ptx::bulk_load(buffer_.row, rows_.x + token * rows_.row_bytes + first, chunk_bytes(first),
+    ptx::bulk_load(buffer_.in, rows_.x + token * rows_.row_bytes + first, chunk_bytes(first),
                    buffer_.barrier);
   }
   __device__ void await_load() {
@@ -199,10 +299,11 @@ class RowSender {
     parity_ ^= 1;
   }
 
+  // `next_token`: this warp's next one, or none.
   template <typename Place>
-  __device__ void send(uint32_t token, Place place) {
+  __device__ void send(uint32_t token, uint32_t next_token, Place place) {
     Targets targets;
-    for (uint32_t first = 0; first < rows_.row_bytes; first += kChunkBytes) {
+    for (uint32_t first = 0; first < rows_.row_bytes; first += Rows::kChunkBytes) {
       const uint32_t num_bytes = chunk_bytes(first);
       if (!is_fetched_) {
         ptx::bulk_wait_read();
@@ -214,7 +315,12 @@ class RowSender {
         if (params_.start != DispatchStart::kCached) send_routes(token, targets);
       }
       await_load();
+      if constexpr (!Rows::kIsInPlace) {
+        ptx::bulk_wait_read();
+        __syncwarp();
+      }
       rows_.finish(buffer_, token, first, num_bytes);
+      if constexpr (!Rows::kIsInPlace) fetch_next(token, first, next_token);
       const uint32_t first_out = first / Rows::kBytesPerByte;
       const uint32_t num_out = num_bytes / Rows::kBytesPerByte;
 #pragma unroll
@@ -222,43 +328,57 @@ class RowSender {
         if (!is_sent_in_bulk(targets.messages[half])) continue;
         std::byte* peer = op_.peer(message_rank(targets.messages[half]));
         const uint64_t row = targets.rows[half];
-        ptx::bulk_store(peer + layout_.row(row) + first_out, buffer_.row, num_out);
+        ptx::bulk_store(peer + layout_.row(row) + first_out, buffer_.out, num_out);
         if (has_bulk_scales_) {
           ptx::bulk_store(peer + layout_.scales(row) + first_out / 128 * 4, buffer_.scales,
                           protocol::scales_for(num_out) * 4);
         }
       }
       ptx::bulk_commit();
-      if (stores_own_rows_) store_own(targets, first_out, num_out);
+      if (stores_own_rows()) store_own(targets, first_out, num_out);
       if (rows_.num_scales > 0 && !has_bulk_scales_) {
         send_scales(targets, first_out / 128, num_out);
       }
     }
   }
 
-  __device__ bool is_sent_in_bulk(uint64_t message) const {
-    return message != kNoMessage &&
-           !(stores_own_rows_ && message_rank(message) == op_.rank().self_rank);
+  // The chunk behind this one, which is made already.
+  __device__ void fetch_next(uint32_t token, uint32_t first, uint32_t next_token) {
+    const uint32_t next = first + Rows::kChunkBytes;
+    is_fetched_ = next < rows_.row_bytes || next_token != kNoToken;
+    if (!is_fetched_) return;
+    if (next < rows_.row_bytes) {
+      load(token, next);
+    } else {
+      load(next_token, 0);
+    }
   }
 
-  // What this rank itself gets of the row, by ordinary stores: the copy engine takes one row after
-  // the other, so those to peers would wait for those that stay here, and these for the link.
+  __device__ bool is_own(uint64_t message) const {
+    return message != kNoMessage && message_rank(message) == op_.rank().self_rank;
+  }
+  // Of float8 rows: while they are made, the copy engine has time for the others. 8 ranks of one
+  // H100 took 6432 us so, 7063 us where the copy engine stored all (chunks of 7168 bytes).
+  __device__ bool stores_own_rows() const { return !Rows::kIsInPlace && op_.num_ranks() > 1; }
+  __device__ bool is_sent_in_bulk(uint64_t message) const {
+    return message != kNoMessage && !(stores_own_rows() && is_own(message));
+  }
+
+  // What this rank itself gets of the row, by ordinary stores.
   __device__ void store_own(const Targets& targets, uint32_t first_out, uint32_t num_out) const {
-    uint32_t owner = kNoRank;
+    bool is_there = false;
     uint64_t row = 0;
 #pragma unroll
     for (uint32_t half = 0; half < 2; ++half) {
-      const uint64_t message = targets.messages[half];
-      const uint32_t lanes = __ballot_sync(
-          kAllLanes, message != kNoMessage && message_rank(message) == op_.rank().self_rank);
+      const uint32_t lanes = __ballot_sync(kAllLanes, is_own(targets.messages[half]));
       if (lanes == 0) continue;
-      owner = op_.rank().self_rank;
+      is_there = true;
       row = __shfl_sync(kAllLanes, targets.rows[half], __ffs(lanes) - 1);
     }
-    if (owner == kNoRank) return;
-    const auto* from = reinterpret_cast<const uint4*>(buffer_.row);
+    if (!is_there) return;
+    const auto* from = reinterpret_cast<const uint4*>(buffer_.out);
     auto* to = at<uint4>(op_.self(), layout_.row(row) + first_out);
-#pragma unroll 7
+#pragma unroll 8
     for (uint32_t v = lane_; v < num_out / 16; v += kWarp) to[v] = from[v];
     if (!has_bulk_scales_) return;
     auto* scales = at<float>(op_.self(), layout_.scales(row)) + first_out / 128;
@@ -267,6 +387,7 @@ class RowSender {
     }
   }
 
+  // Those that this block's role serves.
   template <typename Place>
   __device__ void find_targets(uint32_t token, Place place, Targets* targets) const {
     const uint32_t num_columns = layout_.num_max_messages_per_token();
@@ -275,8 +396,8 @@ class RowSender {
     for (uint32_t half = 0; half < 2; ++half) {
       const uint32_t column = half * kWarp + lane_;
       // Other blocks have written them.
-      const uint64_t message =
-          column < num_columns ? ptx::ld_relaxed_gpu(messages + column) : kNoMessage;
+      uint64_t message = column < num_columns ? ptx::ld_relaxed_gpu(messages + column) : kNoMessage;
+      if (!(is_own(message) ? role_.sends_own : role_.sends_to_peers)) message = kNoMessage;
       targets->messages[half] = message;
       targets->rows[half] =
           message == kNoMessage ? 0 : place(message_rank(message), message_number(message));
@@ -288,11 +409,11 @@ class RowSender {
   __device__ static void for_each(const Targets& targets, Act act) {
 #pragma unroll
     for (uint32_t half = 0; half < 2; ++half) {
-      const uint32_t num_targets =
-          __popc(__ballot_sync(kAllLanes, targets.messages[half] != kNoMessage));
-      for (uint32_t i = 0; i < num_targets; ++i) {
-        const uint64_t message = __shfl_sync(kAllLanes, targets.messages[half], i);
-        act(message_rank(message), __shfl_sync(kAllLanes, targets.rows[half], i));
+      uint32_t lanes = __ballot_sync(kAllLanes, targets.messages[half] != kNoMessage);
+      for (; lanes != 0; lanes &= lanes - 1) {
+        const uint32_t lane = __ffs(lanes) - 1;
+        const uint64_t message = __shfl_sync(kAllLanes, targets.messages[half], lane);
+        act(message_rank(message), __shfl_sync(kAllLanes, targets.rows[half], lane));
       }
     }
   }
@@ -352,10 +473,10 @@ class RowSender {
   const NormalDispatch& params_;
   TopK topk_;
   uint32_t warp_, lane_;
+  SendBuffer buffer_;
+  Role role_;
   bool is_fetched_ = false;
   bool has_bulk_scales_;  // they travel as they are, in whole vectors
-  bool stores_own_rows_;
-  SendBuffer buffer_;
   uint32_t parity_ = 0;
 };
 

@@ -14,7 +14,12 @@ __device__ inline uint32_t shared_address(const void* pointer) {
 
 // Between this thread's ordinary accesses and bulk copies, either way: of what it has read, written
 // or seen published before, bulk copies that follow (of any thread, behind a barrier) are later.
+// Waits, too, for what the thread has stored to reach the GPU's L2.
 __device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// The same of shared memory alone, without that wait.
+__device__ inline void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 __device__ inline void mbarrier_init(uint64_t* barrier, uint32_t num_arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),

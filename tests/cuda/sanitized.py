@@ -36,6 +36,7 @@ NORMAL_SETTINGS: list[dict[str, Any]] = [
     {},
     {"dtype": torch.float32},
     {"dispatch_dtype": torch.float8_e4m3fn, "scale_format": "ue8m0"},
+    {"dispatch_dtype": torch.float8_e4m3fn, "hidden": 9216},  # a row is three chunks
 ]
 NUM_ROWS = (64, 8)
 """There is room for all; or they travel in rounds."""
@@ -47,7 +48,7 @@ def exchange_normally(num_ranks: int) -> int:
     num_exchanges = 0
     for settings in NORMAL_SETTINGS:
         for num_rows in NUM_ROWS:
-            shape = NormalShape(num_ranks, hidden=272, num_experts=6, **settings)
+            shape = NormalShape(num_ranks, num_experts=6, **({"hidden": 272} | settings))
             case = make_case(shape, "uniform", [11, 6][:num_ranks], 0, num_biases=1)
             weighted = make_case(shape, "masked", [4, 9][:num_ranks], 1, with_weights=True)
 

@@ -41,8 +41,12 @@ def run_normally(rank: Rank, shape: CudaNormalShape, cases: list[NormalCase]) ->
     torch.cuda.set_device(rank.group.self_rank % torch.cuda.device_count())
     with shape.buffer(rank.group) as buffer:
         ops = CudaNormalRank(buffer)
+        all_roles = {"num_sms": 24}  # some only copy own rows
         for case in cases:
-            for how in (How(), How(num_worst_tokens=300, in_place=True), How(copy=True)):
+            for how in (
+                *(How(), How(num_worst_tokens=300, in_place=True)),
+                *(How(copy=True), How(num_sms=all_roles)),
+            ):
                 ops.run_again(case, ops.run(case, how), how)
         torch.cuda.synchronize()
         rank.group.all_gather(None)  # nobody's memory goes while a peer still reads it
