@@ -110,7 +110,8 @@ class DispatchSender {
   __device__ void note_answer(uint32_t token, const Route& route) const {
     uint32_t* answers = params_.answers + token * layout_.num_outcome_columns();
     if (is_source()) {
-      answers[route.order] = route.dst_rank << 16 | route.k;
+      const uint32_t upper = packs_rows() ? route.num_below + route.entry_idx : route.dst_rank;
+      answers[route.order] = upper << 16 | route.k;
     } else if (route.entry_idx == 0) {
       answers[route.column] = route.dst_rank << 16 | route.slot;
     }
@@ -120,13 +121,15 @@ class DispatchSender {
   }
   // Where a message's partial row goes, or the first of its rows.
   __device__ uint32_t outcome_slot(uint32_t token, const Route& route) const {
-    return token * layout_.num_outcome_columns() + (is_source() ? 0 : route.column);
+    const uint32_t column = packs_rows() ? route.num_below : is_source() ? 0 : route.column;
+    return token * layout_.num_outcome_columns() + column;
   }
 
  private:
   __device__ bool is_source() const {
     return layout_.config().reduction == protocol::Reduction::kSource;
   }
+  __device__ bool packs_rows() const { return View::kHasNetwork && layout_.packs_rows(); }
   // Rows for every expert to the peers' counts, a part of them by each block. Their readers look at
   // the epoch in them, so they may fly ahead.
   __device__ void publish_counts() const {
@@ -163,11 +166,17 @@ class DispatchSender {
     }
   }
 
-  // The messages of a token that go over a network, once all warps have written their parts: a warp
-  // a message. Whole block.
+  // The messages of a token that go over a network, if some do, once all warps have written their
+  // parts: a warp a message. Whole block.
   __device__ void put_messages(const Plan& plan) const {
-    __syncthreads();
     const uint32_t self = rank_.self_rank;
+    bool is_put = false;  // the same in all warps, which have planned the same token
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x % kWarp; i < plan.num_rows; i += kWarp) {
+      is_put |= !op_.reaches(plan.messages[i] >> 16);
+    }
+    if (!__any_sync(kAllLanes, is_put)) return;
+    __syncthreads();
 #pragma unroll 1
     for (uint32_t i = threadIdx.x / kWarp; i < plan.num_rows; i += kWarps) {
       const uint32_t dst_rank = plan.messages[i] >> 16, slot = plan.messages[i] & 0xffff;
@@ -212,7 +221,7 @@ class DispatchSender {
         plan->rows[i] = peer + layout_.inbox_row(op_.bank(), self, route.slot);
         plan->scales[i] = at<float>(peer, layout_.inbox_scales(op_.bank(), self, route.slot));
       }
-    });
+    }, packs_rows());
     if (threadIdx.x % kWarp == 0) {
       if (writes) note_partials(token, num_routes);
       const bool is_skipped = skip_rank_ != kNoRank && sets_.goes_to_rank(skip_rank_, token);
