@@ -204,24 +204,28 @@ class DispatchSender {
   __device__ void plan_row(uint32_t token, bool writes, Plan* plan) const {
     const uint32_t num_messages = sets_.ranks_of(token), self = rank_.self_rank;
     const bool is_pull = !is_tagged_ && layout_.config().transfer == Transfer::kPull;
-    const uint32_t num_routes = for_each_route(routing_, sets_, token, [&](const Route& route) {
-      if (writes) note_answer(token, route);
-      if (route.dst_rank == skip_rank_) return;
-      if (writes) write_header(token, route);
-      if (route.entry_idx != 0 || is_pull) return;
-      // Column by column, without the one that is skipped.
-      const bool is_behind = skip_rank_ < route.dst_rank && sets_.goes_to_rank(skip_rank_, token);
-      const uint32_t i = route.column - (is_behind ? 1 : 0);
-      std::byte* peer = base_for(route.dst_rank);
-      if constexpr (View::kHasNetwork) plan->messages[i] = route.dst_rank << 16 | route.slot;
-      if (is_tagged_) {
-        plan->rows[i] = peer + layout_.tagged_message(op_.bank(), self, route.slot) +
-                        layout_.tagged_row_in_message();
-      } else {
-        plan->rows[i] = peer + layout_.inbox_row(op_.bank(), self, route.slot);
-        plan->scales[i] = at<float>(peer, layout_.inbox_scales(op_.bank(), self, route.slot));
-      }
-    }, packs_rows());
+    const uint32_t num_routes = for_each_route(
+        routing_, sets_, token,
+        [&](const Route& route) {
+          if (writes) note_answer(token, route);
+          if (route.dst_rank == skip_rank_) return;
+          if (writes) write_header(token, route);
+          if (route.entry_idx != 0 || is_pull) return;
+          // Column by column, without the one that is skipped.
+          const bool is_behind =
+              skip_rank_ < route.dst_rank && sets_.goes_to_rank(skip_rank_, token);
+          const uint32_t i = route.column - (is_behind ? 1 : 0);
+          std::byte* peer = base_for(route.dst_rank);
+          if constexpr (View::kHasNetwork) plan->messages[i] = route.dst_rank << 16 | route.slot;
+          if (is_tagged_) {
+            plan->rows[i] = peer + layout_.tagged_message(op_.bank(), self, route.slot) +
+                            layout_.tagged_row_in_message();
+          } else {
+            plan->rows[i] = peer + layout_.inbox_row(op_.bank(), self, route.slot);
+            plan->scales[i] = at<float>(peer, layout_.inbox_scales(op_.bank(), self, route.slot));
+          }
+        },
+        packs_rows());
     if (threadIdx.x % kWarp == 0) {
       if (writes) note_partials(token, num_routes);
       const bool is_skipped = skip_rank_ != kNoRank && sets_.goes_to_rank(skip_rank_, token);

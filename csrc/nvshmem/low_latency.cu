@@ -17,8 +17,7 @@ constexpr uint32_t kLeastBlocks = 32;
 
 void check_config(const protocol::LowLatencyConfig& config) {
   const bool is_served = config.packs_messages && config.num_max_tagged_tokens == 0 &&
-                         config.num_workspaces == 0 &&
-                         config.transfer == protocol::Transfer::kPush;
+                         config.num_workspaces == 0 && config.transfer == protocol::Transfer::kPush;
   if (!is_served) {
     throw std::invalid_argument(
         "over a network messages are packed and pushed, never tagged, not in workspaces");
@@ -50,7 +49,10 @@ bool check_shared_memory(const protocol::LowLatencyLayout& layout, uint32_t self
 NetworkRank::NetworkRank(const protocol::LowLatencyConfig& config, uint32_t self_rank,
                          const std::vector<std::byte*>& bases, const std::vector<int32_t>& pes,
                          uint64_t timeout_ns, uint32_t num_sms)
-    : RankHost(config, self_rank, bases, timeout_ns), network_(view_.layout), num_sms_(num_sms) {
+    : RankHost(config, self_rank, bases, timeout_ns),
+      network_(view_.layout),
+      num_sms_(num_sms),
+      num_remote_(static_cast<uint32_t>(std::count(bases.begin(), bases.end(), nullptr))) {
   check_config(config);
   has_room_for_two_ = check_shared_memory(view_.layout, self_rank);
   prepare_dispatch();
@@ -73,8 +75,8 @@ struct NetworkRank::Plan {
   Launch launch;
 };
 
-// `num_wanted`: blocks that have something to do. With more than a block an SM, two: the next kernel
-// then waits outside.
+// `num_wanted`: blocks that have something to do. With more than a block an SM, two: the next
+// kernel then waits outside.
 NetworkRank::Plan NetworkRank::plan(uint64_t num_wanted, void* stream) const {
   const bool has_much = has_room_for_two_ && num_wanted > num_sms_;
   const uint64_t num_most = uint64_t{num_sms_} * (has_much ? cuda::kBlocksPerSM : 1);
@@ -110,7 +112,7 @@ uint64_t NetworkRank::num_messages() const {
 OpResult NetworkRank::dispatch_send(const DispatchSendParams& send, void* stream) {
   num_tokens_ = send.num_tokens;
   // A block a token, and behind them some whose warps put a peer's counts each.
-  const uint32_t num_for_counts = (view_.layout.config().num_ranks - 1) / cuda::kWarps + 1;
+  const uint32_t num_for_counts = (num_remote_ + cuda::kWarps - 1) / cuda::kWarps;
   const Plan p = plan(uint64_t{send.num_tokens} + num_for_counts, stream);
   launch_dispatch_send(p.view, send, p.launch);
   return launched("dispatch_send");

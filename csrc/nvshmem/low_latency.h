@@ -35,8 +35,9 @@ class NetworkRank : public cuda::RankHost {
 
   protocol::NetworkLayout network_;
   uint32_t num_sms_;
+  uint32_t num_remote_;            // ranks behind the network
   bool has_room_for_two_ = false;  // two blocks of any kernel fit an SM
-  uint32_t num_tokens_ = 0;  // of the latest dispatch
+  uint32_t num_tokens_ = 0;        // of the latest dispatch
   int32_t* pes_ = nullptr;
   uint64_t* arrived_ = nullptr;
 };

@@ -52,8 +52,8 @@ class NetworkLayout {
                                                    uint32_t slot) const {
     return messages_offset_ + uint64_t{slot_idx(bank, dst_rank, slot)} * message_stride_;
   }
-  // Of combine: what answers message `slot` of that rank, a row; or, where all rows go home, the row
-  // of its `entry`.
+  // Of combine: what answers message `slot` of that rank, a row; or, where all rows go home, the
+  // row of its `entry`.
   EP_HOST_DEVICE constexpr uint64_t staged_outcome(uint32_t bank, uint32_t dst_rank, uint32_t slot,
                                                    uint32_t entry) const {
     const uint64_t row = uint64_t{slot_idx(bank, dst_rank, slot)} * num_rows_ + entry;
