@@ -79,8 +79,7 @@ class BufferSettings:
     hierarchical: bool = False
 
     def agreed(self) -> dict[str, Any]:
-        """By name, for `Group.agree`. The network's one by one: a rank that was given others is told
-        which."""
+        """By name, for `Group.agree`. Those of the network one by one: what differs is named."""
         settings = asdict(self)
         network = settings.pop("network")
         settings["network"] = None if network is None else "given"

@@ -3,8 +3,8 @@
 Three ways to send a token to the experts of its K, of which some are on other nodes:
 
     per_expert  a copy for each expert; all their rows come home. (DeepEP's low-latency kernels)
-    per_rank    a copy for each rank that owns some of them; it sends home one row, or, with reduction
-                "source", one for each of the token's K that it has. (ours, flat)
+    per_rank    a copy for each rank that owns some of them; it sends home one row, or, with
+                reduction "source", one for each of the token's K that it has. (ours, flat)
     per_node    a copy for each node that does; it sends home one row. (ours, hierarchical)
 
 R ranks, G of them a node, N nodes, T tokens of a rank, K top_k, E experts.

@@ -43,8 +43,8 @@ WHEELS = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
 VERSION_NOTE = "_nvshmem_version.txt"
 """Beside the extension."""
 VARIABLES_REMEDY = (
-    "NVSHMEM's memory and queue pairs must be alike on all hosts: set it to the same everywhere, or "
-    "unset it."
+    "NVSHMEM's memory and queue pairs must be alike on all hosts: set it to the same everywhere, "
+    "or unset it."
 )
 CALL_SECS = 60.0
 """How long one of NVSHMEM's collective calls may take: less than ranks wait at the next meeting for
@@ -59,7 +59,7 @@ class _Block:
     num_bytes: int
     is_free: bool = False
     has_failed: Callable[[], bool] = lambda: False
-    """Whether the buffer that had it last has: its kernels may still have run when it was closed."""
+    """Whether the buffer that had it last has: its kernels may have run on after it was closed."""
 
 
 @dataclass
@@ -312,7 +312,8 @@ def initialize(
 
 
 def _shared_variables(required: dict[str, str]) -> dict[str, str | None]:
-    """NVSHMEM's variables that must be the same on all ranks, as they are or will be at its start."""
+    """NVSHMEM's variables that must be the same on all ranks, as they were, or will be, at its
+    start."""
     if _world is not None:
         environ = {name: value for name, value in _world.environment.items() if value is not None}
     else:

@@ -171,7 +171,7 @@ def test_sglang_over_two_hosts_of_gpus_goes_on_with_nvshmem(
         arguments._require_network(record)
     record.deepep_mode = "low_latency"
     if find_spec("ep_backend._nvshmem") is None:
-        with pytest.raises(ValueError, match="--nnodes is 2, .* built without NVSHMEM"):
+        with pytest.raises(ValueError, match=r"--nnodes is 2, .* built without NVSHMEM"):
             arguments._require_network(record)
     monkeypatch.setattr(nvshmem, "extension", lambda: None)
     arguments._require_network(record)
