@@ -69,9 +69,11 @@ class Combiner {
       uint32_t answer = 0;
       if (lane < layout_.num_outcome_columns()) answer = recv.answers[first_column + lane];
       if (!make_own(recv, first_column, num_columns, answer, out, items)) continue;
-      if (is_tagged) {
-        if (!add_tagged(recv, first_column, num_columns, out, items)) return false;
-        continue;
+      if constexpr (!View::kHasNetwork) {  // there nothing is
+        if (is_tagged) {
+          if (!add_tagged(recv, first_column, num_columns, out, items)) return false;
+          continue;
+        }
       }
       __syncwarp();  // the last plan has been used
       for (uint32_t c = lane; c < num_columns; c += kWarp) {
@@ -156,7 +158,7 @@ class Combiner {
   // entry of that.
   __device__ Sink sink_at(uint32_t src_rank, uint32_t slot, uint32_t outcome_slot,
                           uint32_t entry) const {
-    if (received_.is_tagged(src_rank)) {
+    if (!View::kHasNetwork && received_.is_tagged(src_rank)) {
       return {op_.peer(src_rank) + layout_.tagged_outcome(op_.bank(), outcome_slot), true,
               op_.tag()};
     }
@@ -177,7 +179,7 @@ class Combiner {
   __device__ bool make_own(const CombineRecvParams& recv, uint32_t first_column,
                            uint32_t num_columns, uint32_t answer, std::byte* out,
                            const Items& items) const {
-    if (skip_rank_ == kNoRank) return true;
+    if (View::kHasNetwork || skip_rank_ == kNoRank) return true;
     const uint32_t lane = threadIdx.x % kWarp;
     uint32_t own = 0;  // slot + 1
     for (uint32_t c = lane; c < num_columns; c += kWarp) {

@@ -114,8 +114,9 @@ class DispatchReceiver {
       const uint32_t m = messages[items.row()];
       const uint32_t src_rank = source_of(sources.prefix, sources.num_ranks, m);
       const uint32_t slot = m - sources.prefix[src_rank];
-      const bool ok = sources.is_tagged(src_rank) ? receive_tagged(m, src_rank, slot, items)
-                                                  : receive_untagged(m, src_rank, slot, items);
+      const bool is_tagged = !View::kHasNetwork && sources.is_tagged(src_rank);
+      const bool ok = is_tagged ? receive_tagged(m, src_rank, slot, items)
+                                : receive_untagged(m, src_rank, slot, items);
       if (!ok) return false;
     }
     return true;

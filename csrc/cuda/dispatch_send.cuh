@@ -48,7 +48,8 @@ class DispatchSender {
         rows_(rows),
         params_(params),
         skip_rank_(skip_rank),
-        is_tagged_(routing.num_tokens <= layout_.config().num_max_tagged_tokens) {}
+        is_tagged_(!View::kHasNetwork &&
+                   routing.num_tokens <= layout_.config().num_max_tagged_tokens) {}
 
   // What its signal tells rank `r`.
   __device__ uint32_t source_word(uint32_t r) const {
