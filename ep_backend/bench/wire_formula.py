@@ -41,7 +41,7 @@ class WireShape:
     dispatch_dtype: torch.dtype
     combine_dtype: torch.dtype
     reduction: str = "rank"
-    """Of `per_rank`; of others it is theirs."""
+    """Of `per_rank`: where rows are weighted and added."""
 
     @property
     def schemes(self) -> tuple[str, ...]:
