@@ -151,7 +151,7 @@ void bind_layout(py::module_& m) {
   py::class_<NetworkLayout>(m, "NetworkLayout")
       .def(py::init<const LowLatencyLayout&>())
       .def_property_readonly("message_bytes", &NetworkLayout::message_bytes)
-      .def_property_readonly("outcome_bytes", &NetworkLayout::outcome_bytes)
+      .def("outcome_bytes", &NetworkLayout::outcome_bytes)
       .def_property_readonly("num_bytes", &NetworkLayout::num_bytes)
       .def("arrivals", &NetworkLayout::arrivals)
       .def("staged_counts", &NetworkLayout::staged_counts)

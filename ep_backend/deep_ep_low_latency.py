@@ -30,6 +30,7 @@ from ep_backend.errors import OrderError
 from ep_backend.events import EventOverlap
 from ep_backend.group import Group
 from ep_backend.low_latency import LowLatencyBuffer
+from ep_backend.network import NetworkConfig
 from ep_backend.settings import BufferSettings
 
 Hook = Callable[[], None]
@@ -55,6 +56,7 @@ class LowLatencyCalls(BufferBase):
         num_experts: int,
         *,
         top_k: int = MAX_TOP_K_OF_DEEP_EP,
+        over_network: bool = False,
     ) -> int:
         """Bytes of shared memory that bfloat16 `x` of this shape takes on every rank at most,
         whichever way it travels and wherever it is weighted. For who plans memory: a `Buffer` need
@@ -62,12 +64,14 @@ class LowLatencyCalls(BufferBase):
 
         Args:
             top_k: ours: experts of a token at most. Default: as many as DeepEP allows.
+            over_network: ours: ranks are on several hosts, so that what is sent is staged, too.
 
         Raises:
             ValueError: an argument is out of range.
         """
 
-        def num_bytes(device: str, reduction: str, dispatch_dtype: torch.dtype) -> int:
+        def num_bytes(link: str, reduction: str, dispatch_dtype: torch.dtype) -> int:
+            device = "cpu" if link == "shm" else "cuda"
             settings = BufferSettings(
                 num_max_tokens_per_rank=num_max_dispatch_tokens_per_rank,
                 hidden=hidden,
@@ -85,14 +89,17 @@ class LowLatencyCalls(BufferBase):
                 expert_ids="local",
                 num_banks=NUM_BANKS,
                 device=device,
+                network=NetworkConfig() if link == "rdma" else None,
             )
             if device == "cpu":  # a CPU may plan for a GPU that it does not have
                 settings.check(num_ranks)
-            return _native.LowLatencyLayout(settings.config(num_ranks)).num_bytes
+            layout = _native.LowLatencyLayout(settings.config(num_ranks))
+            return _native.NetworkLayout(layout).num_bytes if link == "rdma" else layout.num_bytes
 
         return max(
-            num_bytes(device, reduction, dispatch_dtype)
-            for device, reduction in (("cpu", "source"), ("cuda", "rank"), ("cuda", "source"))
+            num_bytes(link, reduction, dispatch_dtype)
+            for link in (("shm", "p2p", "rdma") if over_network else ("shm", "p2p"))
+            for reduction in ("source", "rank")
             for dispatch_dtype in (torch.bfloat16, torch.float8_e4m3fn)
         )
 

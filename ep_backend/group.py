@@ -183,7 +183,7 @@ class Group:
         for rank, (_, refusal) in enumerate(answers):
             if refusal is not None:
                 raise SettingsMismatch(f"{what}: rank {rank} refused its settings: {refusal}")
-        for key in settings:
+        for key in dict.fromkeys(key for theirs, _ in answers for key in theirs):
             values = [theirs.get(key) for theirs, _ in answers]
             if any(value != values[0] for value in values):
                 listed = ", ".join(f"rank {rank}: {value!r}" for rank, value in enumerate(values))

@@ -15,6 +15,7 @@ L experts of this rank, S = R * M rows an expert can receive, N = ceil(H / 128) 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -27,7 +28,7 @@ from ep_backend.checks import (
     check_topk_weights,
     check_x_scales,
 )
-from ep_backend.errors import OrderError
+from ep_backend.errors import OrderError, RendezvousError
 from ep_backend.group import Group
 from ep_backend.handles import (
     DispatchHandle,
@@ -38,7 +39,7 @@ from ep_backend.handles import (
     address_of,
 )
 from ep_backend.kernel_calls import KernelCalls
-from ep_backend.kernels import make_kernels
+from ep_backend.kernels import RankKernels, make_kernels
 from ep_backend.memory import SymmetricMemory, nvshmem
 from ep_backend.network import NetworkConfig
 from ep_backend.observe.buffer import BufferObserver, start_exporter
@@ -124,8 +125,9 @@ class LowLatencyBuffer:
             whose waiting kernels must fit on the GPU together.
         network: CUDA: how ranks are reached whose memory this GPU does not see; needs a build with
             NVSHMEM. Rows are pushed then, whatever `transfer` says, and nothing is tagged; every
-            exchange is two kernels. Reduction "rank", no workspaces. Default: EP_BACKEND_NETWORK,
-            or `NetworkConfig()` where ranks are on several hosts, else none: CUDA IPC joins them.
+            exchange is two kernels. No workspaces. The same on every rank. Default:
+            EP_BACKEND_NETWORK, or `NetworkConfig()` where ranks are on several hosts, else none:
+            CUDA IPC joins them.
 
     `transfer`, `num_max_tagged_tokens`, `spin_us` and `num_sms`, where they are left out, are those
     that `ep-backend tune` has found for the shape on this machine, if it has (`ep_backend.tuning`).
@@ -205,7 +207,7 @@ class LowLatencyBuffer:
         }
         settings = settings.tuned(tuned, given)
         agreed = {TABLE_KEY: tuned} | settings.agreed()
-        group.agree("LowLatencyBuffer", agreed, error, {TABLE_KEY: REMEDY})
+        group.agree("LowLatencyBuffer", agreed, error, {TABLE_KEY: REMEDY} | settings.remedies())
         log_taken("LowLatencyBuffer", group, tuned, given)
         if spin_us is None:
             spin_us = tuned.settings.get("spin_us")
@@ -260,16 +262,18 @@ class LowLatencyBuffer:
         else:
             self.num_symmetric_bytes = _native.NetworkLayout(layout).num_bytes
             self._memory = nvshmem.allocate(group, self.num_symmetric_bytes, self.device, settings)
-        self._kernels = make_kernels(
-            config,
-            multi_node,
-            group,
-            self._memory,
-            self.device,
-            timeout_secs,
-            spin_us,
-            num_sms,
-            tuned.int_of("num_sms"),
+        self._kernels = self._agreed_kernels(
+            lambda: make_kernels(
+                config,
+                multi_node,
+                group,
+                self._memory,
+                self.device,
+                timeout_secs,
+                spin_us,
+                num_sms,
+                tuned.int_of("num_sms"),
+            )
         )
         base = self._memory.bases[group.self_rank]
         self._workspaces = Workspaces(
@@ -483,7 +487,7 @@ class LowLatencyBuffer:
         """Unmaps this rank's view of the shared memory. Not collective; idempotent. No operation of
         this rank may be running; tensors that were returned stay valid."""
         if self._calls.close():
-            self._memory.close(has_failed=self._calls.has_failed)
+            self._memory.close(has_failed=lambda: self._calls.has_failed)
 
     def links(self) -> list[str]:
         """`[R]`: how each rank is reached: "self", "shm", "p2p" or "rdma"."""
@@ -500,6 +504,24 @@ class LowLatencyBuffer:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _agreed_kernels(self, make: Callable[[], RankKernels]) -> RankKernels:
+        """Of a rank whose peers have theirs, too: nobody sends to one that has none. Gives the
+        memory back where they have not."""
+        kernels: RankKernels | None = None
+        error: Exception | None = None
+        try:
+            kernels = make()
+        except (RuntimeError, ValueError) as e:
+            error = e
+        try:
+            self.group.agree("kernels of a LowLatencyBuffer", {}, error)
+        except Exception as e:
+            is_missing = isinstance(e, RendezvousError)  # whoever it is may have gone on
+            self._memory.close(has_failed=lambda: is_missing)
+            raise
+        assert kernels is not None
+        return kernels
 
     def _prepare_dispatch(
         self,

@@ -31,6 +31,22 @@ FAMILIES = ("low_latency", "normal")
 DEFAULT_ENVIRONMENT = {"NVSHMEM_DISABLE_NVLS": "1", "NVSHMEM_MAX_TEAMS": "7"}
 
 DEPTH_VARIABLE = "NVSHMEM_QP_DEPTH"
+SHARED_VARIABLES = (
+    "NVSHMEM_IB_ENABLE_IBGDA",
+    "NVSHMEM_REMOTE_TRANSPORT",
+    DEPTH_VARIABLE,
+    "NVSHMEM_IBGDA_NUM_RC_PER_PE",
+    "NVSHMEM_IB_SL",
+    "NVSHMEM_IB_TRAFFIC_CLASS",
+    "NVSHMEM_DISABLE_P2P",
+    "NVSHMEM_DISABLE_CUDA_VMM",
+    "NVSHMEM_CUMEM_GRANULARITY",
+    "NVSHMEM_SYMMETRIC_SIZE",
+    "NVSHMEM_MAX_MEMORY_PER_GPU",
+    "NVSHMEM_MAX_TEAMS",
+)
+"""Of which two ranks must not have different ideas: how they are joined, and what is allocated on
+both. Names of cards and interfaces are a host's own."""
 MIN_QUEUE_PAIR_DEPTH = 1024
 """NVSHMEM's default."""
 MAX_QUEUE_PAIR_DEPTH = 1 << 15

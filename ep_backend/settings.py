@@ -34,7 +34,8 @@ TRANSFERS = {"push": _native.Transfer.PUSH, "pull": _native.Transfer.PULL}
 
 EXPERT_IDS = ("local", "global")
 # What the kernels over a network have.
-NETWORK_SETTINGS = {"device": "cuda", "reduction": "rank", "num_workspaces": 0}
+NETWORK_SETTINGS = {"device": "cuda", "num_workspaces": 0}
+NETWORK_PREFIX = "network."
 # What goes with workspaces. (Rank-major, rows are reduced on their rank in any case.)
 WORKSPACE_SETTINGS = {"device": "cuda", "transfer": "pull"}
 EXPERT_WORKSPACE_SETTINGS = WORKSPACE_SETTINGS | {
@@ -78,10 +79,23 @@ class BufferSettings:
     hierarchical: bool = False
 
     def agreed(self) -> dict[str, Any]:
-        """By name, for `Group.agree`."""
-        return asdict(self) | {
+        """By name, for `Group.agree`. Those of the network one by one: what differs is named."""
+        settings = asdict(self)
+        network = settings.pop("network")
+        settings["network"] = None if network is None else "given"
+        settings |= {f"{NETWORK_PREFIX}{name}": value for name, value in (network or {}).items()}
+        return settings | {
             "protocol version": _native.PROTOCOL_VERSION,
             "protocol version between nodes": _native.MULTI_NODE_PROTOCOL_VERSION,
+        }
+
+    def remedies(self) -> dict[str, str]:
+        """For `Group.agree`, where a setting of the network differs."""
+        return {
+            name: "Pass the same NetworkConfig on every rank, or set EP_BACKEND_NETWORK to the "
+            "same on every host."
+            for name in self.agreed()
+            if name == "network" or name.startswith(NETWORK_PREFIX)
         }
 
     def tuning_shape(self, num_ranks: int) -> Shape:

@@ -151,7 +151,6 @@ def test_variables_that_nvshmem_has_read() -> None:
     ("changed", "message"),
     [
         ({}, "device is 'cpu', but over a network it is 'cuda'"),
-        ({"device": "cuda", "reduction": "source"}, "reduction is 'source', but over a network"),
         ({"device": "cuda", "num_max_tagged_tokens": 4}, "nothing is tagged over a network"),
         (
             {"device": "cuda", "output_layout": "rank_major", "num_workspaces": 1},

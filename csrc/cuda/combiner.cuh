@@ -32,6 +32,7 @@ class Combiner {
         plan_(plan),
         is_source_(layout_.config().reduction == Reduction::kSource),
         is_pull_(layout_.config().transfer == Transfer::kPull && !is_source_),
+        packs_rows_(View::kHasNetwork && layout_.packs_rows()),
         rows_(layout_),
         num_parts_(protocol::parts_for(layout_.combine_row_bytes())) {}
 
@@ -46,10 +47,11 @@ class Combiner {
     if (Op::is_clerk()) publish(true);  // tagged rows do not wait for a signal
     const OtherMessages messages(received_, skip_rank_);
     for (SendItems items(messages.size, num_parts_); items.more(); items.next()) {
-      const uint32_t m = messages[items.row()];
+      uint32_t m = messages[items.row()];
+      if constexpr (View::kHasNetwork) m = behind_own(m);
       const uint32_t src_rank = source_of(received_.prefix, num_ranks, m);
       make_partial(m, src_rank, m - received_.prefix[src_rank], nullptr, items);
-      if constexpr (View::kHasNetwork) put_partial(m, src_rank, m - received_.prefix[src_rank]);
+      if constexpr (View::kHasNetwork) put_rows(m, src_rank, m - received_.prefix[src_rank]);
     }
     if (!all_tagged && op_.is_last_block()) publish(false);
   }
@@ -67,22 +69,23 @@ class Combiner {
       uint32_t answer = 0;
       if (lane < layout_.num_outcome_columns()) answer = recv.answers[first_column + lane];
       if (!make_own(recv, first_column, num_columns, answer, out, items)) continue;
-      if (is_tagged) {
-        if (!add_tagged(recv, first_column, num_columns, out, items)) return false;
-        continue;
+      if constexpr (!View::kHasNetwork) {  // there nothing is
+        if (is_tagged) {
+          if (!add_tagged(recv, first_column, num_columns, out, items)) return false;
+          continue;
+        }
       }
       __syncwarp();  // the last plan has been used
       for (uint32_t c = lane; c < num_columns; c += kWarp) {
         if (c != lane) answer = recv.answers[first_column + c];
-        const uint32_t src_rank = answer >> 16, slot = answer & 0xffff;
-        const uint32_t self = rank_.self_rank;
+        const uint32_t upper = answer >> 16, lower = answer & 0xffff;  // op.h says of what
         if (is_pull_) {
-          plan_->rows[c] = op_.peer(src_rank) + layout_.outbox(op_.bank(), self, slot);
+          plan_->rows[c] = op_.peer(upper) + layout_.outbox(op_.bank(), rank_.self_rank, lower);
         } else {
-          const uint32_t column = is_source_ ? slot : c;  // its k
+          const uint32_t column = packs_rows_ ? upper : is_source_ ? lower : c;
           plan_->rows[c] = op_.self() + layout_.outcome(op_.bank(), first_column + column);
         }
-        plan_->weights[c] = is_source_ ? recv.topk_weights[first_column + slot] : 1.0f;
+        plan_->weights[c] = is_source_ ? recv.topk_weights[first_column + lower] : 1.0f;
       }
       __syncwarp();
       rows_.add_up(*plan_, num_columns, items.first_part(), items.end_part(), out);
@@ -103,14 +106,23 @@ class Combiner {
     }
   }
 
-  // The partial row that all warps have made, where its source is behind a network. Whole block.
-  __device__ void put_partial(uint32_t m, uint32_t src_rank, uint32_t slot) const {
+  // The i-th message to be answered: the next rank's first, and so on round to this rank's own, for
+  // which nobody else waits. So ranks do not all begin with the same peer.
+  __device__ uint32_t behind_own(uint32_t i) const {
+    const uint32_t size = received_.prefix[received_.num_ranks];
+    const uint32_t m = i + received_.prefix[rank_.self_rank + 1];
+    return m < size ? m : m - size;
+  }
+
+  // What all warps have made of message `m`, where its source is behind a network. Whole block.
+  __device__ void put_rows(uint32_t m, uint32_t src_rank, uint32_t slot) const {
+    if (op_.reaches(src_rank)) return;
     __syncthreads();
-    if (op_.reaches(src_rank) || threadIdx.x / kWarp != m % kWarps) return;
-    const uint32_t outcome_slot = send_.handle.messages[m].outcome_slot;
-    rank_.put(layout_.outcome(op_.bank(), outcome_slot),
-              rank_.network.staged_outcome(op_.bank(), src_rank, slot),
-              rank_.network.outcome_bytes(),
+    if (threadIdx.x / kWarp != m % kWarps) return;
+    const HandleMessage message = send_.handle.messages[m];
+    rank_.put(layout_.outcome(op_.bank(), message.outcome_slot),
+              rank_.network.staged_outcome(op_.bank(), src_rank, slot, 0),
+              rank_.network.outcome_bytes(packs_rows_ ? message.num_entries : 1),
               rank_.network.arrivals(op_.bank(), Phase::kCombine, rank_.self_rank), src_rank);
   }
 
@@ -131,26 +143,30 @@ class Combiner {
     if (is_source_) {
 #pragma unroll 1
       for (uint32_t j = 0; j < message.num_entries; ++j) {
-        const uint32_t k = __float_as_uint(plan_->weights[j]);
+        const uint32_t column = packs_rows_ ? j : __float_as_uint(plan_->weights[j]);  // its k
         rows_.send_row(plan_->rows[j], items.first_part(), items.end_part(),
-                       sink_at(src_rank, slot, message.outcome_slot + k));
+                       sink_at(src_rank, slot, message.outcome_slot + column, j));
       }
       return;
     }
     const Sink sink =
-        out != nullptr ? Sink{out, false, 0} : sink_at(src_rank, slot, message.outcome_slot);
+        out != nullptr ? Sink{out, false, 0} : sink_at(src_rank, slot, message.outcome_slot, 0);
     rows_.send_sum(*plan_, message.num_entries, items.first_part(), items.end_part(), sink);
   }
 
-  // Where `src_rank` looks for the row of an outcome slot, that of its message `slot`.
-  __device__ Sink sink_at(uint32_t src_rank, uint32_t slot, uint32_t outcome_slot) const {
-    if (received_.is_tagged(src_rank)) {
+  // Where `src_rank` looks for the row of an outcome slot, that of its message `slot`, or of an
+  // entry of that.
+  __device__ Sink sink_at(uint32_t src_rank, uint32_t slot, uint32_t outcome_slot,
+                          uint32_t entry) const {
+    if (!View::kHasNetwork && received_.is_tagged(src_rank)) {
       return {op_.peer(src_rank) + layout_.tagged_outcome(op_.bank(), outcome_slot), true,
               op_.tag()};
     }
     if constexpr (View::kHasNetwork) {
       if (!op_.reaches(src_rank)) {
-        return {op_.self() + rank_.network.staged_outcome(op_.bank(), src_rank, slot), false, 0};
+        const uint64_t staged =
+            rank_.network.staged_outcome(op_.bank(), src_rank, slot, packs_rows_ ? entry : 0);
+        return {op_.self() + staged, false, 0};
       }
     }
     if (is_pull_) return {op_.self() + layout_.outbox(op_.bank(), src_rank, slot), false, 0};
@@ -163,7 +179,7 @@ class Combiner {
   __device__ bool make_own(const CombineRecvParams& recv, uint32_t first_column,
                            uint32_t num_columns, uint32_t answer, std::byte* out,
                            const Items& items) const {
-    if (skip_rank_ == kNoRank) return true;
+    if (View::kHasNetwork || skip_rank_ == kNoRank) return true;
     const uint32_t lane = threadIdx.x % kWarp;
     uint32_t own = 0;  // slot + 1
     for (uint32_t c = lane; c < num_columns; c += kWarp) {
@@ -236,6 +252,7 @@ class Combiner {
   SumPlan* plan_;
   bool is_source_;
   bool is_pull_;  // all rows, and tagged ones, are pushed in any case
+  bool packs_rows_;
   Rows rows_;
   uint32_t num_parts_;
 };

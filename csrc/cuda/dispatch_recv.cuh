@@ -114,8 +114,9 @@ class DispatchReceiver {
       const uint32_t m = messages[items.row()];
       const uint32_t src_rank = source_of(sources.prefix, sources.num_ranks, m);
       const uint32_t slot = m - sources.prefix[src_rank];
-      const bool ok = sources.is_tagged(src_rank) ? receive_tagged(m, src_rank, slot, items)
-                                                  : receive_untagged(m, src_rank, slot, items);
+      const bool is_tagged = !View::kHasNetwork && sources.is_tagged(src_rank);
+      const bool ok = is_tagged ? receive_tagged(m, src_rank, slot, items)
+                                : receive_untagged(m, src_rank, slot, items);
       if (!ok) return false;
     }
     return true;
@@ -291,9 +292,11 @@ class DispatchReceiver {
   // Memory that contradicts its signal must not choose where we write. The same on all lanes.
   __device__ bool check_header(uint32_t src_rank, const uint4& header) const {
     const auto& config = layout_.config();
+    const bool packs_rows = View::kHasNetwork && layout_.packs_rows();
+    const uint32_t num_slots = packs_rows ? header.z : is_source() ? config.top_k : 1;
     if (header.w == op_.tag() && header.z >= 1 && header.z <= config.top_k &&
         header.x < config.num_max_tokens_per_rank &&
-        header.y + (is_source() ? config.top_k : 1) <= layout_.num_outcome_slots()) {
+        header.y + num_slots <= layout_.num_outcome_slots()) {
       return true;
     }
     return op_.corrupt(src_rank, op_.tag(), header.w);

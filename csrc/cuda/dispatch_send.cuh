@@ -48,7 +48,8 @@ class DispatchSender {
         rows_(rows),
         params_(params),
         skip_rank_(skip_rank),
-        is_tagged_(routing.num_tokens <= layout_.config().num_max_tagged_tokens) {}
+        is_tagged_(!View::kHasNetwork &&
+                   routing.num_tokens <= layout_.config().num_max_tagged_tokens) {}
 
   // What its signal tells rank `r`.
   __device__ uint32_t source_word(uint32_t r) const {
@@ -110,7 +111,8 @@ class DispatchSender {
   __device__ void note_answer(uint32_t token, const Route& route) const {
     uint32_t* answers = params_.answers + token * layout_.num_outcome_columns();
     if (is_source()) {
-      answers[route.order] = route.dst_rank << 16 | route.k;
+      const uint32_t upper = packs_rows() ? route.num_below + route.entry_idx : route.dst_rank;
+      answers[route.order] = upper << 16 | route.k;
     } else if (route.entry_idx == 0) {
       answers[route.column] = route.dst_rank << 16 | route.slot;
     }
@@ -120,13 +122,15 @@ class DispatchSender {
   }
   // Where a message's partial row goes, or the first of its rows.
   __device__ uint32_t outcome_slot(uint32_t token, const Route& route) const {
-    return token * layout_.num_outcome_columns() + (is_source() ? 0 : route.column);
+    const uint32_t column = packs_rows() ? route.num_below : is_source() ? 0 : route.column;
+    return token * layout_.num_outcome_columns() + column;
   }
 
  private:
   __device__ bool is_source() const {
     return layout_.config().reduction == protocol::Reduction::kSource;
   }
+  __device__ bool packs_rows() const { return View::kHasNetwork && layout_.packs_rows(); }
   // Rows for every expert to the peers' counts, a part of them by each block. Their readers look at
   // the epoch in them, so they may fly ahead.
   __device__ void publish_counts() const {
@@ -163,11 +167,17 @@ class DispatchSender {
     }
   }
 
-  // The messages of a token that go over a network, once all warps have written their parts: a warp
-  // a message. Whole block.
+  // The messages of a token that go over a network, if some do, once all warps have written their
+  // parts: a warp a message. Whole block.
   __device__ void put_messages(const Plan& plan) const {
-    __syncthreads();
     const uint32_t self = rank_.self_rank;
+    bool is_put = false;  // the same in all warps, which have planned the same token
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x % kWarp; i < plan.num_rows; i += kWarp) {
+      is_put |= !op_.reaches(plan.messages[i] >> 16);
+    }
+    if (!__any_sync(kAllLanes, is_put)) return;
+    __syncthreads();
 #pragma unroll 1
     for (uint32_t i = threadIdx.x / kWarp; i < plan.num_rows; i += kWarps) {
       const uint32_t dst_rank = plan.messages[i] >> 16, slot = plan.messages[i] & 0xffff;
@@ -195,24 +205,28 @@ class DispatchSender {
   __device__ void plan_row(uint32_t token, bool writes, Plan* plan) const {
     const uint32_t num_messages = sets_.ranks_of(token), self = rank_.self_rank;
     const bool is_pull = !is_tagged_ && layout_.config().transfer == Transfer::kPull;
-    const uint32_t num_routes = for_each_route(routing_, sets_, token, [&](const Route& route) {
-      if (writes) note_answer(token, route);
-      if (route.dst_rank == skip_rank_) return;
-      if (writes) write_header(token, route);
-      if (route.entry_idx != 0 || is_pull) return;
-      // Column by column, without the one that is skipped.
-      const bool is_behind = skip_rank_ < route.dst_rank && sets_.goes_to_rank(skip_rank_, token);
-      const uint32_t i = route.column - (is_behind ? 1 : 0);
-      std::byte* peer = base_for(route.dst_rank);
-      if constexpr (View::kHasNetwork) plan->messages[i] = route.dst_rank << 16 | route.slot;
-      if (is_tagged_) {
-        plan->rows[i] = peer + layout_.tagged_message(op_.bank(), self, route.slot) +
-                        layout_.tagged_row_in_message();
-      } else {
-        plan->rows[i] = peer + layout_.inbox_row(op_.bank(), self, route.slot);
-        plan->scales[i] = at<float>(peer, layout_.inbox_scales(op_.bank(), self, route.slot));
-      }
-    });
+    const uint32_t num_routes = for_each_route(
+        routing_, sets_, token,
+        [&](const Route& route) {
+          if (writes) note_answer(token, route);
+          if (route.dst_rank == skip_rank_) return;
+          if (writes) write_header(token, route);
+          if (route.entry_idx != 0 || is_pull) return;
+          // Column by column, without the one that is skipped.
+          const bool is_behind =
+              skip_rank_ < route.dst_rank && sets_.goes_to_rank(skip_rank_, token);
+          const uint32_t i = route.column - (is_behind ? 1 : 0);
+          std::byte* peer = base_for(route.dst_rank);
+          if constexpr (View::kHasNetwork) plan->messages[i] = route.dst_rank << 16 | route.slot;
+          if (is_tagged_) {
+            plan->rows[i] = peer + layout_.tagged_message(op_.bank(), self, route.slot) +
+                            layout_.tagged_row_in_message();
+          } else {
+            plan->rows[i] = peer + layout_.inbox_row(op_.bank(), self, route.slot);
+            plan->scales[i] = at<float>(peer, layout_.inbox_scales(op_.bank(), self, route.slot));
+          }
+        },
+        packs_rows());
     if (threadIdx.x % kWarp == 0) {
       if (writes) note_partials(token, num_routes);
       const bool is_skipped = skip_rank_ != kNoRank && sets_.goes_to_rank(skip_rank_, token);

@@ -166,13 +166,14 @@ struct Route {
   uint32_t entry_idx;    // routes of the token to dst_rank before this one
   uint32_t num_entries;  // and in all
   uint32_t order;        // routes of the token before this one, without those that go nowhere
+  uint32_t num_below;    // routes of the token to ranks below dst_rank; where they are wanted
 };
 
 // One warp, a lane a route. Calls `each(route)` on the lanes that have one; returns how many there
-// are.
+// are. `counts_below`: wants num_below.
 template <typename Each>
 __device__ uint32_t for_each_route(const Routing& routing, const TokenSets& sets, uint32_t token,
-                                   Each each) {
+                                   Each each, bool counts_below = false) {
   const uint32_t lane = threadIdx.x % kWarp, top_k = routing.top_k;
   __syncwarp();  // what the last token's routes have left may be written over
   uint32_t num_routes = 0;
@@ -188,18 +189,26 @@ __device__ uint32_t for_each_route(const Routing& routing, const TokenSets& sets
     const uint32_t routed = __ballot_sync(kAllLanes, expert >= 0);
     route.order = num_routes + __popc(routed & ((1u << lane) - 1));
     num_routes += __popc(routed);
+    route.num_below = 0;
+    if (counts_below) {
+#pragma unroll 1
+      for (uint32_t j = 0; j < min(top_k, kWarp); ++j) {
+        route.num_below += __shfl_sync(kAllLanes, route.dst_rank, j) < route.dst_rank;
+      }
+    }
     if (expert < 0) continue;
     route.entry_idx = __popc(alike & ((1u << lane) - 1));
     route.num_entries = __popc(alike);
     if (top_k > kWarp) {
-      route.entry_idx = route.num_entries = 0;
+      route.entry_idx = route.num_entries = route.num_below = 0;
 #pragma unroll 1
       for (uint32_t j = 0; j < top_k; ++j) {
         const int64_t other = routing.expert(token, j);
-        const bool is_alike =
-            other >= 0 && routing.owners.owner(static_cast<uint32_t>(other)) == route.dst_rank;
-        route.entry_idx += is_alike && j < route.k;
-        route.num_entries += is_alike;
+        if (other < 0) continue;
+        const uint32_t owner = routing.owners.owner(static_cast<uint32_t>(other));
+        route.entry_idx += owner == route.dst_rank && j < route.k;
+        route.num_entries += owner == route.dst_rank;
+        route.num_below += owner < route.dst_rank;
       }
     }
     route.column = sets.ranks_below(route.dst_rank, token);

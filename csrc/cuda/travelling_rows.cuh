@@ -137,13 +137,13 @@ struct Float8Shape {
   }
 };
 
-// Sums of rows of T, as float8. Not inlined, as sum_parts. A vector at a time: with both at once,
+// Sums of rows of T, as float8. A vector at a time: with both at once,
 // which is twice the code, a pair of one token takes 0.2 us more, one of 128 tokens 0.7 us less (2
 // virtual ranks, H100). `weights`: null for a single row as it is.
 template <typename T>
-__device__ __noinline__ void quantize_sum(const std::byte* const* rows, const float* weights,
-                                          uint32_t num_rows, uint32_t first_part, uint32_t end_part,
-                                          Float8Shape shape, Sink sink) {
+__device__ EP_OUT_OF_LINE void quantize_sum(const std::byte* const* rows, const float* weights,
+                                            uint32_t num_rows, uint32_t first_part,
+                                            uint32_t end_part, Float8Shape shape, Sink sink) {
   constexpr uint32_t kVectors = ChannelSum<T>::kVectors;
   constexpr uint32_t kRows = 8 / kVectors;  // on their way together
   const Lane lane;
@@ -185,9 +185,9 @@ __device__ __noinline__ void quantize_sum(const std::byte* const* rows, const fl
 
 // Sums of rows of float8, as T. As above.
 template <typename T>
-__device__ __noinline__ void add_up_float8(const SumPlan& plan, uint32_t num_rows,
-                                           uint32_t first_part, uint32_t end_part,
-                                           Float8Shape shape, std::byte* out) {
+__device__ EP_OUT_OF_LINE void add_up_float8(const SumPlan& plan, uint32_t num_rows,
+                                             uint32_t first_part, uint32_t end_part,
+                                             Float8Shape shape, std::byte* out) {
   constexpr uint32_t kRows = 4;  // on their way together
   const Lane lane;
 #pragma unroll 1

@@ -12,22 +12,26 @@ using protocol::OpResult;
 
 namespace {
 
+// Of kernels that serve peers, whatever this rank's own batch is. 16 to 66 blocks take a batch of 1
+// to 128 tokens as long, 132 take up to 1 us more (1 rank, H100).
+constexpr uint32_t kLeastBlocks = 64;
+
 void check_config(const protocol::LowLatencyConfig& config) {
   const bool is_served = config.packs_messages && config.num_max_tagged_tokens == 0 &&
-                         config.num_workspaces == 0 &&
-                         config.transfer == protocol::Transfer::kPush &&
-                         config.reduction == protocol::Reduction::kRank;
+                         config.num_workspaces == 0 && config.transfer == protocol::Transfer::kPush;
   if (!is_served) {
     throw std::invalid_argument(
-        "over a network messages are packed and pushed, never tagged, not in workspaces, and "
-        "reduced on their rank");
+        "over a network messages are packed and pushed, never tagged, not in workspaces");
   }
 }
 
-void check_shared_memory(const protocol::LowLatencyLayout& layout, uint32_t self_rank) {
-  int device, of_block;
+// Whether two blocks of the largest dispatch fit an SM.
+bool check_shared_memory(const protocol::LowLatencyLayout& layout, uint32_t self_rank) {
+  int device, of_block, of_sm;
   check(cudaGetDevice(&device), "asking for the current device");
   check(cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "asking for the size of shared memory");
+  check(cudaDeviceGetAttribute(&of_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
         "asking for the size of shared memory");
   const uint64_t num_wanted = dispatch_shared_bytes(layout, self_rank);
   const uint64_t num_present = static_cast<uint64_t>(of_block) - Launch::kDeclaredSharedBytes;
@@ -37,6 +41,8 @@ void check_shared_memory(const protocol::LowLatencyLayout& layout, uint32_t self
                                 " bytes of shared memory; this GPU has " +
                                 std::to_string(num_present) + ". Lower num_max_tokens_per_rank.");
   }
+  return cuda::kBlocksPerSM * (num_wanted + Launch::kDeclaredSharedBytes) <=
+         static_cast<uint64_t>(of_sm);
 }
 
 }  // namespace
@@ -44,9 +50,12 @@ void check_shared_memory(const protocol::LowLatencyLayout& layout, uint32_t self
 NetworkRank::NetworkRank(const protocol::LowLatencyConfig& config, uint32_t self_rank,
                          const std::vector<std::byte*>& bases, const std::vector<int32_t>& pes,
                          uint64_t timeout_ns, uint32_t num_sms)
-    : RankHost(config, self_rank, bases, timeout_ns), network_(view_.layout), num_sms_(num_sms) {
+    : RankHost(config, self_rank, bases, timeout_ns),
+      network_(view_.layout),
+      num_sms_(num_sms),
+      num_remote_(static_cast<uint32_t>(std::count(bases.begin(), bases.end(), nullptr))) {
   check_config(config);
-  check_shared_memory(view_.layout, self_rank);
+  has_room_for_two_ = check_shared_memory(view_.layout, self_rank);
   prepare_dispatch();
   prepare_combine();
   pes_ = cuda::zeroed_device_array<int32_t>(pes.size());
@@ -67,9 +76,13 @@ struct NetworkRank::Plan {
   Launch launch;
 };
 
-NetworkRank::Plan NetworkRank::plan(uint64_t num_items, void* stream) const {
-  const auto num_blocks =
-      static_cast<uint32_t>(std::clamp<uint64_t>(num_items, 1, uint64_t{num_sms_}));
+// `num_wanted`: blocks that have something to do. The next kernel of the stream starts when all of
+// them are at their end: earlier, beside this one, a pair takes up to 2 us more (1 rank, 1 to 128
+// tokens, H100), where kernels without NVSHMEM gain.
+NetworkRank::Plan NetworkRank::plan(uint64_t num_wanted, void* stream) const {
+  const bool has_much = has_room_for_two_ && num_wanted > num_sms_;
+  const uint64_t num_most = uint64_t{num_sms_} * (has_much ? cuda::kBlocksPerSM : 1);
+  const auto num_blocks = static_cast<uint32_t>(std::clamp<uint64_t>(num_wanted, 1, num_most));
   Plan plan = {{view_, network_, pes_, arrived_},
                {num_blocks, cuda::kThreads, static_cast<cudaStream_t>(stream), true}};
   plan.view.share = cuda::kProgressPerOp / num_blocks;
@@ -78,31 +91,51 @@ NetworkRank::Plan NetworkRank::plan(uint64_t num_items, void* stream) const {
   return plan;
 }
 
+// For rows that are read in parts, a warp each; at first a warp a block.
+uint64_t NetworkRank::blocks_for_parts(uint64_t num_rows, uint64_t row_bytes) const {
+  const uint64_t num_parts = num_rows * protocol::parts_for(row_bytes);
+  return num_parts > uint64_t{num_sms_} * cuda::kWarps ? num_parts
+                                                       : std::min<uint64_t>(num_parts, num_sms_);
+}
+
+// What comes from peers is as much as this rank's own batch if theirs are alike; they need not be.
+// So there are no fewer blocks than kLeastBlocks, if peers may send as many messages.
+uint64_t NetworkRank::blocks_for_peers(uint64_t num_wanted) const {
+  const auto& config = view_.layout.config();
+  const uint64_t num_messages = uint64_t{config.num_ranks} * config.num_max_tokens_per_rank;
+  return std::max(num_wanted, std::min<uint64_t>({num_messages, kLeastBlocks, num_sms_}));
+}
+
+uint64_t NetworkRank::num_messages() const {
+  const auto& config = view_.layout.config();
+  return uint64_t{num_tokens_} * std::min(config.top_k, config.num_ranks);
+}
+
 OpResult NetworkRank::dispatch_send(const DispatchSendParams& send, void* stream) {
   num_tokens_ = send.num_tokens;
-  const Plan p = plan(send.num_tokens, stream);  // a block a token
+  // A block a token, and behind them some whose warps put a peer's counts each.
+  const uint32_t num_for_counts = (num_remote_ + cuda::kWarps - 1) / cuda::kWarps;
+  const Plan p = plan(uint64_t{send.num_tokens} + num_for_counts, stream);
   launch_dispatch_send(p.view, send, p.launch);
   return launched("dispatch_send");
 }
 
-// Peers' batches are likely as large as this rank's.
 OpResult NetworkRank::dispatch_recv(const DispatchRecvParams& recv, void* stream) {
-  const uint64_t num_messages = uint64_t{num_tokens_} * view_.layout.num_outcome_columns();
-  const uint32_t num_parts = protocol::parts_for(view_.layout.dispatch_row_bytes());
-  const Plan p = plan(num_messages * num_parts, stream);
+  const uint64_t num_wanted = blocks_for_parts(num_messages(), view_.layout.dispatch_row_bytes());
+  const Plan p = plan(blocks_for_peers(num_wanted), stream);
   launch_dispatch_recv(p.view, recv, p.launch);
   return launched("dispatch_recv");
 }
 
 OpResult NetworkRank::combine_send(const CombineSendParams& send, void* stream) {
-  const Plan p = plan(uint64_t{num_tokens_} * view_.layout.num_outcome_columns(), stream);
+  const Plan p = plan(blocks_for_peers(num_messages()), stream);  // a block a message
   launch_combine_send(p.view, send, p.launch);
   return launched("combine_send");
 }
 
 OpResult NetworkRank::combine_recv(const CombineRecvParams& recv, void* stream) {
-  const uint32_t num_parts = protocol::parts_for(view_.layout.combine_row_bytes());
-  const Plan p = plan(uint64_t{recv.num_tokens} * num_parts, stream);
+  const uint64_t num_wanted = blocks_for_parts(recv.num_tokens, view_.layout.combine_row_bytes());
+  const Plan p = plan(num_wanted, stream);
   launch_combine_recv(p.view, recv, p.launch);
   return launched("combine_recv");
 }

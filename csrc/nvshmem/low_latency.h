@@ -27,11 +27,17 @@ class NetworkRank : public cuda::RankHost {
 
  private:
   struct Plan;
-  Plan plan(uint64_t num_items, void* stream) const;
+  Plan plan(uint64_t num_wanted, void* stream) const;
+  uint64_t blocks_for_parts(uint64_t num_rows, uint64_t row_bytes) const;
+  uint64_t blocks_for_peers(uint64_t num_wanted) const;
+  // Of the latest dispatch, at most.
+  uint64_t num_messages() const;
 
   protocol::NetworkLayout network_;
   uint32_t num_sms_;
-  uint32_t num_tokens_ = 0;  // of the latest dispatch
+  uint32_t num_remote_;            // ranks behind the network
+  bool has_room_for_two_ = false;  // two blocks of any kernel fit an SM
+  uint32_t num_tokens_ = 0;        // of the latest dispatch
   int32_t* pes_ = nullptr;
   uint64_t* arrived_ = nullptr;
 };

@@ -159,6 +159,11 @@ class LowLatencyLayout {
   EP_HOST_DEVICE constexpr uint32_t num_answer_words() const {
     return has_expert_workspaces() ? 2 * config_.top_k : num_outcome_columns_;
   }
+  // Whether all rows of a message come home side by side, in the order of its entries, behind those
+  // of the token's messages to lower ranks: one put. Else each has the column of its k.
+  EP_HOST_DEVICE constexpr bool packs_rows() const {
+    return config_.packs_messages && config_.reduction == Reduction::kSource;
+  }
   // Rows an expert may receive from all ranks together.
   EP_HOST_DEVICE constexpr uint64_t expert_capacity() const {
     return uint64_t{config_.num_ranks} * config_.num_max_tokens_per_rank;

@@ -26,7 +26,6 @@ from ep_backend.bench.provenance import commit, installed_versions
 from ep_backend.bench.routing import make_inputs
 from ep_backend.bench.wire_formula import (
     PHASES,
-    SCHEMES,
     Copies,
     WireShape,
     bytes_of_copy,
@@ -70,7 +69,8 @@ class WireCase:
         return cls(
             scheme=scheme,
             phase=phase,
-            copies_per_token=copies.remote(scheme) / (shape.num_ranks * shape.num_tokens),
+            copies_per_token=copies.remote_in(phase, scheme, shape)
+            / (shape.num_ranks * shape.num_tokens),
             bytes_per_copy=bytes_of_copy(scheme, phase, shape),
             num_bytes=num_bytes,
             num_messages=traffic.num_messages / shape.num_ranks,
@@ -107,6 +107,8 @@ def count_all(shape: WireShape, seed: int) -> list[CountedCase]:
     copies = Copies.of_routing(topk_idx, shape)
     cases = []
     for scheme, hierarchical in ALGORITHMS.items():
+        if scheme not in shape.schemes:
+            continue
         counted = count(shape, hierarchical, topk_idx, seed)
         for phase in PHASES:
             for link, formula in (("rdma", network_traffic), ("shm", node_traffic)):
@@ -114,7 +116,7 @@ def count_all(shape: WireShape, seed: int) -> list[CountedCase]:
                     scheme,
                     phase,
                     link,
-                    copies.remote(scheme) / (shape.num_ranks * shape.num_tokens),
+                    copies.remote_in(phase, scheme, shape) / (shape.num_ranks * shape.num_tokens),
                     counted[phase][link],
                     formula(scheme, phase, copies, shape),
                 )
@@ -136,6 +138,12 @@ def wire(
     combine_dtype: Annotated[
         str | None, typer.Option(help="Of combine's rows. [default: that of --dtype]")
     ] = None,
+    reduction: Annotated[
+        str,
+        typer.Option(
+            help="Where rows are weighted and added: rank, or source, as DeepEP's API does."
+        ),
+    ] = "rank",
     nic_gbs: Annotated[float, typer.Option(help="GB/s of a rank's NIC.")] = 50.0,
     counted: Annotated[
         bool, typer.Option(help="Also count what virtual ranks send, and compare.")
@@ -158,13 +166,14 @@ def wire(
             _parse("dtype", dtype, DTYPES),
             _parse("dispatch_dtype", dispatch_dtype, TRAVELLING_DTYPES),
             _parse("combine_dtype", combine_dtype or dtype, TRAVELLING_DTYPES),
+            reduction,
         )
         check(shape, nic_gbs)
     except ValueError as e:
         raise typer.BadParameter(str(e)) from e
     begin = datetime.now(timezone.utc)
     console = rich.console.Console()
-    cases = [WireCase.of(s, p, shape, nic_gbs) for p in PHASES for s in SCHEMES]
+    cases = [WireCase.of(s, p, shape, nic_gbs) for p in PHASES for s in shape.schemes]
     console.print(_table(shape, nic_gbs, cases))
     small = replace(
         shape, num_tokens=min(tokens, COUNTED_TOKENS), hidden=min(hidden, COUNTED_HIDDEN)
@@ -202,7 +211,7 @@ def check(shape: WireShape, nic_gbs: float) -> None:
         )
     if nic_gbs <= 0:
         raise ValueError(f"nic_gbs is {nic_gbs:g}, expected more than 0")
-    shape.layout(hierarchical=True)
+    shape.layout(hierarchical="per_node" in shape.schemes)
 
 
 def _parse(name: str, value: str, choices: dict[str, torch.dtype]) -> torch.dtype:
@@ -224,7 +233,7 @@ def _table(shape: WireShape, nic_gbs: float, cases: list[WireCase]) -> Table:
         title=f"between nodes, a rank's dispatch and combine | {shape.num_nodes} nodes x "
         f"{shape.ranks_per_node} ranks, {shape.num_tokens} tokens each, hidden {shape.hidden}, "
         f"{shape.num_experts} experts, top-{shape.top_k}, dispatch {names['dispatch_dtype']}, "
-        f"combine {names['combine_dtype']}",
+        f"combine {names['combine_dtype']}, reduced at the {shape.reduction}",
         caption="Formulas, for K different experts, all as likely; nothing was timed. Of DeepEP "
         f"rows, scales and 16-byte headers alone. Floor: a rank's bytes at {nic_gbs:g} GB/s.",
         box=rich.box.SIMPLE_HEAD,

@@ -3,7 +3,8 @@
 Three ways to send a token to the experts of its K, of which some are on other nodes:
 
     per_expert  a copy for each expert; all their rows come home. (DeepEP's low-latency kernels)
-    per_rank    a copy for each rank that owns some of them; it sends home one row. (ours, flat)
+    per_rank    a copy for each rank that owns some of them; it sends home one row, or, with
+                reduction "source", one for each of the token's K that it has. (ours, flat)
     per_node    a copy for each node that does; it sends home one row. (ours, hierarchical)
 
 R ranks, G of them a node, N nodes, T tokens of a rank, K top_k, E experts.
@@ -12,7 +13,7 @@ R ranks, G of them a node, N nodes, T tokens of a rank, K top_k, E experts.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -39,6 +40,13 @@ class WireShape:
     dtype: torch.dtype
     dispatch_dtype: torch.dtype
     combine_dtype: torch.dtype
+    reduction: str = "rank"
+    """Of `per_rank`: where rows are weighted and added."""
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Those that there are: what is added up on the way cannot be weighted at home."""
+        return SCHEMES if self.reduction == "rank" else ("per_expert", "per_rank")
 
     @property
     def num_ranks(self) -> int:
@@ -66,7 +74,7 @@ class WireShape:
             combine_dtype=self.combine_dtype,
             scale_format="float32",
             output_layout="expert_major",
-            reduction="rank",
+            reduction=self.reduction,
             transfer="push",
             num_max_tagged_tokens=0,
             num_workspaces=0,
@@ -98,6 +106,10 @@ class Copies:
     """Ranks of the token's own node, other than its own, that own some."""
     batches: float
     """(rank, remote rank) pairs between which any token goes."""
+    remote_rows: float
+    """Of combine with reduction "source": one for each k whose expert is on another node."""
+    neighbour_rows: float
+    """The same of experts of the node's other ranks."""
 
     def remote(self, scheme: str) -> float:
         """Copies that cross the network."""
@@ -107,15 +119,19 @@ class Copies:
             "per_node": self.remote_nodes,
         }[scheme]
 
+    def remote_in(self, phase: str, scheme: str, shape: WireShape) -> float:
+        """The same, or rows that come home over it."""
+        if (phase, scheme, shape.reduction) == ("combine", "per_rank", "source"):
+            return self.remote_rows
+        return self.remote(scheme)
+
     @classmethod
     def of_routing(cls, topk_idx: list[torch.Tensor], shape: WireShape) -> Copies:
         """Of these tokens: of each rank `[T_r, K]`, -1 = not routed. An expert listed twice counts
         once, also for `per_expert`."""
         nodes = shape.nodes
         partition = _native.ExpertPartition(shape.num_experts, shape.num_ranks)
-        counts = dict.fromkeys(
-            ("remote_experts", "remote_ranks", "forwarders", "remote_nodes", "neighbours"), 0
-        )
+        counts = dict.fromkeys([field.name for field in fields(cls) if field.name != "batches"], 0)
         batches = set()
         for src_rank, idx in enumerate(topk_idx):
             for token in idx.tolist():
@@ -129,6 +145,10 @@ class Copies:
                 )
                 counts["remote_nodes"] += len({nodes.node_of(rank) for rank in remote})
                 counts["neighbours"] += len(ranks - remote - {src_rank})
+                rows = [partition.owner(expert) for expert in token if expert >= 0]
+                counts["remote_rows"] += sum(rank in remote for rank in rows)
+                neighbours = ranks - remote - {src_rank}
+                counts["neighbour_rows"] += sum(rank in neighbours for rank in rows)
                 batches |= {(src_rank, rank) for rank in remote}
         return cls(**counts, batches=len(batches))
 
@@ -141,13 +161,15 @@ class Copies:
         g = shape.ranks_per_node
         of_node = [sum(of_rank[i : i + g]) for i in range(0, shape.num_ranks, g)]
         node_chance = [_chance(owned, shape) for owned in of_node]
-        experts = forwarders = ranks = remote_nodes = neighbours = batches = 0.0
+        experts = forwarders = ranks = remote_nodes = neighbours = near_experts = batches = 0.0
         for src_rank in range(shape.num_ranks):
             for rank, p in enumerate(chance):
+                num_experts = shape.top_k * of_rank[rank] / shape.num_experts
                 if nodes.share_node(src_rank, rank):
                     neighbours += p * (rank != src_rank)
+                    near_experts += num_experts * (rank != src_rank)
                     continue
-                experts += shape.top_k * of_rank[rank] / shape.num_experts
+                experts += num_experts
                 ranks += p
                 forwarders += p * (nodes.rank_in_node(rank) == nodes.rank_in_node(src_rank))
                 batches += 1 - (1 - p) ** shape.num_tokens
@@ -155,7 +177,14 @@ class Copies:
             remote_nodes += sum(node_chance) - node_chance[own_node]
         t = shape.num_tokens
         return cls(
-            t * experts, t * ranks, t * forwarders, t * remote_nodes, t * neighbours, batches
+            remote_experts=t * experts,
+            remote_ranks=t * ranks,
+            forwarders=t * forwarders,
+            remote_nodes=t * remote_nodes,
+            neighbours=t * neighbours,
+            batches=batches,
+            remote_rows=t * experts,
+            neighbour_rows=t * near_experts,
         )
 
 
@@ -180,7 +209,7 @@ def network_traffic(scheme: str, phase: str, copies: Copies, shape: WireShape) -
     """What all ranks together send over the network in one operation: its send, its hook and what
     that forwards and credits. Of `per_expert`, copies alone."""
     r, g = shape.num_ranks, shape.ranks_per_node
-    num_copies = copies.remote(scheme)
+    num_copies = copies.remote_in(phase, scheme, shape)
     payload = num_copies * bytes_of_copy(scheme, phase, shape)
     if scheme == "per_expert":
         return Traffic(round(num_copies), round(payload), 0)
@@ -209,6 +238,8 @@ def node_traffic(scheme: str, phase: str, copies: Copies, shape: WireShape) -> T
     # To or from whoever forwards for the node, which keeps its own.
     num_rows += copies.remote_ranks - copies.forwarders if is_hierarchical else 0
     num_pairs = r * (g - 1)
+    if phase == "combine" and shape.reduction == "source":
+        num_rows = copies.neighbour_rows
     if phase == "combine":
         return Traffic(round(num_rows), round(num_rows * layout.combine_bytes), 2 * num_pairs)
     # Each source's counts and its signal, also those that are forwarded.

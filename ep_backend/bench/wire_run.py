@@ -35,6 +35,7 @@ def count(
             dtype=shape.dtype,
             dispatch_dtype=shape.dispatch_dtype,
             combine_dtype=shape.combine_dtype,
+            reduction=shape.reduction,
             hierarchical=hierarchical,
         )
 
@@ -51,7 +52,9 @@ def count(
         buffer, result = buffers[group.self_rank], results[group.self_rank]
         assert result is not None
         rows = torch.zeros(result.recv_x.shape, dtype=shape.dtype)
-        buffer.combine_and_receive(rows, result.handle)
+        weights = torch.ones(topk_idx[group.self_rank].shape)
+        home = weights if shape.reduction == "source" else None
+        buffer.combine_and_receive(rows, result.handle, topk_weights=home)
 
     counted, before = {}, world.network.totals()
     for phase, run in zip(PHASES, (dispatch, combine), strict=True):

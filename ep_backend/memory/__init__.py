@@ -7,6 +7,7 @@ rank, valid in this process until `close()`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from ep_backend.errors import RendezvousError
@@ -19,11 +20,12 @@ class SymmetricMemory(Protocol):
     def bases(self) -> list[int]:
         """Address of each rank's memory in this process; 0: there is none."""
 
-    def close(self, *, has_failed: bool = False) -> None:
+    def close(self, *, has_failed: Callable[[], bool] = lambda: False) -> None:
         """Unmaps everything. Peers that still use their own mappings are not disturbed.
 
         Args:
-            has_failed: the buffer has: peers may still write.
+            has_failed: whether the buffer has, so that peers may still write; asked again after its
+                last kernels have ended.
         """
 
 

@@ -8,6 +8,7 @@ that wait for each other on one GPU take turns in slices of milliseconds).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +30,7 @@ class PeerPointers:
     def bases(self) -> list[int]:
         return [memory.address for memory in self._memories]
 
-    def close(self, *, has_failed: bool = False) -> None:
+    def close(self, *, has_failed: Callable[[], bool] = lambda: False) -> None:
         self._memories.clear()
 
 

@@ -31,7 +31,7 @@ import torch
 from ep_backend.errors import RendezvousError
 from ep_backend.memory import raise_first
 from ep_backend.memory.cuda import tensor_at
-from ep_backend.network import apply, check_fixed, check_free
+from ep_backend.network import SHARED_VARIABLES, apply, check_fixed, check_free
 
 if TYPE_CHECKING:
     from ep_backend.group import Group
@@ -42,6 +42,10 @@ T = TypeVar("T")
 WHEELS = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
 VERSION_NOTE = "_nvshmem_version.txt"
 """Beside the extension."""
+VARIABLES_REMEDY = (
+    "NVSHMEM's memory and queue pairs must be alike on all hosts: set it to the same everywhere, "
+    "or unset it."
+)
 CALL_SECS = 60.0
 """How long one of NVSHMEM's collective calls may take: less than ranks wait at the next meeting for
 those that are still in it."""
@@ -54,6 +58,8 @@ class _Block:
     address: int
     num_bytes: int
     is_free: bool = False
+    has_failed: Callable[[], bool] = lambda: False
+    """Whether the buffer that had it last has: its kernels may have run on after it was closed."""
 
 
 @dataclass
@@ -126,9 +132,10 @@ class NetworkMemory:
     def bases(self) -> list[int]:
         return list(self._bases)
 
-    def close(self, *, has_failed: bool = False) -> None:
+    def close(self, *, has_failed: Callable[[], bool] = lambda: False) -> None:
         # After a failure late puts may come: that memory is not used again.
-        self._block.is_free = not has_failed
+        self._block.has_failed = has_failed
+        self._block.is_free = not has_failed()
 
 
 def allocate(
@@ -157,7 +164,8 @@ def allocate(
         _check_start(group, device, environment)
     except (ImportError, ValueError) as e:
         error = ValueError(str(e))
-    group.agree("memory over a network", {}, error)
+    shared = {} if error is not None else _shared_variables(environment)
+    group.agree("memory over a network", shared, error, dict.fromkeys(shared, VARIABLES_REMEDY))
     native = extension()
     world, pes = _join(group, device, environment, native)
     block = _block(group, world, num_bytes, native)
@@ -183,10 +191,17 @@ def _block(group: Group, world: _World, num_bytes: int, native: ModuleType) -> _
     free = {i for i, b in enumerate(world.blocks) if b.is_free and b.num_bytes >= num_bytes}
     everywhere = set.intersection(*group.all_gather(free))
     if everywhere:
-        block = world.blocks[min(everywhere, key=lambda i: (world.blocks[i].num_bytes, i))]
         # What this rank has put into its peers' blocks must not come after they are zeroed.
         error = _try(lambda: _bounded("quiet", world.device, native.quiet))
         raise_first(group.all_gather(error))
+        # All kernels of closed buffers have ended now.
+        failed = {i for i in everywhere if world.blocks[i].has_failed()}
+        failed = set.union(*group.all_gather(failed))
+        for i in failed:
+            world.blocks[i].is_free = False
+        everywhere -= failed
+    if everywhere:
+        block = world.blocks[min(everywhere, key=lambda i: (world.blocks[i].num_bytes, i))]
         block.is_free = False
         return block
     addresses: list[int] = []
@@ -294,6 +309,17 @@ def initialize(
             f"nvshmem4py has loaded another host library than {native.HOST_LIBRARY}, with which "
             "ep_backend is linked: keep one nvidia-nvshmem wheel in this environment."
         )
+
+
+def _shared_variables(required: dict[str, str]) -> dict[str, str | None]:
+    """NVSHMEM's variables that must be the same on all ranks, as they were, or will be, at its
+    start."""
+    if _world is not None:
+        environ = {name: value for name, value in _world.environment.items() if value is not None}
+    else:
+        environ = {name: value for name, value in _variables().items() if value is not None}
+        apply(required, environ)
+    return {name: environ.get(name) for name in SHARED_VARIABLES}
 
 
 def _variables() -> dict[str, str | None]:

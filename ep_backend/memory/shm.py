@@ -13,6 +13,7 @@ import errno
 import mmap
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ class MappedMemory:
     def bases(self) -> list[int]:
         return [ctypes.addressof(view) for view in self._views]
 
-    def close(self, *, has_failed: bool = False) -> None:
+    def close(self, *, has_failed: Callable[[], bool] = lambda: False) -> None:
         self._views.clear()
         self._mappings.clear()  # unmapped when the last rank that shares a mapping lets go
 
@@ -52,7 +53,7 @@ class NetworkedMemory(MappedMemory):
         self._rank = rank
         super().__init__(mappings)
 
-    def close(self, *, has_failed: bool = False) -> None:
+    def close(self, *, has_failed: Callable[[], bool] = lambda: False) -> None:
         self._network.flush(self._rank)
         super().close(has_failed=has_failed)
 

@@ -6,7 +6,8 @@ import argparse
 import functools
 from typing import Any
 
-from ep_backend_sglang import choice
+from ep_backend.memory import nvshmem
+from ep_backend_sglang import choice, cpu_only
 from ep_backend_sglang.patching import require, require_parameters
 
 FIELDS = ("moe_a2a_backend", "speculative_moe_a2a_backend")
@@ -20,7 +21,8 @@ def check() -> None:
         require(hasattr(ServerArgs, name), PLACE, f"lacks {name!r}")
     require_parameters(ServerArgs.add_cli_args, f"{PLACE}.add_cli_args", "parser")
     require_parameters(ServerArgs.resolve_once, f"{PLACE}.resolve_once", "self")
-    require(hasattr(ServerArgs, "nnodes"), PLACE, "lacks 'nnodes'")
+    for name in ("nnodes", "deepep_mode"):
+        require(hasattr(ServerArgs, name), PLACE, f"lacks {name!r}")
 
 
 def install() -> None:
@@ -93,9 +95,21 @@ def _refuse_what_is_missing(record: Any) -> None:
             f"but combine of --moe-a2a-backend {choice.NAME} does not know them. Leave it out."
         )
     if record.nnodes > 1:
+        _require_network(record)
+
+
+def _require_network(record: Any) -> None:
+    """Raises `ValueError` for ranks on several hosts that could not reach each other."""
+    several = f"--nnodes is {record.nnodes}, but --moe-a2a-backend {choice.NAME}"
+    otherwise = f"Or keep the ranks of a server on one host, or choose {choice.BUILT_IN!r}."
+    if cpu_only.is_active():
+        raise ValueError(f"{several} reaches other hosts from GPUs only. {otherwise}")
+    if record.deepep_mode != "low_latency":
         raise ValueError(
-            f"--nnodes is {record.nnodes}, but --moe-a2a-backend {choice.NAME} joins ranks by the "
-            "memory of one host: the kernels over a network do not add rows up at home yet, as "
-            f"SGLang wants it. Keep the ranks of a server on one host, or choose "
-            f"{choice.BUILT_IN!r}."
+            f"{several} reaches other hosts by low-latency kernels only, and --deepep-mode is "
+            f"{record.deepep_mode!r}. Pass --deepep-mode low_latency. {otherwise}"
         )
+    try:
+        nvshmem.extension()
+    except ImportError as e:
+        raise ValueError(f"{several} needs NVSHMEM for that: {e} {otherwise}") from e

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from ep_backend.bench.wire_run import ALGORITHMS, count
 from ep_backend.cli import app
 from tests.support.routing import ROUTINGS, make_routing
 from tests.support.shapes import Shape
-from tests.support.strategies import NODES
+from tests.support.strategies import NODES, REDUCTIONS
 
 
 def shape_of(
@@ -37,6 +38,7 @@ def shape_of(
     is_float8: bool = True,
     is_combine_float8: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    reduction: str = "rank",
 ) -> WireShape:
     float8 = torch.float8_e4m3fn
     return WireShape(
@@ -49,6 +51,7 @@ def shape_of(
         dtype,
         float8 if is_float8 else dtype,
         float8 if is_combine_float8 else dtype,
+        reduction,
     )
 
 
@@ -64,6 +67,7 @@ def shape_of(
         is_float8=st.booleans(),
         is_combine_float8=st.booleans(),
         dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+        reduction=st.sampled_from(REDUCTIONS),
     ),
     st.sampled_from(ROUTINGS),
     st.integers(0, 1000),
@@ -79,7 +83,10 @@ def test_counters_equal_the_formulas(
         for rank in range(shape.num_ranks)
     ]
     copies = Copies.of_routing(topk_idx, shape)
-    for scheme, hierarchical in ALGORITHMS.items():
+    for scheme in shape.schemes:
+        if scheme not in ALGORITHMS:
+            continue
+        hierarchical = ALGORITHMS[scheme]
         counted = count(shape, hierarchical, topk_idx, seed)
         # On one node there is nothing to be hierarchical about.
         told = "per_rank" if shape.num_nodes == 1 else scheme
@@ -112,7 +119,7 @@ def test_drawn_routings_have_the_expected_copies() -> None:
     generator = torch.Generator().manual_seed(0)
     topk_idx = [make_routing("uniform", drawn, 2000, generator) for _ in range(6)]
     found, expected = Copies.of_routing(topk_idx, shape), Copies.expected(shape)
-    for name in ("remote_experts", "remote_ranks", "forwarders", "remote_nodes", "neighbours"):
+    for name in (field.name for field in fields(Copies) if field.name != "batches"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=0.03), name
     assert found.batches == pytest.approx(expected.batches)
 
@@ -149,10 +156,24 @@ def test_the_command_prints_copies_floors_and_what_virtual_ranks_have_counted(
         assert row["counted"] == row["formula"]
 
 
+def test_rows_that_are_added_up_at_home_are_as_many_as_experts() -> None:
+    shape = shape_of(num_nodes=2, reduction="source")
+    copies = Copies.expected(shape)
+    for phase, copies_of_a_token in (("dispatch", 3.3), ("combine", 4.0)):
+        counted = copies.remote_in(phase, "per_rank", shape) / (16 * 128)
+        assert counted == pytest.approx(copies_of_a_token, abs=0.05)
+    arguments = ["bench", "wire", "--nodes", "2", "--ranks-per-node", "2", "--reduction", "source"]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "hierarchical" not in result.output
+    assert result.output.count("equal") == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["--experts", "4"], "num_experts is 4, expected at least 8"),
+        (["--reduction", "home"], "reduction is 'home'"),
         (["--nodes", "1"], "num_nodes is 1, expected at least 2"),
         (["--dtype", "float16"], "dtype is 'float16'"),
         (["--nic-gbs", "0"], "nic_gbs is 0"),

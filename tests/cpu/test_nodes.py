@@ -81,6 +81,39 @@ def test_the_order_of_sums_is_that_of_the_nodes() -> None:
     assert all(map(same_bits, flat, combined(replace(shape, ranks_per_node=None), scenario)))
 
 
+@pytest.mark.parametrize("combine_dtype", [None, torch.float8_e4m3fn], ids=["float32", "float8"])
+def test_rows_added_up_at_home_have_the_bits_of_one_node(
+    combine_dtype: torch.dtype | None,
+) -> None:
+    shape = Shape(
+        4,
+        hidden=130,
+        num_experts=7,
+        top_k=6,
+        dtype=torch.float32,
+        combine_dtype=combine_dtype,
+        reduction="source",
+    )
+    variant = Scenario(shape).add("repeated", [6, 1, 0, 5], seed=3).variants[0]
+
+    def rank_main(group: Group) -> torch.Tensor:
+        x, topk_idx, topk_weights = (
+            rows[group.self_rank] for rows in (variant.x, variant.topk_idx, variant.topk_weights)
+        )
+        x = torch.randn(x.shape, generator=torch.Generator().manual_seed(group.self_rank))
+        with shape.buffer(group) as buffer:
+            result = buffer.dispatch_and_receive(x, topk_idx)
+            return buffer.combine_and_receive(
+                result.recv_x, result.handle, topk_weights=topk_weights
+            )
+
+    expected = shape.world().run(rank_main)
+    assert any(rows.abs().sum() > 0 for rows in expected)
+    for ranks_per_node, seed in product((1, 2), range(10)):
+        on_nodes = replace(shape, ranks_per_node=ranks_per_node).world(seed).run(rank_main)
+        assert all(map(same_bits, expected, on_nodes))
+
+
 @pytest.mark.parametrize("hierarchical", [False, True], ids=["flat", "hierarchical"])
 @pytest.mark.parametrize("combine_dtype", [None, torch.float8_e4m3fn], ids=["bfloat16", "float8"])
 def test_bytes_are_counted_where_they_go(

@@ -11,8 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from ep_backend import EPBackendError, Group, PeerTimeout, SettingsMismatch, deep_ep, virtual_world
+from ep_backend import (
+    EPBackendError,
+    Group,
+    NetworkConfig,
+    PeerTimeout,
+    SettingsMismatch,
+    _native,
+    deep_ep,
+    virtual_world,
+)
 from tests.deep_ep.support import buffer_of
+from tests.support.shapes import Shape
 
 T, M, H, E, K = 3, 4, 24, 6, 2
 
@@ -356,11 +366,18 @@ def test_no_buffer_takes_more_than_the_size_hint(num_ranks: int, top_k: int, hid
     assert taken <= of_top_k <= hint(M, hidden, num_ranks, E)
 
 
+def num_bytes_over_network(shape: Shape) -> int:
+    return _native.NetworkLayout(shape.layout()).num_bytes
+
+
 def test_the_size_hint_is_a_fraction_of_what_deep_ep_takes() -> None:
     hint = deep_ep.Buffer.get_low_latency_rdma_size_hint
     assert hint(128, 7168, 8, 256) < 1.78 * 2**30 / 20
     with pytest.raises(ValueError, match="hidden is 0"):
         hint(128, 0, 8, 256)
+    # Over a network what is sent is staged: of combine a row for each of a message's experts.
+    shape = Shape(8, 128, 7168, 256, 11, device="cuda", network=NetworkConfig(), reduction="source")
+    assert hint(128, 7168, 8, 256, over_network=True) == num_bytes_over_network(shape)
 
 
 def test_ranks_that_disagree_about_a_new_shape_are_told() -> None:

@@ -66,6 +66,23 @@ def test_every_format_and_routing_equals_the_reference(shape: Shape, is_hooked: 
     run_on_ranks(shape.num_ranks, rank_main)
 
 
+@pytest.mark.parametrize("name", ["bf16", "fp8-ue8m0", "bf16-weights-at-dispatch"])
+def test_ranks_on_several_nodes(name: str) -> None:
+    """Over a network that delivers in another order for each seed."""
+    shape = replace(SHAPES[name], num_ranks=4, ranks_per_node=2)
+    scenario = scenario_of(shape, "repeated", 3)
+
+    def rank_main(group: Group) -> None:
+        buffer = buffer_of(group)
+        for op in range(4):
+            variant = scenario.variant(op)
+            Exchange(buffer, shape, variant, is_hooked=op % 2 == 0).run(zero_copy=op == 3)
+        buffer.destroy()
+
+    for seed in range(10):
+        shape.world(seed).run(rank_main)
+
+
 def exchange_in_process(rank: Rank, scenario: Scenario) -> int:
     assert dist.group.WORLD is not None
     buffer = buffer_of(dist.group.WORLD)

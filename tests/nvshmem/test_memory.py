@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 import threading
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from ep_backend import Group, NetworkConfig, RendezvousError, virtual_world
+from ep_backend import (
+    Group,
+    NetworkConfig,
+    RendezvousError,
+    SettingsMismatch,
+    low_latency,
+    virtual_world,
+)
 from ep_backend.memory import nvshmem
 from tests.support.processes import Rank, RankProcesses
 from tests.support.shapes import Shape
@@ -88,11 +96,33 @@ def test_memory_that_a_peer_may_still_write_is_not() -> None:
         native, mine = FakeNvshmem(), world()
         for has_failed in (group.self_rank == 1, False):
             block = nvshmem._block(group, mine, 100, native)
-            nvshmem.NetworkMemory(block, [1, 0], [0, 1]).close(has_failed=has_failed)
+            memory = nvshmem.NetworkMemory(block, [1, 0], [0, 1])
+            memory.close(has_failed=lambda has_failed=has_failed: has_failed)
         assert nvshmem._block(group, mine, 100, native) is mine.blocks[1]
         return native.calls
 
     expected = ["allocate 100", "allocate 100", "quiet"]
+    assert virtual_world(2).run(rank_main) == [expected, expected]
+
+
+def test_memory_of_kernels_that_failed_after_their_buffer_was_closed_is_not() -> None:
+    """Whether they have is known when they have ended."""
+
+    def rank_main(group: Group) -> list[str]:
+        native, mine = FakeNvshmem(), world()
+        blocks = [nvshmem._block(group, mine, num_bytes, native) for num_bytes in (100, 200)]
+        is_first_bad = group.self_rank == 1
+        for block, is_bad in zip(blocks, (is_first_bad, False), strict=True):
+            nvshmem.NetworkMemory(block, [1, 0], [0, 1]).close(
+                has_failed=lambda bad=is_bad: bad and "quiet" in native.calls
+            )
+            assert block.is_free
+        assert nvshmem._block(group, mine, 50, native) is blocks[1]
+        assert not blocks[0].is_free
+        nvshmem._block(group, mine, 50, native)
+        return native.calls
+
+    expected = ["allocate 100", "allocate 200", "quiet", "allocate 50"]
     assert virtual_world(2).run(rank_main) == [expected, expected]
 
 
@@ -175,6 +205,91 @@ def test_what_nvshmem_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvshmem, "_world", world())
     with pytest.raises(ValueError, match="has started on cuda:0 in this process, not on cuda:1"):
         nvshmem._check_start(alone, torch.device("cuda", 1), {})
+
+
+def environments(rank: Rank, values: list[str | None]) -> None:
+    """`NVSHMEM_SYMMETRIC_SIZE` of each rank."""
+    value = values[rank.group.self_rank]
+    if value is not None:
+        os.environ["NVSHMEM_SYMMETRIC_SIZE"] = value
+    os.environ["NVSHMEM_HCA_LIST"] = f"mlx5_{rank.group.self_rank}:1"  # a host's own
+    nvshmem.extension = lambda: FakeNvshmem(is_started=False)  # type: ignore[assignment,return-value]
+    shape = Shape(2, network=NetworkConfig(), device="cuda")
+    nvshmem._join = lambda *_: throw(Joined())  # type: ignore[assignment]
+    nvshmem.allocate(rank.group, 100, DEVICE, shape.settings())
+
+
+class Joined(Exception):
+    pass
+
+
+def throw(error: Exception) -> Any:
+    raise error
+
+
+def test_variables_of_nvshmem_are_the_same_on_all_hosts() -> None:
+    for values in (["1G", "2G"], ["1G", None], [None, "2G"]):
+        with RankProcesses(2) as ranks:
+            ranks.start(environments, values)
+            for answer in ranks.answers():
+                assert answer.error_type == SettingsMismatch.__name__, answer.details
+                told = f"rank 0: {values[0]!r}, rank 1: {values[1]!r}"
+                assert f"NVSHMEM_SYMMETRIC_SIZE differs between ranks ({told})" in answer.error
+                assert "alike on all hosts" in answer.error
+    with RankProcesses(2) as ranks:
+        ranks.start(environments, ["1G", "1G"])
+        assert [answer.error_type for answer in ranks.answers()] == ["Joined"] * 2
+
+
+def networks(rank: Rank, levels: list[int | None]) -> None:
+    """As if there were GPUs; up to where ranks agree."""
+    level = levels[rank.group.self_rank]
+    network = None if level is None else NetworkConfig(service_level=level)
+    settings = Shape(2, network=network, device="cuda").settings()
+    rank.group.agree("LowLatencyBuffer", settings.agreed(), None, settings.remedies())
+
+
+def test_settings_of_the_network_are_the_same_on_all_hosts() -> None:
+    with RankProcesses(2) as ranks:
+        ranks.run(networks, [3, 3])
+    for levels, told in (
+        ([3, 4], r"network.service_level differs between ranks (rank 0: 3, rank 1: 4). Pass"),
+        ([3, None], "network differs between ranks (rank 0: 'given', rank 1: None). Pass"),
+    ):
+        with RankProcesses(2) as ranks:
+            ranks.start(networks, levels)
+            for answer in ranks.answers():
+                assert told in answer.error
+                assert "EP_BACKEND_NETWORK to the same on every host" in answer.error
+
+
+def test_a_rank_that_has_no_kernels_is_told_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody's memory stays with a buffer that does not exist."""
+    closed: list[int] = []
+    original = low_latency.make_kernels
+
+    def make_kernels(*arguments: Any) -> Any:
+        group, memory = arguments[2], arguments[3]
+        close = memory.close
+
+        def note(**options: Any) -> None:
+            assert not options["has_failed"]()
+            closed.append(group.self_rank)
+            close(**options)
+
+        memory.close = note
+        if group.self_rank == 1:
+            raise ValueError("num_max_tokens_per_rank is too much")
+        return original(*arguments)
+
+    monkeypatch.setattr(low_latency, "make_kernels", make_kernels)
+
+    def rank_main(group: Group) -> None:
+        with pytest.raises(ValueError, match="num_max_tokens_per_rank is too much"):
+            Shape(3).buffer(group)
+
+    virtual_world(3).run(rank_main)
+    assert sorted(closed) == [0, 1, 2]
 
 
 def test_a_module_that_does_not_load_names_both_versions(

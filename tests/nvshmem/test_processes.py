@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from ep_backend import LowLatencyBuffer, NetworkConfig, PeerTimeout
+from ep_backend.network import VARIABLE
+from tests.deep_ep.support import Exchange, buffer_of
 from tests.support.processes import Rank, RankProcesses
 from tests.support.programs import PROGRAMS, Interpreter
 from tests.support.scenario import Scenario, mixed_scenario, same_bits
@@ -35,6 +37,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "float8_rank_major": FLOAT8 | {"output_layout": "rank_major"},
     "float8_both_ways": FLOAT8 | {"combine_dtype": torch.float8_e4m3fn},
     "three_banks": {"num_banks": 3},
+    "source": {"reduction": "source", "top_k": 9},
+    "source_float8": FLOAT8 | {"combine_dtype": torch.float8_e4m3fn, "reduction": "source"},
+    "source_of_many_experts": {"reduction": "source", "top_k": 40, "num_experts": 50},
 }
 # Several ranks on a GPU: small pieces of symmetric memory.
 ENVIRONMENT = {"NVSHMEM_CUMEM_GRANULARITY": str(128 << 20)}
@@ -85,13 +90,14 @@ def exchange(buffer: LowLatencyBuffer, seed: int) -> tuple[torch.Tensor, ...]:
     scores = torch.rand(num_tokens, buffer.num_experts, generator=generator)
     topk_idx = scores.argsort(dim=1)[:, : buffer.top_k]
     weights = torch.rand(num_tokens, buffer.top_k, generator=generator).cuda()
-    result, recv_hook = buffer.dispatch(x, topk_idx.cuda(), weights)
+    home = weights if buffer.reduction == "source" else None
+    result, recv_hook = buffer.dispatch(x, topk_idx.cuda(), None if home is not None else weights)
     recv_hook()
     counts = result.num_recv_tokens_per_expert
     rows = torch.arange(buffer.expert_capacity, device="cuda")[None] < counts[:, None]
     recv_x = result.recv_x.view(torch.uint8)[rows]
     y = result.recv_x.to(buffer.dtype) * 0.5
-    combined, recv_hook = buffer.combine(y, result.handle)
+    combined, recv_hook = buffer.combine(y, result.handle, topk_weights=home)
     recv_hook()
     torch.cuda.synchronize()
     buffer.raise_if_failed()
@@ -114,8 +120,9 @@ def compare(rank: Rank, shape: Shape) -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("dispatch_dtype", [None, torch.float8_e4m3fn], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("reduction", ["rank", "source"])
 def test_bits_are_those_of_the_kernels_over_peer_pointers(
-    num_ranks: int, dispatch_dtype: torch.dtype | None
+    num_ranks: int, dispatch_dtype: torch.dtype | None, reduction: str
 ) -> None:
     shape = Shape(
         num_ranks,
@@ -125,9 +132,78 @@ def test_bits_are_those_of_the_kernels_over_peer_pointers(
         top_k=8,
         device="cuda",
         dispatch_dtype=dispatch_dtype,
+        reduction=reduction,
     )
     with RankProcesses(num_ranks) as ranks:
         ranks.run(compare, shape, deadline_secs=120)
+
+
+def serve_all_from_one(rank: Rank, shape: Shape) -> None:
+    """Rank 0 has every expert that is asked for, and a token or none; the others have many."""
+    start(rank)
+    with shape.buffer(rank.group) as buffer:
+        for op in range(4):
+            num_tokens = op % 2 if rank.group.self_rank == 0 else shape.num_max_tokens_per_rank
+            x = torch.full((num_tokens, shape.hidden), float(op), device="cuda").bfloat16()
+            topk_idx = torch.arange(shape.top_k, device="cuda").expand(num_tokens, -1).contiguous()
+            weights = torch.full((num_tokens, shape.top_k), 1 / shape.top_k, device="cuda")
+            result, recv_hook = buffer.dispatch(x, topk_idx)
+            recv_hook()
+            out, recv_hook = buffer.combine(result.recv_x, result.handle, topk_weights=weights)
+            recv_hook()
+            torch.cuda.synchronize()
+            buffer.raise_if_failed()
+            assert torch.equal(out, x)
+
+
+@pytest.mark.parametrize("links", NETWORKS)
+def test_a_rank_without_a_batch_serves_the_others(links: str) -> None:
+    shape = Shape(
+        4,
+        200,
+        512,
+        num_experts=16,
+        top_k=4,
+        device="cuda",
+        network=NETWORKS[links],
+        reduction="source",
+    )
+    with RankProcesses(4) as ranks:
+        ranks.run(serve_all_from_one, shape, deadline_secs=120)
+
+
+def drive_deep_ep(rank: Rank, scenario: Scenario, network: str) -> None:
+    """Its buffers find the network in the environment."""
+    start(rank)
+    os.environ[VARIABLE] = network
+    buffer = buffer_of(rank.group)
+    for op in range(4):
+        variant = scenario.variant(op)
+        Exchange(buffer, scenario.shape, variant, is_hooked=op % 2 == 0).run(zero_copy=op == 3)
+    links = [b.links() for b in buffer._buffers.values() if isinstance(b, LowLatencyBuffer)]
+    expected = ["rdma"] * rank.group.num_ranks
+    expected[rank.group.self_rank] = "self"
+    assert links == [expected]
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_deep_ep(num_ranks: int) -> None:
+    shape = Shape(
+        num_ranks,
+        hidden=512,
+        device="cuda",
+        dispatch_dtype=torch.float8_e4m3fn,
+        scale_format="ue8m0",
+        reduction="source",
+    )
+    scenario = Scenario(shape)
+    for seed, routing in enumerate(("uniform", "masked", "repeated")):
+        num_tokens = [max(0, 6 - seed - 3 * rank) for rank in range(num_ranks)]
+        scenario.add(routing, num_tokens, seed)
+    network = "transport=none links=rdma bootstrap_interface=lo"
+    with RankProcesses(num_ranks) as ranks:
+        ranks.run(drive_deep_ep, scenario, network, deadline_secs=60)
 
 
 def replay_graph(rank: Rank, shape: Shape, num_replays: int) -> None:
@@ -199,8 +275,8 @@ def ask_for_other_settings(rank: Rank, shape: Shape) -> None:
         other = replace(shape.network, queue_pairs_per_peer=4)
         with pytest.raises(ValueError, match="NVSHMEM_IBGDA_NUM_RC_PER_PE=4, but NVSHMEM has"):
             replace(shape, network=other).buffer(group)
-        with pytest.raises(ValueError, match="reduction is 'source', but over a network"):
-            replace(shape, reduction="source").buffer(group)
+        with pytest.raises(ValueError, match="num_max_tagged_tokens is 2, but nothing is tagged"):
+            replace(shape, num_max_tagged_tokens=2).buffer(group)
     with shape.buffer(group) as buffer:  # the refusals have broken nothing
         exchange(buffer, 0)
 

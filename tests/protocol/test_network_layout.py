@@ -35,8 +35,14 @@ shapes = st.builds(
     device=st.just("cuda"),
     dispatch_dtype=st.sampled_from([None, torch.float8_e4m3fn]),
     combine_dtype=st.sampled_from([None, torch.float8_e4m3fn]),
+    reduction=st.sampled_from(["rank", "source"]),
     network=st.just(NETWORK),
 )
+
+
+def num_rows_home(shape: Shape) -> int:
+    """That answer a message, at most."""
+    return shape.top_k if shape.is_reduced_at_source else 1
 
 
 def message_bytes(shape: Shape) -> int:
@@ -75,16 +81,17 @@ def test_nothing_overlaps_and_the_size_is_the_end_of_the_last(shape: Shape) -> N
         at = network.staged_counts(bank, rank)
         parts.append((at, at + counts_bytes))
         for slot in range(shape.num_max_tokens_per_rank):
-            for at, num_bytes in (
-                (network.staged_message(bank, rank, slot), network.message_bytes),
-                (network.staged_outcome(bank, rank, slot), network.outcome_bytes),
-            ):
+            staged = [(network.staged_message(bank, rank, slot), network.message_bytes)]
+            for entry in range(num_rows_home(shape)):
+                at = network.staged_outcome(bank, rank, slot, entry)
+                staged.append((at, network.outcome_bytes(1)))
+            for at, num_bytes in staged:
                 assert at % SLOT_ALIGN == 0
                 parts.append((at, at + num_bytes))
     parts.sort()
     for (_, end), (begin, _) in pairwise(parts):
         assert end <= begin
-    assert network.outcome_bytes == outcome_bytes(shape)
+    assert network.outcome_bytes(1) == outcome_bytes(shape)
     assert 0 <= network.num_bytes - parts[-1][1] < SLOT_ALIGN
     assert network.num_bytes % SLOT_ALIGN == 0
 
@@ -102,6 +109,22 @@ def test_an_outbox_is_an_inbox_for_each_peer(shape: Shape) -> None:
         assert in_outbox == in_inbox
 
 
+@given(shapes)
+def test_rows_that_answer_a_message_are_put_at_once(shape: Shape) -> None:
+    """They lie side by side where they are staged, and as far apart where they are put."""
+    layout = shape.layout()
+    network = _native.NetworkLayout(layout)
+    last = shape.num_max_tokens_per_rank - 1
+    first_column = last * layout.num_outcome_columns
+    for bank, num_rows in product(range(shape.num_banks), range(1, num_rows_home(shape) + 1)):
+        ends = [
+            network.staged_outcome(bank, 0, last, num_rows - 1)
+            - network.staged_outcome(bank, 0, last, 0),
+            layout.outcome(bank, first_column + num_rows - 1) - layout.outcome(bank, first_column),
+        ]
+        assert {end + outcome_bytes(shape) for end in ends} == {network.outcome_bytes(num_rows)}
+
+
 def test_documented_size() -> None:
     """EP16, 128 tokens, hidden 7168 in float8, bfloat16 home, two banks: 30 MiB inbox and as much
     outbox, 28 MiB of rows that come home, 56 MiB of rows that go home."""
@@ -113,6 +136,12 @@ def test_documented_size() -> None:
     rows = 2 * 128 * (16 * (2 * message + row) + 8 * row)
     assert rows < num_bytes < rows + 64 * 1024
     assert num_bytes < 148 * 2**20
+    # Added up at home: eight rows for each message.
+    shape = replace(shape, reduction="source")
+    num_bytes = _native.NetworkLayout(shape.layout()).num_bytes
+    rows += 2 * 128 * 16 * 7 * row
+    assert rows < num_bytes < rows + 64 * 1024
+    assert num_bytes < 540 * 2**20
 
 
 def test_without_a_network_nothing_is_packed() -> None:

@@ -7,14 +7,16 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
-from ep_backend_sglang import choice
+from ep_backend_sglang import arguments, choice, cpu_only
 from typer.testing import CliRunner
 
 from ep_backend import RendezvousError
 from ep_backend import group as group_module
 from ep_backend.cli import app
+from ep_backend.memory import nvshmem
 from ep_backend.network import VARIABLE
 from tests.serving_configs.configs import (
     COMPOSE_FILES,
@@ -38,8 +40,7 @@ def test_no_server_of_several_hosts_starts(check: Process) -> None:
     result = CliRunner().invoke(app, check.words[1:])
     assert result.exit_code == 1
     assert "2 hosts needs RDMA" in result.stderr
-    why = "without NVSHMEM" if check.origin.startswith("vllm") else "reduction source"
-    assert why in result.stderr
+    assert "without NVSHMEM" in result.stderr
     assert "on one host" in result.stderr
 
 
@@ -61,7 +62,7 @@ def test_checks_know_the_settings_of_the_network() -> None:
             if settings != {None} and process.is_check:
                 assert {process.environment.get(VARIABLE)} == settings, process.origin
                 num_set += 1
-    assert num_set == 3, "a compose file, two pods"
+    assert num_set == 4, "two compose files, two pods"
 
 
 @pytest.mark.parametrize("check", ON_CPUS, ids=lambda check: check.origin)
@@ -131,7 +132,7 @@ def test_vllm_over_two_hosts_of_gpus_names_what_is_missing(
 
 # In a process of its own: SGLang's choice, once made, stays.
 SGLANG_ARGUMENTS = """
-from ep_backend_sglang import choice
+from ep_backend_sglang import arguments, choice, cpu_only
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
@@ -157,7 +158,20 @@ def test_sglang_over_two_hosts_ends_at_its_arguments() -> None:
         check=False,
         env={name: value for name, value in os.environ.items() if name != choice.VARIABLE},
     )
-    assert re.search(r"refused: .*--nnodes is 2.*do not add rows up at home yet", result.stdout), (
-        result
-    )
+    assert re.search(r"refused: .*--nnodes is 2.*from GPUs only", result.stdout), result
     assert "chosen: False" in result.stdout
+
+
+def test_sglang_over_two_hosts_of_gpus_goes_on_with_nvshmem(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu_only, "is_active", lambda: False)
+    record = SimpleNamespace(nnodes=2, deepep_mode="auto")
+    with pytest.raises(ValueError, match="Pass --deepep-mode low_latency"):
+        arguments._require_network(record)
+    record.deepep_mode = "low_latency"
+    if find_spec("ep_backend._nvshmem") is None:
+        with pytest.raises(ValueError, match=r"--nnodes is 2, .* built without NVSHMEM"):
+            arguments._require_network(record)
+    monkeypatch.setattr(nvshmem, "extension", lambda: None)
+    arguments._require_network(record)
