@@ -79,9 +79,8 @@ struct DispatchSendParams {
   // out [T], and [T, C]: rows that will come home for each token, and which they are. Partial rows:
   // in the order of their ranks, rank << 16 | the message's slot (read by GPUs, and between nodes).
   // All rows (Reduction::kSource): by ascending k, rank << 16 | k; or, where they are packed,
-  // column
-  // << 16 | k. From workspaces by expert, [T, 2 K]: of each k its rank, ~0 where it is not routed,
-  // then of each k the row there.
+  // column << 16 | k. From workspaces by expert, [T, 2 K]: of each k its rank, ~0 where it is not
+  // routed, then of each k the row there.
   uint32_t* num_partials;
   uint32_t* answers;
   int32_t workspace;   // where the rows go on every rank; -1: the buffer has no workspaces
