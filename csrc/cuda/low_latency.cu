@@ -14,9 +14,9 @@ using protocol::OpResult;
 namespace {
 
 // Kilobytes that a kernel with little to do reads and writes, for each SM that it takes. With more,
-// half of the SMs take longer by more than is gained (1 rank on an H100, rows of 7168, fp8: a pair
-// of 16 tokens takes 6.1 us on 64 SMs, 7.4 on 132; of 8 experts' rows 7.5 and 8.7, of 64 tokens as
-// long on both).
+// half of the SMs lose more time than is gained. (1 rank on an H100, hidden 7168, float8, a pair on
+// 64 SMs and on 132: rank-major, 16 tokens 6.1 and 7.4 us, 64 tokens 6.9 and 8.0; by expert, 8 rows
+// a token, 16 tokens 7.5 and 8.7 us, 64 tokens 10.6 and 10.3.)
 constexpr uint32_t kLittle = 64;
 
 // About half of the SMs of the current device: a power of two, because work is cut into as many
