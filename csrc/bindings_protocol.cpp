@@ -184,5 +184,6 @@ void bind_protocol(py::module_& m) {
     const Scale scale = scale_for(amax, format);
     return std::pair(scale.scale, scale.inverse);
   });
+  m.def("tagged_header_bytes", &tagged_header_bytes);
   m.def("tagged_row_bytes", &tagged_row_bytes);
 }

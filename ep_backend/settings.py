@@ -43,10 +43,12 @@ EXPERT_WORKSPACE_SETTINGS = WORKSPACE_SETTINGS | {
     "expert_ids": "local",
     "num_max_tagged_tokens": 0,
 }
-TAGGED_TOKENS_IN_WORKSPACES = 16
-"""Batches up to which tagged words are worth their bytes and a copy. Two H200s over NVLink, hidden
-7168, top-8, one kernel each way: a pair of 1 token takes 8.7 us instead of 10.0, of 16 tokens 10.8
-instead of 11.2, of 32 the same; with hooks it gains at 1 token only and loses 1 us at 16."""
+TAGGED_BYTES_IN_WORKSPACES = 200 << 10
+"""Of the messages of a batch, up to which tagged words are worth their bytes and a copy: what they
+save is the same for every batch, what they cost grows with its bytes. Two H200s over NVLink, hidden
+7168, float8, top-8, one kernel each way: a pair of 1 token takes 8.7 us instead of 10.0, of 16
+tokens (172 KiB) 10.8 instead of 11.2, of 32 the same; with hooks it gains at 1 token only and loses
+1 us at 16. Other rows have not been timed."""
 
 CUDA_ROW_ALIGNMENT = 16
 """Bytes: the CUDA kernels move rows in vectors of this size."""
@@ -288,7 +290,9 @@ class BufferSettings:
         if self.hidden * self.dtype.itemsize > MAX_TAGGED_ROW_BYTES:
             return 0
         if self.num_workspaces > 0:
-            return min(self.num_max_tokens_per_rank, TAGGED_TOKENS_IN_WORKSPACES)
+            row_bytes = self.hidden * self.dispatch_dtype.itemsize
+            most = tagged_tokens_in_workspaces(row_bytes, self.top_k)
+            return min(self.num_max_tokens_per_rank, most)
         return min(self.num_max_tokens_per_rank, default_tagged_tokens(num_ranks))
 
 
@@ -297,6 +301,13 @@ def default_tagged_tokens(num_ranks: int) -> int:
     fences and a signal's trip. Two H100s over NVLink gain from it at 128 tokens still (pair of
     hidden 7168, top-8: 33 instead of 38 us); with more ranks memory sets the limit."""
     return max(1, 256 // num_ranks)
+
+
+def tagged_tokens_in_workspaces(row_bytes: int, top_k: int) -> int:
+    """Batches up to which `TAGGED_BYTES_IN_WORKSPACES` are enough, of rows of dispatch of so many
+    bytes."""
+    message_bytes = _native.tagged_header_bytes(top_k) + _native.tagged_row_bytes(row_bytes)
+    return max(1, TAGGED_BYTES_IN_WORKSPACES // message_bytes)
 
 
 def dtype_name(dtype: Any) -> str:

@@ -12,6 +12,7 @@ from ep_backend import _native
 from tests.support.shapes import Shape
 
 CUDA = Shape(2, num_max_tokens_per_rank=128, hidden=2048, device="cuda")
+IN_RANK_MAJOR: dict[str, Any] = {"num_workspaces": 1, "output_layout": "rank_major"}
 
 
 def test_the_cpu_pushes_and_tags_nothing_whatever_it_is_told() -> None:
@@ -83,9 +84,14 @@ def test_workspaces_by_expert_are_for_rows_that_are_fetched(
         ({"hidden": 16384 + 16, "dispatch_dtype": torch.float8_e4m3fn}, 0),
         ({"num_max_tagged_tokens": 0}, 0),
         ({"num_max_tagged_tokens": 128}, 128),
-        ({"num_workspaces": 1, "output_layout": "rank_major"}, 16),
-        ({"num_workspaces": 1, "output_layout": "rank_major", "num_max_tagged_tokens": 5}, 5),
-        ({"num_workspaces": 1, "output_layout": "rank_major", "num_ranks": 1}, 0),
+        ({"hidden": 7168} | IN_RANK_MAJOR, 9),
+        ({"hidden": 7168, "dispatch_dtype": torch.float8_e4m3fn} | IN_RANK_MAJOR, 18),
+        ({"hidden": 2048} | IN_RANK_MAJOR, 32),
+        ({"hidden": 2048, "num_max_tokens_per_rank": 5} | IN_RANK_MAJOR, 5),
+        ({"hidden": 2048, "num_ranks": 8} | IN_RANK_MAJOR, 32),
+        ({"hidden": 16384 + 8} | IN_RANK_MAJOR, 0),
+        ({"num_max_tagged_tokens": 5} | IN_RANK_MAJOR, 5),
+        ({"num_ranks": 1} | IN_RANK_MAJOR, 0),
         ({"num_workspaces": 1, "reduction": "source"}, 0),
     ],
 )

@@ -132,13 +132,14 @@ class LowLatencyRank : public RankHost {
  private:
   // The view and the launch of a kernel with so much to do.
   struct Plan;
-  Plan plan(uint64_t num_items, void* stream);
+  Plan plan(uint64_t num_items, void* stream, uint64_t num_parts = ~uint64_t{0});
   Plan plan_workspace(uint32_t num_tokens, uint32_t num_slots, void* stream);
+  Plan plan_workspace_combine(uint32_t num_tokens, void* stream);
   // Parts of rows that the latest dispatch brings, and that its combine sends, at most.
   uint64_t num_parts_received() const;
   uint64_t num_parts_answered() const;
 
-  uint32_t num_sms_;
+  uint32_t num_sms_, half_of_sms_;
   bool shares_gpu_;
   bool lets_next_start_ = false;  // the kernel launched last, before its end
   bool has_room_for_two_;         // two blocks of any kernel fit an SM

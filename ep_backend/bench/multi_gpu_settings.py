@@ -93,14 +93,15 @@ class Options:
         above the default limit are not tagged anyway."""
         if "low-latency" not in self.kinds:
             return []
-        is_default_listed = None in self.settings.num_max_tagged_tokens
+        settings = self.settings
+        is_default_listed = None in settings.num_max_tagged_tokens
         return [
             case
-            for case in self.settings.cases()
+            for case in settings.cases()
             if not (
                 is_default_listed
                 and case.num_max_tagged_tokens == 0
-                and case.num_tokens > case.default_tagged_tokens
+                and case.num_tokens > case.default_tagged_tokens(settings.hidden, settings.top_k)
             )
         ]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ep_backend.bench.options import numbers, option_adder, words
-from ep_backend.settings import TAGGED_TOKENS_IN_WORKSPACES, default_tagged_tokens
+from ep_backend.settings import default_tagged_tokens, tagged_tokens_in_workspaces
 
 PROGRAM = "ep-backend bench op --device cuda"
 
@@ -55,13 +55,13 @@ class Case:
         is_fetched = self.transfer == "pull" and self.combine_dtype == "bf16"
         return self.output_layout != "expert_major" and is_fetched
 
-    @property
-    def default_tagged_tokens(self) -> int:
+    def default_tagged_tokens(self, hidden: int, top_k: int) -> int:
         """Batches of up to so many tokens are tagged where `num_max_tagged_tokens` is None."""
         if self.output_layout == "expert_workspace" or self.num_ranks == 1:
             return 0
         if self.has_workspace:
-            return TAGGED_TOKENS_IN_WORKSPACES
+            row_bytes = hidden * TRAVELLING_DTYPES[self.dispatch_dtype].itemsize
+            return tagged_tokens_in_workspaces(row_bytes, top_k)
         return default_tagged_tokens(self.num_ranks)
 
 

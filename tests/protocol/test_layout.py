@@ -261,6 +261,7 @@ def test_the_documented_sizes(shape: Shape) -> None:
         assert scales_end == outcome_bytes(shape)
     # A tagged message: a word for its header and one for each entry, then the parts of its row.
     assert layout.tagged_row_in_message == align_up((1 + shape.top_k) * WORD_BYTES, SLOT_ALIGN)
+    assert layout.tagged_row_in_message == _native.tagged_header_bytes(shape.top_k)
     tagged_bytes = layout.tagged_row_in_message + tagged_row_bytes(dispatch_row_bytes(shape))
     assert layout.tagged_message_bytes == tagged_bytes
 
