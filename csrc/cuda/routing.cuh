@@ -9,6 +9,9 @@ namespace ep::cuda {
 using protocol::kMaxTopK;
 
 struct Routing {
+  // Whether messages are for nodes, of whose ranks they list the experts of all.
+  static constexpr bool kByNode = false;
+
   const void* topk_idx;
   bool is_int64;
   const float* topk_weights;
@@ -36,6 +39,8 @@ struct Routing {
   __device__ float weight(uint32_t token, uint32_t k) const {
     return topk_weights == nullptr ? 0.0f : topk_weights[token * top_k + k];
   }
+  // The rank to which a message for the experts of rank `owner` goes.
+  __device__ uint32_t destination(uint32_t owner) const { return owner; }
 };
 
 // In shared memory: who gets which token, as bits.
@@ -50,18 +55,27 @@ class TokenSets {
  public:
   // `with_experts`: else only who gets which token is found out, and nothing of experts.
   __device__ TokenSets(uint32_t* shared, const Routing& routing, bool with_experts = true)
-      : num_words_(words(routing.num_tokens)),
-        num_rank_words_(words(routing.num_ranks)),
-        num_experts_(with_experts ? routing.num_experts : 0),
-        num_ranks_(routing.num_ranks),
-        num_tokens_(routing.num_tokens),
+      : TokenSets(shared, routing.num_tokens, routing.num_ranks,
+                  with_experts ? routing.num_experts : 0) {}
+  // Filled with add().
+  __device__ TokenSets(uint32_t* shared, uint32_t num_tokens, uint32_t num_ranks,
+                       uint32_t num_experts)
+      : num_words_(words(num_tokens)),
+        num_rank_words_(words(num_ranks)),
+        num_experts_(num_experts),
+        num_ranks_(num_ranks),
+        num_tokens_(num_tokens),
         tokens_(shared),
         ranks_(shared + (num_experts_ + num_ranks_) * num_words_) {}
 
   __host__ __device__ static uint64_t num_bytes(const protocol::LowLatencyConfig& config,
                                                 uint32_t num_tokens, bool with_experts = true) {
-    const uint64_t num_rows = (with_experts ? config.num_experts : 0u) + config.num_ranks;
-    return (num_rows * words(num_tokens) + uint64_t{num_tokens} * words(config.num_ranks)) * 4;
+    return num_bytes(num_tokens, config.num_ranks, with_experts ? config.num_experts : 0);
+  }
+  __host__ __device__ static uint64_t num_bytes(uint32_t num_tokens, uint32_t num_ranks,
+                                                uint32_t num_experts) {
+    const uint64_t num_rows = uint64_t{num_experts} + num_ranks;
+    return (num_rows * words(num_tokens) + uint64_t{num_tokens} * words(num_ranks)) * 4;
   }
 
   // Whole block; touches shared memory only, so it may run before the kernel's turn.
@@ -73,7 +87,8 @@ class TokenSets {
   }
   // Whole block, after clear() and a barrier. False, on some threads, where some expert does not
   // exist. A barrier must follow. `first`: the expert of the first route that this thread looks at.
-  __device__ bool fill(const RankView& rank, const Routing& routing, int64_t first) {
+  template <typename AnyRouting>
+  __device__ bool fill(const RankView& rank, const AnyRouting& routing, int64_t first) {
     bool ok = true;
     const uint32_t shift = ceil_log2(routing.top_k);  // no division
 #pragma unroll 1
@@ -87,12 +102,16 @@ class TokenSets {
         continue;
       }
       const auto e = static_cast<uint32_t>(expert);
-      const uint32_t owner = routing.owners.owner(e), bit = 1u << (token % 32);
-      if (num_experts_ > 0) atomicOr(tokens_ + e * num_words_ + token / 32, bit);
-      atomicOr(tokens_ + (num_experts_ + owner) * num_words_ + token / 32, bit);
-      atomicOr(ranks_ + token * num_rank_words_ + owner / 32, 1u << (owner % 32));
+      add(token, e, routing.destination(routing.owners.owner(e)));
     }
     return ok;
+  }
+  // The token has that expert, and goes to that rank.
+  __device__ void add(uint32_t token, uint32_t expert, uint32_t rank) const {
+    const uint32_t bit = 1u << (token % 32);
+    if (num_experts_ > 0) atomicOr(tokens_ + expert * num_words_ + token / 32, bit);
+    atomicOr(tokens_ + (num_experts_ + rank) * num_words_ + token / 32, bit);
+    atomicOr(ranks_ + token * num_rank_words_ + rank / 32, 1u << (rank % 32));
   }
   // The expert that fill() wants to know beforehand, or -1; and its weight comes nearer.
   __device__ static int64_t first_expert(const Routing& routing) {
@@ -163,15 +182,15 @@ struct Route {
   float weight;
   uint32_t slot;         // of the token's message to dst_rank
   uint32_t column;       // of its answer: ranks of the token below dst_rank
-  uint32_t entry_idx;    // routes of the token to dst_rank before this one
+  uint32_t entry_idx;    // routes of the token to dst_rank before this one, by owner, then k
   uint32_t num_entries;  // and in all
   uint32_t order;        // routes of the token before this one, without those that go nowhere
 };
 
 // One warp, a lane a route. Calls `each(route)` on the lanes that have one; returns how many there
 // are.
-template <typename Each>
-__device__ uint32_t for_each_route(const Routing& routing, const TokenSets& sets, uint32_t token,
+template <typename AnyRouting, typename Each>
+__device__ uint32_t for_each_route(const AnyRouting& routing, const TokenSets& sets, uint32_t token,
                                    Each each) {
   const uint32_t lane = threadIdx.x % kWarp, top_k = routing.top_k;
   __syncwarp();  // what the last token's routes have left may be written over
@@ -183,22 +202,35 @@ __device__ uint32_t for_each_route(const Routing& routing, const TokenSets& sets
     const int64_t expert = route.k < top_k ? routing.expert(token, route.k) : -1;
     route.weight = route.k < top_k ? routing.weight(token, route.k) : 0.0f;
     route.expert = static_cast<uint32_t>(expert);
-    route.dst_rank = expert < 0 ? kNoRank : routing.owners.owner(route.expert);
+    const uint32_t owner = expert < 0 ? kNoRank : routing.owners.owner(route.expert);
+    route.dst_rank = expert < 0 ? kNoRank : routing.destination(owner);
     const uint32_t alike = __match_any_sync(kAllLanes, route.dst_rank);
     const uint32_t routed = __ballot_sync(kAllLanes, expert >= 0);
     route.order = num_routes + __popc(routed & ((1u << lane) - 1));
     num_routes += __popc(routed);
-    if (expert < 0) continue;
+    auto is_before = [&](uint32_t other_owner, uint32_t k) {
+      return other_owner < owner || (other_owner == owner && k < route.k);
+    };
     route.entry_idx = __popc(alike & ((1u << lane) - 1));
     route.num_entries = __popc(alike);
+    if constexpr (AnyRouting::kByNode) {
+      route.entry_idx = 0;
+#pragma unroll 1
+      for (uint32_t j = 0; j < min(top_k, kWarp); ++j) {
+        const uint32_t other = __shfl_sync(kAllLanes, owner, j);
+        route.entry_idx += (alike >> j & 1) != 0 && is_before(other, first_k + j);
+      }
+    }
+    if (expert < 0) continue;
     if (top_k > kWarp) {
       route.entry_idx = route.num_entries = 0;
 #pragma unroll 1
       for (uint32_t j = 0; j < top_k; ++j) {
         const int64_t other = routing.expert(token, j);
-        const bool is_alike =
-            other >= 0 && routing.owners.owner(static_cast<uint32_t>(other)) == route.dst_rank;
-        route.entry_idx += is_alike && j < route.k;
+        if (other < 0) continue;
+        const uint32_t other_owner = routing.owners.owner(static_cast<uint32_t>(other));
+        const bool is_alike = routing.destination(other_owner) == route.dst_rank;
+        route.entry_idx += is_alike && is_before(other_owner, j);
         route.num_entries += is_alike;
       }
     }

@@ -24,12 +24,13 @@ void check_config(const protocol::LowLatencyConfig& config) {
   }
 }
 
-void check_shared_memory(const protocol::LowLatencyLayout& layout, uint32_t self_rank) {
+}  // namespace
+
+void check_shared_memory(uint64_t num_wanted) {
   int device, of_block;
   check(cudaGetDevice(&device), "asking for the current device");
   check(cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "asking for the size of shared memory");
-  const uint64_t num_wanted = dispatch_shared_bytes(layout, self_rank);
   const uint64_t num_present = static_cast<uint64_t>(of_block) - Launch::kDeclaredSharedBytes;
   if (num_wanted > num_present) {
     throw std::invalid_argument("a dispatch of num_max_tokens_per_rank tokens needs " +
@@ -39,14 +40,12 @@ void check_shared_memory(const protocol::LowLatencyLayout& layout, uint32_t self
   }
 }
 
-}  // namespace
-
 NetworkRank::NetworkRank(const protocol::LowLatencyConfig& config, uint32_t self_rank,
                          const std::vector<std::byte*>& bases, const std::vector<int32_t>& pes,
                          uint64_t timeout_ns, uint32_t num_sms)
     : RankHost(config, self_rank, bases, timeout_ns), network_(view_.layout), num_sms_(num_sms) {
   check_config(config);
-  check_shared_memory(view_.layout, self_rank);
+  check_shared_memory(dispatch_shared_bytes(view_.layout, self_rank));
   prepare_dispatch();
   prepare_combine();
   pes_ = cuda::zeroed_device_array<int32_t>(pes.size());
@@ -70,7 +69,7 @@ struct NetworkRank::Plan {
 NetworkRank::Plan NetworkRank::plan(uint64_t num_items, void* stream) const {
   const auto num_blocks =
       static_cast<uint32_t>(std::clamp<uint64_t>(num_items, 1, uint64_t{num_sms_}));
-  Plan plan = {{view_, network_, pes_, arrived_},
+  Plan plan = {{{view_, pes_}, network_, arrived_},
                {num_blocks, cuda::kThreads, static_cast<cudaStream_t>(stream), true}};
   plan.view.share = cuda::kProgressPerOp / num_blocks;
   plan.view.first_share = cuda::kProgressPerOp - plan.view.share * (num_blocks - 1);
