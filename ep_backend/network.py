@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ep_backend import _native
 from ep_backend.checks import check_int
 from ep_backend.settings import check_choice
 
@@ -50,6 +51,9 @@ class NetworkConfig:
         links: "auto": GPUs write directly where they see a peer's memory, and put over the network
             elsewhere. "rdma": every message to a peer is put by NVSHMEM, wherever that is: a test
             of that path, also without a card.
+        ranks_per_node: ranks on a node, in rank order: those of other nodes are put to, even where
+            this GPU sees their memory. Default: each host is a node where a buffer is hierarchical,
+            else who is seen is written to.
         service_level: InfiniBand's, 0 to 15, of all queue pairs of the low-latency kernels
             (NVSHMEM_IB_SL). It chooses the virtual lane, which isolates traffic.
         normal_service_level: of the normal kernels. A process has one class of queue pairs: a
@@ -72,6 +76,7 @@ class NetworkConfig:
 
     transport: str = "ibgda"
     links: str = "auto"
+    ranks_per_node: int | None = None
     service_level: int | None = None
     normal_service_level: int | None = None
     adaptive_routing: bool = False
@@ -87,6 +92,7 @@ class NetworkConfig:
         check_choice("transport", self.transport, dict.fromkeys(TRANSPORTS))
         check_choice("links", self.links, dict.fromkeys(LINKS))
         for name, low, high in (
+            ("ranks_per_node", 1, _native.MAX_RANKS),
             ("service_level", 0, 15),
             ("normal_service_level", 0, 15),
             ("traffic_class", 0, 255),
@@ -107,6 +113,35 @@ class NetworkConfig:
             )
         if self.nics and self.nic_mapping is not None:
             raise ValueError("nics and nic_mapping are both given: pass one of them.")
+
+    def size_of_nodes(self, hosts: list[int], hierarchical: bool) -> int:
+        """Ranks on a node; as many as there are ranks where nodes make no difference.
+
+        Args:
+            hosts: `[R]`, the host of each rank.
+            hierarchical: whether the buffer is.
+
+        Raises:
+            ValueError: nodes would not have as many ranks each, or not in rank order.
+        """
+        num_ranks = len(hosts)
+        if self.ranks_per_node is not None:
+            if num_ranks % self.ranks_per_node != 0:
+                raise ValueError(
+                    f"ranks_per_node of the network is {self.ranks_per_node}, which does not "
+                    f"divide the {num_ranks} ranks. Every node has as many ranks."
+                )
+            return self.ranks_per_node
+        if not hierarchical:
+            return num_ranks
+        size = hosts.count(hosts[0])
+        if hosts != [hosts[0] + rank // size for rank in range(num_ranks)]:
+            raise ValueError(
+                f"hierarchical is True, but ranks 0, 1, .. are on the hosts {hosts}: hosts must "
+                "have as many ranks each, in rank order, or be divided so by NetworkConfig's "
+                "ranks_per_node."
+            )
+        return size
 
     @classmethod
     def parse(cls, text: str) -> NetworkConfig:

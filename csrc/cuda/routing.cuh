@@ -9,9 +9,6 @@ namespace ep::cuda {
 using protocol::kMaxTopK;
 
 struct Routing {
-  // Whether messages are for nodes, of whose ranks they list the experts of all.
-  static constexpr bool kByNode = false;
-
   const void* topk_idx;
   bool is_int64;
   const float* topk_weights;
@@ -39,8 +36,8 @@ struct Routing {
   __device__ float weight(uint32_t token, uint32_t k) const {
     return topk_weights == nullptr ? 0.0f : topk_weights[token * top_k + k];
   }
-  // The rank to which a message for the experts of rank `owner` goes.
-  __device__ uint32_t destination(uint32_t owner) const { return owner; }
+  // The rank that gets the token's message for that expert.
+  __device__ uint32_t destination(uint32_t expert) const { return owners.owner(expert); }
 };
 
 // In shared memory: who gets which token, as bits.
@@ -102,7 +99,7 @@ class TokenSets {
         continue;
       }
       const auto e = static_cast<uint32_t>(expert);
-      add(token, e, routing.destination(routing.owners.owner(e)));
+      add(token, e, routing.destination(e));
     }
     return ok;
   }
@@ -182,15 +179,15 @@ struct Route {
   float weight;
   uint32_t slot;         // of the token's message to dst_rank
   uint32_t column;       // of its answer: ranks of the token below dst_rank
-  uint32_t entry_idx;    // routes of the token to dst_rank before this one, by owner, then k
+  uint32_t entry_idx;    // routes of the token to dst_rank before this one
   uint32_t num_entries;  // and in all
   uint32_t order;        // routes of the token before this one, without those that go nowhere
 };
 
 // One warp, a lane a route. Calls `each(route)` on the lanes that have one; returns how many there
 // are.
-template <typename AnyRouting, typename Each>
-__device__ uint32_t for_each_route(const AnyRouting& routing, const TokenSets& sets, uint32_t token,
+template <typename Each>
+__device__ uint32_t for_each_route(const Routing& routing, const TokenSets& sets, uint32_t token,
                                    Each each) {
   const uint32_t lane = threadIdx.x % kWarp, top_k = routing.top_k;
   __syncwarp();  // what the last token's routes have left may be written over
@@ -202,35 +199,22 @@ __device__ uint32_t for_each_route(const AnyRouting& routing, const TokenSets& s
     const int64_t expert = route.k < top_k ? routing.expert(token, route.k) : -1;
     route.weight = route.k < top_k ? routing.weight(token, route.k) : 0.0f;
     route.expert = static_cast<uint32_t>(expert);
-    const uint32_t owner = expert < 0 ? kNoRank : routing.owners.owner(route.expert);
-    route.dst_rank = expert < 0 ? kNoRank : routing.destination(owner);
+    route.dst_rank = expert < 0 ? kNoRank : routing.owners.owner(route.expert);
     const uint32_t alike = __match_any_sync(kAllLanes, route.dst_rank);
     const uint32_t routed = __ballot_sync(kAllLanes, expert >= 0);
     route.order = num_routes + __popc(routed & ((1u << lane) - 1));
     num_routes += __popc(routed);
-    auto is_before = [&](uint32_t other_owner, uint32_t k) {
-      return other_owner < owner || (other_owner == owner && k < route.k);
-    };
+    if (expert < 0) continue;
     route.entry_idx = __popc(alike & ((1u << lane) - 1));
     route.num_entries = __popc(alike);
-    if constexpr (AnyRouting::kByNode) {
-      route.entry_idx = 0;
-#pragma unroll 1
-      for (uint32_t j = 0; j < min(top_k, kWarp); ++j) {
-        const uint32_t other = __shfl_sync(kAllLanes, owner, j);
-        route.entry_idx += (alike >> j & 1) != 0 && is_before(other, first_k + j);
-      }
-    }
-    if (expert < 0) continue;
     if (top_k > kWarp) {
       route.entry_idx = route.num_entries = 0;
 #pragma unroll 1
       for (uint32_t j = 0; j < top_k; ++j) {
         const int64_t other = routing.expert(token, j);
-        if (other < 0) continue;
-        const uint32_t other_owner = routing.owners.owner(static_cast<uint32_t>(other));
-        const bool is_alike = routing.destination(other_owner) == route.dst_rank;
-        route.entry_idx += is_alike && is_before(other_owner, j);
+        const bool is_alike =
+            other >= 0 && routing.owners.owner(static_cast<uint32_t>(other)) == route.dst_rank;
+        route.entry_idx += is_alike && j < route.k;
         route.num_entries += is_alike;
       }
     }

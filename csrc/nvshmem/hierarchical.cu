@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 
 #include "cuda/check.h"
 #include "nvshmem/hierarchical.h"
@@ -11,6 +12,9 @@ using cuda::check;
 using protocol::OpResult;
 
 namespace {
+
+// Of hooks, which serve peers, whatever this rank's own batch is.
+constexpr uint64_t kLeastBlocks = 32;
 
 void check_config(const protocol::MultiNodeConfig& config) {
   const protocol::LowLatencyConfig& base = config.low_latency;
@@ -25,6 +29,19 @@ void check_config(const protocol::MultiNodeConfig& config) {
         "messages "
         "are pushed, never tagged, not in workspaces, and reduced on their rank");
   }
+}
+
+void check_shared_memory(uint64_t num_wanted) {
+  int device, of_block;
+  check(cudaGetDevice(&device), "asking for the current device");
+  check(cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "asking for the size of shared memory");
+  const uint64_t num_present = static_cast<uint64_t>(of_block) - Launch::kDeclaredSharedBytes;
+  if (num_wanted <= num_present) return;
+  throw std::invalid_argument("a dispatch of num_max_tokens_per_rank tokens needs " +
+                              std::to_string(num_wanted) +
+                              " bytes of shared memory; this GPU has " +
+                              std::to_string(num_present) + ". Lower num_max_tokens_per_rank.");
 }
 
 }  // namespace
@@ -93,23 +110,24 @@ OpResult HierarchicalRank::dispatch_send(const cuda::DispatchSendParams& send, v
 
 OpResult HierarchicalRank::dispatch_recv(const ForwardingRecvParams& recv, void* stream) {
   const uint32_t num_parts = protocol::parts_for(view_.layout.dispatch_row_bytes());
-  // At least one for each remote node: they do not wait for each other.
-  const uint64_t num_remote = multi_node_.nodes().num_remote();
-  const Plan p = plan(std::max(num_messages() * num_parts, num_remote), stream);
+  // Remote nodes have blocks of their own, which do not wait for each other.
+  const uint64_t num_least = std::max<uint64_t>(kLeastBlocks, multi_node_.nodes().num_remote());
+  const Plan p = plan(std::max(num_messages() * num_parts, num_least), stream);
   launch_dispatch_recv(p.view, recv, p.launch);
   return launched("dispatch_recv");
 }
 
 OpResult HierarchicalRank::combine_send(const ForwardedSendParams& send, void* stream) {
   const uint32_t num_parts = protocol::parts_for(view_.layout.combine_row_bytes());
-  const Plan p = plan(num_messages() * num_parts, stream);
+  const Plan p = plan(std::max(num_messages() * num_parts, kLeastBlocks), stream);
   launch_combine_send(p.view, send, p.launch);
   return launched("combine_send");
 }
 
 OpResult HierarchicalRank::combine_recv(const cuda::CombineRecvParams& recv, void* stream) {
   const uint32_t num_parts = protocol::parts_for(view_.layout.combine_row_bytes());
-  const Plan p = plan(std::max(uint64_t{recv.num_tokens} * num_parts, num_messages()), stream);
+  const uint64_t num_items = uint64_t{recv.num_tokens} * num_parts;
+  const Plan p = plan(std::max({num_items, num_messages(), kLeastBlocks}), stream);
   launch_combine_recv(p.view, recv, p.launch);
   return launched("combine_recv");
 }

@@ -10,7 +10,7 @@
 #pragma once
 
 #include "cuda/dispatch_send.cuh"
-#include "nvshmem/hierarchical_view.cuh"
+#include "nvshmem/hierarchical_routing.cuh"
 
 namespace ep::nvshmem {
 
@@ -92,7 +92,7 @@ class NodeDispatchSender {
   // Headers of the token, places of its row to the plan. One warp.
   __device__ void plan_row(uint32_t token, bool writes, Plan* plan) const {
     const uint32_t bank = op_.bank(), self = rank_.self_rank;
-    cuda::for_each_route(routing_, sets_, token, [&](const cuda::Route& route) {
+    for_each_node_route(routing_, sets_, token, [&](const NodeRoute& route) {
       const bool is_node = !rank_.reaches(route.dst_rank);
       std::byte *base = op_.self(), *message;
       if (is_node) {
@@ -121,7 +121,7 @@ class NodeDispatchSender {
     __syncwarp();
   }
 
-  __device__ void write_header(uint32_t token, const cuda::Route& route, bool is_node,
+  __device__ void write_header(uint32_t token, const NodeRoute& route, bool is_node,
                                std::byte* message) const {
     const uint32_t first_expert = is_node ? 0 : routing_.owners.first_expert(route.dst_rank);
     const uint32_t outcome_slot = token * layout_.num_outcome_columns() + route.column;

@@ -3,7 +3,6 @@
 // counted.
 #pragma once
 
-#include "cuda/routing.cuh"
 #include "nvshmem/hierarchical.h"
 #include "nvshmem/network_view.cuh"
 
@@ -47,22 +46,6 @@ struct HierarchicalView : PuttingView {
 };
 
 using HierarchicalOp = cuda::OpOf<HierarchicalView>;
-
-// Messages go to ranks of the own node, and to the forwarder of each other.
-struct NodeRouting : cuda::Routing {
-  static constexpr bool kByNode = true;
-
-  protocol::NodeView nodes;
-
-  __device__ NodeRouting(const HierarchicalView& rank, const cuda::DispatchSendParams& params)
-      : cuda::Routing(rank, params), nodes(rank.nodes) {}
-
-  __device__ uint32_t destination(uint32_t owner) const {
-    return nodes.is_local(owner)
-               ? owner
-               : nodes.nodes.forwarder(nodes.nodes.node_of(owner), nodes.self_rank);
-  }
-};
 
 // The experts of this rank's node, which are numbered one after the other.
 struct NodeExperts {

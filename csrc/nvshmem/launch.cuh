@@ -18,9 +18,6 @@ using cuda::Launch;
 void prepare_dispatch();
 void prepare_combine();
 
-// Throws std::invalid_argument where a block cannot have as many bytes of shared memory.
-void check_shared_memory(uint64_t num_wanted);
-
 // Shared memory of the largest dispatch's halves.
 uint64_t dispatch_shared_bytes(const protocol::LowLatencyLayout& layout, uint32_t self_rank);
 

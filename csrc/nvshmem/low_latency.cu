@@ -24,13 +24,12 @@ void check_config(const protocol::LowLatencyConfig& config) {
   }
 }
 
-}  // namespace
-
-void check_shared_memory(uint64_t num_wanted) {
+void check_shared_memory(const protocol::LowLatencyLayout& layout, uint32_t self_rank) {
   int device, of_block;
   check(cudaGetDevice(&device), "asking for the current device");
   check(cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "asking for the size of shared memory");
+  const uint64_t num_wanted = dispatch_shared_bytes(layout, self_rank);
   const uint64_t num_present = static_cast<uint64_t>(of_block) - Launch::kDeclaredSharedBytes;
   if (num_wanted > num_present) {
     throw std::invalid_argument("a dispatch of num_max_tokens_per_rank tokens needs " +
@@ -40,12 +39,14 @@ void check_shared_memory(uint64_t num_wanted) {
   }
 }
 
+}  // namespace
+
 NetworkRank::NetworkRank(const protocol::LowLatencyConfig& config, uint32_t self_rank,
                          const std::vector<std::byte*>& bases, const std::vector<int32_t>& pes,
                          uint64_t timeout_ns, uint32_t num_sms)
     : RankHost(config, self_rank, bases, timeout_ns), network_(view_.layout), num_sms_(num_sms) {
   check_config(config);
-  check_shared_memory(dispatch_shared_bytes(view_.layout, self_rank));
+  check_shared_memory(view_.layout, self_rank);
   prepare_dispatch();
   prepare_combine();
   pes_ = cuda::zeroed_device_array<int32_t>(pes.size());

@@ -132,17 +132,24 @@ class NetworkMemory:
 
 
 def allocate(
-    group: Group, num_bytes: int, device: torch.device, settings: BufferSettings
+    group: Group,
+    num_bytes: int,
+    device: torch.device,
+    settings: BufferSettings,
+    ranks_per_node: int,
 ) -> NetworkMemory:
     """Zeroed memory of every rank on its `device`. Collective.
 
     Args:
         settings: of a low-latency buffer over a network.
+        ranks_per_node: those of other nodes are reached over the network alone; all ranks: nodes
+            make no difference.
 
     Raises:
         ValueError: settings that NVSHMEM cannot have, or not any more.
-        RendezvousError: a rank cannot start NVSHMEM or allocate, or the group is not NVSHMEM's
-            world. Any rank's error is raised on every rank.
+        RendezvousError: a rank cannot start NVSHMEM or allocate, the group is not NVSHMEM's world,
+            or ranks of a node do not see each other, which a hierarchical buffer needs. Any rank's
+            error is raised on every rank.
     """
     network = settings.network
     assert network is not None
@@ -168,7 +175,35 @@ def allocate(
     bases = [native.address_on(block.address, pe) for pe in pes]
     if network.links == "rdma":
         bases = [base if rank == group.self_rank else 0 for rank, base in enumerate(bases)]
-    return NetworkMemory(block, _mutual(group, bases), pes)
+    bases = _mutual(group, _of_node(group, bases, ranks_per_node))
+    if settings.hierarchical:
+        try:
+            _require_neighbours(group, bases, ranks_per_node)
+        except RendezvousError:
+            block.is_free = True  # nobody has written to it
+            raise
+    return NetworkMemory(block, bases, pes)
+
+
+def _of_node(group: Group, bases: list[int], ranks_per_node: int) -> list[int]:
+    """Without those of ranks of other nodes."""
+    node = group.self_rank // ranks_per_node
+    return [base if rank // ranks_per_node == node else 0 for rank, base in enumerate(bases)]
+
+
+def _require_neighbours(group: Group, bases: list[int], ranks_per_node: int) -> None:
+    """Raises `RendezvousError` on every rank where one does not see the memory of its node."""
+    first = group.self_rank - group.self_rank % ranks_per_node
+    unseen = [rank for rank in range(first, first + ranks_per_node) if bases[rank] == 0]
+    error = None
+    if unseen:
+        error = (
+            f"this GPU does not see the memory of rank {unseen[0]}, which is on the same node of "
+            f"{ranks_per_node} ranks: a hierarchical buffer forwards there by NVLink or PCIe. Let "
+            "each process see all GPUs of its host (CUDA_VISIBLE_DEVICES), pass a smaller "
+            "ranks_per_node, or leave hierarchical out."
+        )
+    raise_first(group.all_gather(error))
 
 
 def _mutual(group: Group, bases: list[int]) -> list[int]:
