@@ -135,7 +135,7 @@ class NetworkConfig:
         if not hierarchical:
             return num_ranks
         size = hosts.count(hosts[0])
-        if hosts != [hosts[0] + rank // size for rank in range(num_ranks)]:
+        if num_ranks % size != 0 or hosts != [rank // size for rank in range(num_ranks)]:
             raise ValueError(
                 f"hierarchical is True, but ranks 0, 1, .. are on the hosts {hosts}: hosts must "
                 "have as many ranks each, in rank order, or be divided so by NetworkConfig's "

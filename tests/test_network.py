@@ -193,3 +193,25 @@ def test_command() -> None:
     assert {"NVSHMEM_IB_SL=2", "NVSHMEM_QP_DEPTH=4096"} <= set(lines)
     assert any(line.startswith("# no adaptive routing") for line in lines)
     assert CliRunner().invoke(app, ["network", "service_level=99"]).exit_code == 2
+
+
+@given(st.integers(1, 8), st.integers(1, 8))
+def test_nodes_are_hosts_where_nothing_else_is_said(size: int, num_hosts: int) -> None:
+    hosts = [rank // size for rank in range(size * num_hosts)]
+    assert NetworkConfig().size_of_nodes(hosts, hierarchical=True) == size
+    assert NetworkConfig().size_of_nodes(hosts, hierarchical=False) == len(hosts)
+
+
+@pytest.mark.parametrize("hierarchical", [False, True])
+def test_nodes_may_be_smaller_than_hosts(hierarchical: bool) -> None:
+    assert NetworkConfig(ranks_per_node=2).size_of_nodes([0] * 4, hierarchical) == 2
+    with pytest.raises(ValueError, match="is 3, which does not divide the 4 ranks"):
+        NetworkConfig(ranks_per_node=3).size_of_nodes([0] * 4, hierarchical)
+
+
+@pytest.mark.parametrize("hosts", [[0, 0, 0, 1], [0, 1, 0, 1], [0, 1, 1, 2]])
+def test_hosts_that_are_no_nodes_are_refused(hosts: list[int]) -> None:
+    with pytest.raises(ValueError, match="hosts must have as many ranks each, in rank order"):
+        NetworkConfig().size_of_nodes(hosts, hierarchical=True)
+    assert NetworkConfig().size_of_nodes(hosts, hierarchical=False) == 4
+    assert NetworkConfig(ranks_per_node=2).size_of_nodes(hosts, hierarchical=True) == 2
