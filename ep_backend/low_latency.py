@@ -233,9 +233,7 @@ class LowLatencyBuffer:
         self.num_workspaces = num_workspaces
         self.expert_ids = expert_ids
         self.hierarchical = hierarchical
-        ranks_per_node = group.ranks_per_node
-        if settings.network is not None:
-            ranks_per_node = settings.network.size_of_nodes(group.hosts(), hierarchical)
+        ranks_per_node = settings.ranks_per_node(group)
         self.num_nodes: int = group.num_ranks // ranks_per_node
         """Of as many ranks each. Those of a node reach each other's memory."""
         settings = replace(settings, hierarchical=hierarchical and self.num_nodes > 1)
@@ -267,7 +265,8 @@ class LowLatencyBuffer:
         if settings.network is None:
             self._memory = group.allocate(num_bytes, self.device)
         else:
-            self._memory = nvshmem.allocate(group, num_bytes, self.device, settings, ranks_per_node)
+            nodes_of = ranks_per_node if self.num_nodes > 1 else None
+            self._memory = nvshmem.allocate(group, num_bytes, self.device, settings, nodes_of)
         self._kernels = make_kernels(
             config,
             multi_node,

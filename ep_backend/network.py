@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ep_backend import _native
 from ep_backend.checks import check_int
 from ep_backend.settings import check_choice
 
@@ -51,9 +50,6 @@ class NetworkConfig:
         links: "auto": GPUs write directly where they see a peer's memory, and put over the network
             elsewhere. "rdma": every message to a peer is put by NVSHMEM, wherever that is: a test
             of that path, also without a card.
-        ranks_per_node: ranks on a node, in rank order: those of other nodes are put to, even where
-            this GPU sees their memory. Default: each host is a node where a buffer is hierarchical,
-            else who is seen is written to.
         service_level: InfiniBand's, 0 to 15, of all queue pairs of the low-latency kernels
             (NVSHMEM_IB_SL). It chooses the virtual lane, which isolates traffic.
         normal_service_level: of the normal kernels. A process has one class of queue pairs: a
@@ -69,6 +65,9 @@ class NetworkConfig:
         nic_mapping: which ranks of a host use which card, "mlx5_0:1:1,mlx5_1:1:1"
             (NVSHMEM_HCA_PE_MAPPING); not together with `nics`.
         bootstrap_interface: network interface over which NVSHMEM starts.
+        ranks_per_node: ranks that reach each other's memory, in rank order. Default: those of a
+            host. Fewer make several nodes of a host, which then put to each other: a test of
+            kernels that forward within a node, on one host, one GPU even.
 
     Raises:
         ValueError: a value that does not exist, or values that exclude each other.
@@ -76,7 +75,6 @@ class NetworkConfig:
 
     transport: str = "ibgda"
     links: str = "auto"
-    ranks_per_node: int | None = None
     service_level: int | None = None
     normal_service_level: int | None = None
     adaptive_routing: bool = False
@@ -87,18 +85,19 @@ class NetworkConfig:
     nics: tuple[str, ...] = ()
     nic_mapping: str | None = None
     bootstrap_interface: str | None = None
+    ranks_per_node: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("transport", self.transport, dict.fromkeys(TRANSPORTS))
         check_choice("links", self.links, dict.fromkeys(LINKS))
         for name, low, high in (
-            ("ranks_per_node", 1, _native.MAX_RANKS),
             ("service_level", 0, 15),
             ("normal_service_level", 0, 15),
             ("traffic_class", 0, 255),
             ("gid_index", 0, 255),
             ("queue_pairs_per_peer", 1, 128),
             ("queue_pair_depth", 64, MAX_QUEUE_PAIR_DEPTH),
+            ("ranks_per_node", 1, 1 << 16),
         ):
             value = getattr(self, name)
             if value is not None:
@@ -113,35 +112,6 @@ class NetworkConfig:
             )
         if self.nics and self.nic_mapping is not None:
             raise ValueError("nics and nic_mapping are both given: pass one of them.")
-
-    def size_of_nodes(self, hosts: list[int], hierarchical: bool) -> int:
-        """Ranks on a node; as many as there are ranks where nodes make no difference.
-
-        Args:
-            hosts: `[R]`, the host of each rank.
-            hierarchical: whether the buffer is.
-
-        Raises:
-            ValueError: nodes would not have as many ranks each, or not in rank order.
-        """
-        num_ranks = len(hosts)
-        if self.ranks_per_node is not None:
-            if num_ranks % self.ranks_per_node != 0:
-                raise ValueError(
-                    f"ranks_per_node of the network is {self.ranks_per_node}, which does not "
-                    f"divide the {num_ranks} ranks. Every node has as many ranks."
-                )
-            return self.ranks_per_node
-        if not hierarchical:
-            return num_ranks
-        size = hosts.count(hosts[0])
-        if num_ranks % size != 0 or hosts != [rank // size for rank in range(num_ranks)]:
-            raise ValueError(
-                f"hierarchical is True, but ranks 0, 1, .. are on the hosts {hosts}: hosts must "
-                "have as many ranks each, in rank order, or be divided so by NetworkConfig's "
-                "ranks_per_node."
-            )
-        return size
 
     @classmethod
     def parse(cls, text: str) -> NetworkConfig:
@@ -218,6 +188,26 @@ class NetworkConfig:
         if self.nics or self.nic_mapping is not None:
             environment["NVSHMEM_ENABLE_NIC_PE_MAPPING"] = "1"
         return environment
+
+    def node_size(self, hosts: list[int]) -> int:
+        """Ranks on a node.
+
+        Args:
+            hosts: the host of each rank, numbered from 0 in rank order.
+
+        Raises:
+            ValueError: nodes would not have as many ranks each, or would not be in rank order.
+        """
+        num_ranks = len(hosts)
+        size = self.ranks_per_node or hosts.count(0)
+        for rank, host in enumerate(hosts):
+            if num_ranks % size != 0 or host != hosts[rank - rank % size]:
+                raise ValueError(
+                    f"ranks are on hosts {hosts}, which are not nodes of {size} ranks each, in "
+                    "rank order. Start as many ranks on each host, one host's behind the other's; "
+                    "ranks_per_node, if given, must divide that number."
+                )
+        return size
 
     def advice(self) -> list[str]:
         """What to know of these settings, a sentence or two each."""

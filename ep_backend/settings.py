@@ -13,6 +13,7 @@ from ep_backend.checks import check_int
 from ep_backend.tuning import Shape, Tuned
 
 if TYPE_CHECKING:
+    from ep_backend.group import Group
     from ep_backend.network import NetworkConfig
 
 DTYPES = {
@@ -99,6 +100,11 @@ class BufferSettings:
             reduction=self.reduction,
             has_workspaces=self.num_workspaces > 0,
         )
+
+    def environment(self) -> dict[str, str]:
+        """NVSHMEM's variables, by name."""
+        assert self.network is not None
+        return self.network.environment("low_latency", self.num_max_tokens_per_rank, self.num_banks)
 
     def tuned(self, tuned: Tuned, given: Mapping[str, Any]) -> BufferSettings:
         """With what the table says in place of what the caller has not given; over a network there
@@ -266,6 +272,16 @@ class BufferSettings:
             ranks_per_node=ranks_per_node,
             is_hierarchical=self.hierarchical and ranks_per_node < num_ranks,
         )
+
+    def ranks_per_node(self, group: Group) -> int:
+        """As many as there are ranks where nodes make no difference. Collective, on GPUs. Raises
+        `ValueError` for hosts that are no nodes."""
+        network = self.network
+        if network is None:
+            return group.ranks_per_node
+        if self.hierarchical or (network.ranks_per_node is not None and network.links == "auto"):
+            return network.node_size(group.hosts())
+        return group.num_ranks
 
     def num_symmetric_bytes(
         self, layout: _native.LowLatencyLayout, multi_node: _native.MultiNodeConfig | None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -198,20 +200,33 @@ def test_command() -> None:
 @given(st.integers(1, 8), st.integers(1, 8))
 def test_nodes_are_hosts_where_nothing_else_is_said(size: int, num_hosts: int) -> None:
     hosts = [rank // size for rank in range(size * num_hosts)]
-    assert NetworkConfig().size_of_nodes(hosts, hierarchical=True) == size
-    assert NetworkConfig().size_of_nodes(hosts, hierarchical=False) == len(hosts)
+    assert NetworkConfig().node_size(hosts) == size
 
 
-@pytest.mark.parametrize("hierarchical", [False, True])
-def test_nodes_may_be_smaller_than_hosts(hierarchical: bool) -> None:
-    assert NetworkConfig(ranks_per_node=2).size_of_nodes([0] * 4, hierarchical) == 2
-    with pytest.raises(ValueError, match="is 3, which does not divide the 4 ranks"):
-        NetworkConfig(ranks_per_node=3).size_of_nodes([0] * 4, hierarchical)
+def test_nodes_may_be_smaller_than_hosts() -> None:
+    assert NetworkConfig(ranks_per_node=2).node_size([0] * 4) == 2
+    for ranks_per_node in (3, 8):
+        with pytest.raises(ValueError, match=f"not nodes of {ranks_per_node} ranks each"):
+            NetworkConfig(ranks_per_node=ranks_per_node).node_size([0] * 4)
 
 
-@pytest.mark.parametrize("hosts", [[0, 0, 0, 1], [0, 1, 0, 1], [0, 1, 1, 2]])
+@pytest.mark.parametrize("hosts", [[0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 1, 2]])
 def test_hosts_that_are_no_nodes_are_refused(hosts: list[int]) -> None:
-    with pytest.raises(ValueError, match="hosts must have as many ranks each, in rank order"):
-        NetworkConfig().size_of_nodes(hosts, hierarchical=True)
-    assert NetworkConfig().size_of_nodes(hosts, hierarchical=False) == 4
-    assert NetworkConfig(ranks_per_node=2).size_of_nodes(hosts, hierarchical=True) == 2
+    with pytest.raises(ValueError, match="not nodes of"):
+        NetworkConfig().node_size(hosts)
+
+
+def test_which_buffers_have_nodes() -> None:
+    """Those that forward; and flat ones, if they are told, unless everything is put."""
+    (group, *_) = virtual_world(4).groups
+    nodes = NetworkConfig(ranks_per_node=2)
+    shape = Shape(4, device="cuda", network=NetworkConfig())
+    for network, hierarchical, expected in (
+        (NetworkConfig(), False, 4),
+        (NetworkConfig(), True, 4),  # of one host
+        (nodes, False, 2),
+        (nodes, True, 2),
+        (NetworkConfig(ranks_per_node=2, links="rdma"), False, 4),
+    ):
+        settings = replace(shape, network=network, hierarchical=hierarchical).settings()
+        assert settings.ranks_per_node(group) == expected

@@ -134,7 +134,7 @@ def exchange(buffer: LowLatencyBuffer, seed: int) -> list[torch.Tensor]:
     num_tokens = int(torch.randint(buffer.num_max_tokens_per_rank + 1, (), generator=generator))
     x = torch.randn(num_tokens, buffer.hidden, generator=generator).to(buffer.dtype)
     scores = torch.rand(num_tokens, buffer.num_experts, generator=generator)
-    topk_idx = scores.argsort(dim=1)[:, : buffer.top_k]
+    topk_idx = scores.argsort(dim=1)[:, : buffer.top_k].contiguous()
     weights = torch.rand(num_tokens, buffer.top_k, generator=generator)
     inputs = (t.to(buffer.device) for t in (x, topk_idx, weights))
     result = buffer.dispatch_and_receive(*inputs)
@@ -217,73 +217,92 @@ def test_captured_graphs_replay() -> None:
         ranks.run(replay_graph, shape, 10, deadline_secs=60)
 
 
-def dispatch_without(
-    rank: Rank, shape: Shape, missing: int, sends: bool, timeout_secs: float
+def exchange_without(
+    rank: Rank, shape: Shape, missing: int, stage: str, timeout_secs: float
 ) -> dict[str, Any] | None:
-    """A dispatch to which rank `missing` does not come, or only to its send. Whom this rank blames;
-    None: nobody."""
+    """An exchange in which rank `missing` does not come to `stage`. Whom this rank blames, and
+    where; None: nobody, until it came there."""
     start(rank)
-    self_rank = rank.group.self_rank
+    is_missing = rank.group.self_rank == missing
     buffer = shape.buffer(rank.group, timeout_secs=timeout_secs)
-    rank.tell("ready")
-    if self_rank == missing and not sends:
-        time.sleep(60)
     x = torch.zeros(2, shape.hidden, dtype=torch.bfloat16, device="cuda")
     topk_idx = torch.arange(shape.top_k, device="cuda").expand(2, -1).contiguous()
     weights = torch.ones(2, shape.top_k, device="cuda")
-    rank.ask()  # until the missing rank is dead, if it is to be
-    _, recv_hook = buffer.dispatch(x, topk_idx, weights)
-    if self_rank == missing:
+    rank.tell("ready")
+    rank.ask()  # the missing one may be dead now
+
+    def failure() -> dict[str, Any] | None:
+        torch.cuda.synchronize()
+        try:
+            buffer.raise_if_failed()
+        except PeerTimeout as e:
+            begin = time.monotonic()
+            buffer.close()
+            assert time.monotonic() - begin < 5.0
+            return e.record
+        return None
+
+    def leaves(reached: str) -> bool:
+        if not is_missing or stage != reached:
+            return False
         torch.cuda.synchronize()
         rank.ask()  # until the others have given up
+        return True
+
+    if leaves("dispatch"):
+        return None
+    result, recv_hook = buffer.dispatch(x, topk_idx, weights)
+    if leaves("dispatch hook"):
         return None
     recv_hook()
-    torch.cuda.synchronize()
-    record = None
-    try:
-        buffer.raise_if_failed()
-    except PeerTimeout as e:
-        record = e.record
-    begin = time.monotonic()
-    buffer.close()
-    assert time.monotonic() - begin < 5.0
-    return record
+    record = failure()
+    if record is not None or leaves("combine"):
+        return record
+    _, recv_hook = buffer.combine(result.recv_x, result.handle)
+    recv_hook()
+    return failure()
 
 
-SHAPE = on_nodes(4, 2, num_experts=4, top_k=4)
-
-
-def blamed(record: dict[str, Any] | None) -> int | None:
-    if record is None:
-        return None
-    assert (record["phase"], record["half"]) == ("dispatch", "recv")
-    assert record["waited_secs"] >= 1.0
-    return record["peer_rank"]
-
-
-def test_a_dead_rank_is_noticed_by_all() -> None:
-    """By its peers; and by the rank for which one of these would have forwarded."""
+def blamed_for(stage: str, is_killed: bool = False) -> list[tuple[str, int] | None]:
+    """By ranks 0, 1 and 2, on nodes of two, if rank 3 is missing: phase, and whom."""
+    shape = on_nodes(4, 2, num_experts=4, top_k=4)
     with RankProcesses(4) as ranks:
-        ranks.start(dispatch_without, SHAPE, 3, False, 1.0)
+        ranks.start(exchange_without, shape, 3, stage, 1.5)
         for rank in range(4):
             assert ranks.next_from(rank, 60) == "ready"
-        ranks.kill(3)
-        for rank in range(3):
+        if is_killed:
+            ranks.kill(3)
+        for rank in range(3 if is_killed else 4):
             ranks.tell(rank, None)
         answers = ranks.answers(range(3), deadline_secs=60)
+        if not is_killed:
+            ranks.tell(3, None)
         assert [answer.error_type for answer in answers] == [None] * 3, answers
-        assert [blamed(answer.value) for answer in answers] == [1, 3, 3]
+    blamed: list[tuple[str, int] | None] = []
+    for answer in answers:
+        record = answer.value
+        if record is not None:
+            assert record["half"] == "recv"
+            assert record["waited_secs"] >= 1.5
+        blamed.append(None if record is None else (record["phase"], record["peer_rank"]))
+    return blamed
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_a_rank_that_sends_nothing_is_noticed_by_all(is_killed: bool) -> None:
+    """By its peers; and by the rank for which one of these would have forwarded."""
+    expected = [("dispatch", 1), ("dispatch", 3), ("dispatch", 3)]
+    assert blamed_for("dispatch", is_killed) == expected
 
 
 def test_a_rank_that_does_not_forward_is_noticed() -> None:
-    """Rank 3 sends, but does not come to its hook: rank 2 misses what rank 1 has sent to its node.
-    The others have all that they wait for."""
-    with RankProcesses(4) as ranks:
-        ranks.start(dispatch_without, SHAPE, 3, True, 2.0)
-        for rank in range(4):
-            assert ranks.next_from(rank, 60) == "ready"
-            ranks.tell(rank, None)
-        answers = ranks.answers(range(3), deadline_secs=60)
-        ranks.tell(3, None)
-        assert [answer.error_type for answer in answers] == [None] * 3, answers
-        assert [blamed(answer.value) for answer in answers] == [None, None, 3]
+    """Rank 2 misses what rank 1 has sent to its node. The others come to their combine, for which
+    they miss what that node would have added up."""
+    expected = [("combine", 2), ("combine", 3), ("dispatch", 3)]
+    assert blamed_for("dispatch hook") == expected
+
+
+def test_a_rank_that_does_not_combine_is_noticed() -> None:
+    """By its neighbour; and, of the other node, by those that wait for what these would put."""
+    expected = [("combine", 2), ("combine", 3), ("combine", 3)]
+    assert blamed_for("combine") == expected
