@@ -13,7 +13,7 @@ using protocol::OpResult;
 
 namespace {
 
-// Of hooks, which serve peers, whatever this rank's own batch is.
+// Of kernels that serve peers, whatever this rank's own batch is.
 constexpr uint64_t kLeastBlocks = 32;
 
 void check_config(const protocol::MultiNodeConfig& config) {
@@ -25,9 +25,8 @@ void check_config(const protocol::MultiNodeConfig& config) {
                          base.reduction == protocol::Reduction::kRank;
   if (!is_served) {
     throw std::invalid_argument(
-        "the hierarchical kernels are for several nodes of as many ranks each, among which "
-        "messages "
-        "are pushed, never tagged, not in workspaces, and reduced on their rank");
+        "hierarchical kernels are for several nodes of as many ranks each; messages are pushed, "
+        "not packed, never tagged, not in workspaces, and reduced on their rank");
   }
 }
 

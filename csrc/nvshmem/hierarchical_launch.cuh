@@ -10,9 +10,8 @@ namespace ep::nvshmem {
 void prepare_hierarchical_dispatch();
 void prepare_hierarchical_combine();
 
-// Shared memory of the largest dispatch's halves, and of a combine's.
+// Shared memory of the largest dispatch's halves.
 uint64_t hierarchical_dispatch_shared_bytes(const protocol::MultiNodeLayout& layout);
-uint64_t hierarchical_combine_shared_bytes(const protocol::MultiNodeLayout& layout);
 
 void launch_dispatch_send(const HierarchicalView& rank, const DispatchSendParams& send,
                           const Launch& launch);
