@@ -11,7 +11,7 @@
 #include "bindings_statistics.h"
 #include "cpu/multi_node.h"
 #include "cpu/network.h"
-#include "protocol/multi_node_layout.h"
+#include "protocol/node_network_layout.h"
 
 namespace py = pybind11;
 using namespace ep;
@@ -19,6 +19,7 @@ using cpu::MultiNodeRank;
 using cpu::Network;
 using protocol::MultiNodeConfig;
 using protocol::MultiNodeLayout;
+using protocol::NodeNetworkLayout;
 using protocol::Nodes;
 
 namespace {
@@ -79,6 +80,11 @@ void bind_layout(py::module_& m) {
       .def_property_readonly("staged_scales_offset", &MultiNodeLayout::staged_scales_offset)
       .def_property_readonly("staged_counts_offset", &MultiNodeLayout::staged_counts_offset)
       .def_property_readonly("row_outbox_offset", &MultiNodeLayout::row_outbox_offset);
+  py::class_<NodeNetworkLayout>(m, "NodeNetworkLayout")
+      .def(py::init<const MultiNodeLayout&>())
+      .def_property_readonly("num_bytes", &NodeNetworkLayout::num_bytes)
+      .def("arrivals", &NodeNetworkLayout::arrivals)
+      .def_property_readonly("arrivals_offset", &NodeNetworkLayout::arrivals_offset);
   m.attr("MULTI_NODE_PROTOCOL_VERSION") = protocol::kMultiNodeProtocolVersion;
 }
 

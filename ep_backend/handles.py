@@ -107,7 +107,7 @@ class DispatchHandle:
         num_ranks = buffer.group.num_ranks
         num_slots = num_ranks * buffer.num_max_tokens_per_rank if workspace < 0 else 0
         # Hierarchical: what is forwarded here, so that what comes back finds its way.
-        num_remote = buffer.group.num_nodes - 1 if buffer.hierarchical else 0
+        num_remote = buffer.num_nodes - 1 if buffer.hierarchical else 0
         # One allocation: this runs in every layer of every step.
         self._sizes = (
             num_tokens,
@@ -118,7 +118,7 @@ class DispatchHandle:
             num_remote,
             2 * num_remote * buffer.num_max_tokens_per_rank,
         )
-        self._is_networked = buffer.group.network is not None
+        self._is_networked = buffer.is_multi_node
         self.storage = torch.empty(sum(self._sizes), dtype=torch.int32, device=buffer.device)
         self._pointers = self._addresses()
 

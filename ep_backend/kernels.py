@@ -186,20 +186,24 @@ class NetworkKernels(_GpuKernels):
     """Over peer pointers where there are some, and NVSHMEM where not.
 
     Args:
+        config: of a hierarchical buffer that of its nodes.
         num_sms: blocks a kernel has at most.
     """
 
     def __init__(
         self,
-        config: _native.LowLatencyConfig,
+        config: _native.LowLatencyConfig | _native.MultiNodeConfig,
         self_rank: int,
         memory: NetworkMemory,
         timeout_secs: float,
         num_sms: int,
         device: torch.device,
     ) -> None:
+        native = nvshmem.extension()
+        is_hierarchical = isinstance(config, _native.MultiNodeConfig)
+        make = native.HierarchicalRank if is_hierarchical else native.NetworkRank
         with torch.cuda.device(device):
-            rank = nvshmem.extension().NetworkRank(
+            rank = make(
                 config,
                 self_rank,
                 memory.bases,
@@ -227,7 +231,7 @@ def make_kernels(
     """The kernels for `device` and that memory; arguments that they do not know are ignored.
 
     Args:
-        multi_node: where ranks are on several nodes.
+        multi_node: where the kernels are those of several nodes.
         spin_us: see `LowLatencyBuffer`.
         tuned_num_sms: of the tuning table: in place of `num_sms`, if there are as many.
     """
@@ -261,6 +265,7 @@ def make_kernels(
         if tuned_num_sms is not None:
             num_sms = min(num_sms, tuned_num_sms)
     if isinstance(memory, NetworkMemory):
-        return NetworkKernels(config, group.self_rank, memory, timeout_secs, num_sms, device)
+        of = config if multi_node is None else multi_node
+        return NetworkKernels(of, group.self_rank, memory, timeout_secs, num_sms, device)
     shares_gpu = group.is_virtual and group.num_ranks > 1
     return CudaKernels(config, group.self_rank, bases, timeout_secs, num_sms, shares_gpu, device)

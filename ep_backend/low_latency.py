@@ -110,11 +110,12 @@ class LowLatencyBuffer:
             batches: the send of a dispatch waits until every rank has come to its own.
         expert_ids: in workspaces, how received rows list their experts: "local", or "global". See
             `DispatchResult.recv_topk_idx`.
-        hierarchical: where ranks are on several nodes (`Group.ranks_per_node`): a token crosses the
-            network once for each node that owns some of its experts, to the rank of this one's
-            number there, which forwards it; a node adds up what it sends home. Fewer bytes, by a
-            hop within the node that the hooks take: a hook then waits for its peers' hooks, too, so
-            that all ranks must come to it. CPU, reduction "rank".
+        hierarchical: where ranks are on several nodes (of a virtual world, `virtual_world`; on
+            CUDA hosts, or `NetworkConfig.ranks_per_node`): a token crosses the network once for
+            each node that owns some of its experts, to the rank of this one's number there, which
+            forwards it; a node adds up what it sends home. Fewer bytes, by a hop within the node
+            that the hooks take: a hook then waits for its peers' hooks, too, so that all ranks must
+            come to it. Reduction "rank". On one node it changes nothing.
         num_banks: operations in flight, at least 2.
         timeout_secs: how long one wait for peers may last.
         device: where tensors live: "cpu", or a CUDA device. On CUDA, sends and hooks are launched
@@ -235,12 +236,18 @@ class LowLatencyBuffer:
         self.num_workspaces = num_workspaces
         self.expert_ids = expert_ids
         self.hierarchical = hierarchical
+        ranks_per_node = settings.ranks_per_node(group)
+        self.num_nodes: int = group.num_ranks // ranks_per_node
+        """Of as many ranks each. Those of a node reach each other's memory."""
+        settings = replace(settings, hierarchical=hierarchical and self.num_nodes > 1)
         config = settings.config(group.num_ranks)
         layout = _native.LowLatencyLayout(config)
-        num_bytes, multi_node = layout.num_bytes, None
-        if group.network is not None:
-            multi_node = settings.multi_node_config(group.num_ranks, group.ranks_per_node)
-            num_bytes = _native.MultiNodeLayout(multi_node).num_bytes
+        multi_node = None
+        if group.network is not None or settings.hierarchical:
+            multi_node = settings.multi_node_config(group.num_ranks, ranks_per_node)
+        self.is_multi_node: bool = multi_node is not None
+        """Its kernels are told what is forwarded."""
+        num_bytes = settings.num_symmetric_bytes(layout, multi_node)
         self.num_local_experts: int = layout.partition.num_local_experts(group.self_rank)
         self.first_expert: int = layout.partition.first_expert(group.self_rank)
         self.expert_capacity: int = layout.expert_capacity
@@ -261,8 +268,8 @@ class LowLatencyBuffer:
         if settings.network is None:
             self._memory = group.allocate(num_bytes, self.device)
         else:
-            self.num_symmetric_bytes = _native.NetworkLayout(layout).num_bytes
-            self._memory = nvshmem.allocate(group, self.num_symmetric_bytes, self.device, settings)
+            nodes_of = ranks_per_node if self.num_nodes > 1 else None
+            self._memory = nvshmem.allocate(group, num_bytes, self.device, settings, nodes_of)
         self._kernels = self._agreed_kernels(
             lambda: make_kernels(
                 config,

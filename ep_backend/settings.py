@@ -13,6 +13,7 @@ from ep_backend.checks import check_int
 from ep_backend.tuning import Shape, Tuned
 
 if TYPE_CHECKING:
+    from ep_backend.group import Group
     from ep_backend.network import NetworkConfig
 
 DTYPES = {
@@ -116,6 +117,11 @@ class BufferSettings:
             has_workspaces=self.num_workspaces > 0,
         )
 
+    def environment(self) -> dict[str, str]:
+        """NVSHMEM's variables, by name."""
+        assert self.network is not None
+        return self.network.environment("low_latency", self.num_max_tokens_per_rank, self.num_banks)
+
     def tuned(self, tuned: Tuned, given: Mapping[str, Any]) -> BufferSettings:
         """With what the table says in place of what the caller has not given; over a network there
         is no choice."""
@@ -190,10 +196,11 @@ class BufferSettings:
             )
         if not self.hierarchical:
             return
-        if self.device != "cpu":
+        if self.network is not None and self.network.links == "rdma":
             raise ValueError(
-                f"hierarchical is True and device {self.device!r}, but so far only the CPU's "
-                "kernels forward within a node. Leave hierarchical out."
+                "hierarchical is True and the network's links are 'rdma', but ranks of a node "
+                "forward to each other's memory. Pass links='auto', and ranks_per_node where ranks "
+                "of one host are to be on several nodes."
             )
         if self.reduction == "source":
             raise ValueError(
@@ -252,8 +259,8 @@ class BufferSettings:
         check_row_alignment(self.hidden, (self.dtype, self.dispatch_dtype, self.combine_dtype))
 
     def config(self, num_ranks: int) -> _native.LowLatencyConfig:
-        """Of checked settings. The CPU's kernels, and those over a network, always push, and know
-        no tagged words."""
+        """Of checked settings, hierarchical only if there are several nodes. The CPU's kernels, and
+        those over a network, always push, and know no tagged words."""
         has_choice = self.device == "cuda" and self.network is None
         return _native.LowLatencyConfig(
             num_ranks=num_ranks,
@@ -271,7 +278,7 @@ class BufferSettings:
             num_workspaces=self.num_workspaces,
             global_expert_ids=self.expert_ids == "global",
             reduction=REDUCTIONS[self.reduction],
-            packs_messages=self.network is not None,
+            packs_messages=self.network is not None and not self.hierarchical,
         )
 
     def multi_node_config(self, num_ranks: int, ranks_per_node: int) -> _native.MultiNodeConfig:
@@ -280,6 +287,34 @@ class BufferSettings:
             self.config(num_ranks),
             ranks_per_node=ranks_per_node,
             is_hierarchical=self.hierarchical and ranks_per_node < num_ranks,
+        )
+
+    def ranks_per_node(self, group: Group) -> int:
+        """As many as there are ranks where nodes make no difference. Collective, on GPUs. Raises
+        `ValueError` for hosts that are no nodes."""
+        network = self.network
+        if network is None:
+            return group.ranks_per_node
+        if self.hierarchical or (network.ranks_per_node is not None and network.links == "auto"):
+            return network.node_size(group.hosts())
+        return group.num_ranks
+
+    def num_symmetric_bytes(
+        self, layout: _native.LowLatencyLayout, multi_node: _native.MultiNodeConfig | None
+    ) -> int:
+        """Of the memory of a rank.
+
+        Args:
+            layout: of `config()`.
+            multi_node: where the kernels are those of several nodes.
+        """
+        if multi_node is None:
+            if self.network is None:
+                return layout.num_bytes
+            return _native.NetworkLayout(layout).num_bytes
+        nodes = _native.MultiNodeLayout(multi_node)
+        return (
+            nodes.num_bytes if self.network is None else _native.NodeNetworkLayout(nodes).num_bytes
         )
 
     def _num_tagged_tokens(self, num_ranks: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -192,3 +194,38 @@ def test_command() -> None:
     assert {"NVSHMEM_IB_SL=2", "NVSHMEM_QP_DEPTH=4096"} <= set(lines)
     assert any(line.startswith("# no adaptive routing") for line in lines)
     assert CliRunner().invoke(app, ["network", "service_level=99"]).exit_code == 2
+
+
+@given(st.integers(1, 8), st.integers(1, 8))
+def test_nodes_are_hosts_where_nothing_else_is_said(size: int, num_hosts: int) -> None:
+    hosts = [rank // size for rank in range(size * num_hosts)]
+    assert NetworkConfig().node_size(hosts) == size
+
+
+def test_nodes_may_be_smaller_than_hosts() -> None:
+    assert NetworkConfig(ranks_per_node=2).node_size([0] * 4) == 2
+    for ranks_per_node in (3, 8):
+        with pytest.raises(ValueError, match=f"not nodes of {ranks_per_node} ranks each"):
+            NetworkConfig(ranks_per_node=ranks_per_node).node_size([0] * 4)
+
+
+@pytest.mark.parametrize("hosts", [[0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 1, 2]])
+def test_hosts_that_are_no_nodes_are_refused(hosts: list[int]) -> None:
+    with pytest.raises(ValueError, match="not nodes of"):
+        NetworkConfig().node_size(hosts)
+
+
+def test_which_buffers_have_nodes() -> None:
+    """Those that forward; and flat ones, if they are told, unless everything is put."""
+    (group, *_) = virtual_world(4).groups
+    nodes = NetworkConfig(ranks_per_node=2)
+    shape = Shape(4, device="cuda", network=NetworkConfig())
+    for network, hierarchical, expected in (
+        (NetworkConfig(), False, 4),
+        (NetworkConfig(), True, 4),  # of one host
+        (nodes, False, 2),
+        (nodes, True, 2),
+        (NetworkConfig(ranks_per_node=2, links="rdma"), False, 4),
+    ):
+        settings = replace(shape, network=network, hierarchical=hierarchical).settings()
+        assert settings.ranks_per_node(group) == expected

@@ -289,6 +289,12 @@ class DispatchReceiver {
             ptx::ld_relaxed_sys(fields + 2), 0};
   }
 
+  // Where partial rows of the messages from `src_rank` may go.
+  __device__ uint64_t num_outcome_slots(uint32_t src_rank) const {
+    if constexpr (View::kHasNetwork) return rank_.num_outcome_slots(src_rank);
+    return layout_.num_outcome_slots();
+  }
+
   // Memory that contradicts its signal must not choose where we write. The same on all lanes.
   __device__ bool check_header(uint32_t src_rank, const uint4& header) const {
     const auto& config = layout_.config();
@@ -296,7 +302,7 @@ class DispatchReceiver {
     const uint32_t num_slots = packs_rows ? header.z : is_source() ? config.top_k : 1;
     if (header.w == op_.tag() && header.z >= 1 && header.z <= config.top_k &&
         header.x < config.num_max_tokens_per_rank &&
-        header.y + num_slots <= layout_.num_outcome_slots()) {
+        header.y + num_slots <= num_outcome_slots(src_rank)) {
       return true;
     }
     return op_.corrupt(src_rank, op_.tag(), header.w);

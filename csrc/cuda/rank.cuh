@@ -29,7 +29,8 @@ __device__ T* at(std::byte* base, uint64_t offset) {
 
 // A block's view of a running operation, the same in all its threads. `View`: what the kernels of
 // a rank are given, RankView, or one derived from it where some peers are reached over a network:
-// kHasNetwork, and reaches(), store(), add(), has_arrived() and note_arrived() of it.
+// kHasNetwork, and reaches(), is_peer(), store(), add(), has_arrived(), note_arrived() and
+// num_outcome_slots() of it.
 template <typename View>
 class OpOf {
  public:
@@ -84,6 +85,11 @@ class OpOf {
     if constexpr (kHasNetwork) return rank_.reaches(r);
     return true;
   }
+  // Whether credits are exchanged with rank `r`.
+  __device__ bool is_peer(uint32_t r) const {
+    if constexpr (kHasNetwork) return rank_.is_peer(r);
+    return true;
+  }
   __device__ OpId receiving() const { return {phase_, Half::kRecv, epoch_}; }
 
   // Gives every peer this rank's credit for what it has received, then waits for: the credit of
@@ -100,7 +106,7 @@ class OpOf {
     const uint64_t expected = epoch_ > num_banks ? epoch_ - num_banks : 0;
 #pragma unroll 1
     for (uint32_t r = threadIdx.x; r < num_ranks() && ok; r += blockDim.x) {
-      if (r == rank_.self_rank) continue;
+      if (r == rank_.self_rank || !is_peer(r)) continue;
       // Over a network every hook gives its own, once.
       if (!kHasNetwork && blockIdx.x == 0) {
         publish_credit(r, phase_, num_hooked_);
@@ -123,8 +129,7 @@ class OpOf {
   template <typename Skipped>
   __device__ bool start_recv(uint32_t skip_rank, uint32_t* sources, Skipped skipped,
                              bool speaks = blockIdx.x == 0) const {
-    bool ok = may_start(half_ == Half::kSend || protocol::may_hook(num_sent_, num_hooked_));
-    const uint64_t minimum = protocol::pack_signal(epoch_, 0);
+    bool ok = may_receive();
 #pragma unroll 1
     for (uint32_t r = threadIdx.x; r < num_ranks() && ok; r += blockDim.x) {
       if (r == skip_rank) {
@@ -132,31 +137,45 @@ class OpOf {
         continue;
       }
       const auto* word = at<uint64_t>(self(), rank_.layout.signal(bank_, phase_, r));
-      uint64_t seen = ptx::ld_acquire_sys(word);
-      if (seen < minimum) {
-        seen = wait_for_word(rank_, receiving(), r, word, minimum, protocol::kEpochShift, speaks);
-      }
-      ok = seen >= minimum;
-      if (protocol::signal_epoch(seen) > epoch_) {
-        ok = fail(rank_, receiving(), Status::kNewerEpoch, r, epoch_, protocol::signal_epoch(seen),
-                  0);
-      }
-      const auto& config = rank_.layout.config();
-      const uint32_t most = protocol::signal_is_tagged(seen) ? config.num_max_tagged_tokens
-                                                             : config.num_max_tokens_per_rank;
-      if (ok && protocol::signal_count(seen) > most) {
-        ok = corrupt(r, most, protocol::signal_count(seen));
-      }
+      uint32_t source;
+      ok = take_signal(word, r, speaks, &source);
       if constexpr (kHasNetwork) {
         // The signal may be here before what it tells of.
         if (!rank_.reaches(r)) {
-          ok = ok && rank_.has_arrived(receiving(), bank_, r, protocol::signal_count(seen), speaks);
+          ok = ok &&
+               rank_.has_arrived(receiving(), bank_, r, protocol::signal_count(source), speaks);
         }
       }
-      if (ok && sources != nullptr) {
-        sources[r] = static_cast<uint32_t>(seen & (protocol::kTaggedBit | protocol::kMaxCount));
-      }
+      if (ok && sources != nullptr) sources[r] = source;
     }
+    return ok;
+  }
+  // Whether a hook may go on: the order is right, and the buffer has not failed.
+  __device__ bool may_receive() const {
+    return may_start(half_ == Half::kSend || protocol::may_hook(num_sent_, num_hooked_));
+  }
+  // Waits for a signal of this epoch at `word`, which rank `writer` writes; `*source` is what it
+  // carries. False as in `start_send`.
+  __device__ bool take_signal(const uint64_t* word, uint32_t writer, bool speaks,
+                              uint32_t* source) const {
+    const uint64_t minimum = protocol::pack_signal(epoch_, 0);
+    uint64_t seen = ptx::ld_acquire_sys(word);
+    if (seen < minimum) {
+      seen =
+          wait_for_word(rank_, receiving(), writer, word, minimum, protocol::kEpochShift, speaks);
+    }
+    bool ok = seen >= minimum;
+    if (protocol::signal_epoch(seen) > epoch_) {
+      ok = fail(rank_, receiving(), Status::kNewerEpoch, writer, epoch_,
+                protocol::signal_epoch(seen), 0);
+    }
+    const auto& config = rank_.layout.config();
+    const uint32_t most = protocol::signal_is_tagged(seen) ? config.num_max_tagged_tokens
+                                                           : config.num_max_tokens_per_rank;
+    if (ok && protocol::signal_count(seen) > most) {
+      ok = corrupt(writer, most, protocol::signal_count(seen));
+    }
+    *source = static_cast<uint32_t>(protocol::signal_low_bits(seen));
     return ok;
   }
 
@@ -239,7 +258,7 @@ class OpOf {
     if (!__shfl_sync(kAllLanes, is_last, 0)) return;
 #pragma unroll 1
     for (uint32_t r = threadIdx.x; r < num_ranks(); r += kWarp) {
-      if (r != rank_.self_rank) publish_credit(r, phase_, epoch_);
+      if (r != rank_.self_rank && is_peer(r)) publish_credit(r, phase_, epoch_);
     }
   }
 
@@ -293,16 +312,17 @@ using Op = OpOf<RankView>;
 class Items {
  public:
   // `num_taken`: items of other work that the first warps do just before, so that this begins with
-  // the others.
-  __device__ Items(uint32_t num_rows, uint32_t num_parts, uint32_t num_taken = 0)
+  // the others. `block`: this one's number among the `num_blocks` that share the rows.
+  __device__ Items(uint32_t num_rows, uint32_t num_parts, uint32_t num_taken = 0,
+                   uint32_t block = blockIdx.x, uint32_t num_blocks = gridDim.x)
       : num_parts_(num_parts) {
-    step_ = gridDim.x * kWarps;
+    step_ = num_blocks * kWarps;
     const int wanted = static_cast<int>(ceil_log2(step_)) - floor_log2(max(num_rows, 1));
     shift_ = static_cast<uint32_t>(min(max(wanted, 0), static_cast<int>(ceil_log2(num_parts))));
     parts_per_item_ = (num_parts + (1u << shift_) - 1) >> shift_;
     end_ = num_rows << shift_;
     // Neighbouring items on different SMs.
-    item_ = threadIdx.x / kWarp * gridDim.x + blockIdx.x;
+    item_ = threadIdx.x / kWarp * num_blocks + block;
     if (num_taken < step_)
       item_ = item_ < num_taken ? item_ + step_ - num_taken : item_ - num_taken;
     skip_empty();

@@ -36,6 +36,8 @@ struct Routing {
   __device__ float weight(uint32_t token, uint32_t k) const {
     return topk_weights == nullptr ? 0.0f : topk_weights[token * top_k + k];
   }
+  // The rank that gets the token's message for that expert.
+  __device__ uint32_t destination(uint32_t expert) const { return owners.owner(expert); }
 };
 
 // In shared memory: who gets which token, as bits.
@@ -50,18 +52,27 @@ class TokenSets {
  public:
   // `with_experts`: else only who gets which token is found out, and nothing of experts.
   __device__ TokenSets(uint32_t* shared, const Routing& routing, bool with_experts = true)
-      : num_words_(words(routing.num_tokens)),
-        num_rank_words_(words(routing.num_ranks)),
-        num_experts_(with_experts ? routing.num_experts : 0),
-        num_ranks_(routing.num_ranks),
-        num_tokens_(routing.num_tokens),
+      : TokenSets(shared, routing.num_tokens, routing.num_ranks,
+                  with_experts ? routing.num_experts : 0) {}
+  // Filled with add().
+  __device__ TokenSets(uint32_t* shared, uint32_t num_tokens, uint32_t num_ranks,
+                       uint32_t num_experts)
+      : num_words_(words(num_tokens)),
+        num_rank_words_(words(num_ranks)),
+        num_experts_(num_experts),
+        num_ranks_(num_ranks),
+        num_tokens_(num_tokens),
         tokens_(shared),
         ranks_(shared + (num_experts_ + num_ranks_) * num_words_) {}
 
   __host__ __device__ static uint64_t num_bytes(const protocol::LowLatencyConfig& config,
                                                 uint32_t num_tokens, bool with_experts = true) {
-    const uint64_t num_rows = (with_experts ? config.num_experts : 0u) + config.num_ranks;
-    return (num_rows * words(num_tokens) + uint64_t{num_tokens} * words(config.num_ranks)) * 4;
+    return num_bytes(num_tokens, config.num_ranks, with_experts ? config.num_experts : 0);
+  }
+  __host__ __device__ static uint64_t num_bytes(uint32_t num_tokens, uint32_t num_ranks,
+                                                uint32_t num_experts) {
+    const uint64_t num_rows = uint64_t{num_experts} + num_ranks;
+    return (num_rows * words(num_tokens) + uint64_t{num_tokens} * words(num_ranks)) * 4;
   }
 
   // Whole block; touches shared memory only, so it may run before the kernel's turn.
@@ -73,7 +84,8 @@ class TokenSets {
   }
   // Whole block, after clear() and a barrier. False, on some threads, where some expert does not
   // exist. A barrier must follow. `first`: the expert of the first route that this thread looks at.
-  __device__ bool fill(const RankView& rank, const Routing& routing, int64_t first) {
+  template <typename AnyRouting>
+  __device__ bool fill(const RankView& rank, const AnyRouting& routing, int64_t first) {
     bool ok = true;
     const uint32_t shift = ceil_log2(routing.top_k);  // no division
 #pragma unroll 1
@@ -87,12 +99,16 @@ class TokenSets {
         continue;
       }
       const auto e = static_cast<uint32_t>(expert);
-      const uint32_t owner = routing.owners.owner(e), bit = 1u << (token % 32);
-      if (num_experts_ > 0) atomicOr(tokens_ + e * num_words_ + token / 32, bit);
-      atomicOr(tokens_ + (num_experts_ + owner) * num_words_ + token / 32, bit);
-      atomicOr(ranks_ + token * num_rank_words_ + owner / 32, 1u << (owner % 32));
+      add(token, e, routing.destination(e));
     }
     return ok;
+  }
+  // The token has that expert, and goes to that rank.
+  __device__ void add(uint32_t token, uint32_t expert, uint32_t rank) const {
+    const uint32_t bit = 1u << (token % 32);
+    if (num_experts_ > 0) atomicOr(tokens_ + expert * num_words_ + token / 32, bit);
+    atomicOr(tokens_ + (num_experts_ + rank) * num_words_ + token / 32, bit);
+    atomicOr(ranks_ + token * num_rank_words_ + rank / 32, 1u << (rank % 32));
   }
   // The expert that fill() wants to know beforehand, or -1; and its weight comes nearer.
   __device__ static int64_t first_expert(const Routing& routing) {

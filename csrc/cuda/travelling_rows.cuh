@@ -36,6 +36,11 @@ class PlainRows {
                          uint32_t end_part, std::byte* out) const {
     sum_parts<T>(plan, num_rows, num_vectors_, first_part, end_part, {out, false, 0});
   }
+  // The sum of rows that have come, as it travels on; it may go where one of them lies.
+  __device__ void add_up_to_send(const SumPlan& plan, uint32_t num_rows, uint32_t first_part,
+                                 uint32_t end_part, const Sink& sink) const {
+    sum_parts<T>(plan, num_rows, num_vectors_, first_part, end_part, sink);
+  }
 
   // A part of a token's row, from parts that have come one by one.
   class PartSum {
@@ -183,41 +188,71 @@ __device__ EP_OUT_OF_LINE void quantize_sum(const std::byte* const* rows, const 
   }
 }
 
+// Adds a vector of each row of float8, where rows have it.
+template <typename T>
+__device__ void add_rows(ChannelSum<T>& sum, const SumPlan& plan, uint32_t num_rows,
+                         const Float8Shape& shape, uint32_t vector) {
+  constexpr uint32_t kRows = 4;  // on their way together
+  const bool has_vector = vector < shape.row.num_vectors;
+#pragma unroll 1
+  for (uint32_t first = 0; first < num_rows; first += kRows) {
+    uint4 vectors[kRows];
+    uint32_t scales[kRows];
+#pragma unroll
+    for (uint32_t r = 0; r < kRows; ++r) {
+      const bool is_there = has_vector && first + r < num_rows;
+      const std::byte* row = plan.rows[first + r < num_rows ? first + r : 0];
+      const auto* address = reinterpret_cast<const uint4*>(row) + vector;
+      vectors[r] = is_there ? ptx::ld_row(address) : uint4{};
+      scales[r] = is_there ? ptx::ld_relaxed_sys(shape.scale(row, vector)) : 0;
+    }
+#pragma unroll
+    for (uint32_t r = 0; r < kRows; ++r) {
+      if (first + r < num_rows) {
+        sum.add_float8(vectors[r], __uint_as_float(scales[r]), plan.weights[first + r]);
+      }
+    }
+  }
+}
+
 // Sums of rows of float8, as T. As above.
 template <typename T>
 __device__ EP_OUT_OF_LINE void add_up_float8(const SumPlan& plan, uint32_t num_rows,
                                              uint32_t first_part, uint32_t end_part,
                                              Float8Shape shape, std::byte* out) {
-  constexpr uint32_t kRows = 4;  // on their way together
   const Lane lane;
 #pragma unroll 1
   for (uint32_t part = first_part; part < end_part; ++part) {
 #pragma unroll 1
     for (uint32_t i = 0; i < 2; ++i) {
       const uint32_t vector = lane.vector(part, i);
-      const bool has_vector = vector < shape.row.num_vectors;
       ChannelSum<T> sum(num_rows == 0 ? 0.0f : -0.0f);
-#pragma unroll 1
-      for (uint32_t first = 0; first < num_rows; first += kRows) {
-        uint4 vectors[kRows];
-        uint32_t scales[kRows];
-#pragma unroll
-        for (uint32_t r = 0; r < kRows; ++r) {
-          const bool is_there = has_vector && first + r < num_rows;
-          const std::byte* row = plan.rows[first + r < num_rows ? first + r : 0];
-          const auto* address = reinterpret_cast<const uint4*>(row) + vector;
-          vectors[r] = is_there ? ptx::ld_row(address) : uint4{};
-          scales[r] = is_there ? ptx::ld_relaxed_sys(shape.scale(row, vector)) : 0;
-        }
-#pragma unroll
-        for (uint32_t r = 0; r < kRows; ++r) {
-          if (first + r < num_rows) {
-            sum.add_float8(vectors[r], __uint_as_float(scales[r]), plan.weights[first + r]);
-          }
-        }
-      }
-      if (has_vector) sum.store(out, vector);
+      add_rows(sum, plan, num_rows, shape, vector);
+      if (vector < shape.row.num_vectors) sum.store(out, vector);
     }
+  }
+}
+
+// Sums of rows of float8, as float8 again. As above.
+template <typename T>
+__device__ EP_OUT_OF_LINE void add_up_to_float8(const SumPlan& plan, uint32_t num_rows,
+                                                uint32_t first_part, uint32_t end_part,
+                                                Float8Shape shape, Sink sink) {
+  const Lane lane;
+#pragma unroll 1
+  for (uint32_t part = first_part; part < end_part; ++part) {
+    Part out;
+#pragma unroll 1
+    for (uint32_t i = 0; i < 2; ++i) {
+      const uint32_t vector = lane.vector(part, i);
+      ChannelSum<T> sum;
+      add_rows(sum, plan, num_rows, shape, vector);
+      uint32_t scale;
+      out.vectors[1] = sum.to_float8(&scale);
+      if (i == 0) out.vectors[0] = out.vectors[1];
+      if (i == 0 || threadIdx.x % 8 == 1) out.scale = scale;
+    }
+    shape.store(out, sink, part);
   }
 }
 
@@ -244,6 +279,10 @@ class Float8Rows {
   __device__ void add_up(const SumPlan& plan, uint32_t num_rows, uint32_t first_part,
                          uint32_t end_part, std::byte* out) const {
     add_up_float8<T>(plan, num_rows, first_part, end_part, shape_, out);
+  }
+  __device__ void add_up_to_send(const SumPlan& plan, uint32_t num_rows, uint32_t first_part,
+                                 uint32_t end_part, const Sink& sink) const {
+    add_up_to_float8<T>(plan, num_rows, first_part, end_part, shape_, sink);
   }
 
   class PartSum {

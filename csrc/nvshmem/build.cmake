@@ -34,8 +34,12 @@ pybind11_add_module(_nvshmem NO_EXTRAS
   csrc/cuda/counters.cu
   csrc/cuda/rank_host.cu
   csrc/nvshmem/bindings.cpp
+  csrc/nvshmem/bindings_hierarchical.cpp
   csrc/nvshmem/combine.cu
   csrc/nvshmem/dispatch.cu
+  csrc/nvshmem/hierarchical.cu
+  csrc/nvshmem/hierarchical_combine.cu
+  csrc/nvshmem/hierarchical_dispatch.cu
   csrc/nvshmem/low_latency.cu
   csrc/nvshmem/runtime.cpp)
 target_include_directories(_nvshmem PRIVATE csrc)

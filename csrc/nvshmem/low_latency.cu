@@ -83,7 +83,7 @@ NetworkRank::Plan NetworkRank::plan(uint64_t num_wanted, void* stream) const {
   const bool has_much = has_room_for_two_ && num_wanted > num_sms_;
   const uint64_t num_most = uint64_t{num_sms_} * (has_much ? cuda::kBlocksPerSM : 1);
   const auto num_blocks = static_cast<uint32_t>(std::clamp<uint64_t>(num_wanted, 1, num_most));
-  Plan plan = {{view_, network_, pes_, arrived_},
+  Plan plan = {{{view_, pes_}, network_, arrived_},
                {num_blocks, cuda::kThreads, static_cast<cudaStream_t>(stream), true}};
   plan.view.share = cuda::kProgressPerOp / num_blocks;
   plan.view.first_share = cuda::kProgressPerOp - plan.view.share * (num_blocks - 1);

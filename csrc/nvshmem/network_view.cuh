@@ -18,14 +18,11 @@ using cuda::kWarp;
 using protocol::Phase;
 using protocol::Status;
 
-struct NetworkView : cuda::RankView {
+// What all families of such kernels have of NVSHMEM.
+struct PuttingView : cuda::RankView {
   static constexpr bool kHasNetwork = true;
 
-  protocol::NetworkLayout network;
   const int32_t* pes;  // [R]: NVSHMEM's number of each rank
-  uint64_t* arrived;   // [B][phase][R]: what the hooks so far have seen arrive
-
-  __device__ bool reaches(uint32_t r) const { return cuda::base_of(*this, r) != nullptr; }
 
   // Offsets below are from the base of any rank's memory. To the memory of rank `r`, from this
   // rank's; then 1 is added to the word at `arrivals` there. One warp, which has written what is
@@ -50,13 +47,11 @@ struct NetworkView : cuda::RankView {
     nvshmemx_signal_op(word(to), value, NVSHMEM_SIGNAL_ADD, pes[r]);
   }
 
-  // Waits until all of that operation is here whose signal said that there are `count` messages.
-  // `speaks`: see cuda::wait_for_word. False: the wait was given up, or there is more.
-  __device__ bool has_arrived(cuda::OpId id, uint32_t bank, uint32_t r, uint64_t count,
-                              bool speaks) const {
-    const auto* address = cuda::at<uint64_t>(self_base, network.arrivals(bank, id.phase, r));
-    const uint64_t before = arrived[network.arrivals_idx(bank, id.phase, r)];
-    const uint64_t expected = count + (id.phase == Phase::kDispatch ? 1 : 0);  // the counts
+  // Waits until the puts of rank `r` that add to the word at `arrivals` are `expected` more than
+  // `before`. `speaks`: see cuda::wait_for_word. False: the wait was given up, or there are more.
+  __device__ bool wait_for_puts(cuda::OpId id, uint32_t r, uint64_t arrivals, uint64_t before,
+                                uint64_t expected, bool speaks) const {
+    const auto* address = word(arrivals);
     uint64_t seen = ptx::ld_acquire_sys(address) - before;
     if (seen < expected) seen = wait_for_arrivals(id, r, address, before, expected, speaks);
     if (seen > expected) {
@@ -64,13 +59,8 @@ struct NetworkView : cuda::RankView {
     }
     return seen == expected;
   }
-  // For the hook that ends: what is here from rank `r` has been read.
-  __device__ void note_arrived(uint32_t bank, Phase phase, uint32_t r) const {
-    arrived[network.arrivals_idx(bank, phase, r)] =
-        ptx::ld_relaxed_sys(cuda::at<uint64_t>(self_base, network.arrivals(bank, phase, r)));
-  }
 
- private:
+ protected:
   __device__ uint64_t* word(uint64_t offset) const { return cuda::at<uint64_t>(self_base, offset); }
   __device__ __noinline__ uint64_t wait_for_arrivals(cuda::OpId id, uint32_t r,
                                                      const uint64_t* address, uint64_t before,
@@ -94,6 +84,29 @@ struct NetworkView : cuda::RankView {
       }
       if (ptx::ld_relaxed_gpu(&state->failed) != 0) return seen;
     }
+  }
+};
+
+// Every pair of ranks has its link; all are peers.
+struct NetworkView : PuttingView {
+  protocol::NetworkLayout network;
+  uint64_t* arrived;  // [B][phase][R]: what the hooks so far have seen arrive
+
+  __device__ bool reaches(uint32_t r) const { return cuda::base_of(*this, r) != nullptr; }
+  __device__ bool is_peer(uint32_t) const { return true; }
+  __device__ uint64_t num_outcome_slots(uint32_t) const { return layout.num_outcome_slots(); }
+
+  // Waits until all of that operation is here whose signal said that there are `count` messages.
+  __device__ bool has_arrived(cuda::OpId id, uint32_t bank, uint32_t r, uint64_t count,
+                              bool speaks) const {
+    const uint64_t before = arrived[network.arrivals_idx(bank, id.phase, r)];
+    const uint64_t expected = count + (id.phase == Phase::kDispatch ? 1 : 0);  // the counts
+    return wait_for_puts(id, r, network.arrivals(bank, id.phase, r), before, expected, speaks);
+  }
+  // For the hook that ends: what is here from rank `r` has been read.
+  __device__ void note_arrived(uint32_t bank, Phase phase, uint32_t r) const {
+    arrived[network.arrivals_idx(bank, phase, r)] =
+        ptx::ld_relaxed_sys(word(network.arrivals(bank, phase, r)));
   }
 };
 

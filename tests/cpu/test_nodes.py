@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ep_backend import Group, LowLatencyBuffer, SettingsMismatch, virtual_world
+from ep_backend import Group, LowLatencyBuffer, NetworkConfig, SettingsMismatch, virtual_world
 from tests.support.programs import PROGRAMS, Delays, Interpreter
 from tests.support.scenario import Scenario, mixed_scenario, same_bits
 from tests.support.shapes import Shape
@@ -168,7 +168,10 @@ def test_a_slow_network_is_waited_for() -> None:
     ("arguments", "expected"),
     [
         (dict(hierarchical=True, reduction="source"), "at home nobody could weight them"),
-        (dict(hierarchical=True, device="cuda"), "only the CPU's kernels forward"),
+        (
+            dict(hierarchical=True, device="cuda", network=NetworkConfig(links="rdma")),
+            "links are 'rdma', but ranks of a node forward",
+        ),
     ],
 )
 def test_what_a_hierarchical_buffer_cannot_do_is_refused(

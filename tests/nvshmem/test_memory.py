@@ -152,6 +152,24 @@ def test_ranks_write_to_each_other_or_neither_does() -> None:
     assert virtual_world(3).run(rank_main) == [[1, 0, 3], [0, 2, 3], [1, 2, 3]]
 
 
+def test_ranks_of_other_nodes_are_put_to() -> None:
+    def rank_main(group: Group) -> list[int]:
+        return nvshmem._of_node(group, [10, 11, 12, 13], 2)
+
+    assert virtual_world(4).run(rank_main) == [[10, 11, 0, 0]] * 2 + [[0, 0, 12, 13]] * 2
+
+
+def test_ranks_of_a_node_must_see_each_other() -> None:
+    def rank_main(group: Group) -> str:
+        bases = [10, 11, 12, 13] if group.self_rank != 3 else [10, 11, 0, 13]
+        with pytest.raises(RendezvousError) as refusal:
+            nvshmem._of_node(group, bases, 2)
+        return str(refusal.value)
+
+    (refusal,) = set(virtual_world(4).run(rank_main))
+    assert refusal.startswith("rank 3: its GPU does not see the memory of rank 2")
+
+
 def test_a_call_that_waits_for_a_missing_peer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvshmem, "CALL_SECS", 0.05)
     for_ever = threading.Event()
