@@ -65,6 +65,9 @@ class NetworkConfig:
         nic_mapping: which ranks of a host use which card, "mlx5_0:1:1,mlx5_1:1:1"
             (NVSHMEM_HCA_PE_MAPPING); not together with `nics`.
         bootstrap_interface: network interface over which NVSHMEM starts.
+        ranks_per_node: ranks that reach each other's memory, in rank order. Default: those of a
+            host. Fewer make several nodes of a host, which then put to each other: a test of
+            kernels that forward within a node, on one host, one GPU even.
 
     Raises:
         ValueError: a value that does not exist, or values that exclude each other.
@@ -82,6 +85,7 @@ class NetworkConfig:
     nics: tuple[str, ...] = ()
     nic_mapping: str | None = None
     bootstrap_interface: str | None = None
+    ranks_per_node: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("transport", self.transport, dict.fromkeys(TRANSPORTS))
@@ -93,6 +97,7 @@ class NetworkConfig:
             ("gid_index", 0, 255),
             ("queue_pairs_per_peer", 1, 128),
             ("queue_pair_depth", 64, MAX_QUEUE_PAIR_DEPTH),
+            ("ranks_per_node", 1, 1 << 16),
         ):
             value = getattr(self, name)
             if value is not None:
@@ -184,6 +189,26 @@ class NetworkConfig:
             environment["NVSHMEM_ENABLE_NIC_PE_MAPPING"] = "1"
         return environment
 
+    def node_size(self, hosts: list[int]) -> int:
+        """Ranks on a node.
+
+        Args:
+            hosts: the host of each rank, numbered from 0 in rank order.
+
+        Raises:
+            ValueError: nodes would not have as many ranks each, or would not be in rank order.
+        """
+        num_ranks = len(hosts)
+        size = self.ranks_per_node or hosts.count(0)
+        for rank, host in enumerate(hosts):
+            if num_ranks % size != 0 or host != hosts[rank - rank % size]:
+                raise ValueError(
+                    f"ranks are on hosts {hosts}, which are not nodes of {size} ranks each, in rank "
+                    "order. Start as many ranks on each host, one host's behind the other's; "
+                    "ranks_per_node, if given, must divide that number."
+                )
+        return size
+
     def advice(self) -> list[str]:
         """What to know of these settings, a sentence or two each."""
         advice = []
@@ -209,6 +234,15 @@ class NetworkConfig:
                 "queue_pairs_per_peer is not set: NVSHMEM makes 2. Blocks that share one queue up."
             )
         return advice
+
+
+def is_split(network: NetworkConfig | None) -> bool:
+    """Whether `network`, or else EP_BACKEND_NETWORK, makes nodes of so many ranks."""
+    try:
+        network = network or NetworkConfig.from_env()
+    except ValueError:
+        return True  # whoever needs it says what is wrong
+    return network is not None and network.ranks_per_node is not None
 
 
 # Facts about both are read from NVSHMEM 3.4.5 and 3.8.0; with neither set, one card adds to a word.

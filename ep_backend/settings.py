@@ -100,6 +100,11 @@ class BufferSettings:
             has_workspaces=self.num_workspaces > 0,
         )
 
+    def environment(self) -> dict[str, str]:
+        """NVSHMEM's variables, by name."""
+        assert self.network is not None
+        return self.network.environment("low_latency", self.num_max_tokens_per_rank, self.num_banks)
+
     def tuned(self, tuned: Tuned, given: Mapping[str, Any]) -> BufferSettings:
         """With what the table says in place of what the caller has not given; over a network there
         is no choice."""

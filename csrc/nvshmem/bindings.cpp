@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "nvshmem/bindings_normal.h"
 #include "nvshmem/low_latency.h"
 #include "nvshmem/runtime.h"
 
@@ -84,4 +85,5 @@ PYBIND11_MODULE(_nvshmem, m) {
   check_versions();
   bind_runtime(m);
   bind_rank(m);
+  bind_normal(m);
 }

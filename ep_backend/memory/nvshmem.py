@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -35,7 +35,7 @@ from ep_backend.network import apply, check_fixed, check_free
 
 if TYPE_CHECKING:
     from ep_backend.group import Group
-    from ep_backend.settings import BufferSettings
+    from ep_backend.network import NetworkConfig
 
 T = TypeVar("T")
 
@@ -109,6 +109,19 @@ def _versions() -> str:
     )
 
 
+class NetworkSettings(Protocol):
+    """Of a buffer over a network."""
+
+    @property
+    def network(self) -> NetworkConfig | None: ...
+
+    def check(self, num_ranks: int) -> None:
+        """Raises `ValueError` for what no kernel could serve."""
+
+    def environment(self) -> dict[str, str]:
+        """NVSHMEM's variables, by name."""
+
+
 class NetworkMemory:
     """Own memory, and that of peers that this GPU sees.
 
@@ -132,12 +145,17 @@ class NetworkMemory:
 
 
 def allocate(
-    group: Group, num_bytes: int, device: torch.device, settings: BufferSettings
+    group: Group,
+    num_bytes: int,
+    device: torch.device,
+    settings: NetworkSettings,
+    ranks_per_node: int | None = None,
 ) -> NetworkMemory:
     """Zeroed memory of every rank on its `device`. Collective.
 
     Args:
-        settings: of a low-latency buffer over a network.
+        ranks_per_node: if given, ranks of a node must see each other's memory, and others do not
+            look for it.
 
     Raises:
         ValueError: settings that NVSHMEM cannot have, or not any more.
@@ -151,9 +169,7 @@ def allocate(
     try:
         settings.check(group.num_ranks)
         extension()
-        environment = network.environment(
-            "low_latency", settings.num_max_tokens_per_rank, settings.num_banks
-        )
+        environment = settings.environment()
         _check_start(group, device, environment)
     except (ImportError, ValueError) as e:
         error = ValueError(str(e))
@@ -166,9 +182,33 @@ def allocate(
         torch.cuda.synchronize(device)
     group.all_gather(None)  # nobody writes before all is zero
     bases = [native.address_on(block.address, pe) for pe in pes]
+    if ranks_per_node is not None:
+        return NetworkMemory(block, _of_node(group, bases, ranks_per_node), pes)
     if network.links == "rdma":
         bases = [base if rank == group.self_rank else 0 for rank, base in enumerate(bases)]
     return NetworkMemory(block, _mutual(group, bases), pes)
+
+
+def _of_node(group: Group, bases: list[int], ranks_per_node: int) -> list[int]:
+    """Those of this rank's node; 0 elsewhere.
+
+    Raises:
+        RendezvousError: on every rank, where one does not see the memory of another of its node.
+    """
+    node = group.self_rank // ranks_per_node
+    bases = [base if rank // ranks_per_node == node else 0 for rank, base in enumerate(bases)]
+    unseen = [
+        rank for rank, base in enumerate(bases) if base == 0 and rank // ranks_per_node == node
+    ]
+    error = None
+    if unseen:
+        error = (
+            f"its GPU does not see the memory of rank {unseen[0]}, which is on its node. Ranks of a "
+            "node need peer access (NVLink, or PCIe): see ep-backend doctor. ranks_per_node=1 makes "
+            "every rank a node."
+        )
+    raise_first(group.all_gather(error))
+    return bases
 
 
 def _mutual(group: Group, bases: list[int]) -> list[int]:
