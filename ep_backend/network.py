@@ -203,8 +203,8 @@ class NetworkConfig:
         for rank, host in enumerate(hosts):
             if num_ranks % size != 0 or host != hosts[rank - rank % size]:
                 raise ValueError(
-                    f"ranks are on hosts {hosts}, which are not nodes of {size} ranks each, in rank "
-                    "order. Start as many ranks on each host, one host's behind the other's; "
+                    f"ranks are on hosts {hosts}, which are not nodes of {size} ranks each, in "
+                    "rank order. Start as many ranks on each host, one host's behind the other's; "
                     "ranks_per_node, if given, must divide that number."
                 )
         return size

@@ -1,8 +1,8 @@
 """Normal dispatch and combine on CUDA between nodes: a token crosses the network once for each node
 that wants it, and one row of it comes back from there.
 
-T tokens of this rank, N rows received, H hidden, K top_k, R ranks, V other nodes, D = min(K, R), the
-ranks that a token can go to, C tokens of a rank in a round.
+T tokens of this rank, N rows received, H hidden, K top_k, R ranks, V other nodes, D = min(K, R),
+the ranks that a token can go to, C tokens of a rank in a round.
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ class NetworkNormalBuffer(CudaNormalBuffer):
     """A `NormalBuffer` on CUDA whose ranks are on several nodes; made by that name. It is as
     `ep_backend.normal_cuda.CudaNormalBuffer`, but:
 
-    - Rows travel in rounds, as between nodes on the CPU, through staging memory, and are copied out:
-      all that a dispatch returns is the caller's, `copy` changes nothing, and `num_worst_tokens`
-      may be any number.
+    - Rows travel in rounds, as between nodes on the CPU, and are copied out: all that a dispatch
+      returns is the caller's, `copy` changes nothing, and `num_worst_tokens` may be any number.
     - A dispatch of exact sizes sends its rows when the host has learned them.
     - What `ep-backend tune` has found is not looked at.
 

@@ -203,9 +203,9 @@ def _of_node(group: Group, bases: list[int], ranks_per_node: int) -> list[int]:
     error = None
     if unseen:
         error = (
-            f"its GPU does not see the memory of rank {unseen[0]}, which is on its node. Ranks of a "
-            "node need peer access (NVLink, or PCIe): see ep-backend doctor. ranks_per_node=1 makes "
-            "every rank a node."
+            f"its GPU does not see the memory of rank {unseen[0]}, which is on its node. Ranks of "
+            "a node need peer access (NVLink, or PCIe): see ep-backend doctor. ranks_per_node=1 "
+            "makes every rank a node."
         )
     raise_first(group.all_gather(error))
     return bases
