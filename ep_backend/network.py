@@ -236,13 +236,14 @@ class NetworkConfig:
         return advice
 
 
-def is_split(network: NetworkConfig | None) -> bool:
-    """Whether `network`, or else EP_BACKEND_NETWORK, makes nodes of so many ranks."""
+def spans_nodes(hosts: list[int], network: NetworkConfig | None) -> bool:
+    """Whether ranks on these hosts are on several nodes, by `network`, or else by
+    EP_BACKEND_NETWORK."""
     try:
         network = network or NetworkConfig.from_env()
     except ValueError:
         return True  # whoever needs it says what is wrong
-    return network is not None and network.ranks_per_node is not None
+    return max(hosts) > 0 or (network is not None and network.ranks_per_node is not None)
 
 
 # Facts about both are read from NVSHMEM 3.4.5 and 3.8.0; with neither set, one card adds to a word.

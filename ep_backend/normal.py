@@ -28,7 +28,7 @@ from ep_backend.handles import KernelStatistics, address_of
 from ep_backend.kernel_calls import KernelCalls
 from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS
 from ep_backend.memory import SymmetricMemory
-from ep_backend.network import NetworkConfig, is_split
+from ep_backend.network import NetworkConfig, spans_nodes
 from ep_backend.normal_checks import ArgumentChecks, Bias
 from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
 from ep_backend.normal_settings import (
@@ -108,7 +108,7 @@ class NormalBuffer(ArgumentChecks):
         hosts = group.hosts()  # collective: on any device, so that ranks which differ meet, too
         if device_type(device) != "cuda":
             return super().__new__(cls)
-        if max(hosts) > 0 or is_split(network):
+        if spans_nodes(hosts, network):
             from ep_backend.normal_network import NetworkNormalBuffer
 
             return super().__new__(NetworkNormalBuffer)

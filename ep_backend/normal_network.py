@@ -27,7 +27,11 @@ from ep_backend.normal_cuda_counters import CudaNormalCounters
 from ep_backend.normal_cuda_handles import CudaNormalDispatchHandle, Rows
 from ep_backend.normal_cuda_settings import DEFAULT_NUM_SMS, num_available_sms
 from ep_backend.normal_handles import NormalDispatchHandle
-from ep_backend.normal_network_settings import NetworkNormalKernels, NetworkNormalSettings
+from ep_backend.normal_network_settings import (
+    NetworkNormalKernels,
+    NetworkNormalSettings,
+    network_settings_of,
+)
 from ep_backend.normal_settings import DEFAULT_NUM_BYTES
 from ep_backend.observe.buffer import BufferObserver, start_exporter
 from ep_backend.settings import check_waits, usable_device
@@ -69,8 +73,9 @@ class NetworkNormalBuffer(CudaNormalBuffer):
         error: Exception | None = None
         try:
             self.device = usable_device(device)
-            network = network or NetworkConfig.from_env() or NetworkConfig()
-            settings = NetworkNormalSettings(
+            settings = network_settings_of(
+                group,
+                network,
                 hidden=hidden,
                 num_experts=num_experts,
                 top_k=top_k,
@@ -78,9 +83,6 @@ class NetworkNormalBuffer(CudaNormalBuffer):
                 dispatch_dtype=dtype if dispatch_dtype is None else dispatch_dtype,
                 scale_format=scale_format,
                 num_bytes=DEFAULT_NUM_BYTES if num_bytes is None else num_bytes,
-                network=network,
-                num_ranks=group.num_ranks,
-                ranks_per_node=network.node_size(group.hosts()),
             )
             settings.check(group.num_ranks)
             start_exporter(group)
@@ -105,10 +107,7 @@ class NetworkNormalBuffer(CudaNormalBuffer):
         )
         self._take(group, settings, layout, _native.NormalNetworkLayout(config).num_bytes, allocate)
         self._fault = faults.active_fault()
-        assert isinstance(self._memory, NetworkMemory)
-        self._network_kernels = NetworkNormalKernels(
-            config, group.self_rank, self._memory, timeout_secs, self.device
-        )
+        self._network_kernels = self._agreed_kernels(config, timeout_secs)
         self._tickets = itertools.count(1)
         self._num_scale_words: int = layout.num_scale_words
         self.counters = CudaNormalCounters(
@@ -127,6 +126,23 @@ class NetworkNormalBuffer(CudaNormalBuffer):
         if self._calls.close():
             self._streams.close()
             self._memory.close(has_failed=self._calls.has_failed)
+
+    def _agreed_kernels(
+        self, config: _native.NormalNodeConfig, timeout_secs: float
+    ) -> NetworkNormalKernels:
+        """Of a rank whose peers have theirs, too. Collective."""
+        assert isinstance(self._memory, NetworkMemory)
+        kernels: NetworkNormalKernels | None = None
+        error: Exception | None = None
+        try:
+            kernels = NetworkNormalKernels(
+                config, self.group.self_rank, self._memory, timeout_secs, self.device
+            )
+        except (RuntimeError, ValueError) as e:
+            error = e
+        self.group.agree("kernels of a NormalBuffer", {}, error)
+        assert kernels is not None
+        return kernels
 
     def _new_handle(self, num_tokens: int) -> CudaNormalDispatchHandle:
         return NetworkNormalDispatchHandle(self, num_tokens)

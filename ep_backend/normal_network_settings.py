@@ -4,7 +4,7 @@ ranks agree on them, and their kernels."""
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,9 @@ from ep_backend.network import MAX_QUEUE_PAIR_DEPTH, REQUESTS_PER_PUT, NetworkCo
 from ep_backend.normal_cuda_settings import check_shape
 from ep_backend.normal_settings import MAX_NUM_BYTES, NormalShape, node_config
 from ep_backend.settings import DTYPES, SCALE_FORMATS, TRAVELLING_DTYPES
+
+if TYPE_CHECKING:
+    from ep_backend.group import Group
 
 NUM_BANKS = 2
 """Rounds in flight."""
@@ -50,7 +53,7 @@ class NetworkNormalSettings(NormalShape):
                 f"ranks_per_node is {self.ranks_per_node} and there are {num_ranks} ranks, all on "
                 "one node: nothing goes over a network. Pass fewer, or leave ranks_per_node out."
             )
-        least = _native.NormalNetworkLayout(self._config(1)).num_bytes
+        least = self.least_num_bytes()
         check_int(
             "num_bytes",
             self.num_bytes,
@@ -59,6 +62,10 @@ class NetworkNormalSettings(NormalShape):
             f"With {num_ranks} ranks, {self.ranks_per_node} a node, one token of each rank at a "
             f"time, twice, takes {least}. Pass at least that; more is faster.",
         )
+
+    def least_num_bytes(self) -> int:
+        """For one token of each rank at a time; of any settings that `num_bytes` may go with."""
+        return _native.NormalNetworkLayout(self._config(1)).num_bytes
 
     def config(self) -> _native.NormalNodeConfig:
         """With as many tokens a round as the budget has room for, and queue pairs."""
@@ -87,6 +94,27 @@ class NetworkNormalSettings(NormalShape):
             scale_format=SCALE_FORMATS[self.scale_format],
             num_tokens_per_round=num_tokens_per_round,
         )
+
+
+def network_settings_of(
+    group: Group, network: NetworkConfig | None = None, **shape: Any
+) -> NetworkNormalSettings:
+    """Of this group's ranks, by `network`, or else by EP_BACKEND_NETWORK. Collective, if nobody has
+    asked for the group's hosts before.
+
+    Args:
+        shape: of `NormalShape`.
+
+    Raises:
+        ValueError: there is no such setting, or ranks are not on nodes of as many each.
+    """
+    network = network or NetworkConfig.from_env() or NetworkConfig()
+    return NetworkNormalSettings(
+        network=network,
+        num_ranks=group.num_ranks,
+        ranks_per_node=network.node_size(group.hosts()),
+        **shape,
+    )
 
 
 class NetworkNormalKernels:

@@ -82,10 +82,10 @@ def _check_network(num_hosts: int, device: str, kernels: str, reduction: str) ->
         "Keep each expert-parallel group on one host, or leave this backend out and let the engine "
         "use its own."
     )
-    if (device, kernels, reduction) != ("cuda", "low-latency", "rank"):
+    if device != "cuda" or (kernels == "low-latency" and reduction != "rank"):
         raise NotDeployable(
-            f"{needs}, which only low-latency kernels on GPUs have, with reduction rank; asked for "
-            f"are {kernels} kernels, device {device}, reduction {reduction}. {otherwise}"
+            f"{needs}, which only kernels on GPUs have, low-latency ones with reduction rank; "
+            f"asked for are {kernels} kernels, device {device}, reduction {reduction}. {otherwise}"
         )
     for check in check_rdma(Machine(), Gpus.visible()):
         # A server's container may lock more memory than that in which this runs.

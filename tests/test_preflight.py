@@ -36,7 +36,7 @@ def test_a_wrong_result_is_noticed(kernels: str, monkeypatch: pytest.MonkeyPatch
             {"num_hosts": 3, "device": "cuda", "reduction": "source"},
             "3 hosts needs RDMA, .* reduction source",
         ),
-        ({"num_hosts": 2, "device": "cuda", "kernels": "normal"}, "asked for are normal kernels"),
+        ({"num_hosts": 2, "kernels": "normal"}, "asked for are normal kernels, device cpu"),
         ({"reduction": "home"}, "reduction is 'home', expected one of rank, source"),
         ({"device": "tpu"}, "device is 'tpu', expected 'cpu' or 'cuda'"),
         ({"kernels": "fast"}, "kernels is 'fast', expected one of low-latency, normal"),
@@ -80,7 +80,9 @@ def test_what_a_network_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ep_backend.preflight._check_exchange", lambda *_: None)
     found = [Check("kernels over NVSHMEM", Level.NOTE, "in this build")]
     monkeypatch.setattr("ep_backend.preflight.check_rdma", lambda *_: found)
-    assert "what 2 hosts need is there" in check(num_hosts=2, device="cuda")
+    for kernels in KERNELS:
+        text = check(num_hosts=2, device="cuda", kernels=kernels)
+        assert f"{kernels} kernels exchange correctly, and what 2 hosts need is there" in text
     found.append(Check("locked memory", Level.MISSING, "limited to 64 KiB"))
     check(num_hosts=2, device="cuda")
     found.append(Check("network cards", Level.MISSING, "none.", "Install their driver."))

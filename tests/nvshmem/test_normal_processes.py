@@ -8,15 +8,20 @@ Sharing a GPU, every step of a round takes milliseconds: the GPU runs one proces
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from ep_backend import NormalBuffer, PeerTimeout, SettingsMismatch
 from ep_backend.bench.op_cuda_graph import capture
+from ep_backend.network import VARIABLE
+from tests.cuda.test_deep_ep_normal import look_at_the_handle, run_as_deep_ep_tests, run_cases
+from tests.deep_ep.test_normal_as_deep_ep_tests import Shape
 from tests.nvshmem.test_processes import start
 from tests.support.normal import NormalCase, NormalShape, case_of, make_case
 from tests.support.normal_cuda import CudaNormalRank, How, on_gpu
@@ -175,3 +180,33 @@ def test_mistakes_are_refused() -> None:
     case = make_case(shape, "uniform", [5, 5], seed=0)
     with RankProcesses(2) as ranks:
         ranks.run(ask_for_what_is_refused, NetworkNormalShape(shape), case, deadline_secs=60)
+
+
+def call_as_deep_ep(rank: Rank, cases: list[NormalCase], in_rounds: NormalCase) -> None:
+    """Nodes of one rank, as the environment says."""
+    start(rank)
+    os.environ[VARIABLE] = "transport=none bootstrap_interface=lo ranks_per_node=1"
+    run_cases(rank, cases, 1 << 20)
+    assert look_at_the_handle(rank, in_rounds, 1, knows_all=False) == 7
+    assert look_at_the_handle(rank, in_rounds, 1 << 20, knows_all=False) == 1
+    assert run_as_deep_ep_tests(rank, Shape(num_tokens=33, num_experts=11, top_k=7)) == 24
+
+
+def test_deep_eps_normal_calls() -> None:
+    kinds: tuple[dict[str, Any], ...] = (
+        {},
+        dict(dtype=torch.float32),
+        dict(dispatch_dtype=FLOAT8, scale_format="ue8m0"),
+    )
+    shapes = [
+        NormalShape(2, hidden=272, num_experts=7, top_k=4, ranks_per_node=1, **kind)
+        for kind in kinds
+    ]
+    cases = [
+        make_case(shape, "masked", [23, 9], seed=i, num_biases=i, is_quantized=shape.is_float8)
+        for i, shape in enumerate(shapes)
+    ]
+    shape = NormalShape(2, hidden=16, num_experts=7, ranks_per_node=1)
+    in_rounds = make_case(shape, "masked", [7, 3], seed=4)
+    with RankProcesses(2) as ranks:
+        ranks.run(call_as_deep_ep, cases, in_rounds, deadline_secs=120)

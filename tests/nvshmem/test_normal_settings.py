@@ -11,7 +11,7 @@ import torch
 
 from ep_backend import Group, NetworkConfig, NormalBuffer, RendezvousError, virtual_world
 from ep_backend.memory import nvshmem
-from ep_backend.network import VARIABLE, is_split
+from ep_backend.network import VARIABLE, spans_nodes
 from ep_backend.normal_cuda import CudaNormalBuffer
 from ep_backend.normal_network import NetworkNormalBuffer
 from ep_backend.normal_network_settings import MAX_TOKENS_PER_ROUND, NetworkNormalSettings
@@ -57,12 +57,12 @@ def test_a_group_on_several_nodes_gets_a_buffer_over_the_network(
 
 
 def test_the_environment_splits_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not is_split(None)
+    assert not spans_nodes([0, 0], None)
     monkeypatch.setenv(VARIABLE, "ranks_per_node=2")
-    assert is_split(None)
-    assert not is_split(NetworkConfig())
+    assert spans_nodes([0, 0], None)
+    assert not spans_nodes([0, 0], NetworkConfig())
     monkeypatch.setenv(VARIABLE, "no such thing")  # its buffer says so, to all ranks
-    assert is_split(None)
+    assert spans_nodes([0, 0], None)
 
 
 def test_nodes_are_hosts_or_parts_of_them() -> None:
