@@ -1,5 +1,5 @@
-"""The normal kernels that GPUs run between nodes, compiled for a CPU (gpu_on_cpu/), have the bits of
-the CPU's, over a network that delivers in any order; and bugs of order that are seeded into them
+"""The normal kernels that GPUs run between nodes, compiled for a CPU (gpu_on_cpu/), have the bits
+of the CPU's, over a network that delivers in any order; and bugs of order that are seeded into them
 are found. No GPU, no CUDA."""
 
 from __future__ import annotations
