@@ -4,9 +4,10 @@
 // warp adds up a token of another node and puts the sum home, or one of this rank.
 
 #include "cuda/sum.cuh"
-#include "nvshmem/normal_op.cuh"
+#include "nvshmem/normal_routes.cuh"
 
 namespace ep::nvshmem {
+namespace normal {
 namespace {
 
 using protocol::kMaxTopK;
@@ -373,18 +374,19 @@ __global__ void __launch_bounds__(kNodeThreads, 1)
 }
 
 }  // namespace
+}  // namespace normal
 
 void prepare_node_combine() {
-  cuda::Launch::prepare(node_combine_kernel<__nv_bfloat16>);
-  cuda::Launch::prepare(node_combine_kernel<float>);
+  cuda::Launch::prepare(normal::node_combine_kernel<__nv_bfloat16>);
+  cuda::Launch::prepare(normal::node_combine_kernel<float>);
 }
 
 void launch_node_combine(const NodeRankView& rank, const NodeCombine& params,
                          const cuda::Launch& launch) {
   if (rank.layout.nodes().base().config().dtype == protocol::DType::kBFloat16) {
-    launch.run(node_combine_kernel<__nv_bfloat16>, 0, rank, params);
+    launch.run(normal::node_combine_kernel<__nv_bfloat16>, 0, rank, params);
   } else {
-    launch.run(node_combine_kernel<float>, 0, rank, params);
+    launch.run(normal::node_combine_kernel<float>, 0, rank, params);
   }
 }
 

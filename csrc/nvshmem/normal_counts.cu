@@ -8,6 +8,7 @@
 #include "nvshmem/normal_op.cuh"
 
 namespace ep::nvshmem {
+namespace normal {
 namespace {
 
 using protocol::BatchCounts;
@@ -278,17 +279,18 @@ __global__ void __launch_bounds__(kNodeThreads, 1)
 }
 
 }  // namespace
+}  // namespace normal
 
 void prepare_node_counts() {
-  cuda::Launch::prepare(node_ranks_kernel);
-  cuda::Launch::prepare(node_counts_kernel);
+  cuda::Launch::prepare(normal::node_ranks_kernel);
+  cuda::Launch::prepare(normal::node_counts_kernel);
 }
 
 void launch_node_counts(const NodeRankView& rank, const NodeCounts& params,
                         const cuda::Launch& launch) {
   const uint64_t num_experts = rank.layout.nodes().base().config().num_experts;
-  launch.run(node_ranks_kernel, num_experts * sizeof(uint32_t), rank, params);
-  launch.run(node_counts_kernel, 0, rank, params);
+  launch.run(normal::node_ranks_kernel, num_experts * sizeof(uint32_t), rank, params);
+  launch.run(normal::node_counts_kernel, 0, rank, params);
 }
 
 }  // namespace ep::nvshmem
