@@ -53,6 +53,11 @@ class NetworkNormalSettings(NormalShape):
                 f"ranks_per_node is {self.ranks_per_node} and there are {num_ranks} ranks, all on "
                 "one node: nothing goes over a network. Pass fewer, or leave ranks_per_node out."
             )
+        if self.network.links == "rdma":
+            raise ValueError(
+                "the network's links are 'rdma', but ranks of a node write to each other's memory. "
+                "Pass links='auto'; ranks_per_node=1 makes every rank a node, to which all is put."
+            )
         least = self.least_num_bytes()
         check_int(
             "num_bytes",

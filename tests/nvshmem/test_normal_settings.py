@@ -102,6 +102,7 @@ def test_a_budget_decides_on_the_tokens_of_a_round() -> None:
         ({"num_bytes": 1000}, "num_bytes is 1000, expected"),
         ({"num_ranks": 65}, "num_ranks is 65"),
         ({"ranks_per_node": 8}, "all on one node: nothing goes over a network"),
+        ({"network": NetworkConfig(links="rdma")}, "links are 'rdma', but ranks of a node"),
         ({"hidden": 20}, "must be a multiple of 16"),
         ({"top_k": 65}, "top_k is 65"),
         ({"num_experts": 5000}, "num_experts is 5000"),
