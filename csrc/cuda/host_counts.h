@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <stdexcept>
 #include <thread>
-#include <vector>
 
 #include "cuda/check.h"
 #include "protocol/op.h"
