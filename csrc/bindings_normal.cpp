@@ -13,6 +13,7 @@
 #include "cpu/normal_nodes.h"
 #include "protocol/normal_device_layout.h"
 #include "protocol/normal_layout.h"
+#include "protocol/normal_network_layout.h"
 #include "protocol/normal_node_layout.h"
 #include "protocol/normal_op.h"
 
@@ -94,6 +95,21 @@ void bind_node_layout(py::module_& m) {
       .def_property_readonly("staged_routes_offset", &NormalNodeLayout::staged_routes_offset)
       .def_property_readonly("node_inbox_offset", &NormalNodeLayout::node_inbox_offset)
       .def_property_readonly("node_outbox_offset", &NormalNodeLayout::node_outbox_offset);
+}
+
+void bind_network_layout(py::module_& m) {
+  m.attr("NORMAL_NETWORK_PROTOCOL_VERSION") = kNormalNetworkProtocolVersion;
+  py::enum_<Arrival>(m, "Arrival")
+      .value("DISPATCH", Arrival::kDispatch)
+      .value("ROUTES", Arrival::kRoutes)
+      .value("SUMS", Arrival::kSums);
+  py::class_<NormalNetworkLayout>(m, "NormalNetworkLayout")
+      .def(py::init<const NormalNodeConfig&>())
+      .def_static("num_tokens_that_fit", &NormalNetworkLayout::num_tokens_that_fit)
+      .def_property_readonly("nodes", &NormalNetworkLayout::nodes)
+      .def_property_readonly("num_bytes", &NormalNetworkLayout::num_bytes)
+      .def("arrivals", &NormalNetworkLayout::arrivals)
+      .def_property_readonly("arrivals_offset", &NormalNetworkLayout::arrivals_offset);
 }
 
 void bind_device_layout(py::module_& m) {
@@ -241,6 +257,7 @@ void bind_rank(py::module_& m) {
 void bind_normal(py::module_& m) {
   bind_layout(m);
   bind_node_layout(m);
+  bind_network_layout(m);
   bind_device_layout(m);
   bind_rank(m);
 }

@@ -480,6 +480,22 @@ class NormalNodeLayout:
     def node_inbox(self, bank: int, remote: int, slot: int) -> int: ...
     def node_outbox(self, bank: int, remote: int, slot: int) -> int: ...
 
+NORMAL_NETWORK_PROTOCOL_VERSION: int
+
+class Arrival(enum.Enum):
+    DISPATCH = 0
+    ROUTES = 1
+    SUMS = 2
+
+class NormalNetworkLayout:
+    nodes: NormalNodeLayout
+    num_bytes: int
+    arrivals_offset: int
+    def __init__(self, config: NormalNodeConfig) -> None: ...
+    @staticmethod
+    def num_tokens_that_fit(config: NormalNodeConfig, num_bytes: int) -> int: ...
+    def arrivals(self, bank: int, kind: Arrival, remote: int) -> int: ...
+
 class NormalRank:
     def __init__(
         self,

@@ -65,7 +65,7 @@ class Config:
         return _native.NormalLayout(config).num_bytes
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """0: all ranks are on one host, so none is reached by RDMA.
+        """0: what ranks on other hosts need is part of `num_nvl_bytes`.
 
         Raises:
             ValueError: an argument is out of range.

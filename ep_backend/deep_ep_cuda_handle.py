@@ -13,6 +13,7 @@ from ep_backend.deep_ep_base import BufferBase
 from ep_backend.deep_ep_handle import NormalHandle
 from ep_backend.normal_cuda_handles import CudaNormalDispatchHandle
 from ep_backend.normal_handles import NormalDispatchHandle
+from ep_backend.normal_network import NetworkNormalDispatchHandle
 
 
 class CudaNormalHandle(NormalHandle):
@@ -71,6 +72,55 @@ class CudaNormalHandle(NormalHandle):
         return self._first.buffer.num_tokens_per_round
 
 
+class NetworkNormalHandle(NormalHandle):
+    """Of ranks on several nodes, who do not know each other's counts: in `rank_prefix_matrix` the
+    columns of other ranks are -1. Else as `CudaNormalHandle`."""
+
+    _first: NetworkNormalDispatchHandle
+
+    @cached_property
+    def rank_prefix_matrix(self) -> torch.Tensor:
+        counts, group = self._first.num_recv_tokens_per_rank, self._first.buffer.group
+        matrix = counts.new_full((group.num_ranks, group.num_ranks), -1)
+        matrix[:, group.self_rank] = counts.cumsum(0)
+        return matrix
+
+    @cached_property
+    def channel_prefix_matrix(self) -> torch.Tensor:
+        num_ranks = self._first.buffer.group.num_ranks
+        sums = self._first.round_counts[:, :num_ranks].cumsum(0, dtype=torch.int32)
+        sums = torch.nn.functional.pad(sums, (0, 0, 1, 0))
+        num_own = len(sums) - 1
+        ends = [min(i + 1, num_own) for i in range(self._first.num_rounds or 0)] or [num_own]
+        return sums[ends].t().contiguous()
+
+    @cached_property
+    def recv_channel_prefix_matrix(self) -> torch.Tensor:
+        first, num_channels = self._first, max(1, self._first.num_rounds or 0)
+        per_rank = first.num_recv_tokens_per_rank
+        counts = per_rank.new_zeros((len(per_rank), num_channels))
+        if num_channels == 1:
+            return counts
+        tokens = first.recv_src_tokens.long()
+        rows = torch.arange(len(tokens), device=tokens.device)
+        src_ranks = torch.searchsorted(per_rank.cumsum(0), rows, right=True)
+        places = src_ranks * num_channels + tokens // first.buffer.num_tokens_per_round
+        counts.view(-1).scatter_add_(0, places, torch.ones_like(rows, dtype=torch.int32))
+        return counts.cumsum(1, dtype=torch.int32) - counts
+
+    @cached_property
+    def is_token_in_rank(self) -> torch.Tensor:
+        ranks = torch.arange(self._first.buffer.group.num_ranks, device=self._first.ranks.device)
+        return (self._first.ranks[:, None] >> ranks & 1).bool()
+
+    @cached_property
+    def send_head(self) -> torch.Tensor:
+        is_sent = self.is_token_in_rank
+        columns = (is_sent.cumsum(1) - 1).clamp(min=0)
+        slots = self._first.messages.gather(1, columns) & 0xFFFF
+        return torch.where(is_sent, slots, -1)
+
+
 def handle_of(
     owner: BufferBase,
     dispatch_handle: NormalDispatchHandle,
@@ -78,6 +128,9 @@ def handle_of(
     num_worst_tokens: int,
 ) -> NormalHandle:
     """Of a dispatch on any device."""
-    is_cuda = isinstance(dispatch_handle, CudaNormalDispatchHandle)
-    kind = CudaNormalHandle if is_cuda else NormalHandle
+    kind: type[NormalHandle] = NormalHandle
+    if isinstance(dispatch_handle, NetworkNormalDispatchHandle):
+        kind = NetworkNormalHandle
+    elif isinstance(dispatch_handle, CudaNormalDispatchHandle):
+        kind = CudaNormalHandle
     return kind(owner, dispatch_handle, topk_idx, num_worst_tokens)

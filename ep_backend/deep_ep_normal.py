@@ -22,10 +22,12 @@ from ep_backend.deep_ep_routing import (
 )
 from ep_backend.deep_ep_rows import Rows, RowsOrPair, device_of, rows_of, tensors_of
 from ep_backend.events import EventOverlap, check_overlap
+from ep_backend.network import spans_nodes
 from ep_backend.normal import NormalBuffer
 from ep_backend.normal_checks import Bias
 from ep_backend.normal_cuda_settings import CudaNormalSettings
 from ep_backend.normal_handles import NormalDispatchResult
+from ep_backend.normal_network_settings import network_settings_of
 from ep_backend.normal_settings import NormalSettings
 
 MOST_BYTES = 64 << 20
@@ -358,7 +360,10 @@ class NormalCalls(BufferBase):
     def _normal_buffer_for(self, rows: Rows, num_experts: int, top_k: int) -> NormalBuffer:
         settings = dict(num_experts=num_experts, top_k=top_k, **rows.settings)
         device, num_ranks = rows.x.device, self._group.num_ranks
-        if device.type == "cuda":
+        if device.type == "cuda" and spans_nodes(self._group.hosts(), None):
+            most = self.num_nvl_bytes or CUDA_BYTES
+            least = network_settings_of(self._group, num_bytes=most, **settings).least_num_bytes()
+        elif device.type == "cuda":
             most = self.num_nvl_bytes or CUDA_BYTES
             least = CudaNormalSettings(num_bytes=most, **settings).least_num_bytes(num_ranks)
         else:

@@ -211,8 +211,8 @@ class Group:
             if host != 0:
                 raise RendezvousError(
                     f"rank {rank} is on another host than rank 0. Ranks are joined by the memory "
-                    "of one host; start all ranks of this group there. (Only a LowLatencyBuffer on "
-                    "GPUs reaches further, in a build with NVSHMEM.)"
+                    "of one host; start all ranks of this group there. (Only buffers on GPUs reach "
+                    "further, in a build with NVSHMEM.)"
                 )
 
     def allocate(self, num_bytes: int, device: torch.device) -> SymmetricMemory:

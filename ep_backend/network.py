@@ -252,6 +252,16 @@ class NetworkConfig:
         return advice
 
 
+def spans_nodes(hosts: list[int], network: NetworkConfig | None) -> bool:
+    """Whether ranks on these hosts are on several nodes, by `network`, or else by
+    EP_BACKEND_NETWORK."""
+    try:
+        network = network or NetworkConfig.from_env()
+    except ValueError:
+        return True  # whoever needs it says what is wrong
+    return max(hosts) > 0 or (network is not None and network.ranks_per_node is not None)
+
+
 # Facts about both are read from NVSHMEM 3.4.5 and 3.8.0; with neither set, one card adds to a word.
 SPREADING: dict[str, Callable[[str], bool]] = {
     "NVSHMEM_IBGDA_ENABLE_MULTI_PORT": lambda value: value not in ("", "0", "false", "no", "off"),

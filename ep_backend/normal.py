@@ -13,7 +13,7 @@ ceil(H / 128) scales of a float8 row.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, overload
 
@@ -27,6 +27,8 @@ from ep_backend.group import Group
 from ep_backend.handles import KernelStatistics, address_of
 from ep_backend.kernel_calls import KernelCalls
 from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS
+from ep_backend.memory import SymmetricMemory
+from ep_backend.network import NetworkConfig, spans_nodes
 from ep_backend.normal_checks import ArgumentChecks, Bias
 from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
 from ep_backend.normal_settings import (
@@ -73,11 +75,15 @@ class NormalBuffer(ArgumentChecks):
             "ue8m0", a power of two as its exponent byte.
         timeout_secs: how long one wait for a peer may last.
         device: where tensors live: "cpu", or a CUDA device; there a `NormalBuffer` is a
-            `ep_backend.normal_cuda.CudaNormalBuffer`, which says what differs.
+            `ep_backend.normal_cuda.CudaNormalBuffer`, which says what differs; where ranks are on
+            several nodes, a `ep_backend.normal_network.NetworkNormalBuffer`.
         spin_us: CPU: how long a wait polls before it sleeps. Default: 50 where every rank has a
             core, else 0.
         num_sms: CUDA: blocks a kernel has, each with an SM of its own. Default: 16, or what there
             is for each virtual rank.
+        network: CUDA: how ranks on other nodes are reached, where ranks are on several; needs a
+            build with NVSHMEM. Default: EP_BACKEND_NETWORK, or `NetworkConfig()`. On one host
+            nodes are what its `ranks_per_node` makes of it; without that it is not looked at.
 
     `num_bytes`, `spin_us` and `num_sms`, where they are left out, are those that `ep-backend tune`
     has found for the shape on this machine, if it has (`ep_backend.tuning`). What the table says
@@ -90,13 +96,25 @@ class NormalBuffer(ArgumentChecks):
     """
 
     def __new__(
-        cls, group: Group, *, device: str | torch.device = "cpu", **settings: object
+        cls,
+        group: Group,
+        *,
+        device: str | torch.device = "cpu",
+        network: NetworkConfig | None = None,
+        **settings: object,
     ) -> NormalBuffer:
-        if cls is NormalBuffer and device_type(device) == "cuda":
-            from ep_backend.normal_cuda import CudaNormalBuffer
+        if cls is not NormalBuffer:
+            return super().__new__(cls)
+        hosts = group.hosts()  # collective: on any device, so that ranks which differ meet, too
+        if device_type(device) != "cuda":
+            return super().__new__(cls)
+        if spans_nodes(hosts, network):
+            from ep_backend.normal_network import NetworkNormalBuffer
 
-            return super().__new__(CudaNormalBuffer)
-        return super().__new__(cls)
+            return super().__new__(NetworkNormalBuffer)
+        from ep_backend.normal_cuda import CudaNormalBuffer
+
+        return super().__new__(CudaNormalBuffer)
 
     def __init__(
         self,
@@ -113,6 +131,7 @@ class NormalBuffer(ArgumentChecks):
         device: str | torch.device = "cpu",
         spin_us: float | None = None,
         num_sms: int | None = None,
+        network: NetworkConfig | None = None,
     ) -> None:
         settings = NormalSettings(
             hidden=hidden,
@@ -128,7 +147,7 @@ class NormalBuffer(ArgumentChecks):
         error: Exception | None = None
         tuned = Tuned()
         try:
-            check_cpu(device)
+            check_cpu(device, network)
             tuned = look_up(settings.tuning_shape(group.num_ranks), group, torch.device("cpu"))
             settings = settings.tuned(tuned, given)
             settings.check(group.num_ranks, ranks_per_node)
@@ -167,8 +186,13 @@ class NormalBuffer(ArgumentChecks):
         settings: NormalShape,
         layout: _native.NormalLayout | _native.NormalDeviceLayout,
         num_bytes: int,
+        allocate: Callable[[int, torch.device], SymmetricMemory] | None = None,
     ) -> None:
-        """What is the same on any device. Collective: takes the memory."""
+        """What is the same on any device. Collective: takes the memory.
+
+        Args:
+            allocate: default: the group's.
+        """
         self.group = group
         self.hidden = settings.hidden
         self.num_experts = settings.num_experts
@@ -188,7 +212,7 @@ class NormalBuffer(ArgumentChecks):
         self._lock = threading.Lock()
         is_cuda = self.device.type == "cuda"
         self._streams: Streams = CommStream(self.device) if is_cuda else NoStreams()
-        self._memory = group.allocate(num_bytes, self.device)
+        self._memory = (allocate or group.allocate)(num_bytes, self.device)
 
     def dispatch(
         self,

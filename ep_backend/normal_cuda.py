@@ -18,6 +18,7 @@ from ep_backend.group import Group
 from ep_backend.handles import KernelStatistics, address_of
 from ep_backend.kernel_calls import KernelCalls
 from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS
+from ep_backend.network import NetworkConfig
 from ep_backend.normal import Combined, NormalBuffer, combined, overlap
 from ep_backend.normal_checks import MAX_TOKENS, Bias
 from ep_backend.normal_cuda_counters import CudaNormalCounters
@@ -71,6 +72,7 @@ class CudaNormalBuffer(NormalBuffer):
         device: str | torch.device = "cuda",
         spin_us: float | None = None,
         num_sms: int | None = None,
+        network: NetworkConfig | None = None,
     ) -> None:
         settings = CudaNormalSettings(
             hidden=hidden,
@@ -183,7 +185,7 @@ class CudaNormalBuffer(NormalBuffer):
                     topk_idx.dtype == torch.int64,
                     address_of(topk_weights),
                 )
-                handle = CudaNormalDispatchHandle(self, x.shape[0])
+                handle = self._new_handle(x.shape[0])
                 if num_worst_tokens > 0:
                     handle.allocate(num_worst_tokens)
                     received = self._dispatch_unknown(rows, routing, handle, copy, num_blocks)
@@ -226,11 +228,7 @@ class CudaNormalBuffer(NormalBuffer):
         for name, tensor in (("x", x), ("out", out), ("bias", biases[0]), ("bias", biases[1])):
             if tensor is not None:
                 check_alignment(name, tensor, CUDA_ROW_ALIGNMENT)
-        if out is not None and self._rows.holds(out):
-            raise ValueError(
-                "out is in the buffer's symmetric memory, which peers read meanwhile. Pass a "
-                "tensor of your own, or none."
-            )
+        self._check_out(out)
         with (
             self._exclusive("combine"),
             self._streams.operation(previous_event, async_finish) as operation,
@@ -239,13 +237,13 @@ class CudaNormalBuffer(NormalBuffer):
             is_new = out is None
             out, sums = self._home(handle, out, topk_weights)
             operation.writes(out if is_new else None, sums)
-            x, where = self._input_of(x, handle, out)
+            where, x = self._input_of(x, handle, out)
             biases = [b.clone() if b is not None and overlap(b, out) else b for b in biases]
             self._calls.run(
                 "normal_combine",
                 handle.num_tokens,
                 x.data_ptr(),
-                where,
+                *where,
                 topk_weights is not None,
                 address_of(topk_weights),
                 *map(address_of, biases),
@@ -275,20 +273,36 @@ class CudaNormalBuffer(NormalBuffer):
             return super().combine_input(handle)
         return self._rows.combined[: handle.num_rows]
 
+    def _new_handle(self, num_tokens: int) -> CudaNormalDispatchHandle:
+        return CudaNormalDispatchHandle(self, num_tokens)
+
+    def _check_out(self, out: torch.Tensor | None) -> None:
+        if out is not None and self._rows.holds(out):
+            raise ValueError(
+                "out is in the buffer's symmetric memory, which peers read meanwhile. Pass a "
+                "tensor of your own, or none."
+            )
+
     def _input_of(
         self, x: torch.Tensor, handle: CudaNormalDispatchHandle, out: torch.Tensor
-    ) -> tuple[torch.Tensor, _native.CombineInput]:
-        """What combine reads instead of `x`, which may be in its way, and where."""
-        if self._fault is faults.Fault.DROP_REMOTE_CONTRIBUTIONS:
-            rows_per_rank = handle.num_recv_tokens_per_rank
-            x = faults.drop_remote_rows(x, rows_per_rank, self.group.self_rank)
+    ) -> tuple[tuple[_native.CombineInput, ...], torch.Tensor]:
+        """Where combine finds its rows, if its kernel asks, and what it reads instead of `x`, which
+        may be in its way."""
+        x = self._with_faults(x, handle)
         where = self._rows.input_of(x)
         is_in_the_way = where == _native.CombineInput.ELSEWHERE and self._rows.holds(x)
         if handle.may_need_rounds(self.num_rows):
             is_in_the_way |= self._rows.holds(x)
         if is_in_the_way or overlap(x, out):
-            return x.clone(), _native.CombineInput.ELSEWHERE
-        return x, where
+            return (_native.CombineInput.ELSEWHERE,), x.clone()
+        return (where,), x
+
+    def _with_faults(self, x: torch.Tensor, handle: CudaNormalDispatchHandle) -> torch.Tensor:
+        """`x`, or what a fault that was asked for makes of it."""
+        if self._fault is not faults.Fault.DROP_REMOTE_CONTRIBUTIONS:
+            return x
+        rows_per_rank = handle.num_recv_tokens_per_rank
+        return faults.drop_remote_rows(x, rows_per_rank, self.group.self_rank)
 
     def _dispatch_exact(
         self,

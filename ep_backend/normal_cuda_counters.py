@@ -30,9 +30,17 @@ class CudaNormalCounters:
     Args:
         epochs: address of how many dispatches, and combines, the kernels have completed.
         dispatch_row_bytes: of a row and its scales.
+        has_all_counts: a dispatch's handle has the counts of all ranks; else only operations are
+            counted.
     """
 
-    def __init__(self, buffer: CudaNormalBuffer, epochs: int, dispatch_row_bytes: int) -> None:
+    def __init__(
+        self,
+        buffer: CudaNormalBuffer,
+        epochs: int,
+        dispatch_row_bytes: int,
+        has_all_counts: bool = True,
+    ) -> None:
         num_ranks = buffer.group.num_ranks
         self._rank = buffer.group.self_rank
         self._shape = (num_ranks, 1 + num_ranks)
@@ -44,7 +52,7 @@ class CudaNormalCounters:
             self._reader = _native.CudaCounterReader()
         self._dispatched: torch.Tensor | None = None
         self._combined: torch.Tensor | None = None
-        if metrics.are_wanted():
+        if metrics.are_wanted() and has_all_counts:
             num_counts = num_ranks * (1 + num_ranks)
             size = num_counts + buffer.num_local_experts
             self._dispatched = torch.zeros(size, dtype=torch.int64, device=buffer.device)

@@ -38,15 +38,7 @@ class CudaNormalSettings(NormalShape):
 
     def check(self, num_ranks: int) -> None:
         """Raises `ValueError` for what no kernel could serve."""
-        why = "Each is a bit of a word of the kernels."
-        check_int("num_ranks", num_ranks, 1, _native.MAX_DEVICE_RANKS, why)
-        why = "The CUDA kernels count rows by expert in shared memory."
-        check_int("num_experts", self.num_experts, 1, _native.MAX_DEVICE_EXPERTS, why)
-        check_int("hidden", self.hidden, 1, 1 << 20)
-        check_int("top_k", self.top_k, 1, _native.MAX_TOP_K)
-        check_choice("dtype", self.dtype, DTYPES)
-        check_dispatch_dtype(self.dtype, self.dispatch_dtype, self.scale_format)
-        check_row_alignment(self.hidden, (self.dtype, self.dispatch_dtype))
+        check_shape(self, num_ranks)
         least = self.least_num_bytes(num_ranks)
         check_int(
             "num_bytes",
@@ -85,6 +77,19 @@ class CudaNormalSettings(NormalShape):
             scale_format=SCALE_FORMATS[self.scale_format],
             num_rows=num_rows,
         )
+
+
+def check_shape(shape: NormalShape, num_ranks: int) -> None:
+    """Raises `ValueError` for what no kernel on a GPU could serve, whatever the memory."""
+    why = "Each is a bit of a word of the kernels."
+    check_int("num_ranks", num_ranks, 1, _native.MAX_DEVICE_RANKS, why)
+    why = "The CUDA kernels count rows by expert in shared memory."
+    check_int("num_experts", shape.num_experts, 1, _native.MAX_DEVICE_EXPERTS, why)
+    check_int("hidden", shape.hidden, 1, 1 << 20)
+    check_int("top_k", shape.top_k, 1, _native.MAX_TOP_K)
+    check_choice("dtype", shape.dtype, DTYPES)
+    check_dispatch_dtype(shape.dtype, shape.dispatch_dtype, shape.scale_format)
+    check_row_alignment(shape.hidden, (shape.dtype, shape.dispatch_dtype))
 
 
 def num_available_sms(group: Group, device: torch.device) -> int:

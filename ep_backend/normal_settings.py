@@ -25,6 +25,7 @@ from ep_backend.tuning import Shape, Tuned
 
 if TYPE_CHECKING:
     from ep_backend.group import Group
+    from ep_backend.network import NetworkConfig
 
 # As the native module counts them.
 NORMAL_KERNEL_NAMES = ("normal_counts", "normal_dispatch", "normal_combine")
@@ -140,10 +141,16 @@ class NormalSettings(NormalShape):
         )
 
 
-def check_cpu(device: str | torch.device) -> None:
-    """Raises `ValueError` for another device; on a CUDA device a buffer is of another class."""
+def check_cpu(device: str | torch.device, network: NetworkConfig | None) -> None:
+    """Raises `ValueError` for another device, on a CUDA one a buffer is of another class; and for
+    what only those have."""
     if device_type(device) != "cpu":
         raise ValueError(f"device is {str(device)!r}, expected 'cpu' or a CUDA device.")
+    if network is not None:
+        raise ValueError(
+            "network is given, but device is 'cpu': over a network only GPUs are joined. Pass "
+            "device='cuda', or leave network out."
+        )
 
 
 def check_one_node(group: Group) -> None:

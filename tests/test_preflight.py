@@ -32,7 +32,7 @@ def test_a_wrong_result_is_noticed(kernels: str, monkeypatch: pytest.MonkeyPatch
     ("arguments", "message"),
     [
         ({"num_hosts": 3}, "3 hosts needs RDMA, which only .* device cpu"),
-        ({"num_hosts": 2, "device": "cuda", "kernels": "normal"}, "asked for are normal kernels"),
+        ({"num_hosts": 2, "kernels": "normal"}, "2 hosts needs RDMA, which only .* device cpu"),
         ({"reduction": "home"}, "reduction is 'home', expected one of rank, source"),
         ({"device": "tpu"}, "device is 'tpu', expected 'cpu' or 'cuda'"),
         ({"kernels": "fast"}, "kernels is 'fast', expected one of low-latency, normal"),
@@ -76,9 +76,10 @@ def test_what_a_network_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ep_backend.preflight._check_exchange", lambda *_: None)
     found = [Check("kernels over NVSHMEM", Level.NOTE, "in this build")]
     monkeypatch.setattr("ep_backend.preflight.check_rdma", lambda *_: found)
-    for reduction in REDUCTIONS:
-        text = check(num_hosts=2, device="cuda", reduction=reduction)
-        assert "what 2 hosts need is there" in text
+    for kernels in KERNELS:
+        for reduction in REDUCTIONS:
+            text = check(num_hosts=2, device="cuda", kernels=kernels, reduction=reduction)
+            assert f"{kernels} kernels exchange correctly, and what 2 hosts need is there" in text
     found.append(Check("locked memory", Level.MISSING, "limited to 64 KiB"))
     check(num_hosts=2, device="cuda")
     found.append(Check("network cards", Level.MISSING, "none.", "Install their driver."))

@@ -1,7 +1,5 @@
 #include <algorithm>
-#include <stdexcept>
 #include <string>
-#include <thread>
 
 #include "cuda/check.h"
 #include "cuda/normal.h"
@@ -40,11 +38,7 @@ NormalRank::NormalRank(const protocol::NormalDeviceConfig& config, uint32_t self
   view_.report->result = {};
   view_.owners = Owners(view_.layout.partition());
   view_.num_local_experts = view_.layout.partition().num_local_experts(self_rank);
-  check(cudaHostAlloc(&view_.host_counts,
-                      sizeof(HostCounts) + view_.num_local_experts * sizeof(uint32_t),
-                      cudaHostAllocMapped),
-        "allocating a rank's counts");
-  *view_.host_counts = {};
+  view_.host_counts = allocate_host_counts(view_.num_local_experts);
   view_.timeout_ns = timeout_ns;
   view_.shares_gpu = shares_gpu;
   check(cudaDeviceSynchronize(), "setting a rank up");
@@ -77,41 +71,16 @@ OpResult NormalRank::combine(const NormalCombine& params, uint32_t num_sms, void
   return launched("combine");
 }
 
-// The kernel bounds its own waits, but what is ahead of it in the stream may take any time.
 OpResult NormalRank::wait_for_counts(uint64_t ticket, void* stream,
                                      bool (*is_interrupted)()) const {
-  constexpr uint32_t kNumPolls = 1 << 14;
-  const volatile uint64_t* word = &view_.host_counts->ticket;
-  while (true) {
-    for (uint32_t poll = 0; poll < kNumPolls; ++poll) {
-      if (*word == ticket) {
-        __sync_synchronize();  // the ticket is written last
-        return {};
-      }
-    }
-    const OpResult result = report();
-    if (result.status != Status::kOk) return result;
-    const cudaError_t error = cudaStreamQuery(static_cast<cudaStream_t>(stream));
-    if (error != cudaErrorNotReady) {
-      check(error, "waiting for the counts of a dispatch");
-      if (*word != ticket && report().status == Status::kOk) {
-        throw std::runtime_error("a dispatch has ended without its counts");
-      }
-      continue;
-    }
-    if (is_interrupted()) {
-      OpResult interrupted;
-      interrupted.status = Status::kInterrupted;
-      return interrupted;
-    }
-    std::this_thread::yield();
-  }
+  return cuda::wait_for_counts(*view_.host_counts, ticket, stream, is_interrupted,
+                               [this] { return report(); });
 }
 
 HostCounts NormalRank::counts() const { return *view_.host_counts; }
 
 std::vector<uint32_t> NormalRank::expert_counts() const {
-  const auto* counts = reinterpret_cast<const uint32_t*>(view_.host_counts + 1);
+  const uint32_t* counts = view_.host_counts->experts();
   return {counts, counts + view_.num_local_experts};
 }
 

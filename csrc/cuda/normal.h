@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cuda/host_counts.h"
 #include "cuda/low_latency.h"
 #include "protocol/normal_device_layout.h"
 #include "protocol/op.h"
@@ -18,15 +19,6 @@
 namespace ep::cuda {
 
 struct NormalState;  // on the device: epochs, arrival counters, the failed word
-
-// Pinned: what a dispatch of exact sizes tells the host. Behind it `uint32_t[L]`: rows that list
-// each local expert.
-struct HostCounts {
-  uint64_t ticket;      // of the call that this belongs to; written last
-  uint64_t num_rows;    // N
-  uint32_t num_rounds;  // I of the largest batch
-  uint32_t is_direct;   // every rank has room for all its rows
-};
 
 // What every normal kernel of one rank is given.
 struct NormalView {

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include "nvshmem/bindings_hierarchical.h"
+#include "nvshmem/bindings_normal.h"
 #include "nvshmem/low_latency.h"
 #include "nvshmem/runtime.h"
 
@@ -86,4 +87,5 @@ PYBIND11_MODULE(_nvshmem, m) {
   bind_runtime(m);
   bind_rank(m);
   bind_hierarchical(m);
+  bind_normal(m);
 }

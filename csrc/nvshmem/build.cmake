@@ -35,12 +35,17 @@ pybind11_add_module(_nvshmem NO_EXTRAS
   csrc/cuda/rank_host.cu
   csrc/nvshmem/bindings.cpp
   csrc/nvshmem/bindings_hierarchical.cpp
+  csrc/nvshmem/bindings_normal.cpp
   csrc/nvshmem/combine.cu
   csrc/nvshmem/dispatch.cu
   csrc/nvshmem/hierarchical.cu
   csrc/nvshmem/hierarchical_combine.cu
   csrc/nvshmem/hierarchical_dispatch.cu
   csrc/nvshmem/low_latency.cu
+  csrc/nvshmem/normal.cu
+  csrc/nvshmem/normal_combine.cu
+  csrc/nvshmem/normal_counts.cu
+  csrc/nvshmem/normal_dispatch.cu
   csrc/nvshmem/runtime.cpp)
 target_include_directories(_nvshmem PRIVATE csrc)
 target_include_directories(_nvshmem SYSTEM PRIVATE ${NVSHMEM_ROOT}/include)

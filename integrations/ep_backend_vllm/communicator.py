@@ -76,18 +76,18 @@ def _attach_our_manager(communicator: Any) -> None:
 
 
 def _require_reachable(group: Group, backend: str) -> None:
-    """Over a network only the low-latency kernels on GPUs reach; their buffers find out by
-    themselves that there is one."""
+    """Over a network only kernels on GPUs reach; their buffers find out by themselves that there is
+    one."""
     from vllm.platforms import current_platform
 
     if max(group.hosts()) == 0:
         return
-    if backend != LOW_LATENCY or not current_platform.is_cuda():
+    if not current_platform.is_cuda():
         group.require_one_host()
     error: Exception | None = None
     try:
         nvshmem.extension()
-        if not uses_batched_format():
+        if backend == LOW_LATENCY and not uses_batched_format():
             error = ValueError(
                 f"ranks are on {max(group.hosts()) + 1} hosts, but the standard format is for "
                 f"those of one, whose GPUs see each other's memory. Set {FORMAT_VARIABLE}=batched "

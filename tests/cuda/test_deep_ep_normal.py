@@ -136,8 +136,14 @@ def test_a_handle_serves_rows_of_any_dtype(ranks: dict[int, RankProcesses]) -> N
     ranks[2].run(use_a_handle_for_any_dtype, first, others, deadline_secs=60)
 
 
-def look_at_the_handle(rank: Rank, case: NormalCase, num_nvl_bytes: int) -> int:
-    """Returns how many channels it has."""
+def look_at_the_handle(
+    rank: Rank, case: NormalCase, num_nvl_bytes: int, *, knows_all: bool = True
+) -> int:
+    """Returns how many channels it has.
+
+    Args:
+        knows_all: ranks know each other's counts.
+    """
     buffer, num_ranks = buffer_of(rank, num_nvl_bytes), rank.group.num_ranks
     handle = run_pair(buffer, case, "cuda")
     prefix, sent_until, came_before, src_idx, is_token_in_rank, send_head = (
@@ -145,7 +151,9 @@ def look_at_the_handle(rank: Rank, case: NormalCase, num_nvl_bytes: int) -> int:
     )
     for dst in range(num_ranks):
         sources = [src for src, _ in case.received[dst].origins]
-        assert prefix[:, dst].tolist() == [sum(r <= src for r in sources) for src in range(3)]
+        ends = [sum(r <= src for r in sources) for src in range(num_ranks)]
+        is_known = knows_all or dst == buffer.rank
+        assert prefix[:, dst].tolist() == (ends if is_known else [-1] * num_ranks)
     origins = case.received[buffer.rank].origins
     assert src_idx.tolist() == [token for _, token in origins]
     topk_idx = case.topk_idx[buffer.rank].cuda()

@@ -89,7 +89,9 @@ def test_vllm_over_two_hosts_ends_before_it_loads_a_model() -> None:
             assert "rank 1 is on another host than rank 0" in answer.error
 
 
-def gpus_on_another_host(rank: Rank, has_nvshmem: bool, experts_format: str) -> list[int]:
+def gpus_on_another_host(
+    rank: Rank, has_nvshmem: bool, experts_format: str, backend: str = ""
+) -> list[int]:
     """As if there were GPUs and NVSHMEM. What comes before a manager is made."""
     from ep_backend_vllm import backends, communicator
     from vllm.platforms import current_platform
@@ -102,7 +104,7 @@ def gpus_on_another_host(rank: Rank, has_nvshmem: bool, experts_format: str) -> 
         nvshmem.extension = lambda: None
     if rank.group.self_rank == 1:
         group_module._host_identity = lambda: "another host"
-    communicator._require_reachable(rank.group, backends.LOW_LATENCY)
+    communicator._require_reachable(rank.group, backend or backends.LOW_LATENCY)
     return rank.group.hosts()
 
 
@@ -110,6 +112,10 @@ def test_vllm_over_two_hosts_of_gpus_goes_on_with_nvshmem() -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed")
     with RankProcesses(2) as ranks:
         found = ranks.run(gpus_on_another_host, True, "batched")
+        assert found == [[0, 1]] * 2
+        # The normal kernels bring the standard format there, too.
+        backend = "ep_backend_high_throughput"
+        found = ranks.run(gpus_on_another_host, True, "standard", backend)
         assert found == [[0, 1]] * 2
 
 

@@ -68,9 +68,12 @@ class NormalShape:
     def layout(self) -> _native.NormalLayout:
         return _native.NormalLayout(self._config())
 
-    def node_layout(self) -> _native.NormalNodeLayout:
+    def node_config(self) -> _native.NormalNodeConfig:
         assert self.ranks_per_node is not None
-        return _native.NormalNodeLayout(node_config(self._config(), self.ranks_per_node))
+        return node_config(self._config(), self.ranks_per_node)
+
+    def node_layout(self) -> _native.NormalNodeLayout:
+        return _native.NormalNodeLayout(self.node_config())
 
     def world(self, network_seed: int = 0) -> VirtualWorld:
         return virtual_world(

@@ -1,0 +1,2 @@
+// Nothing that runs here uses the copy engine.
+#pragma once
