@@ -101,7 +101,9 @@ class NetworkNormalBuffer(CudaNormalBuffer):
         self.ranks_per_node: int = settings.ranks_per_node
         self.num_node_columns: int = min(top_k, group.num_ranks // self.ranks_per_node - 1)
         """Other nodes that a token can go to."""
-        layout = _native.NormalLayout(settings.base_config(self.num_tokens_per_round))
+        layout = _native.NormalLayout(
+            settings.round_config(group.num_ranks, self.num_tokens_per_round)
+        )
         allocate = partial(
             nvshmem.allocate, group, settings=settings, ranks_per_node=self.ranks_per_node
         )
