@@ -27,7 +27,8 @@ class CudaNormalSettings(NormalShape):
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""
         version = _native.NORMAL_DEVICE_PROTOCOL_VERSION
-        return asdict(self) | {"device": "cuda", "protocol version": version}
+        settings = {"device": "cuda"} | asdict(self)
+        return settings | {"network": None, "protocol version": version}
 
     def check(self, num_ranks: int) -> None:
         """Raises `ValueError` for what no kernel could serve."""

@@ -93,7 +93,10 @@ class NetworkNormalBuffer(CudaNormalBuffer):
             )
         except (TypeError, ValueError) as e:
             error = e
-        group.agree("NormalBuffer", settings.agreed() if settings is not None else {}, error)
+        agreed, remedies = {}, {}
+        if settings is not None:
+            agreed, remedies = settings.agreed(), settings.remedies()
+        group.agree("NormalBuffer", agreed, error, remedies)
         assert settings is not None
 
         config = settings.config()

@@ -15,6 +15,7 @@ from ep_backend.memory.nvshmem import NetworkMemory
 from ep_backend.network import MAX_QUEUE_PAIR_DEPTH, REQUESTS_PER_PUT, NetworkConfig
 from ep_backend.normal_cuda_settings import check_cuda_shape
 from ep_backend.normal_settings import NormalShape, node_config
+from ep_backend.settings import NETWORK_REMEDY, agreed_network
 
 if TYPE_CHECKING:
     from ep_backend.group import Group
@@ -36,12 +37,16 @@ class NetworkNormalSettings(NormalShape):
 
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""
-        return asdict(self) | {
-            "device": "cuda",
+        settings = {"device": "cuda"} | asdict(self) | agreed_network(self.network)
+        return settings | {
             "protocol version": _native.NORMAL_PROTOCOL_VERSION,
             "protocol version between nodes": _native.NORMAL_NODE_PROTOCOL_VERSION,
             "protocol version over a network": _native.NORMAL_NETWORK_PROTOCOL_VERSION,
         }
+
+    def remedies(self) -> dict[str, str]:
+        """For `Group.agree`, where a setting of the network differs."""
+        return dict.fromkeys(agreed_network(self.network), NETWORK_REMEDY)
 
     def check(self, num_ranks: int) -> None:
         """Raises `ValueError` for what no kernel could serve."""

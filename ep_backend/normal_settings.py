@@ -109,7 +109,8 @@ class NormalSettings(NormalShape):
 
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""
-        return asdict(self) | {
+        settings = {"device": "cpu"} | asdict(self)
+        return settings | {
             "protocol version": _native.NORMAL_PROTOCOL_VERSION,
             "protocol version between nodes": _native.NORMAL_NODE_PROTOCOL_VERSION,
         }
