@@ -25,7 +25,7 @@ from ep_backend.normal_cuda_settings import CudaNormalSettings
 from ep_backend.normal_network import NetworkNormalBuffer
 from ep_backend.normal_network_settings import MAX_TOKENS_PER_ROUND, NetworkNormalSettings
 from ep_backend.normal_settings import NormalSettings
-from tests.support.normal_network import network_of
+from tests.support.nvshmem import network_of
 
 SHAPE: dict[str, Any] = {
     "hidden": 512,
