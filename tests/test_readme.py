@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 from pathlib import Path
@@ -53,6 +54,14 @@ def test_every_variable_is_read_somewhere() -> None:
     variables = set(re.findall(r"`(EP_BACKEND_\w+)`", README))
     assert variables
     assert all(variable in sources for variable in variables)
+
+
+def test_every_result_is_explained() -> None:
+    named = re.findall(r"`([\w*-]+\.json)`", (RESULTS / "README.md").read_text())
+    patterns = {name.replace("-N-", "-*-") for name in named}
+    files = {path.name for path in RESULTS.glob("*.json")}
+    assert files == {file for pattern in patterns for file in fnmatch.filter(files, pattern)}
+    assert all(fnmatch.filter(files, pattern) for pattern in patterns)
 
 
 def results(name: str) -> dict:
