@@ -24,7 +24,6 @@ TRANSPORTS = {
     "none": {"NVSHMEM_IB_ENABLE_IBGDA": "0", "NVSHMEM_REMOTE_TRANSPORT": "none"},
 }
 LINKS = ("auto", "rdma")
-FAMILIES = ("low_latency", "normal")
 
 # Where the user has not said otherwise: no multicast, which sets up memory on all GPUs of a host
 # and is of no use here; few teams, each of which takes symmetric memory.
