@@ -197,6 +197,9 @@ def test_command() -> None:
     assert {"NVSHMEM_IB_SL=2", "NVSHMEM_QP_DEPTH=4096"} <= set(lines)
     assert any(line.startswith("# no adaptive routing") for line in lines)
     assert CliRunner().invoke(app, ["network", "service_level=99"]).exit_code == 2
+    done = CliRunner().invoke(app, ["network", "normal_service_level=4", "--kernels", "normal"])
+    assert "NVSHMEM_IB_SL=4" in done.stdout.splitlines()
+    assert CliRunner().invoke(app, ["network", "--kernels", "fast"]).exit_code == 2
 
 
 @given(st.integers(1, 8), st.integers(1, 8))
