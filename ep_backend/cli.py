@@ -36,6 +36,7 @@ from ep_backend.observe.scrape import ScrapeFailed, endpoint_urls
 from ep_backend.observe.top import show
 from ep_backend.preflight import KERNELS, REDUCTIONS, NotDeployable
 from ep_backend.preflight import check as preflight
+from ep_backend.settings import check_choice
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each checks its results first.")
@@ -142,16 +143,23 @@ def network_command(
         list[str] | None,
         typer.Argument(help="NAME=VALUE of NetworkConfig; default: EP_BACKEND_NETWORK."),
     ] = None,
+    kernels: Annotated[str, typer.Option(help=", ".join(KERNELS))] = KERNELS[0],
     max_tokens: Annotated[
-        int, typer.Option(min=1, help="num_max_tokens_per_rank of the largest buffer.")
+        int,
+        typer.Option(
+            min=1,
+            help="num_max_tokens_per_rank of the largest buffer; of normal ones, "
+            "num_tokens_per_round.",
+        ),
     ] = 128,
     banks: Annotated[int, typer.Option(min=2, help="Its num_banks.")] = 2,
 ) -> None:
     """What settings of the network mean to NVSHMEM: its variables, and advice."""
     text = " ".join(settings) if settings else os.environ.get(VARIABLE, "")
     try:
+        check_choice("kernels", kernels, dict.fromkeys(KERNELS))
         config = NetworkConfig.parse(text)
-        required = config.environment("low_latency", max_tokens, banks)
+        required = config.environment(kernels.replace("-", "_"), max_tokens, banks)
     except (TypeError, ValueError) as e:
         raise typer.BadParameter(str(e)) from e
     for variable, value in required.items():

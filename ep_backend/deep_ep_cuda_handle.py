@@ -72,9 +72,9 @@ class CudaNormalHandle(NormalHandle):
         return self._first.buffer.num_tokens_per_round
 
 
-class NetworkNormalHandle(NormalHandle):
+class NetworkNormalHandle(CudaNormalHandle):
     """Of ranks on several nodes, who do not know each other's counts: in `rank_prefix_matrix` the
-    columns of other ranks are -1. Else as `CudaNormalHandle`."""
+    columns of other ranks are -1."""
 
     _first: NetworkNormalDispatchHandle
 
@@ -93,20 +93,6 @@ class NetworkNormalHandle(NormalHandle):
         num_own = len(sums) - 1
         ends = [min(i + 1, num_own) for i in range(self._first.num_rounds or 0)] or [num_own]
         return sums[ends].t().contiguous()
-
-    @cached_property
-    def recv_channel_prefix_matrix(self) -> torch.Tensor:
-        first, num_channels = self._first, max(1, self._first.num_rounds or 0)
-        per_rank = first.num_recv_tokens_per_rank
-        counts = per_rank.new_zeros((len(per_rank), num_channels))
-        if num_channels == 1:
-            return counts
-        tokens = first.recv_src_tokens.long()
-        rows = torch.arange(len(tokens), device=tokens.device)
-        src_ranks = torch.searchsorted(per_rank.cumsum(0), rows, right=True)
-        places = src_ranks * num_channels + tokens // first.buffer.num_tokens_per_round
-        counts.view(-1).scatter_add_(0, places, torch.ones_like(rows, dtype=torch.int32))
-        return counts.cumsum(1, dtype=torch.int32) - counts
 
     @cached_property
     def is_token_in_rank(self) -> torch.Tensor:

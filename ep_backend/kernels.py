@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
 from ep_backend import _native
-from ep_backend.errors import EPBackendError
+from ep_backend.errors import EPBackendError, RendezvousError
 from ep_backend.handles import KernelStatistics, OpCounters
 from ep_backend.memory import SymmetricMemory, nvshmem
 from ep_backend.memory.nvshmem import NetworkMemory
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ep_backend.group import Group
 
 Kernel = Callable[..., _native.OpResult]
+Kernels = TypeVar("Kernels")
 # By phase, then half, as the native modules count them.
 KERNEL_NAMES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
 
@@ -269,3 +270,33 @@ def make_kernels(
         return NetworkKernels(of, group.self_rank, memory, timeout_secs, num_sms, device)
     shares_gpu = group.is_virtual and group.num_ranks > 1
     return CudaKernels(config, group.self_rank, bases, timeout_secs, num_sms, shares_gpu, device)
+
+
+def agreed_kernels(
+    what: str, group: Group, memory: SymmetricMemory, make: Callable[[], Kernels]
+) -> Kernels:
+    """Of a rank whose peers have theirs, too: nobody sends to one that has none. Gives the memory
+    back where they have not. Collective.
+
+    Args:
+        what: whose kernels they are, for the messages.
+
+    Raises:
+        RuntimeError, ValueError: this rank's are not to be had.
+        SettingsMismatch: another rank's are not.
+        RendezvousError: a rank is missing.
+    """
+    kernels: Kernels | None = None
+    error: Exception | None = None
+    try:
+        kernels = make()
+    except (RuntimeError, ValueError) as e:
+        error = e
+    try:
+        group.agree(f"kernels of a {what}", {}, error)
+    except Exception as e:
+        is_missing = isinstance(e, RendezvousError)  # whoever it is may have gone on
+        memory.close(has_failed=lambda: is_missing)
+        raise
+    assert kernels is not None
+    return kernels

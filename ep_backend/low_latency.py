@@ -15,7 +15,6 @@ L experts of this rank, S = R * M rows an expert can receive, N = ceil(H / 128) 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -28,7 +27,7 @@ from ep_backend.checks import (
     check_topk_weights,
     check_x_scales,
 )
-from ep_backend.errors import OrderError, RendezvousError
+from ep_backend.errors import OrderError
 from ep_backend.group import Group
 from ep_backend.handles import (
     DispatchHandle,
@@ -39,7 +38,7 @@ from ep_backend.handles import (
     address_of,
 )
 from ep_backend.kernel_calls import KernelCalls
-from ep_backend.kernels import RankKernels, make_kernels
+from ep_backend.kernels import agreed_kernels, make_kernels
 from ep_backend.memory import SymmetricMemory, nvshmem
 from ep_backend.network import NetworkConfig
 from ep_backend.observe.buffer import BufferObserver, start_exporter
@@ -270,7 +269,10 @@ class LowLatencyBuffer:
         else:
             nodes_of = ranks_per_node if self.num_nodes > 1 else None
             self._memory = nvshmem.allocate(group, num_bytes, self.device, settings, nodes_of)
-        self._kernels = self._agreed_kernels(
+        self._kernels = agreed_kernels(
+            "LowLatencyBuffer",
+            group,
+            self._memory,
             lambda: make_kernels(
                 config,
                 multi_node,
@@ -281,7 +283,7 @@ class LowLatencyBuffer:
                 spin_us,
                 num_sms,
                 tuned.int_of("num_sms"),
-            )
+            ),
         )
         base = self._memory.bases[group.self_rank]
         self._workspaces = Workspaces(
@@ -512,24 +514,6 @@ class LowLatencyBuffer:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-    def _agreed_kernels(self, make: Callable[[], RankKernels]) -> RankKernels:
-        """Of a rank whose peers have theirs, too: nobody sends to one that has none. Gives the
-        memory back where they have not."""
-        kernels: RankKernels | None = None
-        error: Exception | None = None
-        try:
-            kernels = make()
-        except (RuntimeError, ValueError) as e:
-            error = e
-        try:
-            self.group.agree("kernels of a LowLatencyBuffer", {}, error)
-        except Exception as e:
-            is_missing = isinstance(e, RendezvousError)  # whoever it is may have gone on
-            self._memory.close(has_failed=lambda: is_missing)
-            raise
-        assert kernels is not None
-        return kernels
 
     def _prepare_dispatch(
         self,

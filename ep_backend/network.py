@@ -24,7 +24,6 @@ TRANSPORTS = {
     "none": {"NVSHMEM_IB_ENABLE_IBGDA": "0", "NVSHMEM_REMOTE_TRANSPORT": "none"},
 }
 LINKS = ("auto", "rdma")
-FAMILIES = ("low_latency", "normal")
 
 # Where the user has not said otherwise: no multicast, which sets up memory on all GPUs of a host
 # and is of no use here; few teams, each of which takes symmetric memory.
@@ -71,7 +70,8 @@ class NetworkConfig:
         normal_service_level: of the normal kernels. A process has one class of queue pairs: a
             process that uses both families must give both the same.
         adaptive_routing: whether this traffic is to be routed adaptively. NVSHMEM has no switch for
-            it: the fabric does so on certain service levels, of which one must be given.
+            it: the fabric does so on certain service levels, of which one must be given, as
+            `service_level` or `normal_service_level`.
         traffic_class: RoCE's (NVSHMEM_IB_TRAFFIC_CLASS).
         gid_index: RoCE's (NVSHMEM_IB_GID_INDEX).
         queue_pairs_per_peer: over which blocks spread their puts.
@@ -121,13 +121,19 @@ class NetworkConfig:
         depth = self.queue_pair_depth
         if depth is not None and depth & (depth - 1) != 0:
             raise ValueError(f"queue_pair_depth is {depth}, expected a power of two.")
-        if self.adaptive_routing and self.service_level is None:
+        if self.adaptive_routing and not self._service_levels():
             raise ValueError(
-                "adaptive_routing is True, but service_level is None: the fabric routes adaptively "
-                "on service levels that its subnet manager lists. Pass one of those."
+                "adaptive_routing is True, but service_level and normal_service_level are None: "
+                "the fabric routes adaptively on service levels that its subnet manager lists. "
+                "Pass one of those."
             )
         if self.nics and self.nic_mapping is not None:
             raise ValueError("nics and nic_mapping are both given: pass one of them.")
+
+    def _service_levels(self) -> list[int]:
+        """Those that are given."""
+        levels = (self.service_level, self.normal_service_level)
+        return [level for level in levels if level is not None]
 
     @classmethod
     def parse(cls, text: str) -> NetworkConfig:
@@ -228,14 +234,15 @@ class NetworkConfig:
     def advice(self) -> list[str]:
         """What to know of these settings, a sentence or two each."""
         advice = []
-        if self.service_level is None and self.transport != "none":
+        levels = self._service_levels()
+        if not levels and self.transport != "none":
             advice.append(
                 "service_level is not set: this traffic shares lane 0 with all other. Give decode "
                 "a service level whose virtual lane nothing else uses."
             )
         if self.adaptive_routing:
             advice.append(
-                f"adaptive routing: service level {self.service_level} must be one that the subnet "
+                f"adaptive routing: service level {levels[0]} must be one that the subnet "
                 "manager routes adaptively. It spreads load at the price of some latency: worth it "
                 "on busy fabrics. Nothing here relies on the order of writes: a put's payload is "
                 "followed by an atomic on the same queue pair."
@@ -316,7 +323,8 @@ def check_fixed(required: dict[str, str], fixed: dict[str, str | None]) -> None:
                 f"the buffer's NetworkConfig needs {variable}={value}, but NVSHMEM has started in "
                 f"this process with {present or 'it unset'}, and reads it only once. "
                 "Give all buffers of a process the same NetworkConfig (queue_pair_depth: for the "
-                "largest of them), or use another process."
+                "largest of them; service_level is of low-latency kernels, normal_service_level of "
+                "normal ones: both the same where a process has both), or use another process."
             )
 
 

@@ -17,6 +17,7 @@ from ep_backend.events import EventOverlap, check_overlap
 from ep_backend.group import Group
 from ep_backend.handles import KernelStatistics, address_of
 from ep_backend.kernel_calls import KernelCalls
+from ep_backend.kernels import agreed_kernels
 from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS
 from ep_backend.network import NetworkConfig
 from ep_backend.normal import Combined, NormalBuffer, combined, overlap
@@ -116,14 +117,19 @@ class CudaNormalBuffer(NormalBuffer):
         """Tokens of a rank that travel at once where rows have no room."""
 
         self._rows = SymmetricRows(self, layout, self._memory.bases[group.self_rank])
-        self._device_kernels = CudaNormalKernels(
-            config,
-            group.self_rank,
-            self._memory.bases,
-            timeout_secs,
-            self.num_max_sms,
-            group.is_virtual,
-            self.device,
+        self._device_kernels = agreed_kernels(
+            "NormalBuffer",
+            group,
+            self._memory,
+            lambda: CudaNormalKernels(
+                config,
+                group.self_rank,
+                self._memory.bases,
+                timeout_secs,
+                self.num_max_sms,
+                group.is_virtual,
+                self.device,
+            ),
         )
         self._tickets = itertools.count(1)
         row_bytes = self.hidden * self.dispatch_dtype.itemsize + 4 * layout.num_scale_words

@@ -12,15 +12,8 @@ from ep_backend import _native
 from ep_backend.checks import check_int
 from ep_backend.group import Group
 from ep_backend.kernels import current_stream
-from ep_backend.normal_settings import MAX_NUM_BYTES, NormalShape
-from ep_backend.settings import (
-    DTYPES,
-    SCALE_FORMATS,
-    TRAVELLING_DTYPES,
-    check_choice,
-    check_dispatch_dtype,
-    check_row_alignment,
-)
+from ep_backend.normal_settings import NormalShape
+from ep_backend.settings import check_row_alignment
 
 DEFAULT_NUM_SMS = 16
 """More do not pull faster over NVLink, which is what combine does; nor does a dispatch of bfloat16
@@ -34,17 +27,15 @@ class CudaNormalSettings(NormalShape):
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""
         version = _native.NORMAL_DEVICE_PROTOCOL_VERSION
-        return asdict(self) | {"device": "cuda", "protocol version": version}
+        settings = {"device": "cuda"} | asdict(self)
+        return settings | {"network": None, "protocol version": version}
 
     def check(self, num_ranks: int) -> None:
         """Raises `ValueError` for what no kernel could serve."""
-        check_shape(self, num_ranks)
+        check_cuda_shape(self, num_ranks)
         least = self.least_num_bytes(num_ranks)
-        check_int(
-            "num_bytes",
-            self.num_bytes,
+        self.check_num_bytes(
             least,
-            MAX_NUM_BYTES,
             f"With {num_ranks} ranks, one token of each rank at a time, twice, takes {least}. Pass "
             "at least that; batches whose rows all have room are faster.",
         )
@@ -67,28 +58,16 @@ class CudaNormalSettings(NormalShape):
         return _native.NormalDeviceLayout.num_rows_that_fit(config, num_bytes)
 
     def _config(self, num_ranks: int, num_rows: int) -> _native.NormalDeviceConfig:
-        return _native.NormalDeviceConfig(
-            num_ranks=num_ranks,
-            num_experts=self.num_experts,
-            hidden=self.hidden,
-            top_k=self.top_k,
-            dtype=DTYPES[self.dtype],
-            dispatch_dtype=TRAVELLING_DTYPES[self.dispatch_dtype],
-            scale_format=SCALE_FORMATS[self.scale_format],
-            num_rows=num_rows,
-        )
+        return _native.NormalDeviceConfig(**self.native_shape(num_ranks), num_rows=num_rows)
 
 
-def check_shape(shape: NormalShape, num_ranks: int) -> None:
+def check_cuda_shape(shape: NormalShape, num_ranks: int) -> None:
     """Raises `ValueError` for what no kernel on a GPU could serve, whatever the memory."""
     why = "Each is a bit of a word of the kernels."
     check_int("num_ranks", num_ranks, 1, _native.MAX_DEVICE_RANKS, why)
     why = "The CUDA kernels count rows by expert in shared memory."
     check_int("num_experts", shape.num_experts, 1, _native.MAX_DEVICE_EXPERTS, why)
-    check_int("hidden", shape.hidden, 1, 1 << 20)
-    check_int("top_k", shape.top_k, 1, _native.MAX_TOP_K)
-    check_choice("dtype", shape.dtype, DTYPES)
-    check_dispatch_dtype(shape.dtype, shape.dispatch_dtype, shape.scale_format)
+    shape.check_shape(num_ranks)
     check_row_alignment(shape.hidden, (shape.dtype, shape.dispatch_dtype))
 
 

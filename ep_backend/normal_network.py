@@ -16,6 +16,7 @@ from ep_backend import _native, faults
 from ep_backend.group import Group
 from ep_backend.handles import address_of
 from ep_backend.kernel_calls import KernelCalls
+from ep_backend.kernels import agreed_kernels
 from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS
 from ep_backend.memory import nvshmem
 from ep_backend.memory.nvshmem import NetworkMemory
@@ -93,7 +94,10 @@ class NetworkNormalBuffer(CudaNormalBuffer):
             )
         except (TypeError, ValueError) as e:
             error = e
-        group.agree("NormalBuffer", settings.agreed() if settings is not None else {}, error)
+        agreed, remedies = {}, {}
+        if settings is not None:
+            agreed, remedies = settings.agreed(), settings.remedies()
+        group.agree("NormalBuffer", agreed, error, remedies)
         assert settings is not None
 
         config = settings.config()
@@ -101,13 +105,24 @@ class NetworkNormalBuffer(CudaNormalBuffer):
         self.ranks_per_node: int = settings.ranks_per_node
         self.num_node_columns: int = min(top_k, group.num_ranks // self.ranks_per_node - 1)
         """Other nodes that a token can go to."""
-        layout = _native.NormalLayout(settings.base_config(self.num_tokens_per_round))
+        layout = _native.NormalLayout(
+            settings.round_config(group.num_ranks, self.num_tokens_per_round)
+        )
         allocate = partial(
             nvshmem.allocate, group, settings=settings, ranks_per_node=self.ranks_per_node
         )
         self._take(group, settings, layout, _native.NormalNetworkLayout(config).num_bytes, allocate)
         self._fault = faults.active_fault()
-        self._network_kernels = self._agreed_kernels(config, timeout_secs)
+        memory = self._memory
+        assert isinstance(memory, NetworkMemory)
+        self._network_kernels = agreed_kernels(
+            "NormalBuffer",
+            group,
+            memory,
+            lambda: NetworkNormalKernels(
+                config, group.self_rank, memory, timeout_secs, self.device
+            ),
+        )
         self._tickets = itertools.count(1)
         self._num_scale_words: int = layout.num_scale_words
         self.counters = CudaNormalCounters(
@@ -126,23 +141,6 @@ class NetworkNormalBuffer(CudaNormalBuffer):
         if self._calls.close():
             self._streams.close()
             self._memory.close(has_failed=lambda: self._calls.has_failed)
-
-    def _agreed_kernels(
-        self, config: _native.NormalNodeConfig, timeout_secs: float
-    ) -> NetworkNormalKernels:
-        """Of a rank whose peers have theirs, too. Collective."""
-        assert isinstance(self._memory, NetworkMemory)
-        kernels: NetworkNormalKernels | None = None
-        error: Exception | None = None
-        try:
-            kernels = NetworkNormalKernels(
-                config, self.group.self_rank, self._memory, timeout_secs, self.device
-            )
-        except (RuntimeError, ValueError) as e:
-            error = e
-        self.group.agree("kernels of a NormalBuffer", {}, error)
-        assert kernels is not None
-        return kernels
 
     def _new_handle(self, num_tokens: int) -> CudaNormalDispatchHandle:
         return NetworkNormalDispatchHandle(self, num_tokens)

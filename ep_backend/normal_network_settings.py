@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ep_backend import _native
-from ep_backend.checks import check_int
 from ep_backend.kernels import current_stream
 from ep_backend.memory import nvshmem
 from ep_backend.memory.nvshmem import NetworkMemory
 from ep_backend.network import MAX_QUEUE_PAIR_DEPTH, REQUESTS_PER_PUT, NetworkConfig
-from ep_backend.normal_cuda_settings import check_shape
-from ep_backend.normal_settings import MAX_NUM_BYTES, NormalShape, node_config
-from ep_backend.settings import DTYPES, SCALE_FORMATS, TRAVELLING_DTYPES
+from ep_backend.normal_cuda_settings import check_cuda_shape
+from ep_backend.normal_settings import NormalShape, node_config
+from ep_backend.settings import NETWORK_REMEDY, agreed_network
 
 if TYPE_CHECKING:
     from ep_backend.group import Group
@@ -38,16 +37,20 @@ class NetworkNormalSettings(NormalShape):
 
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""
-        return asdict(self) | {
-            "device": "cuda",
+        settings = {"device": "cuda"} | asdict(self) | agreed_network(self.network)
+        return settings | {
             "protocol version": _native.NORMAL_PROTOCOL_VERSION,
             "protocol version between nodes": _native.NORMAL_NODE_PROTOCOL_VERSION,
             "protocol version over a network": _native.NORMAL_NETWORK_PROTOCOL_VERSION,
         }
 
+    def remedies(self) -> dict[str, str]:
+        """For `Group.agree`, where a setting of the network differs."""
+        return dict.fromkeys(agreed_network(self.network), NETWORK_REMEDY)
+
     def check(self, num_ranks: int) -> None:
         """Raises `ValueError` for what no kernel could serve."""
-        check_shape(self, num_ranks)
+        check_cuda_shape(self, num_ranks)
         if self.ranks_per_node >= num_ranks:
             raise ValueError(
                 f"ranks_per_node is {self.ranks_per_node} and there are {num_ranks} ranks, all on "
@@ -59,11 +62,8 @@ class NetworkNormalSettings(NormalShape):
                 "Pass links='auto'; ranks_per_node=1 makes every rank a node, to which all is put."
             )
         least = self.least_num_bytes()
-        check_int(
-            "num_bytes",
-            self.num_bytes,
+        self.check_num_bytes(
             least,
-            MAX_NUM_BYTES,
             f"With {num_ranks} ranks, {self.ranks_per_node} a node, one token of each rank at a "
             f"time, twice, takes {least}. Pass at least that; more is faster.",
         )
@@ -85,20 +85,8 @@ class NetworkNormalSettings(NormalShape):
         return self.network.environment("normal", self.num_tokens_per_round(), NUM_BANKS)
 
     def _config(self, num_tokens_per_round: int) -> _native.NormalNodeConfig:
-        return node_config(self.base_config(num_tokens_per_round), self.ranks_per_node)
-
-    def base_config(self, num_tokens_per_round: int) -> _native.NormalConfig:
-        """Of what lies within a node."""
-        return _native.NormalConfig(
-            num_ranks=self.num_ranks,
-            num_experts=self.num_experts,
-            hidden=self.hidden,
-            top_k=self.top_k,
-            dtype=DTYPES[self.dtype],
-            dispatch_dtype=TRAVELLING_DTYPES[self.dispatch_dtype],
-            scale_format=SCALE_FORMATS[self.scale_format],
-            num_tokens_per_round=num_tokens_per_round,
-        )
+        config = self.round_config(self.num_ranks, num_tokens_per_round)
+        return node_config(config, self.ranks_per_node)
 
 
 def network_settings_of(

@@ -71,6 +71,37 @@ class NormalShape:
             return self
         return replace(self, num_bytes=num_bytes)
 
+    def check_shape(self, num_ranks: int) -> None:
+        """Raises `ValueError` for what no kernel could serve, whatever the memory."""
+        check_int("num_ranks", num_ranks, 1, _native.MAX_RANKS)
+        check_int("num_experts", self.num_experts, 1, _native.MAX_EXPERTS)
+        check_int("hidden", self.hidden, 1, 1 << 20)
+        check_int("top_k", self.top_k, 1, _native.MAX_TOP_K)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_dispatch_dtype(self.dtype, self.dispatch_dtype, self.scale_format)
+
+    def check_num_bytes(self, least: int, why: str) -> None:
+        """Raises `ValueError` for a budget of less than `least`, or of more than there can be."""
+        check_int("num_bytes", self.num_bytes, least, MAX_NUM_BYTES, why)
+
+    def round_config(self, num_ranks: int, num_tokens_per_round: int) -> _native.NormalConfig:
+        """Of kernels that send so many tokens of a rank at once."""
+        return _native.NormalConfig(
+            **self.native_shape(num_ranks), num_tokens_per_round=num_tokens_per_round
+        )
+
+    def native_shape(self, num_ranks: int) -> dict[str, Any]:
+        """What the native configurations of all kernels have, by name."""
+        return {
+            "num_ranks": num_ranks,
+            "num_experts": self.num_experts,
+            "hidden": self.hidden,
+            "top_k": self.top_k,
+            "dtype": DTYPES[self.dtype],
+            "dispatch_dtype": TRAVELLING_DTYPES[self.dispatch_dtype],
+            "scale_format": SCALE_FORMATS[self.scale_format],
+        }
+
 
 @dataclass(frozen=True)
 class NormalSettings(NormalShape):
@@ -78,7 +109,8 @@ class NormalSettings(NormalShape):
 
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""
-        return asdict(self) | {
+        settings = {"device": "cpu"} | asdict(self)
+        return settings | {
             "protocol version": _native.NORMAL_PROTOCOL_VERSION,
             "protocol version between nodes": _native.NORMAL_NODE_PROTOCOL_VERSION,
         }
@@ -89,36 +121,28 @@ class NormalSettings(NormalShape):
         Args:
             ranks_per_node: where they are on several nodes.
         """
-        check_int("num_ranks", num_ranks, 1, _native.MAX_RANKS)
-        check_int("num_experts", self.num_experts, 1, _native.MAX_EXPERTS)
-        check_int("hidden", self.hidden, 1, 1 << 20)
-        check_int("top_k", self.top_k, 1, _native.MAX_TOP_K)
-        check_choice("dtype", self.dtype, DTYPES)
-        check_dispatch_dtype(self.dtype, self.dispatch_dtype, self.scale_format)
+        self.check_shape(num_ranks)
         least = self.least_num_bytes(num_ranks, ranks_per_node)
-        check_int(
-            "num_bytes",
-            self.num_bytes,
+        self.check_num_bytes(
             least,
-            MAX_NUM_BYTES,
             f"With {num_ranks} ranks and rows of {self.hidden * self.dtype.itemsize} bytes, one "
             f"token of each rank at a time takes {least}. Pass at least that; more is faster.",
         )
 
     def least_num_bytes(self, num_ranks: int, ranks_per_node: int | None = None) -> int:
         """For one token of each rank at a time; of any settings that `num_bytes` may go with."""
-        config = self._config(num_ranks, num_tokens_per_round=1)
+        config = self.round_config(num_ranks, 1)
         if ranks_per_node is None:
             return _native.NormalLayout(config).num_bytes
         return _native.NormalNodeLayout(node_config(config, ranks_per_node)).num_bytes
 
     def num_bytes_for(self, num_ranks: int, num_tokens: int) -> int:
         """Budget in which so many tokens of a rank travel at once."""
-        return _native.NormalLayout(self._config(num_ranks, num_tokens)).num_bytes
+        return _native.NormalLayout(self.round_config(num_ranks, num_tokens)).num_bytes
 
     def config(self, num_ranks: int, ranks_per_node: int | None = None) -> _native.NormalConfig:
         """With as many tokens a round as the budget has room for."""
-        config = self._config(num_ranks, num_tokens_per_round=0)
+        config = self.round_config(num_ranks, 0)
         if ranks_per_node is None:
             num_tokens = _native.NormalLayout.num_tokens_that_fit(config, self.num_bytes)
         else:
@@ -127,18 +151,6 @@ class NormalSettings(NormalShape):
             )
         config.num_tokens_per_round = num_tokens
         return config
-
-    def _config(self, num_ranks: int, num_tokens_per_round: int) -> _native.NormalConfig:
-        return _native.NormalConfig(
-            num_ranks=num_ranks,
-            num_experts=self.num_experts,
-            hidden=self.hidden,
-            top_k=self.top_k,
-            dtype=DTYPES[self.dtype],
-            dispatch_dtype=TRAVELLING_DTYPES[self.dispatch_dtype],
-            scale_format=SCALE_FORMATS[self.scale_format],
-            num_tokens_per_round=num_tokens_per_round,
-        )
 
 
 def check_cpu(device: str | torch.device, network: NetworkConfig | None) -> None:

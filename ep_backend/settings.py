@@ -36,7 +36,10 @@ TRANSFERS = {"push": _native.Transfer.PUSH, "pull": _native.Transfer.PULL}
 EXPERT_IDS = ("local", "global")
 # What the kernels over a network have.
 NETWORK_SETTINGS = {"device": "cuda", "num_workspaces": 0}
-NETWORK_PREFIX = "network."
+NETWORK_REMEDY = (
+    "Pass the same NetworkConfig on every rank, or set EP_BACKEND_NETWORK to the same on every "
+    "host."
+)
 # What goes with workspaces. (Rank-major, rows are reduced on their rank in any case.)
 WORKSPACE_SETTINGS = {"device": "cuda", "transfer": "pull"}
 EXPERT_WORKSPACE_SETTINGS = WORKSPACE_SETTINGS | {
@@ -82,11 +85,8 @@ class BufferSettings:
     hierarchical: bool = False
 
     def agreed(self) -> dict[str, Any]:
-        """By name, for `Group.agree`. Those of the network one by one: what differs is named."""
-        settings = asdict(self)
-        network = settings.pop("network")
-        settings["network"] = None if network is None else "given"
-        settings |= {f"{NETWORK_PREFIX}{name}": value for name, value in (network or {}).items()}
+        """By name, for `Group.agree`."""
+        settings = asdict(self) | agreed_network(self.network)
         return settings | {
             "protocol version": _native.PROTOCOL_VERSION,
             "protocol version between nodes": _native.MULTI_NODE_PROTOCOL_VERSION,
@@ -94,12 +94,7 @@ class BufferSettings:
 
     def remedies(self) -> dict[str, str]:
         """For `Group.agree`, where a setting of the network differs."""
-        return {
-            name: "Pass the same NetworkConfig on every rank, or set EP_BACKEND_NETWORK to the "
-            "same on every host."
-            for name in self.agreed()
-            if name == "network" or name.startswith(NETWORK_PREFIX)
-        }
+        return dict.fromkeys(agreed_network(self.network), NETWORK_REMEDY)
 
     def tuning_shape(self, num_ranks: int) -> Shape:
         """By which the tuning table knows such a buffer."""
@@ -343,6 +338,13 @@ def tagged_tokens_in_workspaces(row_bytes: int, top_k: int) -> int:
     bytes."""
     message_bytes = _native.tagged_header_bytes(top_k) + _native.tagged_row_bytes(row_bytes)
     return max(1, TAGGED_BYTES_IN_WORKSPACES // message_bytes)
+
+
+def agreed_network(network: NetworkConfig | None) -> dict[str, Any]:
+    """For `Group.agree`, field by field, so that what differs is named."""
+    if network is None:
+        return {"network": None}
+    return {"network": "given"} | {f"network.{n}": v for n, v in asdict(network).items()}
 
 
 def dtype_name(dtype: Any) -> str:

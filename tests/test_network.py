@@ -100,7 +100,10 @@ def test_service_levels_of_both_families() -> None:
         ("service_level=16", "service_level is 16"),
         ("service_level=high", "service_level is 'high', expected a number"),
         ("queue_pair_depth=1000", "queue_pair_depth is 1000, expected a power of two"),
-        ("adaptive_routing=1", "adaptive_routing is True, but service_level is None"),
+        (
+            "adaptive_routing=1",
+            "adaptive_routing is True, but service_level and normal_service_level are None",
+        ),
         ("adaptive_routing=yes", "adaptive_routing is 'yes', expected 0 or 1"),
         ("nics=mlx5_0:1 nic_mapping=mlx5_0:1:1", "pass one of them"),
         ("lane=3", "holds 'lane=3', expected NAME=VALUE"),
@@ -194,6 +197,9 @@ def test_command() -> None:
     assert {"NVSHMEM_IB_SL=2", "NVSHMEM_QP_DEPTH=4096"} <= set(lines)
     assert any(line.startswith("# no adaptive routing") for line in lines)
     assert CliRunner().invoke(app, ["network", "service_level=99"]).exit_code == 2
+    done = CliRunner().invoke(app, ["network", "normal_service_level=4", "--kernels", "normal"])
+    assert "NVSHMEM_IB_SL=4" in done.stdout.splitlines()
+    assert CliRunner().invoke(app, ["network", "--kernels", "fast"]).exit_code == 2
 
 
 @given(st.integers(1, 8), st.integers(1, 8))
@@ -229,3 +235,21 @@ def test_which_buffers_have_nodes() -> None:
     ):
         settings = replace(shape, network=network, hierarchical=hierarchical).settings()
         assert settings.ranks_per_node(group) == expected
+
+
+def test_adaptive_routing_takes_the_level_of_either_family() -> None:
+    config = NetworkConfig(normal_service_level=5, adaptive_routing=True)
+    told = [line for line in config.advice() if "adaptively" in line]
+    assert len(told) == 1
+    assert "service level 5 must be one" in told[0]
+    assert not any("service_level is not set" in line for line in config.advice())
+    assert config.environment("normal", 64, 2)["NVSHMEM_IB_SL"] == "5"
+
+
+def test_a_process_with_both_families_is_told_to_give_both_levels() -> None:
+    config = NetworkConfig(service_level=3)
+    by_normal = dict(config.environment("normal", 64, 2))
+    with pytest.raises(ValueError, match=r"NVSHMEM_IB_SL=3, .* it unset.*normal_service_level of"):
+        check_fixed(config.environment("low_latency", 64, 2), by_normal)
+    both = NetworkConfig(service_level=3, normal_service_level=3)
+    check_fixed(both.environment("low_latency", 64, 2), dict(both.environment("normal", 64, 2)))

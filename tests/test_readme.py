@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from ep_backend import NetworkConfig, _native
 from ep_backend.cli import app
+from ep_backend.settings import BufferSettings, tagged_tokens_in_workspaces
 
 ROOT = Path(__file__).parent.parent
 ROOMS = "csrc|ep_backend|integrations|serving_configs|tests"
@@ -50,6 +54,14 @@ def test_every_variable_is_read_somewhere() -> None:
     variables = set(re.findall(r"`(EP_BACKEND_\w+)`", README))
     assert variables
     assert all(variable in sources for variable in variables)
+
+
+def test_every_result_is_explained() -> None:
+    named = re.findall(r"`([\w*-]+\.json)`", (RESULTS / "README.md").read_text())
+    patterns = {name.replace("-N-", "-*-") for name in named}
+    files = {path.name for path in RESULTS.glob("*.json")}
+    assert files == {file for pattern in patterns for file in fnmatch.filter(files, pattern)}
+    assert all(fnmatch.filter(files, pattern) for pattern in patterns)
 
 
 def results(name: str) -> dict:
@@ -307,6 +319,53 @@ def test_numbers_served_on_a_cpu_are_those_of_the_results(engine: str) -> None:
         ) in PAGES
     assert f"load {measured['load_average_before']:.0f} at the start" in PAGES
     assert [gate["good"] for gate in measured["gates"]] == [True] * 4
+
+
+def test_copies_between_nodes_are_those_of_the_results() -> None:
+    copies = {
+        case["scheme"]: case["copies_per_token"]
+        for case in results("wire-4-nodes.json")["cases"]
+        if case["phase"] == "dispatch"
+    }
+    told = (
+        f"{copies['per_node']:.1f} copies cross the network, not {copies['per_rank']:.1f} "
+        f"({copies['per_expert']:.0f}, if each expert got one)"
+    )
+    assert told in " ".join(README.split())
+
+
+def test_sizes_are_those_of_the_code() -> None:
+    flowing = " ".join(README.split())
+    most = [tagged_tokens_in_workspaces(row_bytes, 8) for row_bytes in (7168, 2 * 2048)]
+    assert "up to {} tokens of 7168 channels in float8 or {} of 2048".format(*most) in flowing
+    at_home, on_ranks = (num_bytes_over_network(r) >> 20 for r in ("source", "rank"))
+    assert f"{at_home} MiB instead of {on_ranks}" in flowing
+
+
+def num_bytes_over_network(reduction: str) -> int:
+    """Of 16 ranks on hosts of their own, 128 tokens each."""
+    settings = BufferSettings(
+        num_max_tokens_per_rank=128,
+        hidden=7168,
+        num_experts=256,
+        top_k=8,
+        dtype=torch.bfloat16,
+        dispatch_dtype=torch.float8_e4m3fn,
+        combine_dtype=torch.bfloat16,
+        scale_format="float32",
+        output_layout="expert_major",
+        reduction=reduction,
+        transfer="push",
+        num_max_tagged_tokens=None,
+        num_workspaces=0,
+        expert_ids="local",
+        hierarchical=False,
+        num_banks=2,
+        device="cuda",
+        network=NetworkConfig(),
+    )
+    layout = _native.LowLatencyLayout(settings.config(16))
+    return settings.num_symmetric_bytes(layout, None)
 
 
 def test_what_metrics_cost_is_that_of_the_results() -> None:

@@ -32,6 +32,7 @@ from ep_backend.bench.decode_settings import PROGRAM, Case, DecodeSettings, pars
 from ep_backend.bench.decode_times import CaseRow, Times
 from ep_backend.bench.op_cuda_report import machine as gpu_machine
 from ep_backend.bench.op_processes import RankFailed
+from ep_backend.bench.options import without_output
 from ep_backend.bench.provenance import commit, installed_versions, this_machine
 from ep_backend.tuning import untuned_unless_asked
 
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
             "bench": "decode",
             "date": begin.isoformat(timespec="seconds"),
             "commit": commit(),
-            "command": shlex.join([*PROGRAM.split(), *arguments]),
+            "command": shlex.join([*PROGRAM.split(), *without_output(arguments)]),
             "machine": where,
             "settings": asdict(settings) | {"shape": asdict(settings.shape)},
             "cases": [row.to_json() for row in rows],

@@ -53,8 +53,12 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in text.split(","))
 
 
-def without_output(arguments: Sequence[str]) -> list[str]:
-    """Where results were written to says nothing about them."""
+def without_output(arguments: Sequence[str], *others: str) -> list[str]:
+    """Where results were written to says nothing about them.
+
+    Args:
+        others: options beside `--output` and `--json` that name such a file.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--output", "--json")
+    parser.add_argument("--output", "--json", *others)
     return parser.parse_known_args(arguments)[1]

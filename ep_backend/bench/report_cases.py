@@ -59,10 +59,12 @@ def section_of(document: Document, name: str) -> Section:
     document = _with_cases(document)
     rows = [flat(case) for case in document["cases"] if "error" not in case]
     varying = varying_names(rows, document.get("settings") or {})
+    peers = _peer_rows(document)
+    told_apart = dict.fromkeys([*varying, *(("output_layout",) if peers else ())])
     return Section(
         title=_title(document),
         facts=_facts(document, name, rows, varying),
-        charts=charts_of(rows + _nccl_rows(document), varying),
+        charts=charts_of(rows + peers, list(told_apart)),
         tables=_tables(document, rows),
         problems=[
             f"failed: {', '.join(_setting_text(k, v) for k, v in case.items() if k != 'error')}: "
@@ -160,7 +162,8 @@ def charts_of(rows: Sequence[Row], varying: Sequence[str]) -> list[Chart]:
     for time in times:
         for part in dict.fromkeys(str(row.get(split)) for row in rows) if split else [""]:
             chosen = [row for row in rows if not split or str(row.get(split)) == part]
-            shown = [n for n in labels if len({str(row.get(n)) for row in chosen}) > 1]
+            # Of what a peer's rows lack, only what differs between ours.
+            shown = [n for n in labels if len({str(row[n]) for row in chosen if n in row}) > 1]
             lines: dict[str, tuple[list[Row], str]] = {}
             for row in chosen:
                 label = ", ".join(_label(n, row[n]) for n in shown if n in row)
@@ -199,10 +202,20 @@ def _end(row: Row, time: str, percentile: str) -> float | None:
     return row.get(f"{parent}{dot}{percentile}_{last.rsplit('_', 1)[-1]}")
 
 
-def _nccl_rows(document: Document) -> list[Row]:
-    """What was measured beside our cases, as cases of another layout."""
+def _peer_rows(document: Document) -> list[Row]:
+    """What was measured beside our cases, as cases of another layout; of FlashInfer's block sizes
+    the fastest in each."""
     pairs = (document.get("nccl") or {}).get("pairs", [])
-    return [{"output_layout": "NCCL"} | flat(pair) for pair in pairs if "error" not in pair]
+    rows = [{"output_layout": "NCCL"} | flat(pair) for pair in pairs if "error" not in pair]
+    fastest: dict[tuple[Any, ...], Row] = {}
+    for case in document.get("flashinfer") or []:
+        if "error" in case:
+            continue
+        row = flat(case)
+        key = (row["num_ranks"], row["num_tokens"], row["dispatch_dtype"])
+        if key not in fastest or row["pair.median_us"] < fastest[key]["pair.median_us"]:
+            fastest[key] = {"output_layout": "FlashInfer"} | row
+    return rows + list(fastest.values())
 
 
 def _tables(document: Document, rows: Sequence[Row]) -> list[Table]:

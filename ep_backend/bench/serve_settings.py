@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ep_backend.bench.model import TinyMoE
+from ep_backend.bench.options import without_output
 
 PROGRAM = "ep-backend bench serve"
 DEVICES = ("cuda", "cpu")
@@ -131,7 +132,7 @@ def parse_arguments(arguments: list[str]) -> Options:
     given.setdefault("trace", device == "cpu" and not given["urls"])
     given["environment"] = dict(given.pop("environment", []))
     given["server_arguments"] = tuple(shlex.split(given.pop("server_arguments", "")))
-    options = Options(shlex.join([*PROGRAM.split(), *arguments]), **given)
+    options = Options(shlex.join([*PROGRAM.split(), *without_output(arguments)]), **given)
     _check(parser, options)
     return options
 

@@ -29,6 +29,7 @@ from ep_backend.bench.multi_gpu_world import StepFailed
 from ep_backend.bench.op_cuda_rank import CheckFailed
 from ep_backend.bench.op_cuda_report import machine, reason
 from ep_backend.bench.op_processes import RankFailed, run_ranks
+from ep_backend.bench.options import without_output
 from ep_backend.bench.provenance import commit, installed_versions, this_machine
 from ep_backend.bench.tune_rank import ShapeResult, num_ops_of, rank_main, search
 from ep_backend.bench.tune_ranks import VirtualRanks
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     begin = datetime.now(timezone.utc)
     about = {
         "date": begin.isoformat(timespec="seconds"),
-        "command": shlex.join([*PROGRAM.split(), *_without_paths(arguments)]),
+        "command": shlex.join([*PROGRAM.split(), *without_output(arguments, "--table")]),
     }
     results: list[ShapeResult] = []
     error = None
@@ -156,21 +157,6 @@ def _write(
         document["error"] = error
     request.output.parent.mkdir(parents=True, exist_ok=True)
     request.output.write_text(json.dumps(document, indent=2) + "\n")
-
-
-def _without_paths(arguments: list[str]) -> list[str]:
-    """Where results were written to says nothing about them."""
-    kept: list[str] = []
-    is_path = False
-    for argument in arguments:
-        name = argument.split("=")[0]
-        if name in ("--table", "--output", "--json"):
-            is_path = "=" not in argument
-        elif is_path:
-            is_path = False
-        else:
-            kept.append(argument)
-    return kept
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 import typer
 from rich.table import Table
 
+from ep_backend.bench.options import without_output
 from ep_backend.bench.provenance import commit, installed_versions
 from ep_backend.bench.routing import make_inputs
 from ep_backend.bench.wire_formula import (
@@ -186,7 +187,7 @@ def wire(
             "bench": "wire",
             "date": begin.isoformat(timespec="seconds"),
             "commit": commit(),
-            "command": shlex.join(["ep-backend", *sys.argv[1:]]),
+            "command": shlex.join(["ep-backend", *without_output(sys.argv[1:])]),
             "versions": installed_versions(),
             "settings": _settings(shape) | {"nic_gbs": nic_gbs, "seed": seed},
             "cases": [asdict(case) for case in cases],

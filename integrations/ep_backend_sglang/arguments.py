@@ -106,8 +106,8 @@ def _require_network(record: Any) -> None:
         raise ValueError(f"{several} reaches other hosts from GPUs only. {otherwise}")
     if record.deepep_mode != "low_latency":
         raise ValueError(
-            f"{several} reaches other hosts by low-latency kernels only, and --deepep-mode is "
-            f"{record.deepep_mode!r}. Pass --deepep-mode low_latency. {otherwise}"
+            f"{several} serves over several hosts by low-latency kernels only, and --deepep-mode "
+            f"is {record.deepep_mode!r}. Pass --deepep-mode low_latency. {otherwise}"
         )
     try:
         nvshmem.extension()

@@ -25,7 +25,7 @@ WORKSPACE = "vllm.v1.worker.workspace"
 
 def check() -> None:
     from vllm.config import ParallelConfig, VllmConfig
-    from vllm.v1.worker import utils, workspace
+    from vllm.v1.worker import ubatching, utils, workspace
 
     place = f"{VllmConfig.__module__}.VllmConfig"
     require(hasattr(VllmConfig, "__post_init__"), place, "lacks __post_init__")
@@ -43,6 +43,8 @@ def check() -> None:
         WORKSPACE,
         "lacks current_workspace_manager",
     )
+    for name in ("dbo_enabled", "dbo_current_ubatch_id"):
+        require(hasattr(ubatching, name), ubatching.__name__, f"lacks {name}")
 
 
 def install() -> None:
@@ -98,30 +100,31 @@ def _reserve_for_whole_batches(kernel: Any) -> None:
     """Experts' scratch memory is as large as the largest step needs that vLLM has tried before it
     serves, and that is split. A step that is not, because another rank has too little to do, takes
     the first micro-batch's: its share is made large enough meanwhile."""
+    # Not in what runs in every layer of every step.
+    from vllm.v1.worker import ubatching, workspace
+
+    from ep_backend_vllm.workspace import WorkspacePrepareAndFinalize
+
     original = kernel._allocate_buffers
     signature = inspect.signature(original)
 
+    def is_first_of_two() -> bool:
+        return ubatching.dbo_enabled() and ubatching.dbo_current_ubatch_id() == 0
+
     @functools.wraps(original)
     def allocate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        num_rows = _num_rows_to_reserve(self.prepare_finalize)
-        if num_rows is not None:
+        adapter = self.prepare_finalize
+        # Of other formats it does not depend on the step.
+        is_by_step = isinstance(adapter, WorkspacePrepareAndFinalize)
+        if (
+            is_by_step
+            and is_first_of_two()
+            and not workspace.current_workspace_manager().is_locked()
+        ):
+            num_rows = adapter.num_dispatchers() * adapter.buffer.num_max_tokens_per_rank
             whole = signature.bind(self, *args, **kwargs)
             whole.arguments |= {"M_chunk": num_rows, "M_full": num_rows}
             original(*whole.args, **whole.kwargs)
         return original(self, *args, **kwargs)
 
     kernel._allocate_buffers = allocate
-
-
-def _num_rows_to_reserve(adapter: Any) -> int | None:
-    """None: this is no first micro-batch, or memory is settled, or does not depend on the step."""
-    from vllm.v1.worker.ubatching import dbo_current_ubatch_id, dbo_enabled
-    from vllm.v1.worker.workspace import current_workspace_manager
-
-    from ep_backend_vllm.workspace import WorkspacePrepareAndFinalize
-
-    if not isinstance(adapter, WorkspacePrepareAndFinalize):
-        return None
-    if not dbo_enabled() or dbo_current_ubatch_id() > 0 or current_workspace_manager().is_locked():
-        return None
-    return adapter.num_dispatchers() * adapter.buffer.num_max_tokens_per_rank

@@ -101,6 +101,7 @@ def test_a_run_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "MoE layers of a decode step, tiny" in capsys.readouterr().out
     document = json.loads((tmp_path / "x.json").read_text())
     assert document["commit"] == commit()
+    assert document["command"].endswith(" --tokens 1,4 --layers 1 --repeats 2")
     assert this_machine().items() <= document["machine"].items()
     assert [case["num_micro_batches"] for case in document["cases"]] == [1, 1, 2]
     for case in document["cases"]:

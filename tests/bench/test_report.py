@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from ep_backend.bench.options import without_output
 from ep_backend.bench.page import Section, Table, page
 from ep_backend.bench.report import NoResult, bundled_results, section_of_file, write_report
 from ep_backend.bench.report_cases import section_of
@@ -100,6 +102,13 @@ def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
     assert "NVIDIA H200" in html
 
 
+def test_recorded_commands_do_not_say_where_results_went() -> None:
+    recorded = [json.loads(path.read_text()).get("command") for path in bundled_results()]
+    commands = [shlex.split(command) for command in recorded if command]
+    assert len(commands) >= 9
+    assert all(without_output(command) == command for command in commands)
+
+
 def test_an_unknown_benchmark_of_cases_is_drawn_by_what_varies() -> None:
     section = section_of(cases_document(commit="abc", command="ep-backend bench decode"), "d.json")
     (chart,) = section.charts
@@ -152,6 +161,32 @@ def test_too_many_lines_are_split_over_charts() -> None:
     section = section_of(cases_document(cases=cases, settings=settings), "d.json")
     assert [chart.title for chart in section.charts] == ["pair, ranks 1", "pair, ranks 8"]
     assert [s.name for s in section.charts[0].series][:2] == ["a, x", "a, y"]
+
+
+def test_flashinfer_is_drawn_beside_ours() -> None:
+    ours = [
+        {"num_ranks": 2, "num_tokens": n, "dispatch_dtype": dtype, "output_layout": "rank_major"}
+        | {"num_sms": 66, "pair": {"median_us": 5.0 + n}}
+        for n in (1, 16)
+        for dtype in ("bf16", "fp8")
+    ]
+    theirs = [
+        {"num_ranks": 2, "num_tokens": n, "dispatch_dtype": dtype, "combine_block_size": size}
+        | {"pair": {"median_us": 1.0 * size}}
+        for n in (1, 16)
+        for dtype in ("bf16", "fp8")
+        for size in (512, 256)
+    ]
+    theirs[0] = theirs[0] | {"pair": {"median_us": 7.0}}
+    failed = {"num_ranks": 2, "num_tokens": 1, "dispatch_dtype": "fp8", "error": "too many"}
+    document = cases_document(cases=ours, flashinfer=[*theirs, failed])
+    (chart,) = section_of(document, "d.json").charts
+    layouts = ("rank major", "FlashInfer")
+    assert [s.name for s in chart.series] == [f"{d}, {w}" for w in layouts for d in ("bf16", "fp8")]
+    drawn = {s.name: [(p.x, p.y) for p in s.points] for s in chart.series}
+    assert drawn["bf16, rank major"] == [(1, 6.0), (16, 21.0)]
+    assert drawn["bf16, FlashInfer"] == [(1, 7.0), (16, 256.0)]
+    assert drawn["fp8, FlashInfer"] == [(1, 256.0), (16, 256.0)]
 
 
 def test_the_demo_has_its_section(tmp_path: Path) -> None:

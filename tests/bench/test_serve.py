@@ -55,7 +55,7 @@ def test_defaults_go_by_the_device() -> None:
     assert (options.device, options.num_ranks, options.repeats) == ("cuda", 2, 3)
     assert options.backends == ("default", OURS)
     assert options.concurrency == (1, 8, 32, 64, 128)
-    cpu = parse_arguments(["--device", "cpu"])
+    cpu = parse_arguments(["--device", "cpu", "--output", "here.json"])
     assert cpu.backends == ("default", OURS)
     assert (cpu.concurrency, cpu.repeats) == ((1, 4), 2)
     assert (options.trace, cpu.trace) == (False, True)

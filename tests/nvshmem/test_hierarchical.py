@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ep_backend import Group, LowLatencyBuffer, NetworkConfig, PeerTimeout
-from tests.nvshmem.test_processes import FLOAT8, SETTINGS, start
+from ep_backend import Group, LowLatencyBuffer, PeerTimeout
+from tests.nvshmem.test_processes import FLOAT8, SETTINGS
+from tests.support.nvshmem import network_of, run_programs, start
 from tests.support.processes import Rank, RankProcesses
-from tests.support.programs import PROGRAMS, Interpreter
+from tests.support.programs import PROGRAMS
 from tests.support.routing import ROUTINGS
 from tests.support.scenario import Scenario, mixed_scenario, same_bits
 from tests.support.shapes import Shape
@@ -33,37 +34,13 @@ MORE_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def network(ranks_per_node: int) -> NetworkConfig:
-    return NetworkConfig(transport="none", bootstrap_interface="lo", ranks_per_node=ranks_per_node)
-
-
 def on_nodes(num_ranks: int, ranks_per_node: int, **arguments: Any) -> Shape:
     return Shape(
         num_ranks,
         **{"hidden": 512, "device": "cuda", "hierarchical": True, **arguments},
         ranks_per_node=ranks_per_node,
-        network=network(ranks_per_node),
+        network=network_of(ranks_per_node),
     )
-
-
-def run_programs(rank: Rank, scenarios: list[Scenario], programs: list[str], num_ops: int) -> None:
-    """One buffer after the other: later ones take the memory of those before."""
-    start(rank)
-    self_rank = rank.group.self_rank
-    for scenario in scenarios:
-        size = scenario.shape.ranks_per_node
-        assert size is not None
-        with scenario.shape.buffer(rank.group) as buffer:
-            links = [
-                "self" if r == self_rank else "p2p" if r // size == self_rank // size else "rdma"
-                for r in range(rank.group.num_ranks)
-            ]
-            assert buffer.links() == links
-            interpreter = Interpreter(buffer, scenario)
-            for program in programs:
-                interpreter.run(PROGRAMS[program](num_ops, scenario.shape.num_banks))
-            torch.cuda.synchronize()
-            buffer.raise_if_failed()
 
 
 @pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(2, 1), (4, 2), (4, 1)])
@@ -97,7 +74,7 @@ def drawn_scenarios(draw: st.DrawFn) -> Scenario:
         draw(shapes(device="cuda")),
         num_ranks=4,
         ranks_per_node=ranks_per_node,
-        network=network(ranks_per_node),
+        network=network_of(ranks_per_node),
         hierarchical=True,
         reduction="rank",
         num_max_tagged_tokens=None,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ep_backend import Group, PeerTimeout, _native, virtual_world
+from ep_backend import Group, PeerTimeout, SettingsMismatch, _native, virtual_world
 from ep_backend.deep_ep_cuda_handle import NetworkNormalHandle
 from ep_backend.deep_ep_handle import NormalHandle
 from ep_backend.memory import nvshmem
@@ -143,6 +143,31 @@ def test_kernels_are_called_in_their_order_with_what_they_take() -> None:
 
     expected = ["normal_route", "normal_counts", "normal_dispatch", "normal_combine"]
     assert virtual_world(2).run(rank_main) == [expected] * 2
+
+
+def test_a_rank_without_kernels_is_told_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody's memory stays with a buffer that does not exist."""
+    blocks: list[nvshmem._Block] = []
+
+    def note(*args: Any, **kwargs: Any) -> NetworkMemory:
+        memory = allocate(*args, **kwargs)
+        blocks.append(memory._block)
+        return memory
+
+    def refuse(_: object, self_rank: int, *rest: object) -> Any:
+        if self_rank == 1:
+            raise RuntimeError("no room for counters")
+        return FakeKernels()
+
+    monkeypatch.setattr(nvshmem, "allocate", note)
+    monkeypatch.setattr("ep_backend.normal_network.NetworkNormalKernels", refuse)
+
+    def rank_main(group: Group) -> None:
+        with pytest.raises((RuntimeError, SettingsMismatch), match="no room for counters"):
+            SHAPE.buffer(group)
+
+    virtual_world(2).run(rank_main)
+    assert [block.is_free for block in blocks] == [True, True]
 
 
 def test_memory_of_a_failed_buffer_is_not_used_again() -> None:

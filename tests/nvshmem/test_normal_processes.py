@@ -22,7 +22,6 @@ from ep_backend.bench.op_cuda_graph import capture
 from ep_backend.network import VARIABLE
 from tests.cuda.test_deep_ep_normal import look_at_the_handle, run_as_deep_ep_tests, run_cases
 from tests.deep_ep.test_normal_as_deep_ep_tests import Shape
-from tests.nvshmem.test_processes import start
 from tests.support.normal import NormalCase, NormalShape, case_of, make_case
 from tests.support.normal_cuda import CudaNormalRank, How, on_gpu
 from tests.support.normal_network import (
@@ -31,8 +30,8 @@ from tests.support.normal_network import (
     Operations,
     draw_operations,
     draw_shape,
-    network_of,
 )
+from tests.support.nvshmem import network_of, start
 from tests.support.processes import Rank, RankProcesses
 
 pytestmark = pytest.mark.gpu

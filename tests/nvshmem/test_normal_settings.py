@@ -3,32 +3,40 @@ what NVSHMEM is told. Without a GPU."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from ep_backend import Group, NetworkConfig, NormalBuffer, RendezvousError, virtual_world
+from ep_backend import (
+    Group,
+    NetworkConfig,
+    NormalBuffer,
+    RendezvousError,
+    SettingsMismatch,
+    virtual_world,
+)
 from ep_backend.memory import nvshmem
 from ep_backend.network import VARIABLE, spans_nodes
 from ep_backend.normal_cuda import CudaNormalBuffer
+from ep_backend.normal_cuda_settings import CudaNormalSettings
 from ep_backend.normal_network import NetworkNormalBuffer
 from ep_backend.normal_network_settings import MAX_TOKENS_PER_ROUND, NetworkNormalSettings
-from tests.support.normal_network import network_of
+from ep_backend.normal_settings import NormalSettings
+from tests.support.nvshmem import network_of
 
-SETTINGS = NetworkNormalSettings(
-    hidden=512,
-    num_experts=16,
-    top_k=4,
-    dtype=torch.bfloat16,
-    dispatch_dtype=torch.bfloat16,
-    scale_format="float32",
-    num_bytes=8 << 20,
-    network=NetworkConfig(),
-    num_ranks=8,
-    ranks_per_node=4,
-)
+SHAPE: dict[str, Any] = {
+    "hidden": 512,
+    "num_experts": 16,
+    "top_k": 4,
+    "dtype": torch.bfloat16,
+    "dispatch_dtype": torch.bfloat16,
+    "scale_format": "float32",
+    "num_bytes": 8 << 20,
+}
+SETTINGS = NetworkNormalSettings(**SHAPE, network=NetworkConfig(), num_ranks=8, ranks_per_node=4)
 
 
 def on_hosts(hosts: list[int]) -> Group:
@@ -149,3 +157,29 @@ def test_ranks_of_a_node_must_see_each_other() -> None:
     texts = set(virtual_world(4).run(rank_main))
     assert len(texts) == 1
     assert "rank 3: its GPU does not see the memory of rank 2" in texts.pop()
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        (replace(SETTINGS, network=NetworkConfig(gid_index=3)), r"network.gid_index differs .*EP_"),
+        (CudaNormalSettings(**SHAPE), r"network differs between ranks \(rank 0: 'given', rank 1"),
+        (NormalSettings(**SHAPE), r"device differs between ranks \(rank 0: 'cuda', rank 1: 'cpu'"),
+    ],
+    ids=("another setting", "without a network", "on a CPU"),
+)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_ranks_that_would_have_unlike_buffers_are_told_what_differs(
+    other: Any, text: str, is_first: bool
+) -> None:
+    pair = (SETTINGS, other) if is_first else (other, SETTINGS)
+
+    def agree(group: Group) -> str:
+        settings: Any = pair[group.self_rank]
+        with pytest.raises(SettingsMismatch) as caught:
+            group.agree("NormalBuffer", settings.agreed(), None, SETTINGS.remedies())
+        return str(caught.value)
+
+    texts = set(virtual_world(2).run(agree))
+    assert len(texts) == 1
+    assert re.search(text if is_first else text.split(" differs")[0] + " differs", *texts)

@@ -15,20 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from ep_backend import LowLatencyBuffer, NetworkConfig, PeerTimeout
+from ep_backend import LowLatencyBuffer, PeerTimeout
 from ep_backend.network import VARIABLE
 from tests.deep_ep.support import Exchange, buffer_of
+from tests.support.nvshmem import network_of, run_programs, start
 from tests.support.processes import Rank, RankProcesses
-from tests.support.programs import PROGRAMS, Interpreter
 from tests.support.scenario import Scenario, mixed_scenario, same_bits
 from tests.support.shapes import Shape
 
 pytestmark = pytest.mark.gpu
 
-NETWORKS = {
-    links: NetworkConfig(transport="none", links=links, bootstrap_interface="lo")
-    for links in ("auto", "rdma")
-}
+NETWORKS = {links: network_of(links=links) for links in ("auto", "rdma")}
 FLOAT8 = {"dispatch_dtype": torch.float8_e4m3fn, "scale_format": "ue8m0"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "bfloat16": {},
@@ -41,29 +38,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "source_float8": FLOAT8 | {"combine_dtype": torch.float8_e4m3fn, "reduction": "source"},
     "source_of_many_experts": {"reduction": "source", "top_k": 40, "num_experts": 50},
 }
-# Several ranks on a GPU: small pieces of symmetric memory.
-ENVIRONMENT = {"NVSHMEM_CUMEM_GRANULARITY": str(128 << 20)}
-
-
-def start(rank: Rank) -> None:
-    torch.cuda.set_device(rank.group.self_rank % torch.cuda.device_count())
-    os.environ.update(ENVIRONMENT)
-
-
-def run_programs(rank: Rank, scenarios: list[Scenario], programs: list[str], num_ops: int) -> None:
-    """One buffer after the other: later ones take the memory of those before."""
-    start(rank)
-    for scenario in scenarios:
-        with scenario.shape.buffer(rank.group) as buffer:
-            expected = "rdma" if scenario.shape.network.links == "rdma" else "p2p"
-            links = [expected] * rank.group.num_ranks
-            links[rank.group.self_rank] = "self"
-            assert buffer.links() == links
-            interpreter = Interpreter(buffer, scenario)
-            for program in programs:
-                interpreter.run(PROGRAMS[program](num_ops, scenario.shape.num_banks))
-            torch.cuda.synchronize()
-            buffer.raise_if_failed()
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])

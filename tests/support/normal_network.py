@@ -7,19 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ep_backend import Group, NetworkConfig, NormalBuffer, _native
+from ep_backend import Group, NormalBuffer, _native
 from ep_backend.normal_network import NetworkNormalBuffer
 from tests.support.normal import NormalCase, NormalShape, make_case
 from tests.support.normal_cuda import How
+from tests.support.nvshmem import network_of
 from tests.support.routing import ROUTINGS
 
 FLOAT8 = torch.float8_e4m3fn
 Operations = list[tuple[NormalCase, How]]
-
-
-def network_of(ranks_per_node: int) -> NetworkConfig:
-    """Nodes on one host, which put to each other without a card."""
-    return NetworkConfig(transport="none", bootstrap_interface="lo", ranks_per_node=ranks_per_node)
 
 
 @dataclass(frozen=True)
