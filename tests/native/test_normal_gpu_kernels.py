@@ -1,6 +1,6 @@
-"""The normal kernels that GPUs run, of one node and between nodes, compiled for a CPU (gpu_on_cpu/),
-have the bits of the CPU's, with a copy engine that is early or late and over a network that delivers
-in any order; and bugs that are seeded into them are found. No GPU, no CUDA.
+"""The normal kernels that GPUs run, of one node and between nodes, compiled for a CPU
+(gpu_on_cpu/), have the bits of the CPU's, with a copy engine that is early or late and over a
+network that delivers in any order; and bugs that are seeded into them are found. No GPU, no CUDA.
 
 Of a program's many seeds a few are run: `EP_BACKEND_STRESS_SEEDS=500 pytest FILE` runs more."""
 
