@@ -24,8 +24,9 @@ For prefill:
     y = experts(recv_x, recv_topk_idx, recv_topk_weights)               # weighted, summed
     combined, _, _ = buffer.combine(y, handle)
 
-Low-latency calls reach ranks on other hosts as `LowLatencyBuffer` does, with the settings of
-EP_BACKEND_NETWORK if it is set; normal calls do not.
+Calls reach ranks on other hosts as `LowLatencyBuffer` and, on GPUs, `NormalBuffer` do, with the
+settings of EP_BACKEND_NETWORK if it is set. A process that makes both kinds of calls must give it
+a queue_pair_depth for both: NVSHMEM learns it once, from the first shape of either.
 
 What differs from DeepEP: any hidden size, any top_k to 64, any number of ranks of a host, experts
 that ranks do not divide and float32 `x` are fine; rows are ordered by source rank, then token;
