@@ -25,8 +25,8 @@ For prefill:
     combined, _, _ = buffer.combine(y, handle)
 
 Calls reach ranks on other hosts as `LowLatencyBuffer` and, on GPUs, `NormalBuffer` do, with the
-settings of EP_BACKEND_NETWORK if it is set. A process that makes both kinds of calls must give it
-a queue_pair_depth for both: NVSHMEM learns it once, from the first shape of either.
+settings of EP_BACKEND_NETWORK if it is set. NVSHMEM learns the depth of queue pairs once, from the
+first shape: where normal calls come first, set a queue_pair_depth that low-latency ones need.
 
 What differs from DeepEP: any hidden size, any top_k to 64, any number of ranks of a host, experts
 that ranks do not divide and float32 `x` are fine; rows are ordered by source rank, then token;
