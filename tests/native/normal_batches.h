@@ -283,7 +283,9 @@ int run_seeds(int argc, char** argv, const char* name, RunSeed run_seed) {
   if (argc != 3) return 2;
   const uint64_t first = std::stoull(argv[1]), count = std::stoull(argv[2]);
   for (uint64_t seed = first; seed < first + count; ++seed) {
-    if (run_seed(seed)) continue;
+    const bool ok = run_seed(seed);
+    gpu_on_cpu::free_guarded_memory();
+    if (ok) continue;
     std::fprintf(stderr, "stress: seed %llu\n", static_cast<unsigned long long>(seed));
     return 1;
   }
