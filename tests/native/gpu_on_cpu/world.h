@@ -25,6 +25,7 @@ namespace gpu_on_cpu {
 Block block;
 
 constexpr size_t kPage = 4096;
+constexpr uint32_t kMaxSecs = 60;  // of a block: others of its rank may have been ended by a signal
 
 // Of all guarded memory: its first byte and its size, guards included.
 inline std::mutex regions_mutex;
@@ -151,11 +152,11 @@ class Turns {
     }
     while (!order.empty()) {
       std::shuffle(order.begin(), order.end(), random_);
-      bool all_poll = true;
+      bool all_poll = true, has_run = false;
       for (const uint32_t t : order) {
         Thread& thread = threads_[t];
         if (thread.barrier != nullptr && thread.barrier->num_meetings == thread.meeting) continue;
-        thread.barrier = nullptr, thread.polls = false;
+        thread.barrier = nullptr, thread.polls = false, has_run = true;
         threadIdx.x = t;
         swapcontext(&others_, &thread.context);
         all_poll = all_poll && thread.polls;
@@ -163,6 +164,7 @@ class Turns {
       order.erase(std::remove_if(order.begin(), order.end(),
                                  [this](uint32_t t) { return threads_[t].has_ended; }),
                   order.end());
+      if (!has_run) abort();  // they wait at different barriers
       if (all_poll) usleep(100);
     }
   }
@@ -225,6 +227,7 @@ bool run_blocks(const std::vector<std::byte*>& bases, uint32_t num_blocks, uint3
         processes.push_back(process);
         continue;
       }
+      alarm(kMaxSecs);
       const uint64_t own_seed = seed * 1000 + rank * num_blocks + b;
       srand(static_cast<unsigned>(own_seed));
       memory = {bases, static_cast<int>(rank)};
