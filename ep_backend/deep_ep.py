@@ -25,7 +25,8 @@ For prefill:
     combined, _, _ = buffer.combine(y, handle)
 
 Both reach ranks on other hosts from GPUs, as `LowLatencyBuffer` and `NormalBuffer` do, with the
-settings of EP_BACKEND_NETWORK if it is set.
+settings of EP_BACKEND_NETWORK if it is set. NVSHMEM learns the depth of queue pairs once, from the
+first shape: where normal calls come first, set a queue_pair_depth that low-latency ones need.
 
 What differs from DeepEP: any hidden size, any top_k to 64, any number of ranks of a host, experts
 that ranks do not divide and float32 `x` are fine; rows are ordered by source rank, then token;

@@ -76,7 +76,8 @@ class NetworkConfig:
         gid_index: RoCE's (NVSHMEM_IB_GID_INDEX).
         queue_pairs_per_peer: over which blocks spread their puts.
         queue_pair_depth: requests that a queue pair holds, a power of two. Default: as many as the
-            buffer can have in flight to one peer; with fewer, a put may wait for one that has died.
+            buffer can have in flight to one peer; with fewer, a put of the low-latency kernels may
+            wait for one that has died, and rounds of the normal kernels are smaller.
         nics: cards to use, "mlx5_0:1" (NVSHMEM_HCA_LIST). Default: the nearest to each GPU.
         nic_mapping: which ranks of a host use which card, "mlx5_0:1:1,mlx5_1:1:1"
             (NVSHMEM_HCA_PE_MAPPING); not together with `nics`.

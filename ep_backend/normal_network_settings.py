@@ -22,9 +22,15 @@ if TYPE_CHECKING:
 
 NUM_BANKS = 2
 """Rounds in flight."""
-MAX_TOKENS_PER_ROUND = MAX_QUEUE_PAIR_DEPTH // (REQUESTS_PER_PUT * 2 * NUM_BANKS) - 2
-"""With more, a queue pair would not hold all that is in flight to a peer, and a put might wait for
-one that has died."""
+
+
+def max_tokens_per_round(queue_pair_depth: int) -> int:
+    """With more, a queue pair would not hold all that is in flight to a peer, and a put might wait
+    for one that has died."""
+    return max(1, queue_pair_depth // (REQUESTS_PER_PUT * 2 * NUM_BANKS) - 2)
+
+
+MAX_TOKENS_PER_ROUND = max_tokens_per_round(MAX_QUEUE_PAIR_DEPTH)
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class NetworkNormalSettings(NormalShape):
     network: NetworkConfig
     num_ranks: int
     ranks_per_node: int
+    queue_pair_depth: int
+    """At most: of the network's settings, or of NVSHMEM as a buffer has started it."""
 
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""
@@ -73,12 +81,12 @@ class NetworkNormalSettings(NormalShape):
         return _native.NormalNetworkLayout(self._config(1)).num_bytes
 
     def config(self) -> _native.NormalNodeConfig:
-        """With as many tokens a round as the budget has room for, and queue pairs."""
+        """With as many tokens a round as the budget, and a queue pair, have room for."""
         return self._config(self.num_tokens_per_round())
 
     def num_tokens_per_round(self) -> int:
         fits = _native.NormalNetworkLayout.num_tokens_that_fit(self._config(0), self.num_bytes)
-        return min(fits, MAX_TOKENS_PER_ROUND)
+        return min(fits, max_tokens_per_round(self.queue_pair_depth))
 
     def environment(self) -> dict[str, str]:
         """NVSHMEM's variables, by name."""
@@ -106,6 +114,7 @@ def network_settings_of(
         network=network,
         num_ranks=group.num_ranks,
         ranks_per_node=network.node_size(group.hosts()),
+        queue_pair_depth=network.queue_pair_depth or nvshmem.depth() or MAX_QUEUE_PAIR_DEPTH,
         **shape,
     )
 

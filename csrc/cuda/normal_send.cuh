@@ -121,9 +121,10 @@ struct QuantizedRows : SendShape<8192, 8192 / sizeof(T), 8192 / sizeof(T) / 128,
       amax[v] = largest(inputs[v]);
     }
     const protocol::Scale own = protocol::scale_for(magnitude(largest_of_sets(amax)), format);
-    const uint32_t vector = first + lane % kCount * kWarp;
-    if (lane % kLanesPerScale < kCount && (kAreAllThere || vector < num_vectors)) {
-      buffer.scales[vector / kLanesPerScale] = own.scale;
+    // A set that has a scale: the last may have fewer vectors than this lane's number in it.
+    const uint32_t scale = (first + lane % kCount * kWarp) / kLanesPerScale;
+    if (lane % kLanesPerScale < kCount && (kAreAllThere || scale * kLanesPerScale < num_vectors)) {
+      buffer.scales[scale] = own.scale;
     }
 #pragma unroll
     for (uint32_t v = 0; v < kCount; ++v) {

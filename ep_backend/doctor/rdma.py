@@ -92,8 +92,8 @@ def _check_kernels(build: Build) -> Check:
     return Check(
         "kernels over NVSHMEM",
         Level.NOTE,
-        f"low latency, in this build, with NVSHMEM {build.nvshmem}; run without a card only",
-        'The normal kernels, reduction="source" and workspaces are for ranks on one host.',
+        f"in this build, with NVSHMEM {build.nvshmem}; run without a card only",
+        "Workspaces are for ranks on one host.",
     )
 
 

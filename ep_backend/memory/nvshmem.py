@@ -31,7 +31,7 @@ import torch
 from ep_backend.errors import RendezvousError
 from ep_backend.memory import raise_first
 from ep_backend.memory.cuda import tensor_at
-from ep_backend.network import SHARED_VARIABLES, apply, check_fixed, check_free
+from ep_backend.network import DEPTH_VARIABLE, SHARED_VARIABLES, apply, check_fixed, check_free
 
 if TYPE_CHECKING:
     from ep_backend.group import Group
@@ -98,6 +98,12 @@ def extension() -> ModuleType:
         # Where it refuses another version itself, it says all of this.
         hint = "" if "build ep_backend again" in str(e) else f" {_versions()}"
         raise ImportError(f"ep_backend._nvshmem does not load: {e}{hint}") from e
+
+
+def depth() -> int | None:
+    """Requests that queue pairs hold, where NVSHMEM has started and was told; None elsewhere."""
+    told = (None if _world is None else _world.environment.get(DEPTH_VARIABLE)) or ""
+    return int(told) if told.isdigit() else None
 
 
 def _versions() -> str:

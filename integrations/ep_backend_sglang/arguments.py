@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 from typing import Any
 
 from ep_backend.memory import nvshmem
+from ep_backend.network import VARIABLE, NetworkConfig
 from ep_backend_sglang import choice, cpu_only
 from ep_backend_sglang.patching import require, require_parameters
 
 FIELDS = ("moe_a2a_backend", "speculative_moe_a2a_backend")
 PLACE = "sglang.srt.server_args.ServerArgs"
+QUEUE_PAIR_DEPTH = 1 << 14
+"""Of processes that use both kinds of kernels over a network: NVSHMEM learns it once, from the
+first buffer. Enough for as many tokens as SGLang lets a low-latency dispatch take; rounds of the
+normal kernels are what fits."""
 
 
 def check() -> None:
@@ -82,6 +88,8 @@ def _choose(record: Any) -> None:
     if choice.NAME not in backends:
         return
     _refuse_what_is_missing(record)
+    if record.nnodes > 1 and record.deepep_mode == "auto":
+        _share_queue_pairs()
     choice.make_ours()
     for field, backend in zip(FIELDS, backends, strict=True):
         if backend == choice.NAME:
@@ -104,12 +112,25 @@ def _require_network(record: Any) -> None:
     otherwise = f"Or keep the ranks of a server on one host, or choose {choice.BUILT_IN!r}."
     if cpu_only.is_active():
         raise ValueError(f"{several} reaches other hosts from GPUs only. {otherwise}")
-    if record.deepep_mode != "low_latency":
-        raise ValueError(
-            f"{several} serves over several hosts by low-latency kernels only, and --deepep-mode "
-            f"is {record.deepep_mode!r}. Pass --deepep-mode low_latency. {otherwise}"
-        )
     try:
         nvshmem.extension()
     except ImportError as e:
         raise ValueError(f"{several} needs NVSHMEM for that: {e} {otherwise}") from e
+
+
+def _share_queue_pairs() -> None:
+    """Of both kinds of kernels, in the processes that this one starts. What the user has chosen
+    stays."""
+    network = NetworkConfig.from_env() or NetworkConfig()
+    levels = (network.service_level, network.normal_service_level)
+    missing = {
+        "queue_pair_depth": (network.queue_pair_depth, QUEUE_PAIR_DEPTH),
+        "service_level": levels,
+        "normal_service_level": levels[::-1],
+    }
+    chosen = [
+        f"{name}={other}"
+        for name, (own, other) in missing.items()
+        if own is None and other is not None
+    ]
+    os.environ[VARIABLE] = " ".join([*os.environ.get(VARIABLE, "").split(), *chosen])

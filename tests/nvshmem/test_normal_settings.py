@@ -19,11 +19,15 @@ from ep_backend import (
     virtual_world,
 )
 from ep_backend.memory import nvshmem
-from ep_backend.network import VARIABLE, spans_nodes
+from ep_backend.network import MAX_QUEUE_PAIR_DEPTH, VARIABLE, check_fixed, spans_nodes
 from ep_backend.normal_cuda import CudaNormalBuffer
 from ep_backend.normal_cuda_settings import CudaNormalSettings
 from ep_backend.normal_network import NetworkNormalBuffer
-from ep_backend.normal_network_settings import MAX_TOKENS_PER_ROUND, NetworkNormalSettings
+from ep_backend.normal_network_settings import (
+    MAX_TOKENS_PER_ROUND,
+    NetworkNormalSettings,
+    network_settings_of,
+)
 from ep_backend.normal_settings import NormalSettings
 from tests.support.nvshmem import network_of
 
@@ -36,7 +40,13 @@ SHAPE: dict[str, Any] = {
     "scale_format": "float32",
     "num_bytes": 8 << 20,
 }
-SETTINGS = NetworkNormalSettings(**SHAPE, network=NetworkConfig(), num_ranks=8, ranks_per_node=4)
+SETTINGS = NetworkNormalSettings(
+    **SHAPE,
+    network=NetworkConfig(),
+    num_ranks=8,
+    ranks_per_node=4,
+    queue_pair_depth=MAX_QUEUE_PAIR_DEPTH,
+)
 
 
 def on_hosts(hosts: list[int]) -> Group:
@@ -102,6 +112,30 @@ def test_a_budget_decides_on_the_tokens_of_a_round() -> None:
     assert most.environment()["NVSHMEM_QP_DEPTH"] == "32768"
     level = replace(most, network=NetworkConfig(normal_service_level=5))
     assert level.environment()["NVSHMEM_IB_SL"] == "5"
+
+
+def test_rounds_are_as_large_as_the_queue_pairs_that_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def settings(network: NetworkConfig | None = None) -> NetworkNormalSettings:
+        group = on_hosts([0, 0, 1, 1])
+        return network_settings_of(group, network, **SHAPE | {"num_bytes": 1 << 40})
+
+    assert settings().num_tokens_per_round() == MAX_TOKENS_PER_ROUND
+    # Of all that two rounds have in flight, both ways, two requests each.
+    assert settings(NetworkConfig(queue_pair_depth=1024)).num_tokens_per_round() == 126
+    # NVSHMEM as a low-latency buffer has started it.
+    started = NetworkConfig().environment("low_latency", 128, 2)
+    world = nvshmem._World("", dict(started), torch.device("cuda", 0))
+    monkeypatch.setattr(nvshmem, "_world", world)
+    assert started["NVSHMEM_QP_DEPTH"] == "2048"
+    assert settings().num_tokens_per_round() == 254
+    check_fixed(settings().environment(), world.environment)
+    # Its queue pairs are told of to peers that might have others.
+    assert settings().agreed()["queue_pair_depth"] == 2048
+    smaller = settings(NetworkConfig(queue_pair_depth=512))
+    assert smaller.num_tokens_per_round() == 62
+    check_fixed(smaller.environment(), world.environment)
 
 
 @pytest.mark.parametrize(

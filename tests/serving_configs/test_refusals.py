@@ -11,13 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 from ep_backend_sglang import arguments, choice, cpu_only
+from ep_backend_sglang.buffer import MOST_TOKENS_LIMIT
 from typer.testing import CliRunner
 
 from ep_backend import RendezvousError
 from ep_backend import group as group_module
 from ep_backend.cli import app
 from ep_backend.memory import nvshmem
-from ep_backend.network import VARIABLE
+from ep_backend.network import VARIABLE, NetworkConfig
 from tests.serving_configs.configs import (
     COMPOSE_FILES,
     LEADER_WORKER_SETS,
@@ -172,12 +173,47 @@ def test_sglang_over_two_hosts_of_gpus_goes_on_with_nvshmem(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cpu_only, "is_active", lambda: False)
-    record = SimpleNamespace(nnodes=2, deepep_mode="auto")
-    with pytest.raises(ValueError, match="Pass --deepep-mode low_latency"):
-        arguments._require_network(record)
-    record.deepep_mode = "low_latency"
+    record = SimpleNamespace(nnodes=2)
     if find_spec("ep_backend._nvshmem") is None:
         with pytest.raises(ValueError, match=r"--nnodes is 2, .* built without NVSHMEM"):
             arguments._require_network(record)
     monkeypatch.setattr(nvshmem, "extension", lambda: None)
     arguments._require_network(record)
+
+
+@pytest.mark.parametrize(
+    ("mode", "num_hosts", "given", "depth"),
+    [
+        ("auto", 2, None, 16384),
+        ("auto", 2, "service_level=3", 16384),
+        ("auto", 2, "normal_service_level=3", 16384),
+        ("auto", 2, "queue_pair_depth=4096", 4096),
+        ("auto", 1, None, None),
+        ("normal", 2, None, None),
+        ("low_latency", 2, None, None),
+    ],
+)
+def test_sglang_over_two_hosts_has_queue_pairs_for_all_that_a_process_runs(
+    mode: str, num_hosts: int, given: str | None, depth: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_only, "is_active", lambda: False)
+    monkeypatch.setattr(nvshmem, "extension", lambda: None)
+    monkeypatch.setattr(choice, "make_ours", lambda: None)
+    monkeypatch.setenv(VARIABLE, given or "")
+    if given is None:
+        monkeypatch.delenv(VARIABLE)
+    record = SimpleNamespace(
+        nnodes=num_hosts,
+        deepep_mode=mode,
+        enable_single_batch_overlap=False,
+        **dict.fromkeys(arguments.FIELDS, choice.NAME),
+    )
+    arguments._choose(record)
+    assert record.moe_a2a_backend == choice.BUILT_IN
+    network = NetworkConfig.from_env() or NetworkConfig()
+    assert network.queue_pair_depth == depth
+    # Of which a process has one.
+    level = 3 if given is not None and "service_level" in given else None
+    assert (network.service_level, network.normal_service_level) == (level, level)
+    if depth == 16384:  # what SGLang lets a low-latency dispatch take
+        assert depth >= NetworkConfig().depth_for(MOST_TOKENS_LIMIT, 2)

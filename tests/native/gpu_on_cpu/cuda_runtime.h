@@ -1,7 +1,8 @@
-// Stands in for CUDA, so that kernels run on a CPU: a block is a process, its threads are threads,
-// and what __shared__ declares is the process's. Warps, whose lanes go on together here too, meet
-// at barriers; so do blocks. Memory is as coherent as the CPU's: bugs of order are found where
-// other blocks, ranks or the network come too early, not where a fence is missing.
+// Stands in for CUDA, so that kernels run on a CPU: a block is a process, and what __shared__
+// declares is the process's. Its threads run in turns, in any order, each until it waits: for the
+// others at a barrier, where lanes of a warp meet too, or for a word. Memory is as coherent as the
+// CPU's: bugs of order are found where threads, blocks, ranks or the network come too early, not
+// where a fence is missing.
 #pragma once
 
 #include <pthread.h>
@@ -20,6 +21,7 @@
 #define __grid_constant__
 #define __noinline__
 #define __launch_bounds__(...)
+#define __align__(n) alignas(n)
 
 namespace gpu_on_cpu {
 
@@ -28,23 +30,30 @@ constexpr uint32_t kLanes = 32, kMaxThreads = 1024;
 struct Dim {
   uint32_t x;
 };
+struct Barrier {
+  uint32_t num_threads, num_arrived, num_meetings;
+};
 struct Warp {
-  pthread_barrier_t barrier;
+  Barrier barrier;
   uint64_t values[kLanes];
 };
 // Of this process's block.
 struct Block {
-  pthread_barrier_t barrier;
+  Barrier barrier;
   pthread_barrier_t* grid;  // shared by all blocks of the rank
   int votes[kMaxThreads];
   Warp warps[kMaxThreads / kLanes];
 };
 extern Block block;
 
+// Let other threads of the block run: until all are at the barrier; or for a moment, because this
+// one polls.
+void meet(Barrier& barrier);
+void poll();
+
 }  // namespace gpu_on_cpu
 
-extern thread_local gpu_on_cpu::Dim threadIdx;
-extern gpu_on_cpu::Dim blockIdx, gridDim, blockDim;
+extern gpu_on_cpu::Dim threadIdx, blockIdx, gridDim, blockDim;
 
 struct uint2 {
   uint32_t x, y;
@@ -68,7 +77,7 @@ std::common_type_t<A, B> max(A a, B b) {
 
 // --- blocks and warps ----------------------------------------------------------------------------
 
-inline void __syncthreads() { pthread_barrier_wait(&gpu_on_cpu::block.barrier); }
+inline void __syncthreads() { gpu_on_cpu::meet(gpu_on_cpu::block.barrier); }
 inline bool __syncthreads_and(int predicate) {
   int* votes = gpu_on_cpu::block.votes;
   votes[threadIdx.x] = predicate != 0;
@@ -83,7 +92,7 @@ namespace gpu_on_cpu {
 
 inline Warp& warp() { return block.warps[threadIdx.x / kLanes]; }
 inline uint32_t lane() { return threadIdx.x % kLanes; }
-inline void meet() { pthread_barrier_wait(&warp().barrier); }
+inline void meet() { meet(warp().barrier); }
 
 // Calls `use(values of all lanes)` between two barriers.
 template <typename T, typename Use>
@@ -103,6 +112,13 @@ T from_lane(const T& value, uint32_t src) {
     std::memcpy(&out, &values[src % kLanes], sizeof out);
     return out;
   });
+}
+
+// All blocks of the rank.
+inline void meet_all() {
+  __syncthreads();
+  if (threadIdx.x == 0) pthread_barrier_wait(block.grid);
+  __syncthreads();
 }
 
 }  // namespace gpu_on_cpu

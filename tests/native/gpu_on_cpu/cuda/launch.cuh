@@ -12,7 +12,7 @@ struct Launch {
   template <typename... Params, typename... Args>
   void run(void (*kernel)(Params...), uint64_t, const Args&... args) const {
     kernel(args...);
-    pthread_barrier_wait(gpu_on_cpu::block.grid);
+    gpu_on_cpu::meet_all();
   }
 };
 

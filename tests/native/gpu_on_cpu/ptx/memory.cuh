@@ -14,17 +14,19 @@ inline uint4 load_vector(const uint4* vector) {
   return *vector;
 }
 
-// Waits poll with it, and there are more of them than cores.
+// Waits poll with these.
 inline uint64_t ld_acquire_sys(const uint64_t* word) {
-  const uint64_t value = load(word);
-  usleep(20);
-  return value;
+  gpu_on_cpu::poll();
+  return load(word);
+}
+inline uint32_t ld_acquire_gpu(const uint32_t* word) {
+  gpu_on_cpu::poll();
+  return load(word);
 }
 inline uint64_t ld_relaxed_sys(const uint64_t* word) { return load(word); }
 inline uint32_t ld_relaxed_sys(const uint32_t* word) { return load(word); }
 inline uint64_t ld_relaxed_gpu(const uint64_t* word) { return load(word); }
 inline uint32_t ld_relaxed_gpu(const uint32_t* word) { return load(word); }
-inline uint32_t ld_acquire_gpu(const uint32_t* word) { return load(word); }
 inline void st_release_gpu(uint32_t* word, uint32_t value) {
   __atomic_store_n(word, value, __ATOMIC_RELEASE);
 }
