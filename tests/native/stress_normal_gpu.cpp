@@ -4,41 +4,20 @@
 //
 //   stress_normal_gpu FIRST_SEED NUM_SEEDS
 #include <algorithm>
-#include <cstdio>
 #include <memory>
 #include <string>
 
 #include "cpu/normal_nodes.h"
-#include "cuda_bf16.h"
 #include "nvshmem/normal_op.cuh"
-#include "world.h"
+#include "stress_gpu.h"
 
 namespace {
 
-using namespace ep;
-using gpu_on_cpu::shared_array;
-using protocol::DType;
-using protocol::OpResult;
+using namespace stress;
 using protocol::ScaleFormat;
-using protocol::Status;
 
 constexpr uint32_t kNumOps = 2;
-constexpr uint64_t kTimeoutNs = 20'000'000'000;
 constexpr uint64_t kAnyRows = uint64_t{1} << 30;
-
-class Random {
- public:
-  explicit Random(uint64_t seed) : engine_(seed) {}
-  uint32_t below(uint32_t limit) { return static_cast<uint32_t>(engine_() % limit); }
-  uint32_t one_of(const std::vector<uint32_t>& values) {
-    return values[below(static_cast<uint32_t>(values.size()))];
-  }
-  float normal() { return normal_(engine_); }
-
- private:
-  std::mt19937_64 engine_;
-  std::normal_distribution<float> normal_;
-};
 
 struct Shape {
   protocol::NormalNodeConfig config;
@@ -66,23 +45,10 @@ struct Shape {
     return shape;
   }
   const protocol::NormalConfig& normal() const { return config.normal; }
-  uint64_t element_bytes() const { return protocol::element_bytes(normal().dtype); }
 };
 
-// Rows of the shape's dtype.
 std::byte* draw_rows(Random& random, const Shape& shape, uint64_t num_rows, float size) {
-  const uint64_t count = num_rows * shape.normal().hidden;
-  auto* rows = shared_array<std::byte>(count * shape.element_bytes());
-  for (uint64_t i = 0; i < count; ++i) {
-    const float value = random.normal() * size;
-    const __nv_bfloat16 rounded = __float2bfloat16_rn(value);
-    if (shape.normal().dtype == DType::kFloat32) {
-      std::memcpy(rows + 4 * i, &value, 4);
-    } else {
-      std::memcpy(rows + 2 * i, &rounded, 2);
-    }
-  }
-  return rows;
+  return draw_rows(random, shape.normal().dtype, shape.normal().hidden, num_rows, size);
 }
 
 // What comes of an operation on one rank.
@@ -130,24 +96,13 @@ struct Batch {
     const uint32_t top_k = config.top_k, num_ranks = config.num_ranks;
     const uint32_t num_remote = layout.nodes().num_remote();
     if (shape.is_quantized) {
-      const uint64_t num_values = uint64_t{num_tokens} * config.hidden;
-      const uint64_t num_scales = uint64_t{num_tokens} * layout.base().num_scales();
-      x = shared_array<std::byte>(num_values);
-      for (uint64_t i = 0; i < num_values; ++i) x[i] = static_cast<std::byte>(random.below(0x78));
-      x_scales = shared_array<float>(num_scales);
-      for (uint64_t i = 0; i < num_scales; ++i) x_scales[i] = std::ldexp(1.0f, -int(i % 9));
+      x = draw_float8(random, config.hidden, num_tokens);
+      x_scales = draw_scales(uint64_t{num_tokens} * layout.base().num_scales());
     } else {
       x = draw_rows(random, shape, num_tokens, 3.0f);
     }
-    topk_idx = shared_array<int64_t>(uint64_t{num_tokens} * top_k);
-    topk_weights = shared_array<float>(uint64_t{num_tokens} * top_k);
-    const uint32_t first = random.below(config.num_experts);
-    const uint32_t span = 1 + random.below(config.num_experts);
-    for (uint64_t i = 0; i < uint64_t{num_tokens} * top_k; ++i) {
-      const uint32_t expert = (first + random.below(span)) % config.num_experts;
-      topk_idx[i] = random.below(5) == 0 ? -1 : int64_t{expert};
-      topk_weights[i] = random.normal();
-    }
+    topk_idx = draw_experts(random, config.num_experts, uint64_t{num_tokens} * top_k);
+    topk_weights = draw_floats(random, uint64_t{num_tokens} * top_k);
     for (uint32_t i = 0; i < shape.num_biases; ++i) {
       bias[i] = draw_rows(random, shape, num_tokens, 100.0f);
     }
@@ -165,20 +120,6 @@ struct Batch {
 };
 
 using Operations = std::vector<std::vector<std::unique_ptr<Batch>>>;  // by operation, then rank
-
-bool report(const char* whose, uint32_t rank, const OpResult& result) {
-  if (result.status == Status::kOk) return true;
-  const protocol::FlightRecord& record = result.record;
-  std::fprintf(stderr,
-               "stress: rank %u, %s kernels: status %u, peer %d, phase %u, half %u, epoch %llu, "
-               "expected %llu, saw %llu\n",
-               rank, whose, static_cast<uint32_t>(result.status), record.peer_rank,
-               static_cast<uint32_t>(record.phase), static_cast<uint32_t>(record.half),
-               static_cast<unsigned long long>(record.epoch),
-               static_cast<unsigned long long>(record.expected),
-               static_cast<unsigned long long>(record.seen));
-  return false;
-}
 
 // --- csrc/cpu ------------------------------------------------------------------------------------
 
@@ -210,8 +151,7 @@ bool run_on_cpu(cpu::NormalNodeRank& kernels, const Shape& shape,
                                 out.recv_topk_idx, out.recv_topk_weights, out.recv_src_tokens}));
   // In which order a token's rows are added shows.
   batch.y = draw_rows(random, shape, batch.num_rows, rank % 2 == 1 ? 1000.0f : 0.3f);
-  batch.y_weights = shared_array<float>(batch.num_rows * top_k);
-  for (uint64_t i = 0; i < batch.num_rows * top_k; ++i) batch.y_weights[i] = random.normal();
+  batch.y_weights = draw_floats(random, batch.num_rows * top_k);
   return ok && report("the CPU's", rank,
                       kernels.combine({batch.y,
                                        shape.with_weights,
@@ -346,12 +286,10 @@ bool compare(const Shape& shape, const protocol::NormalLayout& layout, uint32_t 
              const Batch& batch) {
   bool ok = true;
   const uint64_t top_k = shape.normal().top_k;
-  auto same = [&](const char* what, const void* a, const void* b, uint64_t num_bytes) {
-    if (std::memcmp(a, b, num_bytes) == 0) return;
-    std::fprintf(stderr, "stress: rank %u, operation %u: wrong %s\n", rank, op, what);
-    ok = false;
-  };
   const Outputs &a = *batch.expected, &b = *batch.seen;
+  auto same = [&](const char* what, const void* expected, const void* seen, uint64_t num_bytes) {
+    ok &= is_same(rank, op, what, expected, seen, num_bytes);
+  };
   same("rows", a.recv_x, b.recv_x, batch.num_rows * layout.dispatch_row_bytes());
   same("scales", a.recv_scales, b.recv_scales, batch.num_rows * layout.num_scale_words() * 4);
   same("experts", a.recv_topk_idx, b.recv_topk_idx, batch.num_rows * top_k * 4);
@@ -393,13 +331,5 @@ bool run_seed(uint64_t seed) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 3) return 2;
-  const uint64_t first = std::stoull(argv[1]), count = std::stoull(argv[2]);
-  for (uint64_t seed = first; seed < first + count; ++seed) {
-    if (run_seed(seed)) continue;
-    std::fprintf(stderr, "stress: seed %llu\n", static_cast<unsigned long long>(seed));
-    return 1;
-  }
-  std::printf("stress_normal_gpu: ok\n");
-  return 0;
+  return stress::run_seeds("stress_normal_gpu", argc, argv, run_seed);
 }

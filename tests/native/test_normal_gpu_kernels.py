@@ -4,20 +4,14 @@ are found. No GPU, no CUDA."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.native.test_sanitizers import CSRC, SeededBug, run_program
+from tests.native import gpu_programs
+from tests.native.test_sanitizers import SeededBug, run_program
 
-HERE = Path(__file__).parent
-KERNELS = ("normal_counts", "normal_dispatch", "normal_combine")
-# What stands in for CUDA cannot do: blocks of many threads in time, and shared memory whose size
-# the launch gives.
+KERNELS = ["normal_counts", "normal_dispatch", "normal_combine"]
 EDITS = [
     ("nvshmem/normal_launch.cuh", "kNodeThreads = 512;", "kNodeThreads = 64;"),
     (
@@ -29,36 +23,7 @@ EDITS = [
 
 
 def build(directory: Path, bug: SeededBug | None = None) -> Path:
-    """The program `stress_normal_gpu`, of an edited copy of the sources."""
-    gcc = shutil.which("g++")
-    if gcc is None:
-        pytest.skip("no g++ on PATH: the GPU's kernels were NOT run on a CPU")
-    csrc = directory / "csrc"
-    shutil.copytree(CSRC, csrc)
-    for file, line, becomes in EDITS + ([] if bug is None else [(bug.file, bug.line, bug.becomes)]):
-        text = (csrc / file).read_text()
-        assert text.count(line) == 1, f"{file} has no {line!r} any more"
-        (csrc / file).write_text(text.replace(line, becomes))
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-Wno-unknown-pragmas"]
-    includes = [f"-I{HERE / 'gpu_on_cpu'}", f"-I{csrc}"]
-    sources = [HERE / "stress_normal_gpu.cpp", *sorted((csrc / "cpu").glob("*.cpp"))]
-    sources += [csrc / f"nvshmem/{kernel}.cu" for kernel in KERNELS]
-
-    def compile_one(source: Path) -> str:
-        made = str(directory / source.name) + ".o"
-        run([gcc, *flags, *includes, "-x", "c++", "-c", str(source), "-o", made])
-        return made
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
-    program = directory / "stress_normal_gpu"
-    run([gcc, "-pthread", *objects, "-o", str(program)])
-    return program
-
-
-def run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    return gpu_programs.build("stress_normal_gpu", KERNELS, EDITS, directory, bug)
 
 
 def test_the_bits_are_those_of_the_cpus_kernels(tmp_path: Path) -> None:

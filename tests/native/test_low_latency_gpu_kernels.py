@@ -1,0 +1,74 @@
+"""The low-latency kernels that GPUs run over a network, flat and hierarchical, compiled for a CPU
+(gpu_on_cpu/), have the bits of the CPU's, over a network that delivers in any order; and bugs of
+order that are seeded into them are found. No GPU, no CUDA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.native import gpu_programs
+from tests.native.test_sanitizers import SeededBug, run_program
+
+KERNELS = ["dispatch", "combine", "hierarchical_dispatch", "hierarchical_combine"]
+EDITS = [("cuda/rank.cuh", "kThreads = 256;", "kThreads = 64;")]
+EDITS += [
+    (
+        f"nvshmem/{kernels}.cu",
+        "extern __shared__ uint32_t shared[];",
+        "__shared__ uint32_t shared[4096];",
+    )
+    for kernels in KERNELS
+]
+
+
+def build(directory: Path, bug: SeededBug | None = None) -> Path:
+    return gpu_programs.build("stress_low_latency_gpu", KERNELS, EDITS, directory, bug)
+
+
+def test_the_bits_are_those_of_the_cpus_kernels(tmp_path: Path) -> None:
+    done = run_program(build(tmp_path), 1, 16)
+    assert (done.returncode, done.stdout) == (0, "stress_low_latency_gpu: ok\n"), done.stderr
+
+
+SEEDED_BUGS = [
+    SeededBug(
+        "messages_are_read_when_their_signal_is_there",
+        "cuda/rank.cuh",
+        "rank_.has_arrived(receiving(), bank_, r, protocol::signal_count(source), speaks);",
+        "true;",
+    ),
+    SeededBug(
+        "no_wait_for_credit",
+        "cuda/rank.cuh",
+        "if (r == rank_.self_rank || !is_peer(r)) continue;",
+        "continue;",
+    ),
+    SeededBug(
+        "messages_are_forwarded_when_their_signal_is_there",
+        "nvshmem/hierarchical_forward.cuh",
+        "rank_.has_arrived(op_.receiving(), op_.bank(), src_rank, count, speaks);",
+        "true;",
+    ),
+    SeededBug(
+        "neighbours_are_signalled_before_all_is_forwarded",
+        "nvshmem/hierarchical_forward.cuh",
+        "is_last = ptx::atom_add_acq_rel_gpu(num_finished, 1) == share.num_blocks - 1;",
+        "is_last = ptx::atom_add_acq_rel_gpu(num_finished, 1) == 0;",
+    ),
+    SeededBug(
+        "a_node_is_added_up_before_its_rows_are_there",
+        "nvshmem/hierarchical_combine.cu",
+        "op.may_receive() && combiner.wait_for_neighbours();",
+        "op.may_receive();",
+    ),
+]
+
+
+@pytest.mark.parametrize("bug", SEEDED_BUGS, ids=lambda bug: bug.id)
+def test_a_bug_seeded_into_the_kernels_is_found(bug: SeededBug, tmp_path: Path) -> None:
+    done = run_program(build(tmp_path, bug), 1, 60)
+    assert done.returncode == 1
+    # Wrong data, or words that contradict each other.
+    assert "stress: rank" in done.stderr
