@@ -4,6 +4,7 @@
 // batches, and what the network delivers next.
 //
 //   stress_low_latency_gpu FIRST_SEED NUM_SEEDS
+//   stress_low_latency_gpu damage     a message that names a place far behind all others is refused
 #include <algorithm>
 #include <memory>
 #include <string>
@@ -23,7 +24,7 @@ using protocol::ScaleFormat;
 constexpr uint32_t kNumOps = 4;
 
 struct Step {
-  enum { kDispatch, kHook, kCombine, kCombineHook } what;
+  enum { kDispatch, kDamage, kHook, kCombine, kCombineHook } what;
   uint32_t op;
 };
 using Program = std::vector<Step>;
@@ -45,6 +46,9 @@ const Program kAhead{{Step::kDispatch, 0},    {Step::kDispatch, 1},    {Step::kH
                      {Step::kCombine, 1},     {Step::kCombineHook, 0}, {Step::kCombine, 2},
                      {Step::kCombineHook, 1}, {Step::kCombine, 3},     {Step::kCombineHook, 2},
                      {Step::kCombineHook, 3}};
+
+// By GPUs only: an error ends it.
+const Program kDamaged{{Step::kDispatch, 0}, {Step::kDamage, 0}, {Step::kHook, 0}};
 
 struct Shape {
   protocol::LowLatencyConfig config;  // of one host
@@ -91,6 +95,14 @@ struct Shape {
   }
 };
 
+// What no kernel may read before one has written it.
+template <typename T>
+T* undefined_array(size_t count) {
+  T* array = shared_array<T>(count);
+  std::memset(static_cast<void*>(array), 0xee, count * sizeof(T));
+  return array;
+}
+
 // What one kind of kernels keeps and makes of an operation on one rank.
 struct Outputs {
   uint32_t *num_partials, *answers;
@@ -110,20 +122,20 @@ struct Outputs {
     const uint64_t num_slots = layout.expert_capacity(), num_remote = shape.nodes().num_remote();
     const uint64_t num_local = layout.partition().num_max_local_experts();
     num_rows = shape.output == OutputLayout::kRankMajor ? num_slots : num_local * num_slots;
-    num_partials = shared_array<uint32_t>(num_tokens);
-    answers = shared_array<uint32_t>(uint64_t{num_tokens} * layout.num_answer_words());
+    num_partials = undefined_array<uint32_t>(num_tokens);
+    answers = undefined_array<uint32_t>(uint64_t{num_tokens} * layout.num_answer_words());
     recv_x = shared_array<std::byte>(num_rows * layout.dispatch_row_bytes());
     recv_scales = shared_array<uint32_t>(num_rows * layout.num_scale_words());
-    counts = shared_array<int32_t>(num_local);
+    counts = undefined_array<int32_t>(num_local);
     recv_topk_idx = shared_array<int32_t>(num_slots * config.top_k);
     recv_topk_weights = shared_array<float>(num_slots * config.top_k);
-    handle = {shared_array<uint32_t>(config.num_ranks),
-              shared_array<protocol::HandleMessage>(num_slots),
-              shared_array<protocol::HandleEntry>(num_slots * config.top_k)};
-    num_forwarded = shared_array<uint32_t>(num_remote);
+    handle = {undefined_array<uint32_t>(config.num_ranks),
+              undefined_array<protocol::HandleMessage>(num_slots),
+              undefined_array<protocol::HandleEntry>(num_slots * config.top_k)};
+    num_forwarded = undefined_array<uint32_t>(num_remote);
     forwarded =
-        shared_array<protocol::ForwardedMessage>(num_remote * config.num_max_tokens_per_rank);
-    out = shared_array<std::byte>(num_tokens * layout.row_bytes());
+        undefined_array<protocol::ForwardedMessage>(num_remote * config.num_max_tokens_per_rank);
+    out = undefined_array<std::byte>(num_tokens * layout.row_bytes());
   }
 };
 
@@ -257,7 +269,7 @@ cuda::RankView base_view(const Shape& shape, const protocol::LowLatencyLayout& l
   cuda::RankView view = {layout, rank, bases[rank]};
   for (uint32_t r = 0; r < num_ranks; ++r) {
     of_node[r] = shape.nodes().share_node(rank, r) ? bases[r] : nullptr;
-    view.near_bases[r] = of_node[r];
+    if (r < cuda::kNumNearRanks) view.near_bases[r] = of_node[r];
   }
   view.bases = of_node;
   view.state = shared_array<cuda::RankState>(1);
@@ -277,11 +289,21 @@ int32_t* own_numbers(uint32_t num_ranks) {
   return pes;
 }
 
+// This rank's first message to itself.
+void damage(const nvshmem::NetworkView& view) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    const uint32_t bank = protocol::bank_of(1, view.layout.config().num_banks);
+    auto* message = view.self_base + view.layout.header(bank, view.self_rank, 0);
+    reinterpret_cast<protocol::MessageHeader*>(message)->outcome_slot = ~0u;
+  }
+  pthread_barrier_wait(gpu_on_cpu::block.grid);
+}
 // One thread of one block.
 void run_step(const nvshmem::NetworkView& view, uint32_t what, const Batch& batch) {
   const cuda::Launch launch;
   const Outputs& out = batch.seen;
   if (what == Step::kDispatch) return launch_dispatch_send(view, batch.send(out), launch);
+  if (what == Step::kDamage) return damage(view);
   if (what == Step::kHook) return launch_dispatch_recv(view, batch.recv(out), launch);
   if (what == Step::kCombine) return launch_combine_send(view, batch.send_home(out), launch);
   launch_combine_recv(view, batch.recv_home(out), launch);
@@ -313,7 +335,11 @@ bool run_on_gpu(const Shape& shape, uint64_t num_bytes, const Operations& operat
     }
   });
   if (!ok) std::fprintf(stderr, "stress: a block was ended by a signal\n");
-  for (uint32_t r = 0; r < num_ranks; ++r) ok &= report("the GPU's", r, views[r].report->result);
+  for (uint32_t r = 0; r < num_ranks; ++r) {
+    const OpResult& result = views[r].report->result;
+    const bool is_refused = result.status == Status::kCorrupt;
+    ok &= shape.program == &kDamaged ? is_refused : report("the GPU's", r, result);
+  }
   return ok;
 }
 
@@ -399,8 +425,28 @@ bool run_seed(uint64_t seed) {
   return ok;
 }
 
+bool run_damaged(Reduction reduction) {
+  Random random(1);
+  Shape shape = Shape::draw(random);
+  shape.config.num_ranks = 2, shape.config.num_experts = 2, shape.config.reduction = reduction;
+  shape.ranks_per_node = 1, shape.is_hierarchical = false, shape.program = &kDamaged;
+  shape.output = OutputLayout::kExpertMajor;
+  const protocol::LowLatencyLayout layout(shape.config);
+  Operations operations(1);
+  for (uint32_t r = 0; r < 2; ++r) {
+    std::unique_ptr<Batch> batch;
+    do {
+      batch = std::make_unique<Batch>(random, shape, layout, r);
+    } while (batch->num_tokens == 0);
+    batch->topk_idx[0] = r;
+    operations[0].push_back(std::move(batch));
+  }
+  return run_flat(shape, operations, 1, 1);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc == 2) return run_damaged(Reduction::kRank) && run_damaged(Reduction::kSource) ? 0 : 1;
   return stress::run_seeds("stress_low_latency_gpu", argc, argv, run_seed);
 }

@@ -28,8 +28,10 @@ def build(directory: Path, bug: SeededBug | None = None) -> Path:
 
 
 def test_the_bits_are_those_of_the_cpus_kernels(tmp_path: Path) -> None:
-    done = run_program(build(tmp_path), 1, 16)
+    program = build(tmp_path)
+    done = run_program(program, 1, 16)
     assert (done.returncode, done.stdout) == (0, "stress_low_latency_gpu: ok\n"), done.stderr
+    assert run_program(program, "damage").returncode == 0
 
 
 SEEDED_BUGS = [
