@@ -238,7 +238,8 @@ class LowLatencyBuffer:
         self.hierarchical = hierarchical
         ranks_per_node = settings.ranks_per_node(group)
         self.num_nodes: int = group.num_ranks // ranks_per_node
-        """Of as many ranks each. Those of a node reach each other's memory."""
+        """Of as many ranks each. Those of a node reach each other's memory. 1 where kernels ask for
+        each pair by itself: on GPUs, flat, unless the network has `ranks_per_node`."""
         settings = replace(settings, hierarchical=hierarchical and self.num_nodes > 1)
         config = settings.config(group.num_ranks)
         layout = _native.LowLatencyLayout(config)

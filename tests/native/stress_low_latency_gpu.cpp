@@ -5,6 +5,7 @@
 //
 //   stress_low_latency_gpu FIRST_SEED NUM_SEEDS
 //   stress_low_latency_gpu damage     a message that names a place far behind all others is refused
+//   stress_low_latency_gpu stop       a rank ends before each step; the others give up, none hangs
 #include <algorithm>
 #include <memory>
 #include <string>
@@ -56,8 +57,10 @@ struct Shape {
   bool is_hierarchical, is_quantized;
   OutputLayout output;
   const Program* program;
+  uint32_t num_steps_of_first = ~0u;  // then rank 0 ends
+  uint64_t timeout_ns = kTimeoutNs;
 
-  static Shape draw(Random& random) {
+  static Shape draw(Random& random, bool is_hierarchical) {
     const uint32_t per_node = random.one_of({1, 2, 2, 3});
     const uint32_t num_nodes = per_node == 3 ? 2 : random.one_of({2, 3});
     const uint32_t num_ranks = per_node * num_nodes;
@@ -75,7 +78,7 @@ struct Shape {
                     static_cast<ScaleFormat>(is_float8 ? random.below(3) : 0)};
     shape.config.combine_dtype = is_combine_float8 ? DType::kFloat8E4M3 : dtype;
     shape.ranks_per_node = per_node;
-    shape.is_hierarchical = random.below(2) == 1;
+    shape.is_hierarchical = is_hierarchical;
     shape.is_quantized = is_float8 && random.below(2) == 1;
     shape.output = random.below(3) == 0 ? OutputLayout::kRankMajor : OutputLayout::kExpertMajor;
     const bool may_be_source = !shape.is_hierarchical && shape.output == OutputLayout::kExpertMajor;
@@ -276,7 +279,7 @@ cuda::RankView base_view(const Shape& shape, const protocol::LowLatencyLayout& l
   view.wait_ns = shared_array<uint64_t>(protocol::kNumPhases * protocol::kNumHalves * num_ranks);
   view.num_expert_rows = shared_array<uint64_t>(layout.partition().num_max_local_experts());
   view.report = shared_array<cuda::HostReport>(1);
-  view.timeout_ns = kTimeoutNs;
+  view.timeout_ns = shape.timeout_ns;
   view.owners = cuda::Owners(layout.partition());
   view.num_local_experts = layout.partition().num_local_experts(rank);
   view.share = cuda::kProgressPerOp / num_blocks;
@@ -330,15 +333,22 @@ bool run_on_gpu(const Shape& shape, uint64_t num_bytes, const Operations& operat
   std::vector<decltype(make_view(0, bases))> views;
   for (uint32_t r = 0; r < num_ranks; ++r) views.push_back(make_view(r, bases));
   bool ok = gpu_on_cpu::run_blocks(bases, num_blocks, cuda::kThreads, seed, [&](uint32_t rank) {
+    uint32_t num_steps = 0;
     for (const Step& step : *shape.program) {
+      if (rank == 0 && num_steps++ == shape.num_steps_of_first) return;
       run_step(views[rank], step.what, *operations[step.op][rank]);
     }
   });
   if (!ok) std::fprintf(stderr, "stress: a block was ended by a signal\n");
   for (uint32_t r = 0; r < num_ranks; ++r) {
     const OpResult& result = views[r].report->result;
-    const bool is_refused = result.status == Status::kCorrupt;
-    ok &= shape.program == &kDamaged ? is_refused : report("the GPU's", r, result);
+    if (shape.num_steps_of_first != ~0u) {
+      ok &= r == 0 || result.status == Status::kTimeout;
+    } else if (shape.program == &kDamaged) {
+      ok &= result.status == Status::kCorrupt;
+    } else {
+      ok &= report("the GPU's", r, result);
+    }
   }
   return ok;
 }
@@ -404,17 +414,23 @@ bool compare(const Shape& shape, const protocol::LowLatencyLayout& layout, uint3
   return ok;
 }
 
-bool run_seed(uint64_t seed) {
-  Random random(seed);
-  const Shape shape = Shape::draw(random);
+Operations draw_operations(Random& random, const Shape& shape) {
   const protocol::LowLatencyLayout layout(shape.config);
-  const uint32_t num_ranks = shape.config.num_ranks, num_blocks = 1 + random.below(3);
   Operations operations(kNumOps);
   for (auto& operation : operations) {
-    for (uint32_t r = 0; r < num_ranks; ++r) {
+    for (uint32_t r = 0; r < shape.config.num_ranks; ++r) {
       operation.push_back(std::make_unique<Batch>(random, shape, layout, r));
     }
   }
+  return operations;
+}
+
+bool run_seed(uint64_t seed) {
+  Random random(seed);
+  const Shape shape = Shape::draw(random, seed % 2 == 0);
+  const protocol::LowLatencyLayout layout(shape.config);
+  const uint32_t num_ranks = shape.config.num_ranks, num_blocks = 1 + random.below(3);
+  const Operations operations = draw_operations(random, shape);
   const auto run = shape.is_hierarchical ? run_hierarchical : run_flat;
   bool ok = run_on_cpu(shape, operations, seed) && run(shape, operations, num_blocks, seed);
   for (uint32_t op = 0; ok && op < kNumOps; ++op) {
@@ -427,9 +443,9 @@ bool run_seed(uint64_t seed) {
 
 bool run_damaged(Reduction reduction) {
   Random random(1);
-  Shape shape = Shape::draw(random);
+  Shape shape = Shape::draw(random, false);
   shape.config.num_ranks = 2, shape.config.num_experts = 2, shape.config.reduction = reduction;
-  shape.ranks_per_node = 1, shape.is_hierarchical = false, shape.program = &kDamaged;
+  shape.ranks_per_node = 1, shape.program = &kDamaged;
   shape.output = OutputLayout::kExpertMajor;
   const protocol::LowLatencyLayout layout(shape.config);
   Operations operations(1);
@@ -444,9 +460,28 @@ bool run_damaged(Reduction reduction) {
   return run_flat(shape, operations, 1, 1);
 }
 
+// Four ranks on two nodes; rank 0 ends before each step of its first operation, and behind it.
+bool run_stopped(bool is_hierarchical) {
+  bool ok = true;
+  for (uint32_t num_steps = 0; ok && num_steps <= 4; ++num_steps) {
+    Random random(num_steps);
+    Shape shape = Shape::draw(random, is_hierarchical);
+    shape.config.num_ranks = 4, shape.ranks_per_node = 2, shape.program = &kLoop;
+    shape.num_steps_of_first = num_steps, shape.timeout_ns = 300'000'000;
+    const auto run = is_hierarchical ? run_hierarchical : run_flat;
+    ok = run(shape, draw_operations(random, shape), 2, num_steps);
+    if (!ok) std::fprintf(stderr, "stress: rank 0 took %u steps\n", num_steps);
+  }
+  return ok;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc == 2) return run_damaged(Reduction::kRank) && run_damaged(Reduction::kSource) ? 0 : 1;
+  const std::string what = argc == 2 ? argv[1] : "";
+  if (what == "damage") {
+    return run_damaged(Reduction::kRank) && run_damaged(Reduction::kSource) ? 0 : 1;
+  }
+  if (what == "stop") return run_stopped(false) && run_stopped(true) ? 0 : 1;
   return stress::run_seeds("stress_low_latency_gpu", argc, argv, run_seed);
 }

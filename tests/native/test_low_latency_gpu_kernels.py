@@ -31,7 +31,9 @@ def test_the_bits_are_those_of_the_cpus_kernels(tmp_path: Path) -> None:
     program = build(tmp_path)
     done = run_program(program, 1, 16)
     assert (done.returncode, done.stdout) == (0, "stress_low_latency_gpu: ok\n"), done.stderr
-    assert run_program(program, "damage").returncode == 0
+    for what in ("damage", "stop"):
+        done = run_program(program, what)
+        assert done.returncode == 0, done.stderr
 
 
 SEEDED_BUGS = [
