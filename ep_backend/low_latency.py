@@ -496,7 +496,8 @@ class LowLatencyBuffer:
         """Unmaps this rank's view of the shared memory. Not collective; idempotent. No operation of
         this rank may be running; tensors that were returned stay valid."""
         if self._calls.close():
-            self._memory.close(has_failed=lambda: self._calls.has_failed)
+            calls = self._calls  # the memory, which is kept, must not keep the buffer's tensors
+            self._memory.close(has_failed=lambda: calls.has_failed)
 
     def links(self) -> list[str]:
         """`[R]`: how each rank is reached: "self", "shm", "p2p" or "rdma"."""
