@@ -24,7 +24,7 @@ def build(
     """The program `name`, of an edited copy of the sources.
 
     Args:
-        kernels: files of csrc/nvshmem, without their ending.
+        kernels: files of csrc, without their ending.
     """
     gcc = shutil.which("g++")
     if gcc is None:
@@ -42,7 +42,7 @@ def build(
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-Wno-unknown-pragmas"]
     includes = [f"-I{HERE / 'gpu_on_cpu'}", f"-I{csrc}"]
     sources = [HERE / f"{name}.cpp", *sorted((csrc / "cpu").glob("*.cpp"))]
-    sources += [csrc / f"nvshmem/{kernel}.cu" for kernel in kernels]
+    sources += [csrc / f"{kernel}.cu" for kernel in kernels]
 
     def compile_one(source: Path) -> str:
         made = str(directory / source.name) + ".o"

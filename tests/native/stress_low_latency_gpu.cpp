@@ -1,7 +1,8 @@
-// The low-latency kernels that GPUs run over a network (csrc/nvshmem/{dispatch,combine}.cu and
-// hierarchical_*.cu), compiled for a CPU by the headers in gpu_on_cpu/, beside those of csrc/cpu:
-// the same batches, the same bits. A seed decides on the shape, the program that all ranks run, the
-// batches, and what the network delivers next.
+// The low-latency kernels of GPUs, over a network (csrc/nvshmem/{dispatch,combine}.cu and
+// hierarchical_*.cu) and on one host (csrc/cuda/low_latency_*.cu, without workspaces), compiled for
+// a CPU by the headers in gpu_on_cpu/, beside those of csrc/cpu: the same batches, the same bits. A
+// seed decides on the shape, the program that all ranks run, the batches, and what the network
+// delivers next.
 //
 //   stress_low_latency_gpu FIRST_SEED NUM_SEEDS
 //   stress_low_latency_gpu damage     a message that names a place far behind all others is refused
@@ -14,6 +15,19 @@
 #include "cpu/multi_node.h"
 #include "nvshmem/hierarchical_launch.cuh"
 #include "stress_gpu.h"
+
+namespace ep::cuda {
+
+void launch_dispatch_send(const RankView&, const DispatchSendParams&, const Launch&);
+void launch_dispatch_recv(const RankView&, const DispatchRecvParams&, const Launch&);
+void launch_dispatch(const RankView&, const DispatchSendParams&, const DispatchRecvParams&,
+                     const Launch&);
+void launch_combine_send(const RankView&, const CombineSendParams&, const Launch&);
+void launch_combine_recv(const RankView&, const CombineRecvParams&, const Launch&);
+void launch_combine(const RankView&, const CombineSendParams&, const CombineRecvParams&,
+                    const Launch&);
+
+}  // namespace ep::cuda
 
 namespace {
 
@@ -51,16 +65,20 @@ const Program kAhead{{Step::kDispatch, 0},    {Step::kDispatch, 1},    {Step::kH
 // By GPUs only: an error ends it.
 const Program kDamaged{{Step::kDispatch, 0}, {Step::kDamage, 0}, {Step::kHook, 0}};
 
+enum class Kind : uint32_t { kFlat, kHierarchical, kOneHost };
+
 struct Shape {
   protocol::LowLatencyConfig config;  // of one host
   uint32_t ranks_per_node;
-  bool is_hierarchical, is_quantized;
+  Kind kind;
+  bool is_quantized;
+  bool is_fused;  // one host: hooks are one kernel with their sends
   OutputLayout output;
   const Program* program;
   uint32_t num_steps_of_first = ~0u;  // then rank 0 ends
   uint64_t timeout_ns = kTimeoutNs;
 
-  static Shape draw(Random& random, bool is_hierarchical) {
+  static Shape draw(Random& random, Kind kind) {
     const uint32_t per_node = random.one_of({1, 2, 2, 3});
     const uint32_t num_nodes = per_node == 3 ? 2 : random.one_of({2, 3});
     const uint32_t num_ranks = per_node * num_nodes;
@@ -78,19 +96,36 @@ struct Shape {
                     static_cast<ScaleFormat>(is_float8 ? random.below(3) : 0)};
     shape.config.combine_dtype = is_combine_float8 ? DType::kFloat8E4M3 : dtype;
     shape.ranks_per_node = per_node;
-    shape.is_hierarchical = is_hierarchical;
+    shape.kind = kind;
     shape.is_quantized = is_float8 && random.below(2) == 1;
     shape.output = random.below(3) == 0 ? OutputLayout::kRankMajor : OutputLayout::kExpertMajor;
-    const bool may_be_source = !shape.is_hierarchical && shape.output == OutputLayout::kExpertMajor;
+    const bool may_be_source =
+        kind != Kind::kHierarchical && shape.output == OutputLayout::kExpertMajor;
     shape.config.reduction =
         may_be_source && random.below(2) == 1 ? Reduction::kSource : Reduction::kRank;
     const Program* programs[] = {&kLoop, &kTurns, &kAhead};
     shape.program = programs[shape.config.num_banks == 1 ? 0 : random.below(3)];
+    if (kind == Kind::kOneHost) {
+      const uint32_t num_tokens = shape.config.num_max_tokens_per_rank;
+      shape.ranks_per_node = num_ranks;
+      shape.config.transfer = static_cast<protocol::Transfer>(random.below(2));
+      shape.config.num_max_tagged_tokens = random.one_of({0, num_tokens / 2, num_tokens});
+      shape.is_fused = random.below(2) == 1;
+      if (shape.is_fused) shape.program = &kLoop;
+    }
     return shape;
   }
   bool is_source() const { return config.reduction == Reduction::kSource; }
+  bool is_hierarchical() const { return kind == Kind::kHierarchical; }
   protocol::Nodes nodes() const { return {config.num_ranks, ranks_per_node}; }
   protocol::MultiNodeConfig multi_node() const { return {config, ranks_per_node, true}; }
+  // The CPU's kernels always push, and tag nothing.
+  protocol::LowLatencyConfig of_cpu() const {
+    protocol::LowLatencyConfig of_cpu = config;
+    of_cpu.transfer = protocol::Transfer::kPush;
+    of_cpu.num_max_tagged_tokens = 0;
+    return of_cpu;
+  }
   protocol::LowLatencyConfig packed() const {
     protocol::LowLatencyConfig packed = config;
     packed.packs_messages = true;
@@ -229,9 +264,9 @@ OpResult run_step(cpu::MultiNodeRank& kernels, uint32_t what, const Batch& batch
 // The flat kernels over a network have the bits of those on one host.
 bool run_on_cpu(const Shape& shape, const Operations& operations, uint64_t seed) {
   const uint32_t num_ranks = shape.config.num_ranks;
-  const uint64_t num_bytes = shape.is_hierarchical
+  const uint64_t num_bytes = shape.is_hierarchical()
                                  ? protocol::MultiNodeLayout(shape.multi_node()).num_bytes()
-                                 : protocol::LowLatencyLayout(shape.config).num_bytes();
+                                 : protocol::LowLatencyLayout(shape.of_cpu()).num_bytes();
   std::vector<std::byte*> bases;
   for (uint32_t r = 0; r < num_ranks; ++r) {
     bases.push_back(gpu_on_cpu::guarded_memory(protocol::align_up(num_bytes, 128)));
@@ -250,11 +285,11 @@ bool run_on_cpu(const Shape& shape, const Operations& operations, uint64_t seed)
   for (uint32_t rank = 0; rank < num_ranks; ++rank) {
     threads.emplace_back([&, rank] {
       const cpu::WaitPolicy policy = {kTimeoutNs, 0, nullptr};
-      if (shape.is_hierarchical) {
+      if (shape.is_hierarchical()) {
         cpu::MultiNodeRank kernels(shape.multi_node(), rank, bases, policy, network);
         run_program(kernels, rank);
       } else {
-        cpu::LowLatencyRank kernels(shape.config, rank, bases, policy);
+        cpu::LowLatencyRank kernels(shape.of_cpu(), rank, bases, policy);
         run_program(kernels, rank);
       }
     });
@@ -307,6 +342,22 @@ void run_step(const nvshmem::NetworkView& view, uint32_t what, const Batch& batc
   const Outputs& out = batch.seen;
   if (what == Step::kDispatch) return launch_dispatch_send(view, batch.send(out), launch);
   if (what == Step::kDamage) return damage(view);
+  if (what == Step::kHook) return launch_dispatch_recv(view, batch.recv(out), launch);
+  if (what == Step::kCombine) return launch_combine_send(view, batch.send_home(out), launch);
+  launch_combine_recv(view, batch.recv_home(out), launch);
+}
+struct OneHostView : cuda::RankView {
+  bool is_fused;
+};
+void run_step(const OneHostView& view, uint32_t what, const Batch& batch) {
+  const cuda::Launch launch;
+  const Outputs& out = batch.seen;
+  if (view.is_fused) {
+    if (what == Step::kHook) launch_dispatch(view, batch.send(out), batch.recv(out), launch);
+    if (what != Step::kCombineHook) return;
+    return launch_combine(view, batch.send_home(out), batch.recv_home(out), launch);
+  }
+  if (what == Step::kDispatch) return launch_dispatch_send(view, batch.send(out), launch);
   if (what == Step::kHook) return launch_dispatch_recv(view, batch.recv(out), launch);
   if (what == Step::kCombine) return launch_combine_send(view, batch.send_home(out), launch);
   launch_combine_recv(view, batch.recv_home(out), launch);
@@ -369,6 +420,16 @@ bool run_flat(const Shape& shape, const Operations& operations, uint32_t num_blo
       });
 }
 
+bool run_on_one_host(const Shape& shape, const Operations& operations, uint32_t num_blocks,
+                     uint64_t seed) {
+  const protocol::LowLatencyLayout layout(shape.config);
+  return run_on_gpu(shape, layout.num_bytes(), operations, num_blocks, seed,
+                    [&](uint32_t rank, const std::vector<std::byte*>& bases) {
+                      return OneHostView{base_view(shape, layout, rank, bases, num_blocks),
+                                         shape.is_fused};
+                    });
+}
+
 bool run_hierarchical(const Shape& shape, const Operations& operations, uint32_t num_blocks,
                       uint64_t seed) {
   const protocol::MultiNodeLayout layout(shape.multi_node());
@@ -391,6 +452,13 @@ bool run_hierarchical(const Shape& shape, const Operations& operations, uint32_t
                           shared_array<uint32_t>(num_remote),
                           answered};
                     });
+}
+
+bool run_kind(const Shape& shape, const Operations& operations, uint32_t num_blocks,
+              uint64_t seed) {
+  if (shape.kind == Kind::kOneHost) return run_on_one_host(shape, operations, num_blocks, seed);
+  if (shape.is_hierarchical()) return run_hierarchical(shape, operations, num_blocks, seed);
+  return run_flat(shape, operations, num_blocks, seed);
 }
 
 // --- both ----------------------------------------------------------------------------------------
@@ -427,12 +495,11 @@ Operations draw_operations(Random& random, const Shape& shape) {
 
 bool run_seed(uint64_t seed) {
   Random random(seed);
-  const Shape shape = Shape::draw(random, seed % 2 == 0);
+  const Shape shape = Shape::draw(random, static_cast<Kind>(seed % 3));
   const protocol::LowLatencyLayout layout(shape.config);
   const uint32_t num_ranks = shape.config.num_ranks, num_blocks = 1 + random.below(3);
   const Operations operations = draw_operations(random, shape);
-  const auto run = shape.is_hierarchical ? run_hierarchical : run_flat;
-  bool ok = run_on_cpu(shape, operations, seed) && run(shape, operations, num_blocks, seed);
+  bool ok = run_on_cpu(shape, operations, seed) && run_kind(shape, operations, num_blocks, seed);
   for (uint32_t op = 0; ok && op < kNumOps; ++op) {
     for (uint32_t r = 0; r < num_ranks; ++r) {
       ok &= compare(shape, layout, op, r, *operations[op][r]);
@@ -443,7 +510,7 @@ bool run_seed(uint64_t seed) {
 
 bool run_damaged(Reduction reduction) {
   Random random(1);
-  Shape shape = Shape::draw(random, false);
+  Shape shape = Shape::draw(random, Kind::kFlat);
   shape.config.num_ranks = 2, shape.config.num_experts = 2, shape.config.reduction = reduction;
   shape.ranks_per_node = 1, shape.program = &kDamaged;
   shape.output = OutputLayout::kExpertMajor;
@@ -457,19 +524,18 @@ bool run_damaged(Reduction reduction) {
     batch->topk_idx[0] = r;
     operations[0].push_back(std::move(batch));
   }
-  return run_flat(shape, operations, 1, 1);
+  return run_kind(shape, operations, 1, 1);
 }
 
 // Four ranks on two nodes; rank 0 ends before each step of its first operation, and behind it.
-bool run_stopped(bool is_hierarchical) {
+bool run_stopped(Kind kind) {
   bool ok = true;
   for (uint32_t num_steps = 0; ok && num_steps <= 4; ++num_steps) {
     Random random(num_steps);
-    Shape shape = Shape::draw(random, is_hierarchical);
+    Shape shape = Shape::draw(random, kind);
     shape.config.num_ranks = 4, shape.ranks_per_node = 2, shape.program = &kLoop;
     shape.num_steps_of_first = num_steps, shape.timeout_ns = 300'000'000;
-    const auto run = is_hierarchical ? run_hierarchical : run_flat;
-    ok = run(shape, draw_operations(random, shape), 2, num_steps);
+    ok = run_kind(shape, draw_operations(random, shape), 2, num_steps);
     if (!ok) std::fprintf(stderr, "stress: rank 0 took %u steps\n", num_steps);
   }
   return ok;
@@ -482,6 +548,6 @@ int main(int argc, char** argv) {
   if (what == "damage") {
     return run_damaged(Reduction::kRank) && run_damaged(Reduction::kSource) ? 0 : 1;
   }
-  if (what == "stop") return run_stopped(false) && run_stopped(true) ? 0 : 1;
+  if (what == "stop") return run_stopped(Kind::kFlat) && run_stopped(Kind::kHierarchical) ? 0 : 1;
   return stress::run_seeds("stress_low_latency_gpu", argc, argv, run_seed);
 }

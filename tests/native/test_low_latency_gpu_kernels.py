@@ -1,6 +1,6 @@
-"""The low-latency kernels that GPUs run over a network, flat and hierarchical, compiled for a CPU
-(gpu_on_cpu/), have the bits of the CPU's, over a network that delivers in any order; and bugs of
-order that are seeded into them are found. No GPU, no CUDA."""
+"""The low-latency kernels of GPUs, over a network, flat and hierarchical, and on one host, compiled
+for a CPU (gpu_on_cpu/), have the bits of the CPU's, also over a network that delivers in any order;
+and bugs of order that are seeded into them are found. No GPU, no CUDA."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ import pytest
 from tests.native import gpu_programs
 from tests.native.test_sanitizers import SeededBug, run_program
 
-KERNELS = ["dispatch", "combine", "hierarchical_dispatch", "hierarchical_combine"]
+KERNELS = [
+    "nvshmem/dispatch",
+    "nvshmem/combine",
+    "nvshmem/hierarchical_dispatch",
+    "nvshmem/hierarchical_combine",
+    "cuda/low_latency_dispatch",
+    "cuda/low_latency_combine",
+]
 EDITS = [("cuda/rank.cuh", "kThreads = 256;", "kThreads = 64;")]
 EDITS += [
     (
-        f"nvshmem/{kernels}.cu",
+        f"{kernels}.cu",
         "extern __shared__ uint32_t shared[];",
         "__shared__ uint32_t shared[4096];",
     )
@@ -29,7 +36,7 @@ def build(directory: Path, bug: SeededBug | None = None) -> Path:
 
 def test_the_bits_are_those_of_the_cpus_kernels(tmp_path: Path) -> None:
     program = build(tmp_path)
-    done = run_program(program, 1, 16)
+    done = run_program(program, 1, 18)
     assert (done.returncode, done.stdout) == (0, "stress_low_latency_gpu: ok\n"), done.stderr
     for what in ("damage", "stop"):
         done = run_program(program, what)
@@ -48,6 +55,12 @@ SEEDED_BUGS = [
         "cuda/rank.cuh",
         "if (r == rank_.self_rank || !is_peer(r)) continue;",
         "continue;",
+    ),
+    SeededBug(
+        "tagged_words_are_taken_as_they_are",
+        "cuda/part.cuh",
+        "return words_[0].w == tag && words_[1].w == tag && words_[2].w == tag;",
+        "return tag != 0;",
     ),
     SeededBug(
         "messages_are_forwarded_when_their_signal_is_there",

@@ -11,7 +11,7 @@ import pytest
 from tests.native import gpu_programs
 from tests.native.test_sanitizers import SeededBug, run_program
 
-KERNELS = ["normal_counts", "normal_dispatch", "normal_combine"]
+KERNELS = ["nvshmem/normal_counts", "nvshmem/normal_dispatch", "nvshmem/normal_combine"]
 EDITS = [
     ("nvshmem/normal_launch.cuh", "kNodeThreads = 512;", "kNodeThreads = 64;"),
     (
