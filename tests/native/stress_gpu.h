@@ -102,13 +102,18 @@ inline bool is_same(uint32_t rank, uint32_t op, const char* what, const void* a,
   return false;
 }
 
-// Of a program FIRST_SEED NUM_SEEDS: `run(seed)` for each, until one fails.
+// Of a program FIRST_SEED NUM_SEEDS: `run(seed)` for each, until one fails. In a process of its
+// own, with which its memory goes.
 template <typename Run>
 int run_seeds(const char* name, int argc, char** argv, Run run) {
   if (argc != 3) return 2;
   const uint64_t first = std::stoull(argv[1]), count = std::stoull(argv[2]);
   for (uint64_t seed = first; seed < first + count; ++seed) {
-    if (run(seed)) continue;
+    const pid_t process = fork();
+    if (process == 0) _exit(run(seed) ? 0 : 1);
+    int status = 0;
+    waitpid(process, &status, 0);
+    if (status == 0) continue;
     std::fprintf(stderr, "stress: seed %llu\n", static_cast<unsigned long long>(seed));
     return 1;
   }
