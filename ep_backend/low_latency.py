@@ -237,7 +237,8 @@ class LowLatencyBuffer:
         self.hierarchical = hierarchical
         ranks_per_node = settings.ranks_per_node(group)
         self.num_nodes: int = group.num_ranks // ranks_per_node
-        """Of as many ranks each. Those of a node reach each other's memory."""
+        """Of as many ranks each. Those of a node reach each other's memory. 1 where kernels ask for
+        each pair by itself: on GPUs, flat, unless the network has `ranks_per_node`."""
         settings = replace(settings, hierarchical=hierarchical and self.num_nodes > 1)
         config = settings.config(group.num_ranks)
         layout = _native.LowLatencyLayout(config)
@@ -497,7 +498,8 @@ class LowLatencyBuffer:
         """Unmaps this rank's view of the shared memory. Not collective; idempotent. No operation of
         this rank may be running; tensors that were returned stay valid."""
         if self._calls.close():
-            self._memory.close(has_failed=lambda: self._calls.has_failed)
+            calls = self._calls  # the memory, which is kept, must not keep the buffer's tensors
+            self._memory.close(has_failed=lambda: calls.has_failed)
 
     def links(self) -> list[str]:
         """`[R]`: how each rank is reached: "self", "shm", "p2p" or "rdma"."""

@@ -140,7 +140,8 @@ class NetworkNormalBuffer(CudaNormalBuffer):
         """As `NormalBuffer.close`. Memory that late puts may reach is not used again."""
         if self._calls.close():
             self._streams.close()
-            self._memory.close(has_failed=lambda: self._calls.has_failed)
+            calls = self._calls  # the memory, which is kept, must not keep the buffer's tensors
+            self._memory.close(has_failed=lambda: calls.has_failed)
 
     def _new_handle(self, num_tokens: int) -> CudaNormalDispatchHandle:
         return NetworkNormalDispatchHandle(self, num_tokens)

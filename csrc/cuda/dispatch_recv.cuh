@@ -302,7 +302,7 @@ class DispatchReceiver {
     const uint32_t num_slots = packs_rows ? header.z : is_source() ? config.top_k : 1;
     if (header.w == op_.tag() && header.z >= 1 && header.z <= config.top_k &&
         header.x < config.num_max_tokens_per_rank &&
-        header.y + num_slots <= num_outcome_slots(src_rank)) {
+        uint64_t{header.y} + num_slots <= num_outcome_slots(src_rank)) {
       return true;
     }
     return op_.corrupt(src_rank, op_.tag(), header.w);

@@ -197,17 +197,18 @@ def allocate(
     group.all_gather(None)  # nobody writes before all is zero
     bases = [native.address_on(block.address, pe) for pe in pes]
     if ranks_per_node is not None:
-        return NetworkMemory(block, _of_node(group, bases, ranks_per_node), pes)
+        return NetworkMemory(block, _of_node(group, block, bases, ranks_per_node), pes)
     if network.links == "rdma":
         bases = [base if rank == group.self_rank else 0 for rank, base in enumerate(bases)]
     return NetworkMemory(block, _mutual(group, bases), pes)
 
 
-def _of_node(group: Group, bases: list[int], ranks_per_node: int) -> list[int]:
+def _of_node(group: Group, block: _Block, bases: list[int], ranks_per_node: int) -> list[int]:
     """Those of this rank's node; 0 elsewhere.
 
     Raises:
         RendezvousError: on every rank, where one does not see the memory of another of its node.
+            The block, which nobody has written to, is free again.
     """
     node = group.self_rank // ranks_per_node
     bases = [base if rank // ranks_per_node == node else 0 for rank, base in enumerate(bases)]
@@ -221,7 +222,9 @@ def _of_node(group: Group, bases: list[int], ranks_per_node: int) -> list[int]:
             "a node need peer access (NVLink, or PCIe): see ep-backend doctor. ranks_per_node=1 "
             "makes every rank a node."
         )
-    raise_first(group.all_gather(error))
+    errors = group.all_gather(error)
+    block.is_free = any(errors)
+    raise_first(errors)
     return bases
 
 

@@ -3,39 +3,18 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdio>
 #include <memory>
 #include <string>
 
 #include "cpu/normal.h"
-#include "cuda_bf16.h"
-#include "world.h"
+#include "stress_gpu.h"
 
 namespace ep::stress {
 
-using gpu_on_cpu::shared_array;
-using protocol::DType;
-using protocol::OpResult;
 using protocol::ScaleFormat;
-using protocol::Status;
 
 constexpr uint32_t kNumOps = 2;
-constexpr uint64_t kTimeoutNs = 10'000'000'000;
 constexpr uint64_t kAnyRows = uint64_t{1} << 30;
-
-class Random {
- public:
-  explicit Random(uint64_t seed) : engine_(seed) {}
-  uint32_t below(uint32_t limit) { return static_cast<uint32_t>(engine_() % limit); }
-  uint32_t one_of(const std::vector<uint32_t>& values) {
-    return values[below(static_cast<uint32_t>(values.size()))];
-  }
-  float normal() { return normal_(engine_); }
-
- private:
-  std::mt19937_64 engine_;
-  std::normal_distribution<float> normal_;
-};
 
 struct Shape {
   protocol::NormalConfig normal;
@@ -64,18 +43,7 @@ struct Shape {
 
 // Rows of the shape's dtype.
 inline std::byte* draw_rows(Random& random, const Shape& shape, uint64_t num_rows, float size) {
-  const uint64_t count = num_rows * shape.normal.hidden;
-  auto* rows = shared_array<std::byte>(count * shape.element_bytes());
-  for (uint64_t i = 0; i < count; ++i) {
-    const float value = random.normal() * size;
-    const __nv_bfloat16 rounded = __float2bfloat16_rn(value);
-    if (shape.normal.dtype == DType::kFloat32) {
-      std::memcpy(rows + 4 * i, &value, 4);
-    } else {
-      std::memcpy(rows + 2 * i, &rounded, 2);
-    }
-  }
-  return rows;
+  return draw_rows(random, shape.normal.dtype, shape.normal.hidden, num_rows, size);
 }
 
 // What comes of an operation on one rank.
@@ -120,12 +88,8 @@ struct Batch {
     const protocol::NormalConfig& config = shape.normal;
     const uint32_t top_k = config.top_k;
     if (shape.is_quantized) {
-      const uint64_t num_values = uint64_t{num_tokens} * config.hidden;
-      const uint64_t num_scales = uint64_t{num_tokens} * layout.num_scales();
-      x = shared_array<std::byte>(num_values);
-      for (uint64_t i = 0; i < num_values; ++i) x[i] = static_cast<std::byte>(random.below(0x78));
-      x_scales = shared_array<float>(num_scales);
-      for (uint64_t i = 0; i < num_scales; ++i) x_scales[i] = std::ldexp(1.0f, -int(i % 9));
+      x = draw_float8(random, config.hidden, num_tokens);
+      x_scales = draw_scales(uint64_t{num_tokens} * layout.num_scales());
     } else {
       x = draw_rows(random, shape, num_tokens, 3.0f);
     }
@@ -156,20 +120,6 @@ inline Operations draw_operations(Random& random, const Shape& shape,
     }
   }
   return operations;
-}
-
-inline bool report(const char* whose, uint32_t rank, const OpResult& result) {
-  if (result.status == Status::kOk) return true;
-  const protocol::FlightRecord& record = result.record;
-  std::fprintf(stderr,
-               "stress: rank %u, %s kernels: status %u, peer %d, phase %u, half %u, epoch %llu, "
-               "expected %llu, saw %llu\n",
-               rank, whose, static_cast<uint32_t>(result.status), record.peer_rank,
-               static_cast<uint32_t>(record.phase), static_cast<uint32_t>(record.half),
-               static_cast<unsigned long long>(record.epoch),
-               static_cast<unsigned long long>(record.expected),
-               static_cast<unsigned long long>(record.seen));
-  return false;
 }
 
 // One operation; also draws what goes home.
@@ -244,9 +194,7 @@ inline bool compare(const Shape& shape, const protocol::NormalLayout& layout, ui
   bool ok = true;
   const uint64_t top_k = shape.normal.top_k;
   auto same = [&](const char* what, const void* a, const void* b, uint64_t num_bytes) {
-    if (std::memcmp(a, b, num_bytes) == 0) return;
-    std::fprintf(stderr, "stress: rank %u, operation %u: wrong %s\n", rank, op, what);
-    ok = false;
+    ok &= is_same(rank, op, what, a, b, num_bytes);
   };
   const Outputs &a = *batch.expected, &b = *batch.seen;
   same("rows", a.recv_x, b.recv_x, batch.num_rows * layout.dispatch_row_bytes());
@@ -275,22 +223,6 @@ inline bool compare(const Shape& shape, const protocol::NormalLayout& layout,
     }
   }
   return ok;
-}
-
-// `run_seed(seed)` for the seeds that are asked for. What the program returns.
-template <typename RunSeed>
-int run_seeds(int argc, char** argv, const char* name, RunSeed run_seed) {
-  if (argc != 3) return 2;
-  const uint64_t first = std::stoull(argv[1]), count = std::stoull(argv[2]);
-  for (uint64_t seed = first; seed < first + count; ++seed) {
-    const bool ok = run_seed(seed);
-    gpu_on_cpu::free_guarded_memory();
-    if (ok) continue;
-    std::fprintf(stderr, "stress: seed %llu\n", static_cast<unsigned long long>(seed));
-    return 1;
-  }
-  std::printf("%s: ok\n", name);
-  return 0;
 }
 
 }  // namespace ep::stress

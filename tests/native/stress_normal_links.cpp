@@ -171,4 +171,4 @@ bool run_seed(uint64_t seed) {
 
 }  // namespace
 
-int main(int argc, char** argv) { return run_seeds(argc, argv, "stress_normal_links", run_seed); }
+int main(int argc, char** argv) { return run_seeds("stress_normal_links", argc, argv, run_seed); }

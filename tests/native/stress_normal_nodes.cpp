@@ -153,4 +153,4 @@ bool run_seed(uint64_t seed) {
 
 }  // namespace
 
-int main(int argc, char** argv) { return run_seeds(argc, argv, "stress_normal_nodes", run_seed); }
+int main(int argc, char** argv) { return run_seeds("stress_normal_nodes", argc, argv, run_seed); }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import itertools
 import os
 import threading
+import weakref
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,7 +156,10 @@ def test_ranks_write_to_each_other_or_neither_does() -> None:
 
 def test_ranks_of_other_nodes_are_put_to() -> None:
     def rank_main(group: Group) -> list[int]:
-        return nvshmem._of_node(group, [10, 11, 12, 13], 2)
+        block = nvshmem._Block(10, 100)
+        bases = nvshmem._of_node(group, block, [10, 11, 12, 13], 2)
+        assert not block.is_free
+        return bases
 
     assert virtual_world(4).run(rank_main) == [[10, 11, 0, 0]] * 2 + [[0, 0, 12, 13]] * 2
 
@@ -162,8 +167,10 @@ def test_ranks_of_other_nodes_are_put_to() -> None:
 def test_ranks_of_a_node_must_see_each_other() -> None:
     def rank_main(group: Group) -> str:
         bases = [10, 11, 12, 13] if group.self_rank != 3 else [10, 11, 0, 13]
+        block = nvshmem._Block(10, 100)
         with pytest.raises(RendezvousError) as refusal:
-            nvshmem._of_node(group, bases, 2)
+            nvshmem._of_node(group, block, bases, 2)
+        assert block.is_free
         return str(refusal.value)
 
     (refusal,) = set(virtual_world(4).run(rank_main))
@@ -308,6 +315,23 @@ def test_a_rank_that_has_no_kernels_is_told_everywhere(monkeypatch: pytest.Monke
 
     virtual_world(3).run(rank_main)
     assert sorted(closed) == [0, 1, 2]
+
+
+def test_memory_that_is_kept_keeps_no_tensors() -> None:
+    """What it asks of its closed buffer is not the buffer."""
+
+    def rank_main(group: Group) -> bool:
+        asked: list[Any] = []
+        buffer = Shape(1).buffer(group)
+        memory = SimpleNamespace(close=lambda *, has_failed: asked.append(has_failed))
+        buffer._memory = memory  # type: ignore[assignment]
+        buffer.close()
+        alive = weakref.ref(buffer)
+        del buffer
+        gc.collect()
+        return alive() is None and not asked[0]()
+
+    assert virtual_world(1).run(rank_main) == [True]
 
 
 def test_a_module_that_does_not_load_names_both_versions(

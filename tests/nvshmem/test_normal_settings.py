@@ -178,7 +178,9 @@ def test_ranks_of_a_node_must_see_each_other() -> None:
     seen = [[1, 2, 0, 0], [1, 2, 3, 0], [0, 0, 3, 4], [0, 0, 0, 4]]  # rank 3 does not see rank 2
 
     def of_node(group: Group, ranks_per_node: int) -> list[int]:
-        return nvshmem._of_node(group, seen[group.self_rank], ranks_per_node)
+        return nvshmem._of_node(
+            group, nvshmem._Block(10, 100), seen[group.self_rank], ranks_per_node
+        )
 
     alone = virtual_world(4).run(lambda group: of_node(group, 1))
     assert alone == [[1, 0, 0, 0], [0, 2, 0, 0], [0, 0, 3, 0], [0, 0, 0, 4]]

@@ -9,6 +9,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -147,11 +148,31 @@ inline uint32_t __ballot_sync(uint32_t, int predicate) {
 inline bool __all_sync(uint32_t mask, int predicate) {
   return ~__ballot_sync(mask, predicate) == 0;
 }
+inline bool __any_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline uint32_t __match_any_sync(uint32_t, uint32_t value) {
+  return gpu_on_cpu::exchange(value, [value](const uint64_t* values) {
+    uint32_t bits = 0;
+    for (uint32_t i = 0; i < gpu_on_cpu::kLanes; ++i) {
+      bits |= static_cast<uint32_t>(values[i] == value) << i;
+    }
+    return bits;
+  });
+}
 inline uint32_t __reduce_add_sync(uint32_t, uint32_t value) {
   return gpu_on_cpu::exchange(value, [](const uint64_t* values) {
     uint32_t sum = 0;
     for (uint32_t i = 0; i < gpu_on_cpu::kLanes; ++i) sum += static_cast<uint32_t>(values[i]);
     return sum;
+  });
+}
+inline uint32_t __reduce_min_sync(uint32_t, uint32_t value) {
+  return gpu_on_cpu::exchange(value, [](const uint64_t* values) {
+    return static_cast<uint32_t>(*std::min_element(values, values + gpu_on_cpu::kLanes));
+  });
+}
+inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
+  return gpu_on_cpu::exchange(value, [](const uint64_t* values) {
+    return static_cast<uint32_t>(*std::max_element(values, values + gpu_on_cpu::kLanes));
   });
 }
 

@@ -27,10 +27,6 @@ Block block;
 constexpr size_t kPage = 4096;
 constexpr uint32_t kMaxSecs = 60;  // of a block: others of its rank may have been ended by a signal
 
-// Of all guarded memory: its first byte and its size, guards included.
-inline std::mutex regions_mutex;
-inline std::vector<std::pair<void*, size_t>> regions;
-
 // Zeroed, for all processes that are started later; behind the last 16 bytes, and before the page
 // of the first, any access ends the program.
 inline std::byte* guarded_memory(size_t num_bytes) {
@@ -39,18 +35,10 @@ inline std::byte* guarded_memory(size_t num_bytes) {
   void* memory =
       mmap(nullptr, size + 2 * kPage, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) abort();
-  {
-    const std::lock_guard lock(regions_mutex);
-    regions.emplace_back(memory, size + 2 * kPage);
-  }
   auto* begin = static_cast<std::byte*>(memory);
   mprotect(begin, kPage, PROT_NONE);
   mprotect(begin + kPage + size, kPage, PROT_NONE);
   return begin + kPage + size - num_bytes;
-}
-inline void free_guarded_memory() {
-  for (const auto& [memory, size] : regions) munmap(memory, size);
-  regions.clear();
 }
 template <typename T>
 T* shared_array(size_t count) {

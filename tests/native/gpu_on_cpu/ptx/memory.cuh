@@ -1,6 +1,8 @@
 // As csrc/ptx/memory.cuh. Vectors that are not aligned end the program, as they do a kernel.
 #pragma once
 
+#include <cstdlib>
+
 #include "cuda_runtime.h"
 
 namespace ep::ptx {
@@ -13,8 +15,10 @@ inline uint4 load_vector(const uint4* vector) {
   if (reinterpret_cast<uintptr_t>(vector) % sizeof *vector != 0) __builtin_trap();
   return *vector;
 }
+// One access of 16 bytes.
+typedef uint32_t WholeVector __attribute__((vector_size(16), may_alias));
 
-// Waits poll with these.
+// Waits poll with these, and with that of a vector.
 inline uint64_t ld_acquire_sys(const uint64_t* word) {
   gpu_on_cpu::poll();
   return load(word);
@@ -33,8 +37,14 @@ inline void st_release_gpu(uint32_t* word, uint32_t value) {
 inline void st_relaxed_sys(uint64_t* word, uint64_t value) {
   __atomic_store_n(word, value, __ATOMIC_RELEASE);
 }
-inline uint4 ld_relaxed_sys_b128(const uint4* word) { return load_vector(word); }
-inline void st_relaxed_sys_b128(uint4* word, uint4 value) { *word = value; }
+inline uint4 ld_relaxed_sys_b128(const uint4* word) {
+  if (rand() % 4 == 0) gpu_on_cpu::poll();
+  const WholeVector v = *reinterpret_cast<const volatile WholeVector*>(word);
+  return {v[0], v[1], v[2], v[3]};
+}
+inline void st_relaxed_sys_b128(uint4* word, uint4 value) {
+  *reinterpret_cast<volatile WholeVector*>(word) = WholeVector{value.x, value.y, value.z, value.w};
+}
 inline uint4 ld_row(const uint4* vector) { return load_vector(vector); }
 inline uint4 ld_once(const uint4* vector) { return load_vector(vector); }
 inline void prefetch_l1(const void*) {}

@@ -1,0 +1,89 @@
+"""The low-latency kernels of GPUs, over a network, flat and hierarchical, and on one host, compiled
+for a CPU (gpu_on_cpu/), have the bits of the CPU's, also over a network that delivers in any order;
+and bugs of order that are seeded into them are found. No GPU, no CUDA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.native.gpu_programs import NUM_SEEDS, NUM_SEEDS_FOR_A_BUG, Program, build, stress
+from tests.native.test_sanitizers import SeededBug, run_program
+
+KERNELS = (
+    "nvshmem/dispatch.cu",
+    "nvshmem/combine.cu",
+    "nvshmem/hierarchical_dispatch.cu",
+    "nvshmem/hierarchical_combine.cu",
+    "cuda/low_latency_dispatch.cu",
+    "cuda/low_latency_combine.cu",
+)
+SHARED, FIXED_SHARED = "extern __shared__ uint32_t shared[];", "__shared__ uint32_t shared[4096];"
+PROGRAM = Program(
+    "low_latency_gpu",
+    KERNELS,
+    (
+        ("cuda/rank.cuh", "kThreads = 256;", "kThreads = 64;"),
+        *((kernels, SHARED, FIXED_SHARED) for kernels in KERNELS),
+    ),
+)
+
+
+def test_the_bits_are_those_of_the_cpus_kernels(objects_of_cpu: list[Path], tmp_path: Path) -> None:
+    program = build(PROGRAM, objects_of_cpu, tmp_path)
+    done = stress(program, NUM_SEEDS)
+    assert (done.returncode, done.stdout) == (0, "stress_low_latency_gpu: ok\n"), done.stderr
+    for what in ("damage", "stop"):
+        done = run_program(program, what)
+        assert done.returncode == 0, done.stderr
+
+
+SEEDED_BUGS = [
+    SeededBug(
+        "messages_are_read_when_their_signal_is_there",
+        "cuda/rank.cuh",
+        "rank_.has_arrived(receiving(), bank_, r, protocol::signal_count(source), speaks);",
+        "true;",
+    ),
+    SeededBug(
+        "no_wait_for_credit",
+        "cuda/rank.cuh",
+        "if (r == rank_.self_rank || !is_peer(r)) continue;",
+        "continue;",
+    ),
+    SeededBug(
+        "tagged_words_are_taken_as_they_are",
+        "cuda/part.cuh",
+        "return words_[0].w == tag && words_[1].w == tag && words_[2].w == tag;",
+        "return tag != 0;",
+    ),
+    SeededBug(
+        "messages_are_forwarded_when_their_signal_is_there",
+        "nvshmem/hierarchical_forward.cuh",
+        "rank_.has_arrived(op_.receiving(), op_.bank(), src_rank, count, speaks);",
+        "true;",
+    ),
+    SeededBug(
+        "neighbours_are_signalled_before_all_is_forwarded",
+        "nvshmem/hierarchical_forward.cuh",
+        "is_last = ptx::atom_add_acq_rel_gpu(num_finished, 1) == share.num_blocks - 1;",
+        "is_last = ptx::atom_add_acq_rel_gpu(num_finished, 1) == 0;",
+    ),
+    SeededBug(
+        "a_node_is_added_up_before_its_rows_are_there",
+        "nvshmem/hierarchical_combine.cu",
+        "op.may_receive() && combiner.wait_for_neighbours();",
+        "op.may_receive();",
+    ),
+]
+
+
+@pytest.mark.parametrize("bug", SEEDED_BUGS, ids=lambda bug: bug.id)
+def test_a_bug_seeded_into_the_kernels_is_found(
+    bug: SeededBug, objects_of_cpu: list[Path], tmp_path: Path
+) -> None:
+    done = stress(build(PROGRAM, objects_of_cpu, tmp_path, bug), NUM_SEEDS_FOR_A_BUG)
+    assert done.returncode == 1
+    # Wrong data, or words that contradict each other.
+    assert "stress: rank" in done.stderr
