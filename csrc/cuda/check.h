@@ -5,6 +5,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace ep::cuda {
 
@@ -20,6 +21,12 @@ T* zeroed_device_array(size_t count) {
   T* array = nullptr;
   check(cudaMalloc(&array, count * sizeof(T)), "allocating a rank's state");
   check(cudaMemset(array, 0, count * sizeof(T)), "zeroing a rank's state");
+  return array;
+}
+template <typename T>
+T* device_copy(const std::vector<T>& values, const char* what) {
+  T* array = zeroed_device_array<T>(values.size());
+  check(cudaMemcpy(array, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), what);
   return array;
 }
 

@@ -190,6 +190,22 @@ class DispatchReceiver {
     return true;
   }
 
+  // All of it, this rank's own messages as others', once their signals are there; ends the
+  // operation. `has_signals`: on all threads, or the kernel ends. Whole block.
+  __device__ void receive_all(bool has_signals) const {
+    auto no_own_count = [](uint32_t) { return 0u; };
+    bool ok = has_signals;
+    // Counts have arrived with the signals or the messages; none is read before.
+    if (!__syncthreads_and(ok)) return;
+    if (params_.output == OutputLayout::kExpertMajor) ok = read_counts(kNoRank, no_own_count);
+    if (!__syncthreads_and(ok)) return;
+    arrivals_.sources.count_up();
+    __syncthreads();
+    ok = run(kNoRank, 0);
+    ok &= write_counts(kNoRank, no_own_count);
+    op_.complete(ok);
+  }
+
  private:
   __device__ uint32_t num_parts() const {
     return protocol::parts_for(layout_.dispatch_row_bytes());

@@ -29,6 +29,33 @@ struct NetworkSendPlan : SendPlan {
   uint32_t messages[kMaxTopK];  // dst rank << 16 | slot
 };
 
+// The rows of a block's items, part by part. `fetched`: the first part of the first item.
+// `plan(token, is_first)`: before its parts, `is_first`: of all; `send(data, part)`; `end()`:
+// behind the parts of an item.
+template <typename Rows, typename Items, typename Plan, typename Send, typename End>
+__device__ __forceinline__ void send_rows(const Rows& rows, Items items,
+                                          typename Rows::Fetched fetched, Plan plan, Send send,
+                                          End end) {
+  while (items.more()) {
+    const uint32_t token = items.row(), end_part = items.end_part();
+    uint32_t part = items.first_part();
+    plan(token, part == 0);
+    items.next();
+#pragma unroll 1
+    for (; part < end_part; ++part) {
+      const Part p = rows.finish(fetched);
+      // The next part is on its way while this one leaves, and while its token is planned.
+      if (part + 1 < end_part) {
+        fetched = rows.fetch(token, part + 1);
+      } else if (items.more()) {
+        fetched = rows.fetch(items.row(), items.first_part());
+      }
+      send(p, part);
+    }
+    end();
+  }
+}
+
 template <typename Rows, typename View = RankView>
 class DispatchSender {
  public:
@@ -80,24 +107,13 @@ class DispatchSender {
         if (op_.reaches(r)) op_.publish_signal(r, source_word(r));
       }
     }
-    while (items.more()) {
-      const uint32_t token = items.row(), end_part = items.end_part();
-      uint32_t part = items.first_part();
-      plan_row(token, part == 0, plan);
-      items.next();
-#pragma unroll 1
-      for (; part < end_part; ++part) {
-        const Part p = rows_.finish(fetched);
-        // The next part is on its way while this one leaves, and while its token is planned.
-        if (part + 1 < end_part) {
-          fetched = rows_.fetch(token, part + 1);
-        } else if (items.more()) {
-          fetched = rows_.fetch(items.row(), items.first_part());
-        }
-        send_part(p, part, *plan);
-      }
-      if constexpr (View::kHasNetwork) put_messages(*plan);
-    }
+    send_rows(
+        rows_, items, fetched,
+        [&](uint32_t token, bool is_first) { plan_row(token, is_first, plan); },
+        [&](const Part& p, uint32_t part) { send_part(p, part, *plan); },
+        [&] {
+          if constexpr (View::kHasNetwork) put_messages(*plan);
+        });
     if (is_tagged_ || !op_.is_last_block()) return;
     for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
       if (!op_.reaches(r)) continue;

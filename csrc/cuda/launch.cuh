@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #include "cuda/check.h"
 #include "cuda/low_latency.h"
@@ -34,6 +36,24 @@ struct Launch {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                of_block - static_cast<int>(attributes.sharedSizeBytes)),
           "setting the size of shared memory");
+  }
+
+  // Whether two blocks of the largest dispatch fit an SM, which want `num_wanted` bytes each beside
+  // those that are declared. Throws std::invalid_argument where one does not. `of_what`: for that.
+  static bool two_fit(uint64_t num_wanted, const std::string& of_what = "") {
+    int device, of_block, of_sm;
+    check(cudaGetDevice(&device), "asking for the current device");
+    check(cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          "asking for the size of shared memory");
+    check(cudaDeviceGetAttribute(&of_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+          "asking for the size of shared memory");
+    if (num_wanted + kDeclaredSharedBytes > static_cast<uint64_t>(of_block)) {
+      throw std::invalid_argument(
+          "a dispatch of num_max_tokens_per_rank tokens needs " + std::to_string(num_wanted) +
+          " bytes of shared memory" + of_what + "; this GPU has " +
+          std::to_string(of_block - kDeclaredSharedBytes) + ". Lower num_max_tokens_per_rank.");
+    }
+    return 2 * (num_wanted + kDeclaredSharedBytes) <= static_cast<uint64_t>(of_sm);
   }
 
   // Errors are left to cudaGetLastError.

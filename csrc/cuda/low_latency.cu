@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <stdexcept>
 #include <string>
 
 #include "cuda/check.h"
@@ -33,27 +32,14 @@ uint32_t half_of_sms() {
 
 // Whether two blocks of the largest dispatch fit an SM.
 bool check_shared_memory(const LowLatencyLayout& layout, uint32_t self_rank) {
-  int device, of_block, of_sm;
-  check(cudaGetDevice(&device), "asking for the current device");
-  check(cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "asking for the size of shared memory");
-  check(cudaDeviceGetAttribute(&of_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-        "asking for the size of shared memory");
-  constexpr uint64_t num_declared = Launch::kDeclaredSharedBytes;
   const uint32_t num_tokens = layout.config().num_max_tokens_per_rank;
   const bool has_workspaces = layout.config().num_workspaces > 0;
   const uint64_t num_wanted =
       has_workspaces ? workspace_dispatch(layout, num_tokens).shared_bytes(layout, num_tokens)
                      : dispatch_shared_bytes(layout, self_rank, num_tokens);
-  if (num_wanted + num_declared > static_cast<uint64_t>(of_block)) {
-    throw std::invalid_argument(
-        "a dispatch of num_max_tokens_per_rank tokens needs " + std::to_string(num_wanted) +
-        " bytes of shared memory, a bit for each token and " +
-        (has_workspaces && !layout.has_expert_workspaces() ? "rank" : "expert") +
-        "; this GPU has " + std::to_string(of_block - num_declared) +
-        ". Lower num_max_tokens_per_rank.");
-  }
-  return kBlocksPerSM * (num_wanted + num_declared) <= static_cast<uint64_t>(of_sm);
+  const bool is_by_rank = has_workspaces && !layout.has_expert_workspaces();
+  return Launch::two_fit(
+      num_wanted, std::string(", a bit for each token and ") + (is_by_rank ? "rank" : "expert"));
 }
 
 // Those that may be launched.

@@ -25,10 +25,7 @@ NormalRank::NormalRank(const protocol::NormalDeviceConfig& config, uint32_t self
   prepare_normal_dispatch();
   prepare_normal_combine();
   const size_t num_ranks = bases.size();
-  bases_ = zeroed_device_array<std::byte*>(num_ranks);
-  check(cudaMemcpy(bases_, bases.data(), num_ranks * sizeof(std::byte*), cudaMemcpyHostToDevice),
-        "writing the table of peers");
-  view_.bases = bases_;
+  view_.bases = bases_ = device_copy(bases, "writing the table of peers");
   std::copy_n(bases.begin(), std::min<size_t>(num_ranks, kNumNearRanks), view_.near_bases);
   view_.state = zeroed_device_array<NormalState>(1);
   view_.block_rank_counts = zeroed_device_array<uint32_t>(num_max_sms * num_ranks);

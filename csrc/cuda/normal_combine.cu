@@ -134,7 +134,7 @@ class Combiner {
     const bool has_copied =
         is_direct && (params_.input == CombineInput::kElsewhere || params_.has_topk_weights);
     const bool speaks =
-        has_copied ? op_.arrive(&op_.rank().state->num_arrived[0]) : blockIdx.x == 0;
+        has_copied ? arrives_last(&op_.rank().state->num_arrived[0]) : blockIdx.x == 0;
     if (speaks && threadIdx.x < op_.num_ranks()) op_.publish_ready(threadIdx.x, own_flags());
   }
 
@@ -208,17 +208,9 @@ class Combiner {
 
   // The first of this rank's rows from `src` whose token is `token` or later.
   __device__ uint32_t first_row(uint32_t src, uint64_t token) const {
-    uint32_t low = shared_.ranges.first_received[src],
-             high = shared_.ranges.first_received[src + 1];
-    while (low < high) {
-      const uint32_t middle = low + (high - low) / 2;
-      if (static_cast<uint32_t>(params_.recv_src_tokens[middle]) < token) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
+    const uint32_t* first_received = shared_.ranges.first_received;
+    return normal::first_row(params_.recv_src_tokens, first_received[src], first_received[src + 1],
+                             token);
   }
 
   // The rows of this round's tokens, of each home.

@@ -46,6 +46,34 @@ __device__ T* at(std::byte* base, uint64_t offset) {
 // The least multiple of 16 that is not below.
 __host__ __device__ constexpr uint32_t align_16(uint32_t bytes) { return (bytes + 15) / 16 * 16; }
 
+// True in the block that arrives last, for the whole block, behind all that the others have done;
+// others may arrive then again.
+__device__ inline bool arrives_last(uint32_t* num_arrived) {
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    is_last = ptx::atom_add_acq_rel_gpu(num_arrived, 1) == gridDim.x - 1;
+    if (is_last) *num_arrived = 0;
+  }
+  __syncthreads();
+  return is_last;
+}
+
+// Of rows begin .. end - 1, which are in the order of `tokens`, the first whose token is `token` or
+// later.
+__device__ inline uint32_t first_row(const int32_t* tokens, uint32_t begin, uint32_t end,
+                                     uint64_t token) {
+  while (begin < end) {
+    const uint32_t middle = begin + (end - begin) / 2;
+    if (static_cast<uint32_t>(tokens[middle]) < token) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin;
+}
+
 // Until *word >= minimum; returns what was seen last, less than that where the wait was given up.
 template <typename View>
 __device__ __noinline__ uint64_t wait_for(const View& rank, OpId id, uint32_t peer_rank,
@@ -148,20 +176,10 @@ class Op {
     }
   }
 
-  // True in the block that arrives last, for the whole block, behind all that the others have done.
-  __device__ bool arrive(uint32_t* num_arrived) const {
-    __shared__ bool is_last;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      is_last = ptx::atom_add_acq_rel_gpu(num_arrived, 1) == gridDim.x - 1;
-      if (is_last) *num_arrived = 0;
-    }
-    __syncthreads();
-    return is_last;
-  }
-  __device__ bool arrive_last() const { return arrive(&rank_.state->num_arrived[1]); }
+  // See arrives_last.
+  __device__ bool arrive_last() const { return arrives_last(&rank_.state->num_arrived[1]); }
   __device__ bool arrive_in_round(Half half, uint32_t round) const {
-    return arrive(
+    return arrives_last(
         &rank_.state->num_arrived_in_round[static_cast<uint32_t>(half)][round % kRoundsInFlight]);
   }
 

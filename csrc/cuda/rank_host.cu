@@ -14,9 +14,7 @@ RankHost::RankHost(const protocol::LowLatencyConfig& config, uint32_t self_rank,
                    const std::vector<std::byte*>& bases, uint64_t timeout_ns)
     : view_{LowLatencyLayout(config), self_rank, bases[self_rank]} {
   const size_t num_ranks = bases.size();
-  bases_ = zeroed_device_array<std::byte*>(num_ranks);
-  check(cudaMemcpy(bases_, bases.data(), num_ranks * sizeof(std::byte*), cudaMemcpyHostToDevice),
-        "writing the table of peers");
+  bases_ = device_copy(bases, "writing the table of peers");
   view_.state = zeroed_device_array<RankState>(1);
   view_.wait_ns =
       zeroed_device_array<uint64_t>(protocol::kNumPhases * protocol::kNumHalves * num_ranks);

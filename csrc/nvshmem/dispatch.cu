@@ -43,23 +43,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
                           const __grid_constant__ DispatchRecvParams recv) {
   extern __shared__ uint32_t shared[];
   __shared__ MessagePlan plans[kWarps];
-  auto no_own_count = [](uint32_t) { return 0u; };
   ptx::touch(rank);
   ptx::touch(recv);
   const OpOf<NetworkView> op(rank, Phase::kDispatch, false, true, [] {});
   const Arrivals arrivals(shared, rank.layout.config().num_ranks, rank.num_local_experts);
   const DispatchReceiver<NetworkView> receiver(rank, op, recv, arrivals,
                                                &plans[threadIdx.x / kWarp]);
-  bool ok = op.start_recv(kNoRank, arrivals.sources.words, [] { return 0u; });
-  // Counts have arrived with the messages; none is read before.
-  if (!__syncthreads_and(ok)) return;
-  if (recv.output == OutputLayout::kExpertMajor) ok = receiver.read_counts(kNoRank, no_own_count);
-  if (!__syncthreads_and(ok)) return;
-  arrivals.sources.count_up();
-  __syncthreads();
-  ok = receiver.run(kNoRank, 0);
-  ok &= receiver.write_counts(kNoRank, no_own_count);
-  op.complete(ok);
+  const bool ok = op.start_recv(kNoRank, arrivals.sources.words, [] { return 0u; });
+  receiver.receive_all(ok);
 }
 
 }  // namespace

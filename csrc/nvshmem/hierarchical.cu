@@ -30,19 +30,6 @@ void check_config(const protocol::MultiNodeConfig& config) {
   }
 }
 
-void check_shared_memory(uint64_t num_wanted) {
-  int device, of_block;
-  check(cudaGetDevice(&device), "asking for the current device");
-  check(cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "asking for the size of shared memory");
-  const uint64_t num_present = static_cast<uint64_t>(of_block) - Launch::kDeclaredSharedBytes;
-  if (num_wanted <= num_present) return;
-  throw std::invalid_argument("a dispatch of num_max_tokens_per_rank tokens needs " +
-                              std::to_string(num_wanted) +
-                              " bytes of shared memory; this GPU has " +
-                              std::to_string(num_present) + ". Lower num_max_tokens_per_rank.");
-}
-
 }  // namespace
 
 HierarchicalRank::HierarchicalRank(const protocol::MultiNodeConfig& config, uint32_t self_rank,
@@ -54,12 +41,10 @@ HierarchicalRank::HierarchicalRank(const protocol::MultiNodeConfig& config, uint
       network_(multi_node_),
       num_sms_(num_sms) {
   check_config(config);
-  check_shared_memory(hierarchical_dispatch_shared_bytes(multi_node_));
+  Launch::two_fit(hierarchical_dispatch_shared_bytes(multi_node_));
   prepare_hierarchical_dispatch();
   prepare_hierarchical_combine();
-  pes_ = cuda::zeroed_device_array<int32_t>(pes.size());
-  check(cudaMemcpy(pes_, pes.data(), pes.size() * sizeof(int32_t), cudaMemcpyHostToDevice),
-        "writing the table of PEs");
+  pes_ = cuda::device_copy(pes, "writing the table of PEs");
   const size_t num_remote = multi_node_.nodes().num_remote();
   const size_t num_words = config.low_latency.num_banks * num_remote;
   arrived_ = cuda::zeroed_device_array<uint64_t>(num_words * protocol::kNumPhases);

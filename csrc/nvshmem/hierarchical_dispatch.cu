@@ -61,9 +61,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     Forwarder::Plan forwarded;
     MessagePlan message;
   } plans[kWarps];
-  const DispatchRecvParams& recv = params.recv;
   auto* plan = &plans[threadIdx.x / kWarp];
-  auto no_own_count = [](uint32_t) { return 0u; };
   ptx::touch(rank);
   ptx::touch(params);
   const HierarchicalOp op(rank, Phase::kDispatch, false, true, [] {});
@@ -72,17 +70,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   const Forwarder forwarder(rank, op, shared, params.forwarded, &plan->forwarded);
   if (!forwarder.run()) return;
   const Arrivals arrivals(shared, rank.layout.config().num_ranks, rank.num_local_experts);
-  const DispatchReceiver<HierarchicalView> receiver(rank, op, recv, arrivals, &plan->message);
-  bool ok = wait_for_sources(rank, op, arrivals.sources.words);
-  // Counts have come before the signals; none is read before.
-  if (!__syncthreads_and(ok)) return;
-  if (recv.output == OutputLayout::kExpertMajor) ok = receiver.read_counts(kNoRank, no_own_count);
-  if (!__syncthreads_and(ok)) return;
-  arrivals.sources.count_up();
-  __syncthreads();
-  ok = receiver.run(kNoRank, 0);
-  ok &= receiver.write_counts(kNoRank, no_own_count);
-  op.complete(ok);
+  const DispatchReceiver<HierarchicalView> receiver(rank, op, params.recv, arrivals,
+                                                    &plan->message);
+  const bool ok = wait_for_sources(rank, op, arrivals.sources.words);
+  receiver.receive_all(ok);
 }
 
 }  // namespace

@@ -35,26 +35,15 @@ class NodeDispatchSender {
   __device__ void run(cuda::BlockItems items, typename Rows::Fetched fetched, Plan* plan) const {
     publish_counts();
     if (HierarchicalOp::is_clerk()) signal_nodes();
-    while (items.more()) {
-      const uint32_t token = items.row(), end_part = items.end_part();
-      uint32_t part = items.first_part();
-      plan_row(token, part == 0, plan);
-      items.next();
-#pragma unroll 1
-      for (; part < end_part; ++part) {
-        const cuda::Part p = rows_.finish(fetched);
-        // The next part is on its way while this one leaves.
-        if (part + 1 < end_part) {
-          fetched = rows_.fetch(token, part + 1);
-        } else if (items.more()) {
-          fetched = rows_.fetch(items.row(), items.first_part());
-        }
-        for (uint32_t i = 0; i < plan->num_rows; ++i) {
-          cuda::store_part(p, {plan->rows[i], plan->scales[i]}, rows_.shape, part);
-        }
-      }
-      put_messages(*plan);
-    }
+    cuda::send_rows(
+        rows_, items, fetched,
+        [&](uint32_t token, bool is_first) { plan_row(token, is_first, plan); },
+        [&](const cuda::Part& p, uint32_t part) {
+          for (uint32_t i = 0; i < plan->num_rows; ++i) {
+            cuda::store_part(p, {plan->rows[i], plan->scales[i]}, rows_.shape, part);
+          }
+        },
+        [&] { put_messages(*plan); });
     if (op_.is_last_block()) signal_neighbours();
   }
 

@@ -25,26 +25,6 @@ void check_config(const protocol::LowLatencyConfig& config) {
   }
 }
 
-// Whether two blocks of the largest dispatch fit an SM.
-bool check_shared_memory(const protocol::LowLatencyLayout& layout, uint32_t self_rank) {
-  int device, of_block, of_sm;
-  check(cudaGetDevice(&device), "asking for the current device");
-  check(cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "asking for the size of shared memory");
-  check(cudaDeviceGetAttribute(&of_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-        "asking for the size of shared memory");
-  const uint64_t num_wanted = dispatch_shared_bytes(layout, self_rank);
-  const uint64_t num_present = static_cast<uint64_t>(of_block) - Launch::kDeclaredSharedBytes;
-  if (num_wanted > num_present) {
-    throw std::invalid_argument("a dispatch of num_max_tokens_per_rank tokens needs " +
-                                std::to_string(num_wanted) +
-                                " bytes of shared memory; this GPU has " +
-                                std::to_string(num_present) + ". Lower num_max_tokens_per_rank.");
-  }
-  return cuda::kBlocksPerSM * (num_wanted + Launch::kDeclaredSharedBytes) <=
-         static_cast<uint64_t>(of_sm);
-}
-
 }  // namespace
 
 NetworkRank::NetworkRank(const protocol::LowLatencyConfig& config, uint32_t self_rank,
@@ -55,12 +35,10 @@ NetworkRank::NetworkRank(const protocol::LowLatencyConfig& config, uint32_t self
       num_sms_(num_sms),
       num_remote_(static_cast<uint32_t>(std::count(bases.begin(), bases.end(), nullptr))) {
   check_config(config);
-  has_room_for_two_ = check_shared_memory(view_.layout, self_rank);
+  has_room_for_two_ = Launch::two_fit(dispatch_shared_bytes(view_.layout, self_rank));
   prepare_dispatch();
   prepare_combine();
-  pes_ = cuda::zeroed_device_array<int32_t>(pes.size());
-  check(cudaMemcpy(pes_, pes.data(), pes.size() * sizeof(int32_t), cudaMemcpyHostToDevice),
-        "writing the table of PEs");
+  pes_ = cuda::device_copy(pes, "writing the table of PEs");
   arrived_ = cuda::zeroed_device_array<uint64_t>(size_t{config.num_banks} * protocol::kNumPhases *
                                                  config.num_ranks);
   check(cudaDeviceSynchronize(), "setting a rank up");

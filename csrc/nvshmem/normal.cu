@@ -10,6 +10,7 @@
 namespace ep::nvshmem {
 
 using cuda::check;
+using cuda::device_copy;
 using cuda::Launch;
 using cuda::zeroed_device_array;
 using protocol::OpResult;
@@ -18,13 +19,6 @@ namespace {
 
 Launch launch_of(uint32_t num_sms, void* stream) {
   return {num_sms, kNodeThreads, static_cast<cudaStream_t>(stream), false};
-}
-
-template <typename T>
-T* device_copy(const std::vector<T>& values, const char* what) {
-  T* array = zeroed_device_array<T>(values.size());
-  check(cudaMemcpy(array, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), what);
-  return array;
 }
 
 const protocol::NormalNodeConfig& checked(const protocol::NormalNodeConfig& config) {

@@ -142,16 +142,9 @@ class Combiner {
 
   // The first of this rank's rows from `src` whose token is `token` or later.
   __device__ uint32_t first_row(uint32_t src, uint64_t token) const {
-    uint32_t low = shared_.rows.first_row[src], high = shared_.rows.first_row[src + 1];
-    while (low < high) {
-      const uint32_t middle = low + (high - low) / 2;
-      if (static_cast<uint32_t>(params_.recv_src_tokens[middle]) < token) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
+    const uint32_t* first_of_rank = shared_.rows.first_row;
+    return cuda::normal::first_row(params_.recv_src_tokens, first_of_rank[src],
+                                   first_of_rank[src + 1], token);
   }
 
   // To where the message lay that it answers: on its source, or on that one's forwarder here. One

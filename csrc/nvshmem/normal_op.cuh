@@ -267,10 +267,12 @@ class NodeOp {
 
   // True in the block that arrives last, for the whole block, behind all that the others have done.
   __device__ bool arrive(Step step, uint32_t round) const {
-    return arrive(
+    return cuda::normal::arrives_last(
         &rank_.state->num_arrived_in_round[static_cast<uint32_t>(step)][round % kRoundsInFlight]);
   }
-  __device__ bool arrive_last() const { return arrive(&rank_.state->num_arrived); }
+  __device__ bool arrive_last() const {
+    return cuda::normal::arrives_last(&rank_.state->num_arrived);
+  }
 
   // Ends the operation. The block that arrived last, one thread.
   __device__ void complete(uint32_t num_rounds, bool is_counts = false) const {
@@ -318,17 +320,6 @@ class NodeOp {
       }
       if (ptx::ld_relaxed_gpu(&rank_.state->failed) != 0) return seen;
     }
-  }
-
-  __device__ bool arrive(uint32_t* num_arrived) const {
-    __shared__ bool is_last;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      is_last = ptx::atom_add_acq_rel_gpu(num_arrived, 1) == gridDim.x - 1;
-      if (is_last) *num_arrived = 0;
-    }
-    __syncthreads();
-    return is_last;
   }
 
   const NodeRankView& rank_;

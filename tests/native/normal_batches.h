@@ -169,10 +169,7 @@ template <typename Make>
 bool run_on_cpu(const Shape& shape, const protocol::NormalLayout& layout, uint64_t num_bytes,
                 const Operations& operations, uint64_t seed, Make make) {
   const uint32_t num_ranks = shape.normal.num_ranks;
-  std::vector<std::byte*> bases;
-  for (uint32_t r = 0; r < num_ranks; ++r) {
-    bases.push_back(gpu_on_cpu::guarded_memory(protocol::align_up(num_bytes, 128)));
-  }
+  const std::vector<std::byte*> bases = memory_of(num_ranks, protocol::align_up(num_bytes, 128));
   std::vector<char> ok(num_ranks);
   std::vector<std::thread> threads;
   for (uint32_t rank = 0; rank < num_ranks; ++rank) {

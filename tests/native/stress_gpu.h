@@ -79,6 +79,13 @@ inline float* draw_floats(Random& random, uint64_t count) {
   return floats;
 }
 
+// Of each rank.
+inline std::vector<std::byte*> memory_of(uint32_t num_ranks, uint64_t num_bytes) {
+  std::vector<std::byte*> bases(num_ranks);
+  for (std::byte*& base : bases) base = gpu_on_cpu::guarded_memory(num_bytes);
+  return bases;
+}
+
 inline bool report(const char* whose, uint32_t rank, const OpResult& result) {
   if (result.status == Status::kOk) return true;
   const protocol::FlightRecord& record = result.record;

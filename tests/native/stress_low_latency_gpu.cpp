@@ -268,10 +268,7 @@ bool run_on_cpu(const Shape& shape, const Operations& operations, uint64_t seed)
   const uint64_t num_bytes = shape.is_hierarchical()
                                  ? protocol::MultiNodeLayout(shape.multi_node()).num_bytes()
                                  : protocol::LowLatencyLayout(shape.of_cpu()).num_bytes();
-  std::vector<std::byte*> bases;
-  for (uint32_t r = 0; r < num_ranks; ++r) {
-    bases.push_back(gpu_on_cpu::guarded_memory(protocol::align_up(num_bytes, 128)));
-  }
+  const std::vector<std::byte*> bases = memory_of(num_ranks, protocol::align_up(num_bytes, 128));
   auto network = std::make_shared<cpu::Network>(shape.nodes(), seed, 0);
   network->start_thread();
   std::vector<char> ok(num_ranks);
@@ -380,8 +377,7 @@ template <typename MakeView>
 bool run_on_gpu(const Shape& shape, uint64_t num_bytes, const Operations& operations,
                 uint32_t num_blocks, uint64_t seed, MakeView make_view) {
   const uint32_t num_ranks = shape.config.num_ranks;
-  std::vector<std::byte*> bases;
-  for (uint32_t r = 0; r < num_ranks; ++r) bases.push_back(gpu_on_cpu::guarded_memory(num_bytes));
+  const std::vector<std::byte*> bases = memory_of(num_ranks, num_bytes);
   std::vector<decltype(make_view(0, bases))> views;
   for (uint32_t r = 0; r < num_ranks; ++r) views.push_back(make_view(r, bases));
   bool ok = gpu_on_cpu::run_blocks(bases, num_blocks, cuda::kThreads, seed, [&](uint32_t rank) {

@@ -125,10 +125,7 @@ bool run_on_gpu(Random& random, const Shape& shape, const protocol::NormalDevice
                 const Operations& operations, uint64_t seed) {
   const uint32_t num_ranks = shape.normal.num_ranks, num_blocks = 1 + random.below(3);
   const bool shares_gpu = random.below(4) == 0;
-  std::vector<std::byte*> bases;
-  for (uint32_t r = 0; r < num_ranks; ++r) {
-    bases.push_back(gpu_on_cpu::guarded_memory(layout.num_bytes()));
-  }
+  const std::vector<std::byte*> bases = memory_of(num_ranks, layout.num_bytes());
   std::vector<cuda::NormalView> views;
   for (uint32_t r = 0; r < num_ranks; ++r) {
     views.push_back(view_of(layout, r, bases, num_blocks, shares_gpu));

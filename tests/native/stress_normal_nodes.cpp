@@ -115,10 +115,7 @@ void run_kernels(const nvshmem::NodeRankView& view, const nvshmem::NodeRoutes& r
 bool run_on_gpu(const Shape& shape, const protocol::NormalNetworkLayout& layout,
                 const Operations& operations, uint32_t num_blocks, uint64_t seed) {
   const uint32_t num_ranks = shape.normal.num_ranks;
-  std::vector<std::byte*> bases;
-  for (uint32_t r = 0; r < num_ranks; ++r) {
-    bases.push_back(gpu_on_cpu::guarded_memory(layout.num_bytes()));
-  }
+  const std::vector<std::byte*> bases = memory_of(num_ranks, layout.num_bytes());
   std::vector<nvshmem::NodeRankView> views;
   for (uint32_t r = 0; r < num_ranks; ++r) views.push_back(view_of(shape, layout, r, bases));
   std::vector<std::vector<nvshmem::NodeRoutes>> routes(kNumOps);
