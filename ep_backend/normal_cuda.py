@@ -16,7 +16,7 @@ from ep_backend.errors import EPBackendError
 from ep_backend.events import EventOverlap, check_overlap
 from ep_backend.group import Group
 from ep_backend.handles import KernelStatistics, address_of
-from ep_backend.kernel_calls import KernelCalls
+from ep_backend.kernel_calls import KernelCalls, Kernels
 from ep_backend.kernels import agreed_kernels
 from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS
 from ep_backend.network import NetworkConfig
@@ -95,12 +95,7 @@ class CudaNormalBuffer(NormalBuffer):
             check_one_node(group)
             start_exporter(group)
             check_waits(timeout_secs, spin_us)
-            self.num_max_sms = num_available_sms(group, self.device)
-            self.num_sms = self._checked_num_sms(
-                min(tuned.int_of("num_sms") or DEFAULT_NUM_SMS, self.num_max_sms)
-                if num_sms is None
-                else num_sms
-            )
+            self._take_sms(group, num_sms, tuned.int_of("num_sms"))
         except (TypeError, ValueError) as e:
             error = e
         agreed = {TABLE_KEY: tuned} | settings.agreed()
@@ -131,11 +126,27 @@ class CudaNormalBuffer(NormalBuffer):
                 self.device,
             ),
         )
-        self._tickets = itertools.count(1)
         row_bytes = self.hidden * self.dispatch_dtype.itemsize + 4 * layout.num_scale_words
-        self.counters = CudaNormalCounters(self, self._device_kernels.epochs(), row_bytes)
-        observer = BufferObserver(group, self.device, self.first_expert, self.counters.statistics)
-        self._calls = KernelCalls(self._device_kernels, num_experts, self.device, observer)
+        counters = CudaNormalCounters(self, self._device_kernels.epochs(), row_bytes)
+        self._start(self._device_kernels, counters)
+
+    def _take_sms(self, group: Group, num_sms: int | None, tuned: int | None = None) -> None:
+        """Blocks of a kernel, by default and at most.
+
+        Raises:
+            ValueError: `num_sms` is more than there are, or less than 1.
+        """
+        self.num_max_sms = num_available_sms(group, self.device)
+        if num_sms is None:
+            num_sms = min(tuned or DEFAULT_NUM_SMS, self.num_max_sms)
+        self.num_sms = self._checked_num_sms(num_sms)
+
+    def _start(self, kernels: Kernels, counters: CudaNormalCounters) -> None:
+        """What calls need, when there is all else."""
+        self._tickets = itertools.count(1)
+        self.counters = counters
+        observer = BufferObserver(self.group, self.device, self.first_expert, counters.statistics)
+        self._calls = KernelCalls(kernels, self.num_experts, self.device, observer)
 
     def dispatch(
         self,

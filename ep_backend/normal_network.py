@@ -7,7 +7,6 @@ the ranks that a token can go to, C tokens of a rank in a round.
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 
 import torch
@@ -15,7 +14,6 @@ import torch
 from ep_backend import _native, faults
 from ep_backend.group import Group
 from ep_backend.handles import address_of
-from ep_backend.kernel_calls import KernelCalls
 from ep_backend.kernels import agreed_kernels
 from ep_backend.low_latency import DEFAULT_TIMEOUT_SECS
 from ep_backend.memory import nvshmem
@@ -26,7 +24,6 @@ from ep_backend.normal_checks import MAX_TOKENS
 from ep_backend.normal_cuda import CudaNormalBuffer
 from ep_backend.normal_cuda_counters import CudaNormalCounters
 from ep_backend.normal_cuda_handles import CudaNormalDispatchHandle, Rows
-from ep_backend.normal_cuda_settings import DEFAULT_NUM_SMS, num_available_sms
 from ep_backend.normal_handles import NormalDispatchHandle
 from ep_backend.normal_network_settings import (
     NetworkNormalKernels,
@@ -34,7 +31,7 @@ from ep_backend.normal_network_settings import (
     network_settings_of,
 )
 from ep_backend.normal_settings import DEFAULT_NUM_BYTES
-from ep_backend.observe.buffer import BufferObserver, start_exporter
+from ep_backend.observe.buffer import start_exporter
 from ep_backend.settings import check_waits, usable_device
 
 _NOTHING_BESIDE_ROWS = (0, 0, 0)
@@ -88,10 +85,7 @@ class NetworkNormalBuffer(CudaNormalBuffer):
             settings.check(group.num_ranks)
             start_exporter(group)
             check_waits(timeout_secs, spin_us)
-            self.num_max_sms = num_available_sms(group, self.device)
-            self.num_sms = self._checked_num_sms(
-                min(DEFAULT_NUM_SMS, self.num_max_sms) if num_sms is None else num_sms
-            )
+            self._take_sms(group, num_sms)
         except (TypeError, ValueError) as e:
             error = e
         agreed, remedies = {}, {}
@@ -123,13 +117,11 @@ class NetworkNormalBuffer(CudaNormalBuffer):
                 config, group.self_rank, memory, timeout_secs, self.device
             ),
         )
-        self._tickets = itertools.count(1)
         self._num_scale_words: int = layout.num_scale_words
-        self.counters = CudaNormalCounters(
+        counters = CudaNormalCounters(
             self, self._network_kernels.num_operations(), 0, has_all_counts=False
         )
-        observer = BufferObserver(group, self.device, self.first_expert, self.counters.statistics)
-        self._calls = KernelCalls(self._network_kernels, num_experts, self.device, observer)
+        self._start(self._network_kernels, counters)
 
     def combine_input(self, handle: NormalDispatchHandle) -> torch.Tensor:
         """`[N or num_worst_tokens, H]` of the buffer's dtype; combine copies it like any other."""

@@ -80,25 +80,8 @@ def test_every_mode_equals_the_reference(
 
 def replay(rank: Rank, shape: CudaNormalShape, cases: list[NormalCase]) -> None:
     on_own_gpu(rank)
-    self_rank = rank.group.self_rank
     with shape.buffer(rank.group) as buffer:
-        ops = CudaNormalRank(buffer)
-        inputs = on_gpu(cases[0].inputs(self_rank))
-        result = None
-
-        def pair() -> None:
-            nonlocal result
-            result = buffer.dispatch(*inputs, num_worst_tokens=3000)
-            buffer.combine(result.recv_x, result.handle)
-
-        graph = capture([pair])
-        for case in cases:
-            for to, new in zip(inputs, case.inputs(self_rank), strict=True):
-                to.copy_(new)
-            ops.meet()
-            graph.replay()
-            assert result is not None
-            ops.check(case, result)
+        CudaNormalRank(buffer).replay(cases, 3000)
         rank.group.all_gather(None)
 
 

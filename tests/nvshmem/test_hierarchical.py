@@ -15,13 +15,12 @@ from hypothesis import strategies as st
 
 from ep_backend import Group, LowLatencyBuffer, PeerTimeout
 from tests.nvshmem.test_processes import FLOAT8, SETTINGS
-from tests.support.nvshmem import network_of, run_programs, start
+from tests.support.nvshmem import network_of, replay_pairs, run_programs, start
 from tests.support.processes import Rank, RankProcesses
 from tests.support.programs import PROGRAMS
-from tests.support.routing import ROUTINGS
 from tests.support.scenario import Scenario, mixed_scenario, same_bits
 from tests.support.shapes import Shape
-from tests.support.strategies import shapes
+from tests.support.strategies import scenarios_of, shapes
 
 pytestmark = pytest.mark.gpu
 
@@ -81,17 +80,7 @@ def drawn_scenarios(draw: st.DrawFn) -> Scenario:
         num_workspaces=0,
         expert_ids="local",
     )
-    scenario = Scenario(shape)
-    tokens = st.integers(0, shape.num_max_tokens_per_rank)
-    for _ in range(draw(st.integers(1, 3))):
-        scenario.add(
-            draw(st.sampled_from(ROUTINGS)),
-            draw(st.lists(tokens, min_size=4, max_size=4)),
-            seed=draw(st.integers(0, 1000)),
-            idx_dtype=draw(st.sampled_from([torch.int32, torch.int64])),
-            is_quantized=shape.is_float8 and draw(st.booleans()),
-        )
-    return scenario
+    return draw(scenarios_of(shape))
 
 
 def test_drawn_shapes_equal_the_reference() -> None:
@@ -172,19 +161,7 @@ def replay_graph(rank: Rank, shape: Shape, num_replays: int) -> None:
         # Two experts on each rank: every partial sum, and every node's, is exact.
         two = torch.tensor([0, 1, 4, 5, 8, 9, 12, 13], device="cuda")
         topk_idx = two + 2 * (torch.arange(num_tokens, device="cuda")[:, None] % 2)
-        weights = torch.full(topk_idx.shape, 1 / 8, device="cuda")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result, recv_hook = buffer.dispatch(x, topk_idx, weights)
-            recv_hook()
-            out, recv_hook = buffer.combine(result.recv_x, result.handle)
-            recv_hook()
-        for _ in range(num_replays):
-            x += 1
-            graph.replay()
-            torch.cuda.synchronize()
-            buffer.raise_if_failed()
-            assert torch.equal(out, x)  # eight eighths, exactly
+        replay_pairs(buffer, x, topk_idx, num_replays)
         assert buffer.statistics().num_ops["combine_recv"] == num_replays
 
 

@@ -95,7 +95,7 @@ class FakeCounters:
 def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     module = "ep_backend.normal_network"
     monkeypatch.setattr(f"{module}.usable_device", lambda _: torch.device("cpu"))
-    monkeypatch.setattr(f"{module}.num_available_sms", lambda *_: 132)
+    monkeypatch.setattr("ep_backend.normal_cuda.num_available_sms", lambda *_: 132)
     monkeypatch.setattr(f"{module}.NetworkNormalKernels", FakeKernels)
     monkeypatch.setattr(f"{module}.CudaNormalCounters", FakeCounters)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from ep_backend import NormalBuffer, PeerTimeout, SettingsMismatch
-from ep_backend.bench.op_cuda_graph import capture
 from ep_backend.network import VARIABLE
 from tests.cuda.test_deep_ep_normal import look_at_the_handle, run_as_deep_ep_tests, run_cases
 from tests.deep_ep.test_normal_as_deep_ep_tests import Shape
@@ -82,25 +81,8 @@ def test_prefill_rows_equal_the_reference() -> None:
 
 def replay(rank: Rank, shape: NetworkNormalShape, cases: list[NormalCase]) -> None:
     start(rank)
-    self_rank = rank.group.self_rank
     with shape.buffer(rank.group) as buffer:
-        ops = CudaNormalRank(buffer)
-        inputs = on_gpu(cases[0].inputs(self_rank))
-        result = None
-
-        def pair() -> None:
-            nonlocal result
-            result = buffer.dispatch(*inputs, num_worst_tokens=300)
-            buffer.combine(result.recv_x, result.handle)
-
-        graph = capture([pair])
-        for case in cases:
-            for to, new in zip(inputs, case.inputs(self_rank), strict=True):
-                to.copy_(new)
-            ops.meet()
-            graph.replay()
-            assert result is not None
-            ops.check(case, result)
+        CudaNormalRank(buffer).replay(cases, 300)
         rank.group.all_gather(None)
 
 

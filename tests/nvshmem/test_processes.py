@@ -18,7 +18,7 @@ import torch
 from ep_backend import LowLatencyBuffer, PeerTimeout
 from ep_backend.network import VARIABLE
 from tests.deep_ep.support import Exchange, buffer_of
-from tests.support.nvshmem import network_of, run_programs, start
+from tests.support.nvshmem import network_of, replay_pairs, run_programs, start
 from tests.support.processes import Rank, RankProcesses
 from tests.support.scenario import Scenario, mixed_scenario, same_bits
 from tests.support.shapes import Shape
@@ -186,19 +186,7 @@ def replay_graph(rank: Rank, shape: Shape, num_replays: int) -> None:
         x = torch.randn(shape.num_max_tokens_per_rank, shape.hidden, device="cuda").bfloat16()
         topk_idx = torch.arange(len(x) * shape.top_k, device="cuda").view(len(x), -1)
         topk_idx %= shape.num_experts
-        weights = torch.full(topk_idx.shape, 1 / shape.top_k, device="cuda")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result, recv_hook = buffer.dispatch(x, topk_idx, weights)
-            recv_hook()
-            out, recv_hook = buffer.combine(result.recv_x, result.handle)
-            recv_hook()
-        for _ in range(num_replays):
-            x += 1
-            graph.replay()
-            torch.cuda.synchronize()
-            buffer.raise_if_failed()
-            assert torch.equal(out, x)  # eight eighths, exactly
+        replay_pairs(buffer, x, topk_idx, num_replays)
 
 
 @pytest.mark.parametrize("links", NETWORKS)

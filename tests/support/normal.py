@@ -43,16 +43,24 @@ class NormalShape:
     def is_float8(self) -> bool:
         return self.dispatch_dtype == torch.float8_e4m3fn
 
-    def settings(self, num_bytes: int) -> NormalSettings:
-        return NormalSettings(
+    def arguments(self, num_bytes: int) -> dict[str, Any]:
+        """Of a buffer."""
+        return dict(
             hidden=self.hidden,
             num_experts=self.num_experts,
             top_k=self.top_k,
             dtype=self.dtype,
-            dispatch_dtype=self.dispatch_dtype or self.dtype,
+            dispatch_dtype=self.dispatch_dtype,
             scale_format=self.scale_format,
             num_bytes=num_bytes,
         )
+
+    def settings_arguments(self, num_bytes: int) -> dict[str, Any]:
+        """As a buffer makes them of its own."""
+        return self.arguments(num_bytes) | {"dispatch_dtype": self.dispatch_dtype or self.dtype}
+
+    def settings(self, num_bytes: int) -> NormalSettings:
+        return NormalSettings(**self.settings_arguments(num_bytes))
 
     @property
     def ranks_added_up(self) -> int | None:
@@ -83,19 +91,9 @@ class NormalShape:
     def buffer(
         self, group: Group, timeout_secs: float = 30.0, spin_us: float | None = None
     ) -> NormalBuffer:
+        layout = self.layout() if self.ranks_added_up is None else self.node_layout()
         buffer = NormalBuffer(
-            group,
-            hidden=self.hidden,
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            dtype=self.dtype,
-            num_bytes=(
-                self.layout() if self.ranks_added_up is None else self.node_layout()
-            ).num_bytes,
-            dispatch_dtype=self.dispatch_dtype,
-            scale_format=self.scale_format,
-            timeout_secs=timeout_secs,
-            spin_us=spin_us,
+            group, **self.arguments(layout.num_bytes), timeout_secs=timeout_secs, spin_us=spin_us
         )
         assert buffer.num_tokens_per_round == self.num_tokens_per_round
         return buffer

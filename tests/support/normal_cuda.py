@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ep_backend import Group, NormalBuffer, NormalDispatchResult, _native, virtual_world
+from ep_backend.bench.op_cuda_graph import capture
 from ep_backend.events import EventHandle, EventOverlap
 from ep_backend.normal_cuda import CudaNormalBuffer
 from ep_backend.normal_cuda_settings import CudaNormalSettings
@@ -35,31 +36,15 @@ class CudaNormalShape:
     num_sms: int | None = None
 
     def num_bytes(self) -> int:
-        shape = self.shape
-        settings = CudaNormalSettings(
-            hidden=shape.hidden,
-            num_experts=shape.num_experts,
-            top_k=shape.top_k,
-            dtype=shape.dtype,
-            dispatch_dtype=shape.dispatch_dtype or shape.dtype,
-            scale_format=shape.scale_format,
-            num_bytes=1 << 40,
-        )
-        config = settings.config(shape.num_ranks)
+        settings = CudaNormalSettings(**self.shape.settings_arguments(1 << 40))
+        config = settings.config(self.shape.num_ranks)
         config.num_rows = self.num_rows
         return _native.NormalDeviceLayout.budget_for(config)
 
     def buffer(self, group: Group, timeout_secs: float = 20.0) -> CudaNormalBuffer:
-        shape = self.shape
         buffer = NormalBuffer(
             group,
-            hidden=shape.hidden,
-            num_experts=shape.num_experts,
-            top_k=shape.top_k,
-            dtype=shape.dtype,
-            num_bytes=self.num_bytes(),
-            dispatch_dtype=shape.dispatch_dtype,
-            scale_format=shape.scale_format,
+            **self.shape.arguments(self.num_bytes()),
             timeout_secs=timeout_secs,
             device="cuda",
             num_sms=self.num_sms,
@@ -144,6 +129,25 @@ class CudaNormalRank:
         result = self.buffer.dispatch(**rows, handle=first.handle, copy=how.copy, **options)
         self.check(case, result)
         self.combine(case, result, how)
+
+    def replay(self, cases: list[NormalCase], num_worst_tokens: int) -> None:
+        """One graph, with the tokens of each case in turn."""
+        inputs = on_gpu(cases[0].inputs(self.rank))
+        result = None
+
+        def pair() -> None:
+            nonlocal result
+            result = self.buffer.dispatch(*inputs, num_worst_tokens=num_worst_tokens)
+            self.buffer.combine(result.recv_x, result.handle)
+
+        graph = capture([pair])
+        for case in cases:
+            for to, new in zip(inputs, case.inputs(self.rank), strict=True):
+                to.copy_(new)
+            self.meet()
+            graph.replay()
+            assert result is not None
+            self.check(case, result)
 
     def check(self, case: NormalCase, result: NormalDispatchResult) -> None:
         result.event.current_stream_wait()

@@ -34,13 +34,7 @@ class NetworkNormalShape:
         assert shape.ranks_per_node is not None
         buffer = NormalBuffer(
             group,
-            hidden=shape.hidden,
-            num_experts=shape.num_experts,
-            top_k=shape.top_k,
-            dtype=shape.dtype,
-            num_bytes=self.num_bytes(),
-            dispatch_dtype=shape.dispatch_dtype,
-            scale_format=shape.scale_format,
+            **shape.arguments(self.num_bytes()),
             timeout_secs=timeout_secs,
             device="cuda",
             num_sms=self.num_sms,

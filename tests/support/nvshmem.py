@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from ep_backend import NetworkConfig
+from ep_backend import LowLatencyBuffer, NetworkConfig
 from tests.support.processes import Rank
 from tests.support.programs import PROGRAMS, Interpreter
 from tests.support.scenario import Scenario
@@ -40,6 +40,26 @@ def expected_links(shape: Shape, self_rank: int) -> list[str]:
         return "p2p" if is_near and shape.network.links == "auto" else "rdma"
 
     return [link_to(rank) for rank in range(shape.num_ranks)]
+
+
+def replay_pairs(
+    buffer: LowLatencyBuffer, x: torch.Tensor, topk_idx: torch.Tensor, num_replays: int
+) -> None:
+    """A captured pair, with other rows each time. Experts change nothing; of a token's eight, every
+    rank has so many that its sum is exact."""
+    weights = torch.full(topk_idx.shape, 1 / 8, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result, recv_hook = buffer.dispatch(x, topk_idx, weights)
+        recv_hook()
+        out, recv_hook = buffer.combine(result.recv_x, result.handle)
+        recv_hook()
+    for _ in range(num_replays):
+        x += 1
+        graph.replay()
+        torch.cuda.synchronize()
+        buffer.raise_if_failed()
+        assert torch.equal(out, x)  # eight eighths, exactly
 
 
 def run_programs(rank: Rank, scenarios: list[Scenario], programs: list[str], num_ops: int) -> None:

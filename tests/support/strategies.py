@@ -100,6 +100,11 @@ def scenarios(
     """`in_expert_workspaces`: nothing else, whose ranks must not share a stream. `on_nodes`: ranks
     on one node to four, of one rank to three, in place of `max_ranks`."""
     shape = draw(shapes(max_ranks, device, in_expert_workspaces, on_nodes))
+    return draw(scenarios_of(shape))
+
+
+@st.composite
+def scenarios_of(draw: st.DrawFn, shape: Shape) -> Scenario:
     scenario = Scenario(shape)
     tokens = st.integers(0, shape.num_max_tokens_per_rank)
     for _ in range(draw(st.integers(1, 3))):
