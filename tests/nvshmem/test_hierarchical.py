@@ -47,6 +47,7 @@ def test_processes_equal_the_reference(num_ranks: int, ranks_per_node: int) -> N
     scenarios = [
         mixed_scenario(on_nodes(num_ranks, ranks_per_node, **arguments), seed=i, num_variants=7)
         for i, arguments in enumerate((SETTINGS | MORE_SETTINGS).values())
+        if arguments.get("reduction") != "source"  # rows of a node are added up before they leave
     ]
     programs = ["plain_loop", "late_hooks"] if num_ranks < 4 else ["plain_loop"]
     with RankProcesses(num_ranks) as ranks:
