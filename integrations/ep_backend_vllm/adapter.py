@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
     TopKWeightAndReduceContiguous,
     TopKWeightAndReduceDelegate,
@@ -57,6 +59,16 @@ class StandardAdapter(Adapter[B]):
         return None
 
 
+def tokens_of_ranks() -> list[int]:
+    """Of this step, of each rank that exchanges, so the same list on all of them; empty where vLLM
+    does not say."""
+    if not is_forward_context_available():
+        return []
+    metadata = get_forward_context().dp_metadata
+    sizes = None if metadata is None else metadata.get_chunk_sizes_across_dp_rank()
+    return list(sizes or ())
+
+
 def weighted_input(
     a1: torch.Tensor, topk_weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,17 +81,30 @@ def weighted_input(
 
 
 def quantised_rows(
-    x: torch.Tensor, scales: torch.Tensor | None, quant_config: Any, defer_input_quant: bool
+    x: torch.Tensor,
+    scales: torch.Tensor | None,
+    quant_config: Any,
+    defer_input_quant: bool,
+    find_used: Callable[[], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Received rows as the experts take them. What travels is bfloat16, or blocks of float8 with
-    scales; experts that want anything else get it quantised here."""
+    scales; experts that want anything else get it quantised here.
+
+    Args:
+        find_used: `[N]` bool, which rows hold a token; None: all. Others hold anything, which must
+            not count where all rows share a scale that is made here.
+    """
     is_wanted = quant_config.quant_dtype is not None and not defer_input_quant
     if scales is not None or not is_wanted or x.numel() == 0:
         return x, scales
     is_nvfp4 = quant_config.quant_dtype == "nvfp4"
+    scale = quant_config.a1_gscale if is_nvfp4 else quant_config.a1_scale
+    has_one_scale = not quant_config.per_act_token_quant and quant_config.block_shape is None
+    if find_used is not None and scale is None and has_one_scale:
+        x = torch.where(find_used()[:, None], x, 0)
     return moe_kernel_quantize_input(
         x,
-        quant_config.a1_gscale if is_nvfp4 else quant_config.a1_scale,
+        scale,
         quant_dtype=quant_config.quant_dtype,
         per_act_token_quant=quant_config.per_act_token_quant,
         block_shape=quant_config.block_shape,

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-from ep_backend_vllm.backends import BACKENDS, HIGH_THROUGHPUT, LOW_LATENCY, uses_batched_format
-from ep_backend_vllm.patching import require, require_parameters
+from ep_backend_vllm.backends import BACKENDS, LOW_LATENCY, uses_batched_format
+from ep_backend_vllm.patching import require
 
 FIELD = "all2all_backend"
 PLACE = "vllm.config.parallel.ParallelConfig"
-GRAPHS = "vllm.config.compilation.CompilationConfig.set_splitting_ops_for_v1"
 
 
 def check() -> None:
@@ -39,13 +37,6 @@ def check() -> None:
     ):
         is_property = isinstance(getattr(cls, name, None), property)
         require(is_property, f"{cls.__module__}.{cls.__name__}", f"lacks the property {name!r}")
-    from vllm.config import compilation
-
-    compilation_config = compilation.CompilationConfig
-    require(hasattr(compilation_config, "set_splitting_ops_for_v1"), GRAPHS, "does not exist")
-    parameters = ("self", "all2all_backend", "data_parallel_size")
-    require_parameters(compilation_config.set_splitting_ops_for_v1, GRAPHS, *parameters)
-    require(hasattr(compilation, "CUDAGraphMode"), compilation.__name__, "lacks CUDAGraphMode")
 
 
 def install() -> None:
@@ -56,7 +47,6 @@ def install() -> None:
     _extend_property(ParallelConfig, "use_sequence_parallel_moe", _needs_sequence_parallel)
     _extend_property(ParallelConfig, "use_batched_dp_moe", _needs_small_batches)
     _extend_property(FusedMoEParallelConfig, "use_batched_activation_format", _is_batched)
-    _run_high_throughput_without_graphs()
 
 
 def _add_choices(parallel_config: Any) -> None:
@@ -101,28 +91,3 @@ def _needs_small_batches(config: Any) -> bool:
 def _is_batched(config: Any) -> bool:
     is_ours = config.use_all2all_kernels and config.all2all_backend == LOW_LATENCY
     return is_ours and uses_batched_format()
-
-
-def _run_high_throughput_without_graphs() -> None:
-    """The host waits for sizes in every layer, which no graph can. vLLM does the same for DeepEP's
-    high-throughput kernels, by their name, in the same place."""
-    from vllm.config.compilation import CompilationConfig, CUDAGraphMode
-    from vllm.logger import init_logger
-
-    original = CompilationConfig.set_splitting_ops_for_v1
-
-    @functools.wraps(original)
-    def set_splitting_ops(self: Any, all2all_backend: str, data_parallel_size: int = 1) -> None:
-        original(self, all2all_backend, data_parallel_size)
-        if all2all_backend != HIGH_THROUGHPUT or data_parallel_size == 1:
-            return
-        if self.cudagraph_mode != CUDAGraphMode.NONE:
-            init_logger("vllm.ep_backend").info(
-                "ep_backend: no CUDA graphs with %s, whose host waits for the sizes of each batch. "
-                "For decode choose %s.",
-                HIGH_THROUGHPUT,
-                LOW_LATENCY,
-            )
-            self.cudagraph_mode = CUDAGraphMode.NONE
-
-    CompilationConfig.set_splitting_ops_for_v1 = set_splitting_ops

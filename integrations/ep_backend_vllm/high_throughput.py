@@ -1,7 +1,8 @@
 """`ep_backend_high_throughput`: NormalBuffer behind vLLM's modular MoE kernel, for prefill.
 
-The standard format with exact sizes: experts get the N rows that other ranks have for this one, and
-no more. So the number is known on the host, and a step waits for it: the one wait of a layer.
+The standard format. With exact sizes experts get the N rows that other ranks have for this one, and
+no more: the host must know N, and waits for it once a layer. Steps that vLLM replays from CUDA
+graphs are small: there experts get as many rows as all ranks have tokens, and nothing waits.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ep_backend_vllm.adapter import (
     StandardAdapter,
     quantised_rows,
     reduced_rows,
+    tokens_of_ranks,
     weighted_input,
 )
 
@@ -47,11 +49,16 @@ class NormalPrepareAndFinalize(StandardAdapter[NormalBuffer]):
         is_for_gpus: experts are vLLM's for GPUs, which take global ids with an `expert_map`, and
             the rows of each expert; shared experts run beside combine, which is on a stream of its
             own. Else those for CPUs.
+        num_graph_tokens: where no rank has more, a graph may hold the step, and sizes are not
+            exact. 0: always exact.
     """
 
-    def __init__(self, buffer: NormalBuffer, is_for_gpus: bool = False) -> None:
+    def __init__(
+        self, buffer: NormalBuffer, is_for_gpus: bool = False, num_graph_tokens: int = 0
+    ) -> None:
         super().__init__(buffer)
         self._is_for_gpus = is_for_gpus
+        self._num_graph_tokens = num_graph_tokens
         self._handle: NormalDispatchHandle | None = None
 
     def supports_async(self) -> bool:
@@ -71,23 +78,33 @@ class NormalPrepareAndFinalize(StandardAdapter[NormalBuffer]):
         """Sends `a1` `[T, H]` to its experts, and receives `(x [N, H], scales or None, rows of each
         expert or None, ids [N, K], weights [N, K])`. A place without an expert of this rank has
         weight 0, and on a GPU an expert of another rank, which `expert_map` says to skip; on a CPU,
-        whose experts take local ids, expert 0."""
+        whose experts take local ids, expert 0. Where sizes are not exact, N is the tokens of all
+        ranks, and rows that hold none have no expert of this rank."""
         begin_ns = time.monotonic_ns()
         self._check_quantisation(quant_config, defer_input_quant)
         if apply_router_weight_on_input:
             a1, topk_weights = weighted_input(a1, topk_weights)
-        result = self.buffer.dispatch(a1.contiguous(), topk_ids, topk_weights)
+        num_rows = self._num_worst_tokens()
+        result = self.buffer.dispatch(
+            a1.contiguous(), topk_ids, topk_weights, num_worst_tokens=num_rows
+        )
         self._handle = result.handle
         self._record("prepare", a1.shape[0], begin_ns)
         if not self._is_for_gpus:
             ids = result.recv_topk_idx.clamp(min=0).to(torch.int32)
             return result.recv_x, None, None, ids, result.recv_topk_weights
         x, scales = quantised_rows(
-            result.recv_x, result.recv_scales, quant_config, defer_input_quant
+            result.recv_x,
+            result.recv_scales,
+            quant_config,
+            defer_input_quant,
+            (lambda: (result.recv_topk_idx >= 0).any(1)) if num_rows > 0 else None,
         )
-        counts = mk.ExpertTokensMetadata.make_from_list(
-            result.num_recv_tokens_per_expert, device=x.device
-        )
+        per_expert = result.num_recv_tokens_per_expert
+        if num_rows > 0:
+            counts = mk.ExpertTokensMetadata(per_expert, expert_num_tokens_cpu=None)
+        else:
+            counts = mk.ExpertTokensMetadata.make_from_list(per_expert, device=x.device)
         return x, scales, counts, self._global_ids(result, num_experts), result.recv_topk_weights
 
     def prepare_async(self, *args: Any, **kwargs: Any) -> Callable[[], Prepared]:
@@ -131,6 +148,13 @@ class NormalPrepareAndFinalize(StandardAdapter[NormalBuffer]):
             self._record("finalize", output.shape[0], begin_ns)
 
         return receiver
+
+    def _num_worst_tokens(self) -> int:
+        """Of this step's dispatch; every rank comes to the same."""
+        if self._num_graph_tokens == 0:
+            return 0
+        sizes = tokens_of_ranks()
+        return sum(sizes) if max(sizes, default=0) <= self._num_graph_tokens else 0
 
     def _to_combine(
         self, fused_expert_output: torch.Tensor, *how: Any

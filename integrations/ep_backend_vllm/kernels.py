@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from ep_backend_vllm import graphs
 from ep_backend_vllm.backends import BACKENDS, HIGH_THROUGHPUT, uses_batched_format
 from ep_backend_vllm.patching import rebind_everywhere, require, require_parameters
 
@@ -26,6 +27,7 @@ def check() -> None:
     require(hasattr(kernel, "_allocate_buffers"), place, "does not exist")
     require_parameters(_experts().is_supported_config, EXPERTS, "cls", "moe_config")
     require(hasattr(_experts(), "_supports_parallel_config"), EXPERTS, "cannot ask the experts")
+    graphs.check()
 
 
 def install() -> None:
@@ -63,8 +65,8 @@ def _experts() -> Any:
 
 
 def _refuse_experts_without_counts(experts: Any) -> None:
-    """On a GPU our high-throughput backend hands rows over as DeepEP's does, with counts that are
-    known to the host. Experts that cannot take those, as CUTLASS's, say so of DeepEP by name."""
+    """On a GPU our high-throughput backend hands rows over as DeepEP's does, with the rows of each
+    expert. Experts that cannot take those, as CUTLASS's, say so of DeepEP by name."""
     import torch
 
     original = experts.is_supported_config
@@ -125,7 +127,12 @@ def _make_high_throughput(moe: Any, quant_config: Any) -> Any:
             "device": device,
         }
     )
-    return NormalPrepareAndFinalize(buffer, is_for_gpus=not is_cpu)
+    if is_cpu:
+        return NormalPrepareAndFinalize(buffer)
+    num_graph_tokens = graphs.most_tokens()
+    if num_graph_tokens > 0:
+        graphs.let_scratch_memory_grow()
+    return NormalPrepareAndFinalize(buffer, True, num_graph_tokens)
 
 
 def _make_low_latency(moe: Any, quant_config: Any) -> Any:

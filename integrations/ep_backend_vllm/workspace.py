@@ -14,7 +14,6 @@ from typing import Any, TypedDict
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
-from vllm.forward_context import get_forward_context
 from vllm.v1.worker.ubatching import dbo_current_ubatch_id, dbo_maybe_run_recv_hook
 
 from ep_backend import DispatchHandle, DispatchResult, LowLatencyBuffer
@@ -23,18 +22,12 @@ from ep_backend_vllm.adapter import (
     StandardAdapter,
     quantised_rows,
     reduced_rows,
+    tokens_of_ranks,
     weighted_input,
 )
 
 # A micro-batch of vLLM's dual-batch overlap each.
 NUM_WORKSPACES = 2
-
-
-def most_tokens_of_a_rank(num_own: int) -> int:
-    """Of this step, over the ranks that exchange; the same on each."""
-    metadata = get_forward_context().dp_metadata
-    sizes = metadata.get_chunk_sizes_across_dp_rank() if metadata is not None else None
-    return max(1, num_own, *(sizes or ()))
 
 
 class _Place(TypedDict):
@@ -159,15 +152,21 @@ class WorkspacePrepareAndFinalize(StandardAdapter[LowLatencyBuffer]):
         assert result.recv_topk_idx is not None
         assert result.recv_topk_weights is not None
         scales = result.recv_scales
+        idx, weights = result.recv_topk_idx.flatten(0, 1), result.recv_topk_weights.flatten(0, 1)
         x, scales = quantised_rows(
             result.recv_x.flatten(0, 1),
             None if scales is None else scales.flatten(0, 1),
             quant_config,
             defer_input_quant,
+            lambda: self._have_own_expert(idx),
         )
         self._record("prepare", result.handle.num_tokens, begin_ns)
-        idx, weights = result.recv_topk_idx, result.recv_topk_weights
-        return x, scales, None, idx.flatten(0, 1), weights.flatten(0, 1)
+        return x, scales, None, idx, weights
+
+    def _have_own_expert(self, idx: torch.Tensor) -> torch.Tensor:
+        """`[N]` bool, of rows with global numbers `[N, K]`."""
+        first = self.buffer.first_expert
+        return ((idx >= first) & (idx < first + self.buffer.num_local_experts)).any(1)
 
     def _to_combine(self, *experts: Any) -> tuple[torch.Tensor, DispatchHandle]:
         """The workspace's combine input, filled, and the handle it belongs to."""
@@ -193,5 +192,5 @@ def _to_dispatch(
 def _place(a1: torch.Tensor) -> _Place:
     return {
         "workspace": dbo_current_ubatch_id(),
-        "num_slots": most_tokens_of_a_rank(a1.shape[0]),
+        "num_slots": max(1, a1.shape[0], *tokens_of_ranks()),
     }

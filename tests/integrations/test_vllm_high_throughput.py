@@ -13,14 +13,18 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 import ep_backend_vllm
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from ep_backend_vllm import adapter as adapters
+from ep_backend_vllm import graphs
 from ep_backend_vllm.backends import HIGH_THROUGHPUT, LOW_LATENCY
 from ep_backend_vllm.high_throughput import NormalPrepareAndFinalize, num_bytes_for
+from torch.cuda import device_count
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.compilation import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.model_executor.layers.fused_moe.config import (
     FUSED_MOE_UNQUANTIZED_CONFIG,
     fp8_w8a8_moe_quant_config,
     nvfp4_moe_quant_config,
 )
+from vllm.v1.worker import workspace
 
 from ep_backend import Group, NormalBuffer, reference, virtual_world
 from ep_backend.events import EventOverlap
@@ -29,13 +33,16 @@ from tests.integrations.vllm_layer import (
     NUM_EXPERTS,
     NUM_RANKS,
     TOP_K,
+    DenseExperts,
     LoopExperts,
     apply_layer,
     batch_of,
     dense_layer,
     moe_config_of,
+    set_tokens_of_ranks,
     weights_of_experts,
 )
+from tests.support.processes import Rank, RankProcesses
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,13 +71,22 @@ def expert_map_of(buffer: NormalBuffer) -> torch.Tensor:
     return expert_map
 
 
-@pytest.mark.parametrize("is_for_gpus", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("is_for_gpus", "num_graph_tokens"),
+    [(False, 0), (True, 0), (True, 5), (True, 4)],
+    ids=["cpu", "gpu", "graphs", "small graphs"],
+)
 @pytest.mark.parametrize("num_tokens", [(5, 2), (4, 4), (3, 0), (0, 0)])
 def test_the_real_modular_kernel_equals_the_dense_layer(
-    num_tokens: tuple[int, int], is_for_gpus: bool
+    num_tokens: tuple[int, int],
+    is_for_gpus: bool,
+    num_graph_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With (4, 4) a rank may receive as many rows as it has tokens: experts then write to the
     output itself. With (0, 0) nothing comes: vLLM runs no experts."""
+    set_tokens_of_ranks(monkeypatch, list(num_tokens))
+    is_exact = max(num_tokens) > num_graph_tokens or max(num_tokens) == 0
     generator = torch.Generator().manual_seed(0)
     w1, w2 = weights_of_experts(generator)
     batches = [batch_of(generator, n) for n in num_tokens]
@@ -80,7 +96,7 @@ def test_the_real_modular_kernel_equals_the_dense_layer(
         experts = LoopExperts(
             moe_config=moe_config_of(group, buffer), quant_config=FUSED_MOE_UNQUANTIZED_CONFIG
         )
-        adapter = NormalPrepareAndFinalize(buffer, is_for_gpus)
+        adapter = NormalPrepareAndFinalize(buffer, is_for_gpus, num_graph_tokens)
         given: list[torch.Tensor | None] = []
         ask = adapter.allocate_fused_expert_output
         adapter.allocate_fused_expert_output = lambda *a: given.append(ask(*a)) or given[-1]
@@ -88,7 +104,9 @@ def test_the_real_modular_kernel_equals_the_dense_layer(
         expert_map = expert_map_of(buffer) if is_for_gpus else None
         out = apply_layer(kernel, buffer, (w1, w2), batches[group.self_rank], expert_map)
         if is_for_gpus and num_tokens[1] > 0:  # vLLM asked where the experts shall write
-            assert [rows.shape[1] for rows in given if rows is not None] == [HIDDEN]
+            (rows,) = [rows for rows in given if rows is not None]
+            assert rows.shape[1] == HIDDEN
+            assert is_exact or len(rows) == sum(num_tokens)
         return out
 
     outs = virtual_world(NUM_RANKS).run(rank_main)
@@ -239,12 +257,124 @@ def test_memory_on_a_gpu_has_room_for_the_largest_batch(
     assert num_bytes_for(moe, ranks, "cpu") is None
 
 
+def test_rows_without_a_token_do_not_count_in_a_scale_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM's kernel that finds such a scale, which no CPU has, is played."""
+    seen: list[torch.Tensor] = []
+    quantise = lambda x, *_, **__: (seen.append(x), None)  # noqa: E731
+    monkeypatch.setattr(adapters, "moe_kernel_quantize_input", quantise)
+    x, is_used = torch.full((3, HIDDEN), 7.0), torch.tensor([True, False, True])
+    of_rows = fp8_w8a8_moe_quant_config(ONE, ONE, per_act_token_quant=True)
+    of_all = fp8_w8a8_moe_quant_config(ONE, ONE)
+    given = fp8_w8a8_moe_quant_config(ONE, ONE, a1_scale=ONE)
+    for config in (of_rows, of_all, given):
+        adapters.quantised_rows(x, None, config, False, lambda: is_used)
+    assert seen[0] is x
+    assert seen[1][:, 0].tolist() == [7.0, 0.0, 7.0]
+    assert seen[2] is x
+
+
 @pytest.mark.parametrize(
-    ("backend", "dp", "has_graphs"),
-    [(HIGH_THROUGHPUT, 2, False), (HIGH_THROUGHPUT, 1, True), (LOW_LATENCY, 2, True)],
+    ("mode", "sizes", "expected"),
+    [
+        (CUDAGraphMode.FULL_AND_PIECEWISE, [1, 8, 64], 64),
+        (CUDAGraphMode.PIECEWISE, [4], 4),
+        (CUDAGraphMode.NONE, [1, 8, 64], 0),
+    ],
 )
-def test_high_throughput_runs_without_cuda_graphs(backend: str, dp: int, has_graphs: bool) -> None:
-    config = CompilationConfig(mode=CompilationMode.VLLM_COMPILE)
-    config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
-    config.set_splitting_ops_for_v1(all2all_backend=backend, data_parallel_size=dp)
-    assert (config.cudagraph_mode != CUDAGraphMode.NONE) == has_graphs
+def test_graphs_hold_steps_as_large_as_vllm_captures(
+    mode: CUDAGraphMode, sizes: list[int], expected: int
+) -> None:
+    compilation = CompilationConfig(
+        mode=CompilationMode.VLLM_COMPILE, cudagraph_capture_sizes=sizes
+    )
+    compilation.max_cudagraph_capture_size = max(sizes)
+    compilation.cudagraph_mode = mode
+    compilation.set_splitting_ops_for_v1(all2all_backend=HIGH_THROUGHPUT, data_parallel_size=2)
+    assert compilation.cudagraph_mode == mode
+    config = VllmConfig()
+    config.compilation_config = compilation
+    with set_current_vllm_config(config):
+        assert graphs.most_tokens() == expected
+    assert graphs.most_tokens() == 0
+
+
+def test_scratch_memory_grows_beyond_what_graphs_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = workspace.WorkspaceManager(torch.device("cpu"))
+    monkeypatch.setattr(workspace, "_manager", manager)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    for _ in range(2):  # two layers
+        graphs.let_scratch_memory_grow()
+    (captured,) = manager.get_simultaneous(((64,), torch.uint8))
+    captured.fill_(3)
+    address = captured.data_ptr()
+    del captured
+    workspace.lock_workspace()
+    (larger,) = manager.get_simultaneous(((1 << 20,), torch.uint8))
+    larger.fill_(5)
+    (kept,) = manager.of_graphs
+    assert kept.data_ptr() == address
+    assert kept[:64].tolist() == [3] * 64
+
+
+def run_layer_in_graphs(rank: Rank, sizes: list[int]) -> None:
+    """Captures a step of each size; replays them with other tokens, and runs exact ones between."""
+    group, device = rank.group, torch.device("cuda", rank.group.self_rank % device_count())
+    torch.cuda.set_device(device)
+    workspace.init_workspace_manager(device)
+    generator = torch.Generator().manual_seed(group.self_rank)
+    w1, w2 = (w.to(device) for w in weights_of_experts(torch.Generator().manual_seed(7)))
+    buffer = NormalBuffer(
+        group,
+        hidden=HIDDEN,
+        num_experts=NUM_EXPERTS,
+        top_k=TOP_K,
+        dtype=torch.float32,
+        device="cuda",
+    )
+    experts = DenseExperts(
+        moe_config=moe_config_of(group, buffer), quant_config=FUSED_MOE_UNQUANTIZED_CONFIG
+    )
+    adapter = NormalPrepareAndFinalize(buffer, is_for_gpus=True, num_graph_tokens=max(sizes))
+    kernel = mk.FusedMoEKernel(adapter, experts)
+    expert_map = expert_map_of(buffer).to(device)
+
+    def run(batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        num_tokens = len(batch[0])
+        with pytest.MonkeyPatch.context() as patch:
+            set_tokens_of_ranks(patch, [num_tokens] * group.num_ranks)
+            return apply_layer(kernel, buffer, (w1, w2), batch, expert_map)
+
+    def check(out: torch.Tensor, batch: tuple[torch.Tensor, ...]) -> None:
+        expected = dense_layer(*(t.cpu() for t in (*batch, w1, w2)))
+        torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-3)
+
+    steps = []
+    for num_tokens in sizes:
+        batch = tuple(t.to(device) for t in batch_of(generator, num_tokens))
+        check(run(batch), batch)
+        torch.cuda.synchronize()
+        group.all_gather(None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run(batch)
+        steps.append((graph, batch, out))
+    for _ in range(3):
+        for graph, batch, out in steps:
+            for old, new in zip(batch, batch_of(generator, len(batch[0])), strict=True):
+                old.copy_(new)
+            graph.replay()
+            torch.cuda.synchronize()
+            buffer.raise_if_failed()
+            check(out, batch)
+        batch = tuple(t.to(device) for t in batch_of(generator, max(sizes) + 3))
+        check(run(batch), batch)
+    torch.cuda.synchronize()
+    buffer.close()
+
+
+@pytest.mark.gpus(1)
+def test_graphs_and_exact_steps_equal_the_dense_layer() -> None:
+    with RankProcesses(NUM_RANKS) as ranks:
+        ranks.run(run_layer_in_graphs, [8, 3], deadline_secs=120)

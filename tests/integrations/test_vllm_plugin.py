@@ -95,12 +95,12 @@ def test_name_tests_of_vllm_know_the_backend(
     [
         (config, "vllm.config.parallel.ParallelConfig.use_batched_dp_moe"),
         (config, "vllm.engine.arg_utils._compute_kwargs"),
-        (config, "vllm.config.compilation.CompilationConfig.set_splitting_ops_for_v1"),
         (
             communicator,
             "vllm.distributed.device_communicators.base_device_communicator.All2AllManagerBase",
         ),
         (kernels, "vllm.model_executor.layers.fused_moe.all2all_utils.maybe_make_prepare_finalize"),
+        (kernels, "vllm.v1.worker.workspace.WorkspaceManager.unlock"),
         (cpu, "vllm.model_executor.layers.fused_moe.oracle.unquantized.backend_to_kernel_cls"),
         (
             cpu,

@@ -27,6 +27,7 @@ from tests.integrations.vllm_layer import (
     dense_layer,
     low_latency_buffer,
     moe_config_of,
+    set_tokens_of_ranks,
     weights_of_experts,
 )
 
@@ -158,13 +159,6 @@ def test_experts_that_want_float8_blocks_get_rows_and_scales(
         assert torch.equal(got_weights[:3], weights)
 
     virtual_world(1).run(rank_main)
-
-
-def set_tokens_of_ranks(monkeypatch: pytest.MonkeyPatch, num_tokens: list[int]) -> None:
-    """As vLLM tells them in a step."""
-    metadata = SimpleNamespace(get_chunk_sizes_across_dp_rank=lambda: num_tokens)
-    context = SimpleNamespace(dp_metadata=metadata)
-    monkeypatch.setattr(workspace, "get_forward_context", lambda: context)
 
 
 def test_all_that_vllm_declares_abstract_is_there() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from ep_backend_vllm import adapter
 from ep_backend_vllm.backends import LOW_LATENCY
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
@@ -40,6 +43,14 @@ def dense_layer(
             gate, up = (w1[expert] @ x[token]).chunk(2)
             out[token] += weights[token, k] * (w2[expert] @ (torch.nn.functional.silu(gate) * up))
     return out
+
+
+def set_tokens_of_ranks(monkeypatch: pytest.MonkeyPatch, num_tokens: list[int]) -> None:
+    """As vLLM tells them in a step."""
+    metadata = SimpleNamespace(get_chunk_sizes_across_dp_rank=lambda: num_tokens)
+    context = SimpleNamespace(dp_metadata=metadata)
+    monkeypatch.setattr(adapter, "is_forward_context_available", lambda: True)
+    monkeypatch.setattr(adapter, "get_forward_context", lambda: context)
 
 
 class LoopExperts(mk.FusedMoEExpertsModular):
@@ -87,6 +98,24 @@ class LoopExperts(mk.FusedMoEExpertsModular):
                     gate, up = (w1[local] @ x[row]).chunk(2)
                     rows[row, k] = w2[local] @ (torch.nn.functional.silu(gate) * up)
         output.copy_((rows * given["topk_weights"][:, :, None]).sum(1))
+
+
+class DenseExperts(LoopExperts):
+    """The same without a loop over rows: every expert computes all of them, so that a graph can
+    hold it. Rows without a token may hold anything."""
+
+    def apply(self, output: torch.Tensor, **given: Any) -> None:
+        x, w1, w2 = given["hidden_states"], given["w1"], given["w2"]
+        local = given["expert_map"][given["topk_ids"].long()]
+        used = (local >= 0).any(1)[:, None]
+        x = torch.where(used, x, 0)
+        total = torch.zeros_like(x)
+        for expert in range(len(w1)):
+            gate, up = (x @ w1[expert].T).chunk(2, dim=1)
+            rows = (torch.nn.functional.silu(gate) * up) @ w2[expert].T
+            weight = torch.where(local == expert, given["topk_weights"], 0).sum(1)
+            total += weight[:, None].to(rows.dtype) * rows
+        output.copy_(total)
 
 
 def low_latency_buffer(
