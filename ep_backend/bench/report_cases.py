@@ -244,9 +244,10 @@ def _title(document: Document) -> str:
     title = TITLES.get((bench, str(device), kind), f"Benchmark {_words(bench)}")
     machine = document.get("machine", {})
     card = machine.get("gpu") or machine.get("cpu") or ""
-    cards = document.get("cards") or []
-    where = f"{len(cards)} x {card}" if len(cards) > 1 else str(card)
-    num_ranks = (document.get("settings") or {}).get("num_ranks")
+    settings = document.get("settings") or {}
+    num_ranks = settings.get("num_ranks")
+    num_cards = max(num_ranks) if settings.get("gpu_per_rank") else len(document.get("cards") or [])
+    where = f"{num_cards} x {card}" if num_cards > 1 else str(card)
     ranks = "" if num_ranks is None else _setting_text("num_ranks", num_ranks)
     date = str(document.get("date", ""))[:10]
     return " | ".join(part for part in (title, ranks, where, date) if part)
