@@ -266,6 +266,8 @@ def test_one_gpu_numbers_are_those_of_the_results() -> None:
     of_one = [by_form["fused"][1, 1, name] for name in ("rank_major", "expert_workspace")]
     told = "one rank {:.1f} us rank-major, {:.1f} us by expert in a workspace"
     assert told.format(*(case["pair"]["median_us"] for case in of_one)) in FLOWING
+    since_tuned = by_form["fused"][1, 16, "rank_major"]["pair"]["median_us"]
+    assert f"those 16 tokens {since_tuned:.1f} us by default" in FLOWING
     by_sms = {
         (case["output_layout"], case["num_sms"]): case["pair"]["median_us"]
         for case in results("op-cuda-h100-sms.json")["cases"]

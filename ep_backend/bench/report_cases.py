@@ -246,7 +246,9 @@ def _title(document: Document) -> str:
     card = machine.get("gpu") or machine.get("cpu") or ""
     settings = document.get("settings") or {}
     num_ranks = settings.get("num_ranks")
-    num_cards = max(num_ranks) if settings.get("gpu_per_rank") else len(document.get("cards") or [])
+    num_cards = len(document.get("cards") or [])
+    if settings.get("gpu_per_rank"):
+        num_cards = max(settings["num_ranks"])
     where = f"{num_cards} x {card}" if num_cards > 1 else str(card)
     ranks = "" if num_ranks is None else _setting_text("num_ranks", num_ranks)
     date = str(document.get("date", ""))[:10]
