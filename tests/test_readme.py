@@ -437,7 +437,9 @@ def test_what_is_said_of_servers_on_four_gpus_is_as_measured() -> None:
     assert 0.6 < rates["min"] / rates["max"] < 0.7  # "a third fewer"
     tpot = ours["tpot_mean_ms"]["max"] / theirs["tpot_mean_ms"]["min"]
     rate = ours["output_tokens_per_sec"]["min"] / rates["max"]
-    assert f"{tpot:.2f} in TPOT and {rate:.2f} in tokens/s" in FLOWING
+    itl = [median(run, "itl_p99_ms") for run in (ours, theirs)]
+    told = f"{tpot:.2f} in TPOT and {rate:.2f} in tokens/s, and the 99th percentile of the time "
+    assert told + "between two tokens was {:.0f} ms, vLLM's {:.0f}.".format(*itl) in FLOWING
     ttft = [[median(run, "ttft_p50_ms") for run in runs[c]] for c in (8, 32, 64)]
     assert all(of_vllm < of_us for of_vllm, of_us in ttft)
     of_vllm, of_us = zip(*ttft, strict=True)
