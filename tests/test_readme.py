@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "ep_backend" / "bench" / "results"
 PAGES = README + (RESULTS / "NUMBERS.md").read_text()
 """Where numbers are."""
+FLOWING = " ".join(PAGES.split())
 
 
 def test_every_path_exists() -> None:
@@ -68,55 +71,137 @@ def results(name: str) -> dict:
     return json.loads((RESULTS / name).read_text())
 
 
+def in_words(numbers: Iterable[float], digits: int) -> str:
+    """As in `1.0, 2.0 and 3.0`."""
+    *first, last = (f"{number:.{digits}f}" for number in numbers)
+    return f"{', '.join(first)} and {last}"
+
+
+def from_to(numbers: Iterable[float], digits: int) -> str:
+    least, *_, most = sorted(numbers)
+    return f"{least:.{digits}f} to {most:.{digits}f}"
+
+
+def pairs_us(name: str) -> dict[tuple[int, str], float]:
+    """By tokens and layout."""
+    cases = results(name)["cases"]
+    return {(c["num_tokens"], c["output_layout"]): c["pair"]["median_us"] for c in cases}
+
+
 def test_nvlink_numbers_are_those_of_the_results() -> None:
-    measured = results("multi-gpu-2-h200.json")
-    nccl_us = {p["num_tokens"]: p["pair"]["median_us"] for p in measured["nccl"]["pairs"]}
-    cases = [case for case in measured["cases"] if case["num_max_tagged_tokens"] is None]
-    assert len(cases) == 12
-    for case in cases:
-        num_tokens, pair_us = case["num_tokens"], case["pair"]["median_us"]
-        assert (
-            f"| {num_tokens} | {case['output_layout'].replace('_', '-')} | {pair_us:.1f} "
-            f"| {case['dispatch']['median_us']:.1f} | {nccl_us[num_tokens]:.1f} "
-            f"| {nccl_us[num_tokens] / pair_us:.1f}x |"
-        ) in PAGES
+    columns: dict[tuple[int, str], list[str]] = {}
+    for num_gpus in (2, 4):
+        measured = results(f"multi-gpu-{num_gpus}-h200.json")
+        assert len(measured["cards"]) == num_gpus
+        nccl_us = {p["num_tokens"]: p["pair"]["median_us"] for p in measured["nccl"]["pairs"]}
+        cases = [case for case in measured["cases"] if case["num_max_tagged_tokens"] is None]
+        assert len(cases) == 12
+        for case in cases:
+            num_tokens, pair_us = case["num_tokens"], case["pair"]["median_us"]
+            columns.setdefault((num_tokens, case["output_layout"]), []).extend(
+                [
+                    f"{pair_us:.1f}",
+                    f"{case['dispatch']['median_us']:.1f}",
+                    f"{nccl_us[num_tokens]:.1f}",
+                    f"{nccl_us[num_tokens] / pair_us:.1f}x",
+                ]
+            )
+    for (num_tokens, layout), cells in columns.items():
+        assert f"| {num_tokens} | {layout.replace('_', '-')} | {' | '.join(cells)} |" in README
+    for num_gpus, between in ((2, "two"), (4, "four")):
+        hooks = pairs_us(f"multi-gpu-{num_gpus}-h200-hook.json")
+        by_tokens = [hooks[num_tokens, "rank_major"] for num_tokens in (1, 16, 64, 128)]
+        told = in_words(by_tokens, 1) + (" us" if num_gpus == 2 else "") + f" between {between}"
+        assert told in FLOWING
+
+
+def test_where_workspaces_by_expert_lose_is_as_measured() -> None:
+    """From 16 tokens on between two GPUs, from 64 on between four, and at 128 to NCCL."""
+    for num_gpus, first in ((2, 16), (4, 64)):
+        measured = results(f"multi-gpu-{num_gpus}-h200.json")
+        cases = {
+            (case["num_tokens"], case["output_layout"]): case["pair"]["median_us"]
+            for case in measured["cases"]
+            if case["num_max_tagged_tokens"] is None
+        }
+        nccl_us = {p["num_tokens"]: p["pair"]["median_us"] for p in measured["nccl"]["pairs"]}
+        for num_tokens in (1, 16, 64, 128):
+            in_workspace = cases[num_tokens, "expert_workspace"]
+            is_slower = in_workspace > cases[num_tokens, "expert_major"]
+            assert is_slower == (num_tokens >= first)
+            assert (in_workspace > nccl_us[num_tokens]) == (num_tokens == 128)
 
 
 def test_numbers_of_nvshmem_are_those_of_the_results() -> None:
-    columns = [
-        {
-            (case["num_tokens"], case["output_layout"]): case["pair"]["median_us"]
-            for case in results(f"multi-gpu-2-h100-{name}.json")["cases"]
-        }
-        for name in ("push", "nvshmem", "nvshmem-puts", "hook")
-    ]
+    names = ("2-h200-push", "2-h200-nvshmem", "2-h200-nvshmem-puts", "2-h200-hook")
+    columns = [pairs_us(f"multi-gpu-{n}.json") for n in (*names, "4-h200-nvshmem", "4-h200-hook")]
     assert len(columns[0]) == 8
     for num_tokens, layout in columns[0]:
         times = " | ".join(f"{column[num_tokens, layout]:.1f}" for column in columns)
         assert f"| {num_tokens} | {layout.replace('_', '-')} | {times} |" in PAGES
+    pushed, direct, _, _, direct_of_four, default_of_four = columns
+    ratios = [direct[key] / pushed[key] for key in pushed]
+    assert f"takes {from_to(ratios, 2)} times as long as the same rows pushed" in FLOWING
+    faster = {key for key, us in direct_of_four.items() if us < default_of_four[key]}
+    assert faster == {(64, "expert_major"), (128, "expert_major")}
 
 
 def test_prefill_numbers_over_nvlink_are_those_of_the_results() -> None:
-    measured = results("multi-gpu-2-h100-normal.json")
-    normal, nccl = measured["normal"], measured["nccl"]
-    nccl_us = {(r["num_tokens"], r["dtype"]): r["all_to_all"]["median_us"] for r in nccl["normal"]}
-    assert len(normal["cases"]) == 12
-    for case in normal["cases"]:
-        num_tokens, dtype = case["num_tokens"], case["dispatch_dtype"]
-        cells = [str(num_tokens), dtype, str(case["num_sms"])]
-        cells.append(f"{case['dispatch']['median_us']:.0f}")
-        for name, of_rows in (("cached_dispatch", dtype), ("combine", "bf16")):
-            cells += [f"{case[name]['median_us']:.0f}", f"{case[f'{name}_gbs']:.0f}"]
-            cells += [f"{case[f'{name}_{of}copy_fraction']:.2f}" for of in ("", "sms_")]
-            cells.append(f"{nccl_us[num_tokens, of_rows]:.0f}")
-        assert f"| {' | '.join(cells)} |" in PAGES
-    flowing = " ".join(PAGES.split())
-    engine_gbs = [copy["engine_gbs"] for copy in normal["copies"]]
-    assert f"({min(engine_gbs):.0f} to {max(engine_gbs):.0f} GB/s)" in flowing
-    largest = [copy for copy in normal["copies"] if round(copy["num_bytes"] / 1e6) == 117]
-    for way, told in (("push", "GB/s pushed on 8, 16 and 24 SMs"), ("pull", "pulled")):
-        gbs = [copy[f"{way}_gbs"] for copy in largest]
-        assert "{:.0f}, {:.0f} and {:.0f} ".format(*gbs) + told in flowing
+    for num_gpus, between in ((2, "two"), (4, "four")):
+        measured = results(f"multi-gpu-{num_gpus}-h200-normal.json")
+        normal, nccl = measured["normal"], measured["nccl"]
+        rows = nccl["normal"]
+        nccl_us = {(r["num_tokens"], r["dtype"]): r["all_to_all"]["median_us"] for r in rows}
+        assert len(normal["cases"]) == 12
+        for case in normal["cases"]:
+            num_tokens, dtype = case["num_tokens"], case["dispatch_dtype"]
+            cells = [str(num_gpus), str(num_tokens), dtype, str(case["num_sms"])]
+            cells.append(f"{case['dispatch']['median_us']:.0f}")
+            for name, of_rows in (("cached_dispatch", dtype), ("combine", "bf16")):
+                cells += [f"{case[name]['median_us']:.0f}", f"{case[f'{name}_gbs']:.0f}"]
+                cells += [f"{case[f'{name}_{of}copy_fraction']:.2f}" for of in ("", "sms_")]
+                cells.append(f"{nccl_us[num_tokens, of_rows]:.0f}")
+            assert f"| {' | '.join(cells)} |" in PAGES
+        engine_gbs = from_to((copy["engine_gbs"] for copy in normal["copies"]), 0)
+        assert f"{engine_gbs} {'GB/s ' if num_gpus == 2 else ''}between {between}" in FLOWING
+        size = max(copy["num_bytes"] for copy in normal["copies"])
+        assert f"{size / 1e6:.0f} MB" in FLOWING
+        largest = [copy for copy in normal["copies"] if copy["num_bytes"] == size]
+        for way in ("push", "pull"):
+            assert f"{in_words((c[f'{way}_gbs'] for c in largest), 0)} " in FLOWING
+        pull_gbs = {copy["num_sms"]: copy["pull_gbs"] for copy in largest}
+        of_8192 = [case for case in normal["cases"] if case["num_tokens"] == 8192]
+        by_kind = {(case["dispatch_dtype"], case["num_sms"]): case for case in of_8192}
+        by_nccl = {
+            key: case["dispatch"]["median_us"] / nccl_us[8192, key[0]]
+            for key, case in by_kind.items()
+        }
+        if num_gpus == 2:
+            on_8 = by_kind["fp8", 8]
+            with_routes, without = (
+                on_8[f"{name}_sms_copy_fraction"] for name in ("dispatch", "cached_dispatch")
+            )
+            told = f"{with_routes:.2f} of the SMs' copy with them, at {without:.2f} without"
+            assert told in FLOWING
+            told = f"(between two {by_nccl['bf16', 8]:.2f} and {by_nccl['fp8', 8]:.2f})"
+            assert told in FLOWING
+            cached = {sms: by_kind["fp8", sms]["cached_dispatch"]["median_us"] for sms in (16, 24)}
+            assert cached[24] > cached[16]
+        else:
+            by_pull = [case["combine_gbs"] / pull_gbs[case["num_sms"]] for case in of_8192]
+            assert f"between four it reaches {from_to(by_pull, 2)} of that" in FLOWING
+            case = by_kind["bf16", 24]
+            stay = (case["num_rows"] - case["num_remote_rows"]) / 8192
+            cross = case["num_remote_rows"] / 8192
+            assert f"between four {stay:.1f} stay and {cross:.1f} cross" in FLOWING
+            assert f"reach {case['cached_dispatch_copy_fraction']:.2f} of a peer copy" in FLOWING
+            combine = case["combine"]["median_us"] / nccl_us[8192, "bf16"]
+            assert (
+                f"{by_nccl['bf16', 24]:.2f} times; in float8 {by_nccl['fp8', 24]:.2f} times, "
+                f"combine {combine:.2f}."
+            ) in FLOWING
+            told = f"{by_nccl['bf16', 8]:.2f} times as long in bfloat16, {by_nccl['fp8', 8]:.2f}"
+            assert told in FLOWING
 
 
 def test_numbers_of_flashinfer_are_those_of_the_results() -> None:
@@ -136,24 +221,24 @@ def test_numbers_of_flashinfer_are_those_of_the_results() -> None:
             us, block_size = min(theirs[key])
             cells += [f"{us:.1f} ({block_size})", f"{ours_us[key]:.1f}", f"{ratios[key]:.2f}"]
         assert f"| {' | '.join(cells)} |" in PAGES
-    flowing = " ".join(PAGES.split())
-    assert f"{min(ratios.values()):.2f} to {max(ratios.values()):.2f} times as long" in flowing
-    assert f"faster in {sum(ratio < 1 for ratio in ratios.values())} cases of 24" in flowing
+    assert f"{min(ratios.values()):.2f} to {max(ratios.values()):.2f} times as long" in FLOWING
+    assert f"faster in {sum(ratio < 1 for ratio in ratios.values())} cases of 24" in FLOWING
     more = [dict(map(reversed, rows)) for rows in theirs.values() if len(rows) == 2]
     more_us = [by_block[256] - by_block[512] for by_block in more]
-    assert f"takes {min(more_us):.1f} to {max(more_us):.1f} us more where 512 fit" in flowing
+    assert f"takes {min(more_us):.1f} to {max(more_us):.1f} us more where 512 fit" in FLOWING
 
 
 def test_one_gpu_numbers_are_those_of_the_results() -> None:
-    cases = results("op-cuda-h100.json")["cases"]
-    by_form = {
-        form: {
+    measured = results("op-cuda-h100.json")
+
+    def cases_of(form: str, dtype: str) -> dict[tuple[int, int, str], dict]:
+        return {
             (case["num_ranks"], case["num_tokens"], case["output_layout"]): case
-            for case in cases
-            if case["form"] == form
+            for case in measured["cases"]
+            if (case["form"], case["dispatch_dtype"]) == (form, dtype)
         }
-        for form in ("fused", "hook")
-    }
+
+    by_form = {form: cases_of(form, "fp8") for form in ("fused", "hook")}
     assert len(by_form["fused"]) == 18
     for key, fused in by_form["fused"].items():
         num_ranks, num_tokens, layout = key
@@ -163,6 +248,36 @@ def test_one_gpu_numbers_are_those_of_the_results() -> None:
             f"| {fused['pair']['median_us']:.1f} | {hook_us:.1f} "
             f"| {fused['roofline_fraction']:.2f} |"
         ) in PAGES
+    of_bf16 = cases_of("fused", "bf16")
+    ratios = [
+        of_bf16[key]["pair"]["median_us"] / case["pair"]["median_us"]
+        for key, case in by_form["fused"].items()
+    ]
+    assert f"takes {from_to(ratios, 2)} times as long" in FLOWING
+    gemms = {gemm["num_ranks"]: gemm["ratio"] for gemm in measured["gemm_beside_dispatch"]}
+    assert f"{gemms[1]:.2f} times as long as alone with 1 rank, {gemms[8]:.2f} with 8" in FLOWING
+    mib = [
+        by_form["fused"][8, 128, layout]["num_symmetric_bytes"] / 2**20
+        for layout in ("expert_major", "rank_major", "expert_workspace")
+    ]
+    assert (
+        "{:.1f} MiB, rank-major in a workspace {:.1f} MiB, by expert in a workspace {:.0f} MiB"
+    ).format(*mib) in FLOWING
+    of_one = [by_form["fused"][1, 1, name] for name in ("rank_major", "expert_workspace")]
+    told = "one rank {:.1f} us rank-major, {:.1f} us by expert in a workspace"
+    assert told.format(*(case["pair"]["median_us"] for case in of_one)) in FLOWING
+    since_tuned = by_form["fused"][1, 16, "rank_major"]["pair"]["median_us"]
+    assert f"those 16 tokens {since_tuned:.1f} us by default" in FLOWING
+    by_sms = {
+        (case["output_layout"], case["num_sms"]): case["pair"]["median_us"]
+        for case in results("op-cuda-h100-sms.json")["cases"]
+    }
+    slower = [
+        by_sms[layout, 16] / by_sms[layout, 132]
+        for layout in ("expert_major", "expert_workspace", "rank_major")
+    ]
+    told = "take {:.1f} times as long, in a workspace {:.1f}, rank-major {:.1f}"
+    assert told.format(*slower) in FLOWING
 
 
 @pytest.mark.parametrize(("where", "num_cases"), [("h100", 18), ("2-h100", 7)])
@@ -179,6 +294,20 @@ def test_decode_numbers_are_those_of_the_results(where: str, num_cases: int) -> 
             f"| {1e3 * other['ms_per_layer']['exchange']:.0f} | {case['exchange_share']:.1%} "
             f"| {case['ms_per_token']:.0f} |"
         ) in PAGES
+
+
+def test_decode_numbers_of_four_gpus_are_those_of_the_results() -> None:
+    cases = results("decode-deepseek-v3-4-h200.json")["cases"]
+    assert len(cases) == 7
+    for case in cases:
+        ms = case["ms_per_layer"]
+        assert (
+            f"| {case['num_ranks']} GPUs | {case['num_tokens']} | {case['num_micro_batches']} "
+            f"| {ms['step']:.3f} | {ms['experts']:.3f} | {1e3 * ms['exchange']:.0f} "
+            f"| {case['exchange_share']:.1%} | {case['ms_per_token']:.0f} |"
+        ) in PAGES
+    of_one = cases[0]["ms_per_layer"]
+    assert of_one["step"] < of_one["experts"]
 
 
 def test_numbers_between_nodes_are_those_of_the_results() -> None:
@@ -229,7 +358,7 @@ def test_prefill_numbers_are_those_of_the_results() -> None:
         y["num_sms"]: y["fill_gbs"] / y["copy_gbs"] * _moved_by_written(measured["cases"][0])
         for y in measured["yardsticks"]
     }
-    assert (round(bound[8], 2), round(bound[24], 2)) == (0.75, 0.69)
+    assert f"would be at {bound[8]:.2f} of a copy on 8 SMs, and at {bound[24]:.2f} on 24" in FLOWING
     gemms = measured["gemm_beside_dispatch"]
     assert "{:.2f}, {:.2f} and {:.2f} times".format(*(g["ratio"] for g in gemms)) in PAGES
     assert "{:.2f}, {:.2f} and {:.2f} beside".format(*(g["copy_ratio"] for g in gemms)) in PAGES
@@ -261,29 +390,103 @@ def _moved_by_written(case: dict) -> float:
     return case["num_bytes"]["dispatch_bytes"] / case["num_row_bytes"]
 
 
+def median(run: dict, metric: str) -> float:
+    return run[metric]["median"]
+
+
+def runs_of(measured: dict) -> dict[int, list[dict]]:
+    """By concurrency; of each backend, in their order."""
+    backends = measured["settings"]["backends"]
+    runs = {(run["concurrency"], run["backend"]): run for run in measured["summary"]}
+    return {c: [runs[c, b] for b in backends] for c in measured["settings"]["concurrency"]}
+
+
 def test_served_numbers_are_those_of_the_results() -> None:
     def tpot(run: dict) -> str:
         ms = run["tpot_mean_ms"]
         return f"{ms['median']:.2f} ({ms['min']:.2f}-{ms['max']:.2f})"
 
-    def ratio(ours: dict, theirs: dict, metric: str) -> str:
-        return f"{ours[metric]['median'] / theirs[metric]['median']:.2f}"
-
-    measured = results("serve-vllm-2-h200.json")
-    runs = {(run["concurrency"], run["backend"]): run for run in measured["summary"]}
-    for concurrency in (1, 8, 32, 64, 128):
-        theirs, ours = (runs[concurrency, b] for b in ("default", "ep_backend_low_latency"))
-        rates = [run["output_tokens_per_sec"]["median"] for run in (theirs, ours)]
-        assert (
-            f"| {concurrency} | {tpot(theirs)} | {tpot(ours)} "
-            f"| {ratio(ours, theirs, 'tpot_mean_ms')} | {rates[0]:.0f} | {rates[1]:.0f} "
-            f"| {ratio(ours, theirs, 'output_tokens_per_sec')} |"
-        ) in PAGES
-    assert [gate["good"] for gate in measured["gates"]] == [True, True]
+    for num_gpus in (2, 4):
+        measured = results(f"serve-vllm-{num_gpus}-h200.json")
+        assert measured["settings"]["backends"] == ["default", "ep_backend_low_latency"]
+        assert len(runs_of(measured)) == 5
+        for concurrency, (theirs, ours) in runs_of(measured).items():
+            ratios = [
+                median(ours, metric) / median(theirs, metric)
+                for metric in ("tpot_mean_ms", "output_tokens_per_sec")
+            ]
+            rates = [median(run, "output_tokens_per_sec") for run in (theirs, ours)]
+            assert (
+                f"| {concurrency} | {tpot(theirs)} | {tpot(ours)} | {ratios[0]:.2f} "
+                f"| {rates[0]:.0f} | {rates[1]:.0f} | {ratios[1]:.2f} |"
+            ) in README
+        assert all(gate["good"] for gate in measured["gates"])
+    of_two = results("serve-vllm-2-h200.json")["gates"]
+    assert [gate["max"] for gate in of_two if "max" in gate] == [0.0]
     assert [gate["good"] for gate in results("serve-vllm-2-h200-fault.json")["gates"]] == [
         True,
         False,
     ]
+
+
+def test_what_is_said_of_servers_on_four_gpus_is_as_measured() -> None:
+    measured = results("serve-vllm-4-h200.json")
+    runs = runs_of(measured)
+    theirs, ours = runs[128]
+    rates = theirs["output_tokens_per_sec"]
+    assert 0.6 < rates["min"] / rates["max"] < 0.7  # "a third fewer"
+    tpot = ours["tpot_mean_ms"]["max"] / theirs["tpot_mean_ms"]["min"]
+    rate = ours["output_tokens_per_sec"]["min"] / rates["max"]
+    itl = [median(run, "itl_p99_ms") for run in (ours, theirs)]
+    told = f"{tpot:.2f} in TPOT and {rate:.2f} in tokens/s, and the 99th percentile of the time "
+    assert told + "between two tokens was {:.0f} ms, vLLM's {:.0f}.".format(*itl) in FLOWING
+    ttft = [[median(run, "ttft_p50_ms") for run in runs[c]] for c in (8, 32, 64)]
+    assert all(of_vllm < of_us for of_vllm, of_us in ttft)
+    of_vllm, of_us = zip(*ttft, strict=True)
+    told = f"({in_words(of_us, 0)} ms, vLLM's {in_words(of_vllm, 0)})"
+    assert told in FLOWING
+    own, gates = measured["gates"][0], measured["gates"][1::2]
+    assert {gate["backend"] for gate in gates} == {"ep_backend_low_latency"}
+    mean, most = (max(gate[name] for gate in gates) for name in ("mean", "max"))
+    assert f"by {mean:.3f} in the mean and {most:.3f} at most" in FLOWING
+    again = own["again"]
+    assert f"differs from itself by {again['mean']:.3f} and {again['max']:.3f}." in FLOWING
+    ranks_without = math.comb(96, 8) / math.comb(128, 8)
+    assert f"{4 * (1 - ranks_without):.1f} of them if experts are as likely" in FLOWING
+
+
+@pytest.mark.parametrize(
+    ("name", "backends"),
+    [
+        ("dbo", ["ep_backend_low_latency", "ep_backend_low_latency_dbo"]),
+        ("ht", ["default", "ep_backend_high_throughput"]),
+    ],
+)
+def test_numbers_of_single_runs_are_those_of_the_results(name: str, backends: list[str]) -> None:
+    measured = results(f"serve-vllm-2-h200-{name}.json")
+    assert measured["settings"]["backends"] == backends
+    assert all(gate["good"] for gate in measured["gates"])
+    ratios = []
+    for concurrency, pair in runs_of(measured).items():
+        tpot = [median(run, "tpot_mean_ms") for run in pair]
+        assert all(run["tpot_mean_ms"]["min"] == run["tpot_mean_ms"]["max"] for run in pair)
+        ratios.append(tpot[1] / tpot[0])
+        cells = [f"{ms:.1f}" for ms in tpot] + [f"{ratios[-1]:.1f}"]
+        for metric in ("ttft_p50_ms", "output_tokens_per_sec"):
+            cells += [f"{median(run, metric):.0f}" for run in pair]
+        assert f"| {concurrency} | {' | '.join(cells)} |" in PAGES
+    own, other = (gate["again"] for gate in measured["gates"][:2])
+    versus = measured["gates"][1]
+    told = f"by {versus['mean']:.3f} in the mean and {versus['max']:.3f} at most"
+    assert told in FLOWING
+    if name == "dbo":
+        assert own["max"] == 0.0
+        assert f"differs from itself by {other['mean']:.3f} and {other['max']:.3f}," in FLOWING
+        assert f"{max(ratios):.1f} times as slow there as without" in README
+    else:
+        assert abs(own["mean"] - versus["mean"]) < 0.0005  # "by as much"
+        told = "{:.0f} times as slowly with one request in flight, and {:.0f} times with 32"
+        assert told.format(*ratios) in FLOWING
 
 
 def test_profiled_numbers_are_those_of_the_results() -> None:
@@ -371,9 +574,8 @@ def num_bytes_over_network(reduction: str) -> int:
 def test_what_metrics_cost_is_that_of_the_results() -> None:
     (measured,) = results("observe-cpu.json")["cases"]
     assert measured["share"] < 0.01
-    flowing = " ".join(PAGES.split())
-    assert f"took {measured['share'] * 100:.2f} % of the shortest operation" in flowing
-    assert f"(1 rank, 1 token, {measured['pair_us'] / 4:.1f} us;" in flowing
+    assert f"took {measured['share'] * 100:.2f} % of the shortest operation" in FLOWING
+    assert f"(1 rank, 1 token, {measured['pair_us'] / 4:.1f} us;" in FLOWING
 
 
 def test_numbers_are_those_of_the_results() -> None:

@@ -244,9 +244,12 @@ def _title(document: Document) -> str:
     title = TITLES.get((bench, str(device), kind), f"Benchmark {_words(bench)}")
     machine = document.get("machine", {})
     card = machine.get("gpu") or machine.get("cpu") or ""
-    cards = document.get("cards") or []
-    where = f"{len(cards)} x {card}" if len(cards) > 1 else str(card)
-    num_ranks = (document.get("settings") or {}).get("num_ranks")
+    settings = document.get("settings") or {}
+    num_ranks = settings.get("num_ranks")
+    num_cards = len(document.get("cards") or [])
+    if settings.get("gpu_per_rank"):
+        num_cards = max(settings["num_ranks"])
+    where = f"{num_cards} x {card}" if num_cards > 1 else str(card)
     ranks = "" if num_ranks is None else _setting_text("num_ranks", num_ranks)
     date = str(document.get("date", ""))[:10]
     return " | ".join(part for part in (title, ranks, where, date) if part)

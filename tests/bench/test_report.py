@@ -102,6 +102,14 @@ def test_numbers_are_those_of_the_files(tmp_path: Path) -> None:
     assert "NVIDIA H200" in html
 
 
+def test_titles_say_how_many_gpus() -> None:
+    names = [f"multi-gpu-4-h200{kind}.json" for kind in ("", "-hook", "-normal", "-nvshmem")]
+    names += ["decode-deepseek-v3-4-h200.json", "serve-vllm-4-h200.json"]
+    sections = [section_of_file(path) for path in bundled_results() if path.name in names]
+    assert len(sections) == len(names)
+    assert all("| 4 x NVIDIA H200" in section.title for section in sections)
+
+
 def test_recorded_commands_do_not_say_where_results_went() -> None:
     recorded = [json.loads(path.read_text()).get("command") for path in bundled_results()]
     commands = [shlex.split(command) for command in recorded if command]
