@@ -3,6 +3,8 @@ else sharing one (then every exchange takes milliseconds: the GPU runs one proce
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -35,6 +37,36 @@ def test_processes_equal_the_reference(num_ranks: int, program: str, transfer: s
     scenario = mixed_scenario(shape, seed=3)
     with RankProcesses(num_ranks) as ranks:
         ranks.run(run_on_gpu, scenario, program, 10, deadline_secs=60)
+
+
+def run_each_on_gpu(rank: Rank, scenarios: list[Scenario], programs: list[str]) -> None:
+    for scenario in scenarios:
+        for program in programs:
+            run_on_gpu(rank, scenario, program, 12)
+
+
+WORKSPACES: dict[str, dict[str, Any]] = {
+    "untagged": {"output_layout": "rank_major", "num_max_tagged_tokens": 0},
+    "tagged": {"output_layout": "rank_major", "num_max_tagged_tokens": 20},
+    "by_expert": {"reduction": "source"},
+}
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("settings", WORKSPACES.values(), ids=WORKSPACES.keys())
+def test_workspaces_of_processes_equal_the_reference(
+    num_ranks: int, settings: dict[str, Any]
+) -> None:
+    """Rows of several parts, other ones in every operation."""
+    scenarios = [
+        mixed_scenario(
+            Shape(num_ranks, 20, 2048, device="cuda", num_workspaces=5, **settings, **dtype),
+            seed=i,
+        )
+        for i, dtype in enumerate(({}, {"dispatch_dtype": torch.float8_e4m3fn}))
+    ]
+    with RankProcesses(num_ranks) as ranks:
+        ranks.run(run_each_on_gpu, scenarios, ["steady", "fused_loop"], deadline_secs=120)
 
 
 def run_normally(rank: Rank, shape: CudaNormalShape, cases: list[NormalCase]) -> None:
