@@ -1,8 +1,8 @@
 """`ep_backend_high_throughput`: NormalBuffer behind vLLM's modular MoE kernel, for prefill.
 
 The standard format. With exact sizes experts get the N rows that other ranks have for this one, and
-no more: the host must know N, and waits for it once a layer. Steps that vLLM replays from CUDA
-graphs are small: there experts get as many rows as all ranks have tokens, and nothing waits.
+no more: the host must know N, and waits for it once a layer. Or they get as many rows as all ranks
+have tokens, of which some hold none, and nothing waits: CUDA graphs can hold such a step.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ LEAST_CUDA_BYTES, MOST_CUDA_BYTES = 64 << 20, 1 << 30
 """Of symmetric memory a rank and shape on a GPU, where rounds cost more than on a CPU; the most is
 what vLLM gives DeepEP's buffer."""
 
+LEAST_USED = 0.6
+"""Of those rows, if experts are as likely, for a step that is in no graph to do without the wait:
+up to 8 ranks of 8 experts a token. Rows that hold no token cost experts memory and little time."""
+
 
 def num_bytes_for(moe: Any, num_ranks: int, device: str) -> int | None:
     """Symmetric memory for a layer of vLLM's `FusedMoEConfig`: on a GPU, up to the limit, room for
@@ -42,6 +46,19 @@ def num_bytes_for(moe: Any, num_ranks: int, device: str) -> int | None:
     return max(LEAST_CUDA_BYTES, min(MOST_CUDA_BYTES, num_rows * row_bytes))
 
 
+def most_tokens_without_wait(buffer: NormalBuffer, num_graph_tokens: int) -> int:
+    """Of a rank, in a step whose sizes are not exact: what graphs hold; where they use most of the
+    rows, all that the buffer on a GPU has room for.
+
+    Args:
+        num_graph_tokens: see `graphs.most_tokens`.
+    """
+    num_ranks = buffer.group.num_ranks
+    used = 1 - (1 - 1 / num_ranks) ** buffer.top_k
+    num_rows: int = getattr(buffer, "num_rows", 0)  # over a network there is no such limit
+    return max(num_graph_tokens, num_rows // num_ranks if used >= LEAST_USED else 0)
+
+
 class NormalPrepareAndFinalize(StandardAdapter[NormalBuffer]):
     """A finalize follows each prepare.
 
@@ -49,16 +66,15 @@ class NormalPrepareAndFinalize(StandardAdapter[NormalBuffer]):
         is_for_gpus: experts are vLLM's for GPUs, which take global ids with an `expert_map`, and
             the rows of each expert; shared experts run beside combine, which is on a stream of its
             own. Else those for CPUs.
-        num_graph_tokens: where no rank has more, a graph may hold the step, and sizes are not
-            exact. 0: always exact.
+        num_waitless_tokens: where no rank has more, sizes are not exact. 0: they always are.
     """
 
     def __init__(
-        self, buffer: NormalBuffer, is_for_gpus: bool = False, num_graph_tokens: int = 0
+        self, buffer: NormalBuffer, is_for_gpus: bool = False, num_waitless_tokens: int = 0
     ) -> None:
         super().__init__(buffer)
         self._is_for_gpus = is_for_gpus
-        self._num_graph_tokens = num_graph_tokens
+        self._num_waitless_tokens = num_waitless_tokens
         self._handle: NormalDispatchHandle | None = None
 
     def supports_async(self) -> bool:
@@ -151,10 +167,10 @@ class NormalPrepareAndFinalize(StandardAdapter[NormalBuffer]):
 
     def _num_worst_tokens(self) -> int:
         """Of this step's dispatch; every rank comes to the same."""
-        if self._num_graph_tokens == 0:
+        if self._num_waitless_tokens == 0:
             return 0
         sizes = tokens_of_ranks()
-        return sum(sizes) if max(sizes, default=0) <= self._num_graph_tokens else 0
+        return sum(sizes) if max(sizes, default=0) <= self._num_waitless_tokens else 0
 
     def _to_combine(
         self, fused_expert_output: torch.Tensor, *how: Any

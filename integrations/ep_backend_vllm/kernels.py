@@ -108,7 +108,11 @@ def _make_high_throughput(moe: Any, quant_config: Any) -> Any:
     from vllm.distributed import get_ep_group
 
     from ep_backend_vllm.adapter import dispatch_dtype_for
-    from ep_backend_vllm.high_throughput import NormalPrepareAndFinalize, num_bytes_for
+    from ep_backend_vllm.high_throughput import (
+        NormalPrepareAndFinalize,
+        most_tokens_without_wait,
+        num_bytes_for,
+    )
 
     manager = get_ep_group().device_communicator.all2all_manager
     device = torch.device(moe.device).type
@@ -132,7 +136,9 @@ def _make_high_throughput(moe: Any, quant_config: Any) -> Any:
     num_graph_tokens = graphs.most_tokens()
     if num_graph_tokens > 0:
         graphs.let_scratch_memory_grow()
-    return NormalPrepareAndFinalize(buffer, True, num_graph_tokens)
+    return NormalPrepareAndFinalize(
+        buffer, True, most_tokens_without_wait(buffer, num_graph_tokens)
+    )
 
 
 def _make_low_latency(moe: Any, quant_config: Any) -> Any:

@@ -15,7 +15,11 @@ import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from ep_backend_vllm import adapter as adapters
 from ep_backend_vllm import graphs
 from ep_backend_vllm.backends import HIGH_THROUGHPUT, LOW_LATENCY
-from ep_backend_vllm.high_throughput import NormalPrepareAndFinalize, num_bytes_for
+from ep_backend_vllm.high_throughput import (
+    NormalPrepareAndFinalize,
+    most_tokens_without_wait,
+    num_bytes_for,
+)
 from torch.cuda import device_count
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.compilation import CompilationConfig, CompilationMode, CUDAGraphMode
@@ -72,21 +76,21 @@ def expert_map_of(buffer: NormalBuffer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("is_for_gpus", "num_graph_tokens"),
+    ("is_for_gpus", "num_waitless_tokens"),
     [(False, 0), (True, 0), (True, 5), (True, 4)],
-    ids=["cpu", "gpu", "graphs", "small graphs"],
+    ids=["cpu", "gpu", "waitless", "small waitless"],
 )
 @pytest.mark.parametrize("num_tokens", [(5, 2), (4, 4), (3, 0), (0, 0)])
 def test_the_real_modular_kernel_equals_the_dense_layer(
     num_tokens: tuple[int, int],
     is_for_gpus: bool,
-    num_graph_tokens: int,
+    num_waitless_tokens: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With (4, 4) a rank may receive as many rows as it has tokens: experts then write to the
     output itself. With (0, 0) nothing comes: vLLM runs no experts."""
     set_tokens_of_ranks(monkeypatch, list(num_tokens))
-    is_exact = max(num_tokens) > num_graph_tokens or max(num_tokens) == 0
+    is_exact = max(num_tokens) > num_waitless_tokens or max(num_tokens) == 0
     generator = torch.Generator().manual_seed(0)
     w1, w2 = weights_of_experts(generator)
     batches = [batch_of(generator, n) for n in num_tokens]
@@ -96,7 +100,7 @@ def test_the_real_modular_kernel_equals_the_dense_layer(
         experts = LoopExperts(
             moe_config=moe_config_of(group, buffer), quant_config=FUSED_MOE_UNQUANTIZED_CONFIG
         )
-        adapter = NormalPrepareAndFinalize(buffer, is_for_gpus, num_graph_tokens)
+        adapter = NormalPrepareAndFinalize(buffer, is_for_gpus, num_waitless_tokens)
         given: list[torch.Tensor | None] = []
         ask = adapter.allocate_fused_expert_output
         adapter.allocate_fused_expert_output = lambda *a: given.append(ask(*a)) or given[-1]
@@ -300,6 +304,20 @@ def test_graphs_hold_steps_as_large_as_vllm_captures(
     assert graphs.most_tokens() == 0
 
 
+@pytest.mark.parametrize(
+    ("num_ranks", "num_rows", "expected"),
+    [(2, 4096, 2048), (8, 4096, 512), (16, 4096, 64), (2, 100, 64), (2, None, 64)],
+)
+def test_steps_of_few_ranks_wait_for_no_sizes(
+    num_ranks: int, num_rows: int | None, expected: int
+) -> None:
+    """Of 8 experts a token, 2 ranks get nearly all tokens, 8 two thirds, 16 two fifths."""
+    buffer: Any = SimpleNamespace(group=SimpleNamespace(num_ranks=num_ranks), top_k=8)
+    if num_rows is not None:
+        buffer.num_rows = num_rows
+    assert most_tokens_without_wait(buffer, 64) == expected
+
+
 def test_scratch_memory_grows_beyond_what_graphs_have(monkeypatch: pytest.MonkeyPatch) -> None:
     manager = workspace.WorkspaceManager(torch.device("cpu"))
     monkeypatch.setattr(workspace, "_manager", manager)
@@ -336,7 +354,7 @@ def run_layer_in_graphs(rank: Rank, sizes: list[int]) -> None:
     experts = DenseExperts(
         moe_config=moe_config_of(group, buffer), quant_config=FUSED_MOE_UNQUANTIZED_CONFIG
     )
-    adapter = NormalPrepareAndFinalize(buffer, is_for_gpus=True, num_graph_tokens=max(sizes))
+    adapter = NormalPrepareAndFinalize(buffer, is_for_gpus=True, num_waitless_tokens=max(sizes))
     kernel = mk.FusedMoEKernel(adapter, experts)
     expert_map = expert_map_of(buffer).to(device)
 
