@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <chrono>
 #include <cstdint>
 #include <stdexcept>
 #include <thread>
@@ -33,13 +34,17 @@ inline HostCounts* allocate_host_counts(uint32_t num_local_experts) {
 
 // Waits for: the counts of the call with this ticket, which has been launched, or its failure,
 // which `report()` tells. The kernel bounds its own waits, but what is ahead of it in the stream
-// may take any time: `is_interrupted` is asked now and then. Throws std::runtime_error where the
-// device has failed.
+// may take any time: `is_interrupted` is asked now and then; not often, as that takes Python's
+// lock, which other threads may keep for milliseconds. Throws std::runtime_error where the device
+// has failed.
 template <typename Report>
 protocol::OpResult wait_for_counts(const HostCounts& counts, uint64_t ticket, void* stream,
                                    bool (*is_interrupted)(), Report report) {
   using protocol::Status;
+  using Clock = std::chrono::steady_clock;
+  constexpr std::chrono::milliseconds kBetweenQuestions(50);
   constexpr uint32_t kNumPolls = 1 << 14;
+  Clock::time_point next_question = Clock::now() + kBetweenQuestions;
   const volatile uint64_t* word = &counts.ticket;
   while (true) {
     for (uint32_t poll = 0; poll < kNumPolls; ++poll) {
@@ -58,10 +63,13 @@ protocol::OpResult wait_for_counts(const HostCounts& counts, uint64_t ticket, vo
       }
       continue;
     }
-    if (is_interrupted()) {
-      protocol::OpResult interrupted;
-      interrupted.status = Status::kInterrupted;
-      return interrupted;
+    if (Clock::now() >= next_question) {
+      if (is_interrupted()) {
+        protocol::OpResult interrupted;
+        interrupted.status = Status::kInterrupted;
+        return interrupted;
+      }
+      next_question = Clock::now() + kBetweenQuestions;
     }
     std::this_thread::yield();
   }
