@@ -22,6 +22,7 @@ struct SendPlan {
   std::byte* rows[kMaxTopK];
   float* scales[kMaxTopK];
   uint32_t num_rows;
+  uint32_t first_row;  // is written first
 };
 
 // The same where some of them go over a network.
@@ -247,8 +248,11 @@ class DispatchSender {
       if (writes) note_partials(token, num_routes);
       const bool is_skipped = skip_rank_ != kNoRank && sets_.goes_to_rank(skip_rank_, token);
       plan->num_rows = num_messages - (is_skipped ? 1 : 0);
+      const uint32_t num_before = sets_.ranks_below(self + 1, token) - (is_skipped ? 1 : 0);
+      plan->first_row = next_behind(num_before, plan->num_rows);
       if (is_pull && plan->num_rows > 0) {
         plan->num_rows = 1;
+        plan->first_row = 0;
         plan->rows[0] = op_.self() + layout_.staged_row(op_.bank(), token);
         plan->scales[0] = at<float>(op_.self(), layout_.staged_scales(op_.bank(), token));
       }
@@ -284,8 +288,9 @@ class DispatchSender {
 
   __device__ void send_part(const Part& p, uint32_t part, const Plan& plan) const {
     const RowShape& shape = rows_.shape;
+    uint32_t i = plan.first_row;
 #pragma unroll 1
-    for (uint32_t i = 0; i < plan.num_rows; ++i) {
+    for (uint32_t j = 0; j < plan.num_rows; ++j, i = next_behind(i + 1, plan.num_rows)) {
       if (is_tagged_) {
         store_tagged(p, plan.rows[i], shape.num_vectors, part, op_.tag());
       } else {

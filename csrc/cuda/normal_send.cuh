@@ -388,7 +388,9 @@ class RowSender {
     }
   }
 
-  // Those that this block's role serves.
+  // Those that this block's role serves. Stores leave in the order of lanes: as far as one half has
+  // them all, from the first rank behind this one on, round to this one. If all ranks began with
+  // the same peer, its link alone would be busy.
   template <typename Place>
   __device__ void find_targets(uint32_t token, Place place, Targets* targets) const {
     const uint32_t num_columns = layout_.num_max_messages_per_token();
@@ -398,11 +400,25 @@ class RowSender {
       const uint32_t column = half * kWarp + lane_;
       // Other blocks have written them.
       uint64_t message = column < num_columns ? ptx::ld_relaxed_gpu(messages + column) : kNoMessage;
+      if (half == 0 && num_columns <= kWarp) message = from_behind_own(message);
       if (!(is_own(message) ? role_.sends_own : role_.sends_to_peers)) message = kNoMessage;
       targets->messages[half] = message;
       targets->rows[half] =
           message == kNoMessage ? 0 : place(message_rank(message), message_number(message));
     }
+  }
+
+  // Lanes have the messages of a token, ranks ascending, and none behind them; whole warp.
+  __device__ uint64_t from_behind_own(uint64_t message) const {
+    const bool is_there = message != kNoMessage;
+    const uint32_t self = op_.rank().self_rank;
+    const uint32_t size = __popc(__ballot_sync(kAllLanes, is_there));
+    const uint32_t num_before =
+        __popc(__ballot_sync(kAllLanes, is_there && message_rank(message) <= self));
+    const uint32_t lane =
+        lane_ + num_before < size ? lane_ + num_before : lane_ + num_before - size;
+    const uint64_t turned = __shfl_sync(kAllLanes, message, lane % kWarp);
+    return is_there ? turned : kNoMessage;
   }
 
   // Calls `act(rank, row)` for every target; whole warp.

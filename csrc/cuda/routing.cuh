@@ -173,6 +173,13 @@ class TokenSets {
   uint32_t *tokens_, *ranks_;
 };
 
+// The ranks of a token, `size` of them in ascending order, are served from the first behind this
+// rank on, round to this one: if all ranks began with the same peer, its link alone would be busy.
+// Returns the number behind the first `num_before`.
+__device__ inline uint32_t next_behind(uint32_t num_before, uint32_t size) {
+  return num_before == size ? 0 : num_before;
+}
+
 // One route of a token: its k-th expert, seen by the lane that has it.
 struct Route {
   uint32_t k, expert, dst_rank;

@@ -14,6 +14,7 @@ struct Receivers {
   uint32_t* scales[kMaxTopK];
   uint32_t answers[kMaxTopK];  // rank << 16 | the message's slot
   uint32_t size;
+  uint32_t first;  // of the rank that is served first
 };
 
 template <typename Rows, bool kTagged>
@@ -92,15 +93,19 @@ class RankMajorSender {
       }
       size += __popc(ranks);
     }
-    if (lane == 0) receivers_->size = size;
+    if (lane == 0) {
+      receivers_->size = size;
+      receivers_->first = next_behind(sets_.ranks_below(rank_.self_rank + 1, token), size);
+    }
     __syncwarp();
   }
 
   __device__ void send_part(const Part& p, uint32_t part) const {
     const ScaleWord scale(p, part, layout_);
     const uint32_t size = receivers_->size;
+    uint32_t i = receivers_->first;
 #pragma unroll 2
-    for (uint32_t i = 0; i < size; ++i) {
+    for (uint32_t j = 0; j < size; ++j, i = next_behind(i + 1, size)) {
       if (is_tagged(receivers_->answers[i] >> 16)) {
         store_tagged(p, receivers_->rows[i], rows_.shape.num_vectors, part, op_.tag());
         continue;
