@@ -109,17 +109,16 @@ class CommStream:
     def operation(
         self, previous_event: EventOverlap | None = None, async_finish: bool = False
     ) -> Iterator[Operation]:
-        current = torch.cuda.current_stream(self._device)
         is_captured = torch.cuda.is_current_stream_capturing()
         operation = Operation()
         if previous_event is None and not async_finish:
             if self._is_beside(is_captured):
-                current.wait_stream(self.stream)
+                torch.cuda.current_stream(self._device).wait_stream(self.stream)
             yield operation
             if self._is_used and not is_captured:
-                self._last_elsewhere = current.record_event()
+                self._last_elsewhere = torch.cuda.current_stream(self._device).record_event()
             return
-        stream = self.stream
+        current, stream = torch.cuda.current_stream(self._device), self.stream
         self._let_go(is_captured)
         if previous_event is None or is_captured or not self._is_used:
             stream.wait_stream(current)

@@ -60,6 +60,11 @@ def default_spin_us(num_ranks: int) -> float:
     return 50.0 if num_ranks <= (os.cpu_count() or 1) else 0.0
 
 
+# As Triton's launches ask, where this PyTorch has it: to make a torch.cuda.Stream takes longer than
+# to launch a kernel.
+_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
 def current_stream(device: torch.device) -> int:
     """Raises `EPBackendError` where the thread's current device is another one."""
     if torch.cuda.current_device() != device.index:
@@ -67,6 +72,8 @@ def current_stream(device: torch.device) -> int:
             f"the current device is cuda:{torch.cuda.current_device()}, the buffer's is {device}. "
             f"Call torch.cuda.set_device({device.index}) in this thread."
         )
+    if _raw_stream is not None:
+        return int(_raw_stream(device.index))
     return torch.cuda.current_stream().cuda_stream
 
 

@@ -265,7 +265,7 @@ class RowSender {
   // that rank its row `number` of this batch goes. Whole block; behind it, all is written.
   template <typename Place>
   __device__ void run(uint32_t begin, uint32_t end, Place place) {
-    const uint64_t step = uint64_t{role_.num_blocks} * Rows::kNumWarps;
+    const uint64_t step = uint64_t{role_.num_blocks} * num_warps();
     for (uint64_t token = uint64_t{begin} + first_token(); token < end; token += step) {
       const bool is_last = token + step >= end;
       send(static_cast<uint32_t>(token), is_last ? kNoToken : static_cast<uint32_t>(token + step),
@@ -280,9 +280,17 @@ class RowSender {
   static constexpr bool kHasRoles = Rows::kIsInPlace;
   static constexpr uint32_t kNoToken = 0xffffffff;
 
+  // Of a block. Float8 rows that many SMs send over one link hold each other up: two H200s took 220
+  // us for 8192 tokens from 24 SMs with 16 warps each, 191 with 10. (Between more GPUs 24 SMs with
+  // 16 were faster than 16 with as many, and fewer were not tried.)
+  __device__ uint32_t num_warps() const {
+    constexpr uint32_t kNumSenders = 256;
+    if (Rows::kIsInPlace || op_.rank().shares_gpu || op_.num_ranks() != 2) return Rows::kNumWarps;
+    return max(min(Rows::kNumWarps, kNumSenders / gridDim.x), 1);
+  }
   // Of a batch, this warp's; none, where it sends nothing.
   __device__ uint32_t first_token() const {
-    return warp_ < Rows::kNumWarps ? warp_ * role_.num_blocks + role_.block : kNoToken;
+    return warp_ < num_warps() ? warp_ * role_.num_blocks + role_.block : kNoToken;
   }
   __device__ uint32_t chunk_bytes(uint32_t first) const {
     return min(Rows::kChunkBytes, static_cast<uint32_t>(rows_.row_bytes) - first);

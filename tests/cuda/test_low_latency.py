@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ep_backend import DispatchResult, LowLatencyBuffer, OrderError, PeerTimeout, reference
+from ep_backend.kernels import current_stream
 from tests.cuda.streams import exchange
 from tests.support.programs import STEPWISE_PROGRAMS, Interpreter
 from tests.support.scenario import Scenario, mixed_scenario
@@ -257,6 +258,13 @@ class Pair:
                 rows = rows.to(dtype).float()
             out = reference.travelled(rows, combine_dtype)
         return out.to(dtype).cuda()
+
+
+def test_kernels_are_launched_on_the_current_stream() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            assert current_stream(device) == stream.cuda_stream
 
 
 def test_a_workspace_holds_one_dispatch_at_a_time() -> None:
