@@ -1,6 +1,6 @@
-"""The low-latency kernels of GPUs, over a network, flat and hierarchical, and on one host, compiled
-for a CPU (gpu_on_cpu/), have the bits of the CPU's, also over a network that delivers in any order;
-and bugs of order that are seeded into them are found. No GPU, no CUDA."""
+"""The low-latency kernels of GPUs, over a network, flat and hierarchical, and on one host, also in
+workspaces, compiled for a CPU (gpu_on_cpu/), have the bits of the CPU's, also over a network that
+delivers in any order; and bugs of order that are seeded into them are found. No GPU, no CUDA."""
 
 from __future__ import annotations
 
@@ -18,21 +18,26 @@ KERNELS = (
     "nvshmem/hierarchical_combine.cu",
     "cuda/low_latency_dispatch.cu",
     "cuda/low_latency_combine.cu",
+    "cuda/workspace_rank_major.cu",
+    "cuda/workspace_tagged.cu",
+    "cuda/workspace_expert_major.cu",
+    "cuda/workspace_combine.cu",
 )
+WITH_SHARED = (*(k for k in KERNELS if "workspace" not in k), "cuda/workspace_dispatch.cuh")
 SHARED, FIXED_SHARED = "extern __shared__ uint32_t shared[];", "__shared__ uint32_t shared[4096];"
 PROGRAM = Program(
     "low_latency_gpu",
     KERNELS,
     (
         ("cuda/rank.cuh", "kThreads = 256;", "kThreads = 64;"),
-        *((kernels, SHARED, FIXED_SHARED) for kernels in KERNELS),
+        *((kernels, SHARED, FIXED_SHARED) for kernels in WITH_SHARED),
     ),
 )
 
 
 def test_the_bits_are_those_of_the_cpus_kernels(objects_of_cpu: list[Path], tmp_path: Path) -> None:
     program = build(PROGRAM, objects_of_cpu, tmp_path)
-    done = stress(program, NUM_SEEDS)
+    done = stress(program, 2 * NUM_SEEDS)  # of four kinds in turn
     assert (done.returncode, done.stdout) == (0, "stress_low_latency_gpu: ok\n"), done.stderr
     for what in ("damage", "stop"):
         done = run_program(program, what)
@@ -74,6 +79,24 @@ SEEDED_BUGS = [
         "a_node_is_added_up_before_its_rows_are_there",
         "nvshmem/hierarchical_combine.cu",
         "op.may_receive() && combiner.wait_for_neighbours();",
+        "op.may_receive();",
+    ),
+    SeededBug(
+        "a_workspace_is_written_before_its_rows_are_read",
+        "cuda/workspace_dispatch.cuh",
+        "if (r == threadIdx.x && credit_ >= last_epoch_) continue;",
+        "continue;",
+    ),
+    SeededBug(
+        "rows_in_workspaces_are_signalled_before_all_blocks_have_sent",
+        "cuda/workspace_dispatch.cuh",
+        "if (!op.is_last_block()) return;",
+        "if (blockIdx.x != 0) return;",
+    ),
+    SeededBug(
+        "rows_in_workspaces_are_added_up_before_they_are_there",
+        "cuda/workspace_combine.cu",
+        "op.start_recv(rank.self_rank, nullptr, [] { return 0u; });",
         "op.may_receive();",
     ),
 ]

@@ -1,0 +1,61 @@
+// What the files of low-latency kernels offer: their launches, and shared memory that those need.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/low_latency.h"
+
+namespace ep::cuda {
+
+struct Launch;  // launch.cuh
+
+// Of all kernels of a file, see Launch::prepare.
+void prepare_dispatch();
+void prepare_combine();
+void prepare_workspace_combine();
+
+// Shared memory of a dispatch: a bit for each token, under every expert and rank, and what arrives.
+uint64_t dispatch_shared_bytes(const protocol::LowLatencyLayout& layout, uint32_t self_rank,
+                               uint32_t num_tokens);
+
+void launch_dispatch_send(const RankView& rank, const DispatchSendParams& send,
+                          const Launch& launch);
+void launch_dispatch_recv(const RankView& rank, const DispatchRecvParams& recv,
+                          const Launch& launch);
+void launch_dispatch(const RankView& rank, const DispatchSendParams& send,
+                     const DispatchRecvParams& recv, const Launch& launch);
+void launch_combine_send(const RankView& rank, const CombineSendParams& send, const Launch& launch);
+void launch_combine_recv(const RankView& rank, const CombineRecvParams& recv, const Launch& launch);
+void launch_combine(const RankView& rank, const CombineSendParams& send,
+                    const CombineRecvParams& recv, const Launch& launch);
+
+// Dispatch into workspaces, whose rows are arranged in one of two ways.
+struct WorkspaceDispatch {
+  void (*prepare)();
+  // Of a kernel that sends so many tokens, and receives.
+  uint64_t (*shared_bytes)(const protocol::LowLatencyLayout& layout, uint32_t num_tokens);
+  void (*send)(const RankView& rank, const DispatchSendParams& send, const Launch& launch);
+  void (*recv)(const RankView& rank, const DispatchRecvParams& recv, const Launch& launch);
+  void (*both)(const RankView& rank, const DispatchSendParams& send, const DispatchRecvParams& recv,
+               const Launch& launch);
+};
+extern const WorkspaceDispatch kRankMajorWorkspaceDispatch;
+extern const WorkspaceDispatch kTaggedWorkspaceDispatch;  // rank-major, too
+extern const WorkspaceDispatch kExpertWorkspaceDispatch;
+
+// Of an exchange with so many slots a source, on which all ranks agree.
+inline const WorkspaceDispatch& workspace_dispatch(const protocol::LowLatencyLayout& layout,
+                                                   uint32_t num_slots) {
+  if (layout.has_expert_workspaces()) return kExpertWorkspaceDispatch;
+  return num_slots <= layout.config().num_max_tagged_tokens ? kTaggedWorkspaceDispatch
+                                                            : kRankMajorWorkspaceDispatch;
+}
+
+void launch_workspace_combine_send(const RankView& rank, const CombineSendParams& send,
+                                   const Launch& launch);
+void launch_workspace_combine_recv(const RankView& rank, const CombineRecvParams& recv,
+                                   const Launch& launch);
+void launch_workspace_combine(const RankView& rank, const CombineSendParams& send,
+                              const CombineRecvParams& recv, const Launch& launch);
+
+}  // namespace ep::cuda
