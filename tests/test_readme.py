@@ -440,11 +440,11 @@ def test_what_is_said_of_servers_on_four_gpus_is_as_measured() -> None:
     itl = [median(run, "itl_p99_ms") for run in (ours, theirs)]
     told = f"{tpot:.2f} in TPOT and {rate:.2f} in tokens/s, and the 99th percentile of the time "
     assert told + "between two tokens was {:.0f} ms, vLLM's {:.0f}.".format(*itl) in FLOWING
-    ttft = [[median(run, "ttft_p50_ms") for run in runs[c]] for c in (8, 32, 64)]
-    assert all(of_vllm < of_us for of_vllm, of_us in ttft)
-    of_vllm, of_us = zip(*ttft, strict=True)
-    told = f"({in_words(of_us, 0)} ms, vLLM's {in_words(of_vllm, 0)})"
-    assert told in FLOWING
+    for metric, are_longer in (("ttft_p50_ms", [True] * 3), ("ttft_p99_ms", [False, True, False])):
+        ttft = [[median(run, metric) for run in runs[c]] for c in (8, 32, 64)]
+        assert [of_vllm < of_us for of_vllm, of_us in ttft] == are_longer
+        of_vllm, of_us = zip(*ttft, strict=True)
+        assert f"({in_words(of_us, 0)} ms, vLLM's {in_words(of_vllm, 0)})" in FLOWING
     own, gates = measured["gates"][0], measured["gates"][1::2]
     assert {gate["backend"] for gate in gates} == {"ep_backend_low_latency"}
     mean, most = (max(gate[name] for gate in gates) for name in ("mean", "max"))
