@@ -45,10 +45,10 @@ class Combiner {
       all_tagged &= r == skip_rank_ || received_.is_tagged(r);
     }
     if (Op::is_clerk()) publish(true);  // tagged rows do not wait for a signal
-    const OtherMessages messages(received_, skip_rank_);
-    for (SendItems items(messages.size, num_parts_); items.more(); items.next()) {
-      uint32_t m = messages[items.row()];
-      if constexpr (View::kHasNetwork) m = behind_own(m);
+    // Where its own are skipped, they are the last ones.
+    const uint32_t num_messages = OtherMessages(received_, skip_rank_).size;
+    for (SendItems items(num_messages, num_parts_); items.more(); items.next()) {
+      const uint32_t m = behind_own(items.row());
       const uint32_t src_rank = source_of(received_.prefix, num_ranks, m);
       make_partial(m, src_rank, m - received_.prefix[src_rank], nullptr, items);
       if constexpr (View::kHasNetwork) put_rows(m, src_rank, m - received_.prefix[src_rank]);
