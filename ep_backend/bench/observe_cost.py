@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ep_backend import LowLatencyBuffer, _native, virtual_world
-from ep_backend.bench.provenance import installed_versions, this_machine
+from ep_backend.bench.provenance import command, commit, installed_versions, this_machine
 from ep_backend.group import Group
 from ep_backend.observe.counts import ProcessCounts, Source
 from ep_backend.observe.metrics import Collector, Publisher
@@ -57,6 +57,8 @@ class Cost:
         return {
             "bench": "observe",
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "command": command(),
             "machine": this_machine(),
             "versions": installed_versions(),
             "cases": [dataclasses.asdict(self) | {"share": self.share}],

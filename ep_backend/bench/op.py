@@ -34,7 +34,7 @@ from ep_backend.bench.op_measure import BenchSettings, RankReport
 from ep_backend.bench.op_normal_rank import NormalBenchSettings, bench_normal_rank
 from ep_backend.bench.op_processes import RankFailed, RankMain, run_ranks
 from ep_backend.bench.op_rank import OpBenchSettings, bench_rank
-from ep_backend.bench.provenance import commit, installed_versions, this_machine
+from ep_backend.bench.provenance import command, commit, installed_versions, this_machine
 from ep_backend.tuning import untuned_unless_asked
 
 RANK_MAINS: dict[str, RankMain] = {
@@ -148,6 +148,7 @@ def run_op_bench(
             "kind": settings.kind,
             "date": begin.isoformat(timespec="seconds"),
             "commit": commit(),
+            "command": command(),
             "machine": machine,
             "versions": installed_versions(),
             "settings": asdict(settings) | {"dtype": str(settings.dtype).removeprefix("torch.")},

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from ep_backend import DispatchHandle, LowLatencyBuffer, virtual_world
 from ep_backend.bench.precision_rows import DISTRIBUTIONS
-from ep_backend.bench.provenance import commit, installed_versions, this_machine
+from ep_backend.bench.provenance import command, commit, installed_versions, this_machine
 from ep_backend.bench.routing import Inputs, make_inputs
 
 COMBINE_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
@@ -199,6 +199,7 @@ def precision(
             "bench": "precision",
             "date": begin.isoformat(timespec="seconds"),
             "commit": commit(),
+            "command": command(),
             "machine": this_machine(),
             "versions": versions,
             "settings": asdict(settings),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ep_backend import __version__
+from ep_backend.bench.options import without_output
 from ep_backend.tuning.site import cpu_name
 
 
@@ -26,6 +29,11 @@ def commit() -> str | None:
         return _git(directory, "rev-parse", "--short=10", "HEAD") + ("+" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def command() -> str:
+    """This process's command line, without where results go."""
+    return shlex.join(["ep-backend", *without_output(sys.argv[1:])])
 
 
 def this_machine() -> dict[str, Any]:

@@ -9,8 +9,6 @@ counts, with small rows: there are no NICs, and nothing is timed.
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,8 +20,7 @@ import torch
 import typer
 from rich.table import Table
 
-from ep_backend.bench.options import without_output
-from ep_backend.bench.provenance import commit, installed_versions
+from ep_backend.bench.provenance import command, commit, installed_versions
 from ep_backend.bench.routing import make_inputs
 from ep_backend.bench.wire_formula import (
     PHASES,
@@ -187,7 +184,7 @@ def wire(
             "bench": "wire",
             "date": begin.isoformat(timespec="seconds"),
             "commit": commit(),
-            "command": shlex.join(["ep-backend", *without_output(sys.argv[1:])]),
+            "command": command(),
             "versions": installed_versions(),
             "settings": _settings(shape) | {"nic_gbs": nic_gbs, "seed": seed},
             "cases": [asdict(case) for case in cases],

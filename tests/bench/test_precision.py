@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,15 +28,20 @@ def test_errors_are_norms_of_all_of_the_worst_token_and_of_the_worst_channel() -
     assert errors.worst_channel == pytest.approx(1 / 80**0.5)
 
 
-def test_every_way_is_measured_on_every_distribution(tmp_path: Path) -> None:
+def test_every_way_is_measured_on_every_distribution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "precision.json"
     sizes = "--ranks 3 --tokens 5 --hidden 300 --experts 7 --top-k 3 --seed 1"
-    result = CliRunner().invoke(app, ["bench", "precision", *sizes.split(), "--json", str(path)])
+    arguments = ["bench", "precision", *sizes.split(), "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["ep-backend", *arguments])
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "student_t_2" in result.output
     document = json.loads(path.read_text())
     assert document["settings"]["hidden"] == 300
     assert (document["commit"], document["machine"]) == (commit(), this_machine())
+    assert document["command"] == f"ep-backend bench precision {sizes}"
     errors = {
         (case["distribution"], case["reduction"], case["combine_dtype"]): case["errors"]
         for case in document["cases"]
