@@ -170,7 +170,11 @@ class NormalPrepareAndFinalize(StandardAdapter[NormalBuffer]):
         if self._num_waitless_tokens == 0:
             return 0
         sizes = tokens_of_ranks()
-        return sum(sizes) if max(sizes, default=0) <= self._num_waitless_tokens else 0
+        if not sizes or max(sizes) > self._num_waitless_tokens:
+            return 0
+        # A model that does not share out tokens among tensor-parallel ranks has all of them on
+        # each: vLLM then lists data-parallel ranks, but every rank of one sends as many.
+        return sum(sizes) * (self.buffer.group.num_ranks // len(sizes))
 
     def _to_combine(
         self, fused_expert_output: torch.Tensor, *how: Any

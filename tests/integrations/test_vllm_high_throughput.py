@@ -118,6 +118,30 @@ def test_the_real_modular_kernel_equals_the_dense_layer(
         torch.testing.assert_close(out, dense_layer(x, ids, weights, w1, w2))
 
 
+def test_tensor_parallel_ranks_that_hold_the_same_tokens_have_room_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """2 data-parallel ranks of 2: vLLM lists 2 sizes where a model does not share tokens out."""
+    sizes = [5, 2]
+    set_tokens_of_ranks(monkeypatch, sizes)
+    generator = torch.Generator().manual_seed(0)
+    w1, w2 = weights_of_experts(generator)
+    batches = [batch_of(generator, n) for n in sizes]
+
+    def rank_main(group: Group) -> torch.Tensor:
+        buffer = buffer_of(group)
+        experts = LoopExperts(
+            moe_config=moe_config_of(group, buffer), quant_config=FUSED_MOE_UNQUANTIZED_CONFIG
+        )
+        adapter = NormalPrepareAndFinalize(buffer, is_for_gpus=True, num_waitless_tokens=5)
+        kernel = mk.FusedMoEKernel(adapter, experts)
+        batch = batches[group.self_rank // 2]
+        return apply_layer(kernel, buffer, (w1, w2), batch, expert_map_of(buffer))
+
+    for rank, out in enumerate(virtual_world(4).run(rank_main)):
+        torch.testing.assert_close(out, dense_layer(*batches[rank // 2], w1, w2))
+
+
 def test_all_that_vllm_declares_abstract_is_there() -> None:
     assert not NormalPrepareAndFinalize.__abstractmethods__
 
