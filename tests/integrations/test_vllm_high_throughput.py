@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -358,6 +360,27 @@ def test_scratch_memory_grows_beyond_what_graphs_have(monkeypatch: pytest.Monkey
     (kept,) = manager.of_graphs
     assert kept.data_ptr() == address
     assert kept[:64].tolist() == [3] * 64
+
+
+@pytest.mark.skipif(
+    not hasattr(workspace.WorkspaceManager, "get_persistent_resource"), reason="older than 0.32"
+)
+def test_what_experts_keep_in_scratch_memory_stays_when_they_replace_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As vLLM's `MoEPermuteScratch.reserve`, which asks for operators that no CPU has."""
+    manager = workspace.WorkspaceManager(torch.device("cpu"))
+    monkeypatch.setattr(workspace, "_manager", manager)
+    graphs.let_scratch_memory_grow()
+    scratch = manager.get_persistent_resource("scratch", SimpleNamespace)
+    scratch.sorted_row_idx = torch.zeros(4)
+    is_freed: list[bool] = []
+    weakref.finalize(scratch.sorted_row_idx, is_freed.append, True)
+    workspace.lock_workspace()
+    assert not manager.is_locked()  # else vLLM would refuse what follows
+    scratch.sorted_row_idx = torch.zeros(8)
+    gc.collect()
+    assert is_freed == []
 
 
 def run_layer_in_graphs(rank: Rank, sizes: list[int]) -> None:
