@@ -46,17 +46,26 @@ def num_bytes_for(moe: Any, num_ranks: int, device: str) -> int | None:
     return max(LEAST_CUDA_BYTES, min(MOST_CUDA_BYTES, num_rows * row_bytes))
 
 
-def most_tokens_without_wait(buffer: NormalBuffer, num_graph_tokens: int) -> int:
+def most_tokens_without_wait(
+    buffer: NormalBuffer, num_graph_tokens: int, num_max_tokens: int
+) -> int:
     """Of a rank, in a step whose sizes are not exact: what graphs hold; where they use most of the
-    rows, all that the buffer on a GPU has room for.
+    rows, all that the buffer on a GPU has room for, and vLLM has measured memory for.
 
     Args:
         num_graph_tokens: see `graphs.most_tokens`.
+        num_max_tokens: of a rank, in the largest step; vLLM measures its memory by that.
     """
     num_ranks = buffer.group.num_ranks
     used = 1 - (1 - 1 / num_ranks) ** buffer.top_k
     num_rows: int = getattr(buffer, "num_rows", 0)  # over a network there is no such limit
-    return max(num_graph_tokens, num_rows // num_ranks if used >= LEAST_USED else 0)
+    num_tokens = num_rows // num_ranks if used >= LEAST_USED else 0
+    if num_tokens < num_max_tokens:
+        # That step has exact sizes then. Experts that know no sizes on the host may take memory for
+        # all K places of every row (DeepGEMM's do): no more than it filled, if experts are as
+        # likely.
+        num_tokens = min(num_tokens, num_max_tokens // num_ranks)
+    return max(num_graph_tokens, num_tokens)
 
 
 class NormalPrepareAndFinalize(StandardAdapter[NormalBuffer]):

@@ -331,17 +331,26 @@ def test_graphs_hold_steps_as_large_as_vllm_captures(
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "num_rows", "expected"),
-    [(2, 4096, 2048), (8, 4096, 512), (16, 4096, 64), (2, 100, 64), (2, None, 64)],
+    ("num_ranks", "num_rows", "num_max_tokens", "expected"),
+    [
+        (2, 4096, 2048, 2048),
+        (8, 4096, 512, 512),
+        (8, 4096, 513, 64),
+        (8, 4096, 2048, 256),
+        (16, 4096, 256, 64),
+        (2, 100, 2048, 64),
+        (2, None, 2048, 64),
+    ],
 )
 def test_steps_of_few_ranks_wait_for_no_sizes(
-    num_ranks: int, num_rows: int | None, expected: int
+    num_ranks: int, num_rows: int | None, num_max_tokens: int, expected: int
 ) -> None:
-    """Of 8 experts a token, 2 ranks get nearly all tokens, 8 two thirds, 16 two fifths."""
+    """Of 8 experts a token, 2 ranks get nearly all tokens, 8 two thirds, 16 two fifths. Where the
+    largest step waits, a smaller one takes no more places for experts' rows than that one fills."""
     buffer: Any = SimpleNamespace(group=SimpleNamespace(num_ranks=num_ranks), top_k=8)
     if num_rows is not None:
         buffer.num_rows = num_rows
-    assert most_tokens_without_wait(buffer, 64) == expected
+    assert most_tokens_without_wait(buffer, 64, num_max_tokens) == expected
 
 
 def test_scratch_memory_grows_beyond_what_graphs_have(monkeypatch: pytest.MonkeyPatch) -> None:
