@@ -10,9 +10,9 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+if TYPE_CHECKING:
     from ep_backend.handles import DispatchHandle
 
 FAULT_VARIABLE = "EP_BACKEND_FAULT"
@@ -43,12 +43,12 @@ def active_fault() -> Fault | None:
 def drop_remote_rows(
     x: torch.Tensor, num_rows_per_rank: torch.Tensor, self_rank: int
 ) -> torch.Tensor:
-    """A copy of `x` `[N, H]`, rows by source rank, in which those of other ranks' tokens are 0."""
-    faulty = x.clone()
-    first = int(num_rows_per_rank[:self_rank].sum())
-    faulty[:first] = 0
-    faulty[first + int(num_rows_per_rank[self_rank]) :] = 0
-    return faulty
+    """A copy of `x` `[N, H]`, rows by source rank, in which those of other ranks' tokens are 0. The
+    host does not wait for the counts, so a graph can hold it."""
+    ends = num_rows_per_rank.cumsum(0)
+    rows = torch.arange(len(x), device=x.device)
+    is_own = (rows < ends[self_rank]) & (rows >= ends[self_rank] - num_rows_per_rank[self_rank])
+    return torch.where(is_own[:, None], x, 0)
 
 
 def drop_remote_contributions(expert_out: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:

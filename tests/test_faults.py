@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ep_backend import Group, virtual_world
-from ep_backend.faults import FAULT_VARIABLE
+from ep_backend.faults import FAULT_VARIABLE, drop_remote_rows
 from tests.support.programs import PROGRAMS, Interpreter
 from tests.support.scenario import Scenario
 from tests.support.shapes import Shape
@@ -47,3 +49,14 @@ def test_an_unknown_fault_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FAULT_VARIABLE, "drop-everything")
     with pytest.raises(ValueError, match="'drop-everything', expected one of: drop-remote"):
         run(1)
+
+
+def test_rows_are_dropped_without_a_look_at_their_counts() -> None:
+    """As where a graph holds a combine: a tensor without values refuses to be read."""
+    x = torch.ones(7, 2)
+    kept = drop_remote_rows(x, torch.tensor([1, 3, 2]), self_rank=1)  # and a row without a token
+    assert kept[:, 0].tolist() == [0, 1, 1, 1, 0, 0, 0]
+    assert x.min() == 1
+    with FakeTensorMode():
+        counts = torch.empty(3, dtype=torch.int32)
+        assert drop_remote_rows(torch.empty(7, 2), counts, self_rank=1).shape == (7, 2)

@@ -60,8 +60,9 @@ class StandardAdapter(Adapter[B]):
 
 
 def tokens_of_ranks() -> list[int]:
-    """Of this step, of each rank that exchanges, so the same list on all of them; empty where vLLM
-    does not say."""
+    """Of this step, of each rank that exchanges, or of each data-parallel rank, where all of its
+    tensor-parallel ranks hold as many; the same list on all of them. Empty where vLLM does not
+    say."""
     if not is_forward_context_available():
         return []
     metadata = get_forward_context().dp_metadata

@@ -42,7 +42,9 @@ def most_tokens() -> int:
 def let_scratch_memory_grow() -> None:
     """When graphs have been captured, vLLM fixes its experts' scratch memory, at what the largest
     step needed until then: graphs have its address. A later step of exact sizes may bring more
-    rows. So this worker's may grow still, and what graphs have stays as long as the worker."""
+    rows. So this worker's may grow still, and what graphs have stays as long as the worker. Newer
+    versions also fix what some experts keep there, objects that replace their own tensors when
+    they grow."""
     from vllm.v1.worker import workspace
 
     if not workspace.is_workspace_manager_initialized():
@@ -57,6 +59,8 @@ def let_scratch_memory_grow() -> None:
     def lock_what_graphs_have() -> None:
         lock()
         manager.of_graphs += manager._current_workspaces
+        for kept in getattr(manager, "_persistent_resources", ()):
+            manager.of_graphs += [dict(vars(o)) for o in kept.values() if hasattr(o, "__dict__")]
         manager.unlock()
 
     manager.lock = lock_what_graphs_have

@@ -46,17 +46,26 @@ def num_bytes_for(moe: Any, num_ranks: int, device: str) -> int | None:
     return max(LEAST_CUDA_BYTES, min(MOST_CUDA_BYTES, num_rows * row_bytes))
 
 
-def most_tokens_without_wait(buffer: NormalBuffer, num_graph_tokens: int) -> int:
+def most_tokens_without_wait(
+    buffer: NormalBuffer, num_graph_tokens: int, num_max_tokens: int
+) -> int:
     """Of a rank, in a step whose sizes are not exact: what graphs hold; where they use most of the
-    rows, all that the buffer on a GPU has room for.
+    rows, all that the buffer on a GPU has room for, and vLLM has measured memory for.
 
     Args:
         num_graph_tokens: see `graphs.most_tokens`.
+        num_max_tokens: of a rank, in the largest step; vLLM measures its memory by that.
     """
     num_ranks = buffer.group.num_ranks
     used = 1 - (1 - 1 / num_ranks) ** buffer.top_k
     num_rows: int = getattr(buffer, "num_rows", 0)  # over a network there is no such limit
-    return max(num_graph_tokens, num_rows // num_ranks if used >= LEAST_USED else 0)
+    num_tokens = num_rows // num_ranks if used >= LEAST_USED else 0
+    if num_tokens < num_max_tokens:
+        # That step has exact sizes then. Experts that know no sizes on the host may take memory for
+        # all K places of every row (DeepGEMM's do): no more than it filled, if experts are as
+        # likely.
+        num_tokens = min(num_tokens, num_max_tokens // num_ranks)
+    return max(num_graph_tokens, num_tokens)
 
 
 class NormalPrepareAndFinalize(StandardAdapter[NormalBuffer]):
@@ -170,7 +179,11 @@ class NormalPrepareAndFinalize(StandardAdapter[NormalBuffer]):
         if self._num_waitless_tokens == 0:
             return 0
         sizes = tokens_of_ranks()
-        return sum(sizes) if max(sizes, default=0) <= self._num_waitless_tokens else 0
+        if not sizes or max(sizes) > self._num_waitless_tokens:
+            return 0
+        # A model that does not share out tokens among tensor-parallel ranks has all of them on
+        # each: vLLM then lists data-parallel ranks, but every rank of one sends as many.
+        return sum(sizes) * (self.buffer.group.num_ranks // len(sizes))
 
     def _to_combine(
         self, fused_expert_output: torch.Tensor, *how: Any

@@ -136,8 +136,9 @@ def _make_high_throughput(moe: Any, quant_config: Any) -> Any:
     num_graph_tokens = graphs.most_tokens()
     if num_graph_tokens > 0:
         graphs.let_scratch_memory_grow()
+    num_max_tokens = -(-moe.max_num_tokens // moe.sp_size)
     return NormalPrepareAndFinalize(
-        buffer, True, most_tokens_without_wait(buffer, num_graph_tokens)
+        buffer, True, most_tokens_without_wait(buffer, num_graph_tokens, num_max_tokens)
     )
 
 

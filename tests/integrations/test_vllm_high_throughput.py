@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -116,6 +118,30 @@ def test_the_real_modular_kernel_equals_the_dense_layer(
     outs = virtual_world(NUM_RANKS).run(rank_main)
     for out, (x, ids, weights) in zip(outs, batches, strict=True):
         torch.testing.assert_close(out, dense_layer(x, ids, weights, w1, w2))
+
+
+def test_tensor_parallel_ranks_that_hold_the_same_tokens_have_room_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """2 data-parallel ranks of 2: vLLM lists 2 sizes where a model does not share tokens out."""
+    sizes = [5, 2]
+    set_tokens_of_ranks(monkeypatch, sizes)
+    generator = torch.Generator().manual_seed(0)
+    w1, w2 = weights_of_experts(generator)
+    batches = [batch_of(generator, n) for n in sizes]
+
+    def rank_main(group: Group) -> torch.Tensor:
+        buffer = buffer_of(group)
+        experts = LoopExperts(
+            moe_config=moe_config_of(group, buffer), quant_config=FUSED_MOE_UNQUANTIZED_CONFIG
+        )
+        adapter = NormalPrepareAndFinalize(buffer, is_for_gpus=True, num_waitless_tokens=5)
+        kernel = mk.FusedMoEKernel(adapter, experts)
+        batch = batches[group.self_rank // 2]
+        return apply_layer(kernel, buffer, (w1, w2), batch, expert_map_of(buffer))
+
+    for rank, out in enumerate(virtual_world(4).run(rank_main)):
+        torch.testing.assert_close(out, dense_layer(*batches[rank // 2], w1, w2))
 
 
 def test_all_that_vllm_declares_abstract_is_there() -> None:
@@ -305,17 +331,26 @@ def test_graphs_hold_steps_as_large_as_vllm_captures(
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "num_rows", "expected"),
-    [(2, 4096, 2048), (8, 4096, 512), (16, 4096, 64), (2, 100, 64), (2, None, 64)],
+    ("num_ranks", "num_rows", "num_max_tokens", "expected"),
+    [
+        (2, 4096, 2048, 2048),
+        (8, 4096, 512, 512),
+        (8, 4096, 513, 64),
+        (8, 4096, 2048, 256),
+        (16, 4096, 256, 64),
+        (2, 100, 2048, 64),
+        (2, None, 2048, 64),
+    ],
 )
 def test_steps_of_few_ranks_wait_for_no_sizes(
-    num_ranks: int, num_rows: int | None, expected: int
+    num_ranks: int, num_rows: int | None, num_max_tokens: int, expected: int
 ) -> None:
-    """Of 8 experts a token, 2 ranks get nearly all tokens, 8 two thirds, 16 two fifths."""
+    """Of 8 experts a token, 2 ranks get nearly all tokens, 8 two thirds, 16 two fifths. Where the
+    largest step waits, a smaller one takes no more places for experts' rows than that one fills."""
     buffer: Any = SimpleNamespace(group=SimpleNamespace(num_ranks=num_ranks), top_k=8)
     if num_rows is not None:
         buffer.num_rows = num_rows
-    assert most_tokens_without_wait(buffer, 64) == expected
+    assert most_tokens_without_wait(buffer, 64, num_max_tokens) == expected
 
 
 def test_scratch_memory_grows_beyond_what_graphs_have(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,6 +369,27 @@ def test_scratch_memory_grows_beyond_what_graphs_have(monkeypatch: pytest.Monkey
     (kept,) = manager.of_graphs
     assert kept.data_ptr() == address
     assert kept[:64].tolist() == [3] * 64
+
+
+@pytest.mark.skipif(
+    not hasattr(workspace.WorkspaceManager, "get_persistent_resource"), reason="older than 0.32"
+)
+def test_what_experts_keep_in_scratch_memory_stays_when_they_replace_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As vLLM's `MoEPermuteScratch.reserve`, which asks for operators that no CPU has."""
+    manager = workspace.WorkspaceManager(torch.device("cpu"))
+    monkeypatch.setattr(workspace, "_manager", manager)
+    graphs.let_scratch_memory_grow()
+    scratch = manager.get_persistent_resource("scratch", SimpleNamespace)
+    scratch.sorted_row_idx = torch.zeros(4)
+    is_freed: list[bool] = []
+    weakref.finalize(scratch.sorted_row_idx, is_freed.append, True)
+    workspace.lock_workspace()
+    assert not manager.is_locked()  # else vLLM would refuse what follows
+    scratch.sorted_row_idx = torch.zeros(8)
+    gc.collect()
+    assert is_freed == []
 
 
 def run_layer_in_graphs(rank: Rank, sizes: list[int]) -> None:

@@ -26,6 +26,7 @@ LINKS = Program(
             "<8192, 8192 / sizeof(T), 8192 / sizeof(T) / 128, kSendWarps>",
             "<4096, 4096 / sizeof(T), 4096 / sizeof(T) / 128, kSendWarps>",
         ),
+        ("cuda/normal_send.cuh", "kNumSenders = 256;", "kNumSenders = 3;"),
         ("cuda/normal_send.cuh", "kNumLinkSMs = 9;", "kNumLinkSMs = 1;"),
         ("cuda/normal_send.cuh", "kNumOwnSMs = 8;", "kNumOwnSMs = 1;"),
         ("cuda/normal_pull.cuh", "kPullWarps = 12;", "kPullWarps = 2;"),
@@ -56,6 +57,15 @@ def test_the_bits_are_those_of_the_cpus_kernels(
 
 
 SEEDED_BUGS = [
+    (
+        LINKS,
+        SeededBug(
+            "rows_of_warps_that_do_not_send_are_left_out",
+            "cuda/normal_send.cuh",
+            "role_.num_blocks} * num_warps();",
+            "role_.num_blocks} * Rows::kNumWarps;",
+        ),
+    ),
     (
         LINKS,
         SeededBug(
