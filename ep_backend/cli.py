@@ -318,7 +318,8 @@ def demo(
         raise typer.BadParameter(str(e)) from e
 
     console = Console()
-    # SIGTERM ends the servers as Ctrl-C does.
+    # SIGTERM ends the servers as Ctrl-C does; a shell's background job begins with that ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         with console.status("") as status:

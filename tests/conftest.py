@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,8 @@ from tests.support.processes import started_pids
 # Derandomised: a run says the same thing every time. No deadline: machines differ.
 settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("fixed")
+# A shell's background job begins with it ignored, and so would the ranks that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # What this machine was tuned to is no test's business; processes of tests inherit it.
 os.environ[TUNING_VARIABLE] = "off"
 

@@ -1,4 +1,5 @@
-"""Ctrl-C while a server starts: nothing of it is left."""
+"""Ctrl-C while a server starts: nothing of it is left. Also where a shell began with it ignored, as
+it does for background jobs."""
 
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ def test_ctrl_c_leaves_no_process_and_no_shared_memory(engine: str, tmp_path: Pa
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
     log = tmp_path / f"{engine}-1-ranks.log"
     deadline = time.monotonic() + 120
