@@ -321,4 +321,31 @@ void with_rows(const protocol::LowLatencyLayout& layout, const protocol::Dispatc
   }
 }
 
+// The rows of a block's items, part by part. `fetched`: the first part of the first item.
+// `plan(token, is_first)`: before its parts, `is_first`: of all; `send(data, part)`; `end()`:
+// behind the parts of an item.
+template <typename Rows, typename Items, typename Plan, typename Send, typename End>
+__device__ __forceinline__ void send_rows(const Rows& rows, Items items,
+                                          typename Rows::Fetched fetched, Plan plan, Send send,
+                                          End end) {
+  while (items.more()) {
+    const uint32_t token = items.row(), end_part = items.end_part();
+    uint32_t part = items.first_part();
+    plan(token, part == 0);
+    items.next();
+#pragma unroll 1
+    for (; part < end_part; ++part) {
+      const Part p = rows.finish(fetched);
+      // The next part is on its way while this one leaves, and while its token is planned.
+      if (part + 1 < end_part) {
+        fetched = rows.fetch(token, part + 1);
+      } else if (items.more()) {
+        fetched = rows.fetch(items.row(), items.first_part());
+      }
+      send(p, part);
+    }
+    end();
+  }
+}
+
 }  // namespace ep::cuda

@@ -124,23 +124,9 @@ class ExpertMajorSender {
 
   // `fetched`: the first part of the first item.
   __device__ void run(Items items, typename Rows::Fetched fetched) const {
-    while (items.more()) {
-      const uint32_t token = items.row(), end_part = items.end_part();
-      uint32_t part = items.first_part();
-      find_places(token, part == 0);
-      items.next();
-#pragma unroll 1
-      for (; part < end_part; ++part) {
-        const Part p = rows_.finish(fetched);
-        // The next part is on its way while this one leaves.
-        if (part + 1 < end_part) {
-          fetched = rows_.fetch(token, part + 1);
-        } else if (items.more()) {
-          fetched = rows_.fetch(items.row(), items.first_part());
-        }
-        send_part(p, part);
-      }
-    }
+    send_rows(
+        rows_, items, fetched, [&](uint32_t token, bool is_first) { find_places(token, is_first); },
+        [&](const Part& p, uint32_t part) { send_part(p, part); }, [] {});
   }
 
  private:
