@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +28,7 @@ from ep_backend.bench.demo_engines import ENGINES
 from ep_backend.bench.demo_report import plot_latencies, print_report
 from ep_backend.bench.model import TinyMoE, make_model
 from ep_backend.bench.report import NoResult, bundled_results, write_report
+from ep_backend.bench.server import end_by_signals
 from ep_backend.doctor.report import examine, print_examination
 from ep_backend.network import VARIABLE, NetworkConfig
 from ep_backend.observe import perfetto
@@ -318,9 +318,7 @@ def demo(
         raise typer.BadParameter(str(e)) from e
 
     console = Console()
-    # SIGTERM ends the servers as Ctrl-C does; a shell's background job begins with that ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    end_by_signals()
     try:
         with console.status("") as status:
             result = asyncio.run(run_demo(settings, _ConsoleProgress(console, status)))

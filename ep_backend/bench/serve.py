@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import shlex
 import shutil
-import signal
 import sys
 import time
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -53,6 +52,7 @@ from ep_backend.bench.server import (
     Server,
     ServerFailed,
     attached_server,
+    end_by_signals,
     running_server,
 )
 from ep_backend.observe.trace import TRACE_VARIABLE
@@ -68,9 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     if util.find_spec(engine.package) is None:
         print(f"{PROGRAM}: {engine.title} is not importable in {sys.executable}", file=sys.stderr)
         return 2
-    # SIGTERM ends the servers as Ctrl-C does; a shell's background job begins with that ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    end_by_signals()
     try:
         run = Run(options)
     except CannotResume as e:

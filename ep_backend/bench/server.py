@@ -29,6 +29,13 @@ class ServerFailed(RuntimeError):
     """A server ended, or did not get ready; the text holds the end of its log."""
 
 
+def end_by_signals() -> None:
+    """Lets Ctrl-C and SIGTERM raise KeyboardInterrupt in this process, which then ends its servers;
+    a shell's background job begins with Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
 @dataclass(frozen=True)
 class Server:
     """A server that answers."""

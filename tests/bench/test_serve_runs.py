@@ -91,7 +91,7 @@ def test_other_results_fail_the_run(capsys: pytest.CaptureFixture[str]) -> None:
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(serve.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(serve, "end_by_signals", lambda: None)
 
     def start(engine: FakeEngine, *arguments: str) -> tuple[int, dict[str, Any]]:
         monkeypatch.setattr(serve, "running_server", engine.server)
