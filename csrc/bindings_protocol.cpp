@@ -23,7 +23,10 @@ void bind_enums(py::module_& m) {
       .value("FLOAT32", ScaleFormat::kFloat32)
       .value("POWER_OF_TWO", ScaleFormat::kPowerOfTwo)
       .value("UE8M0", ScaleFormat::kUE8M0);
-  py::enum_<Transfer>(m, "Transfer").value("PUSH", Transfer::kPush).value("PULL", Transfer::kPull);
+  py::enum_<Transfer>(m, "Transfer")
+      .value("PUSH", Transfer::kPush)
+      .value("PULL", Transfer::kPull)
+      .value("PULL_PUSH", Transfer::kPullPush);
   py::enum_<Reduction>(m, "Reduction")
       .value("RANK", Reduction::kRank)
       .value("SOURCE", Reduction::kSource);

@@ -33,6 +33,7 @@ class ScaleFormat(enum.Enum):
 class Transfer(enum.Enum):
     PUSH = 0
     PULL = 1
+    PULL_PUSH = 2
 
 class Reduction(enum.Enum):
     RANK = 0

@@ -49,6 +49,7 @@ from ep_backend.settings import (
     BufferSettings,
     check_num_sms,
     check_waits,
+    default_transfer,
     device_type,
     usable_device,
 )
@@ -94,9 +95,10 @@ class LowLatencyBuffer:
             sum a (token, rank) goes home. "source": at home, by the weights that combine is given;
             every row goes home as it is: more to send, but the sum is rounded only once, and
             dispatch need not wait for the weights. Expert-major only.
-        transfer: CUDA: "pull", the receiver fetches rows, the default, or "push", the sender writes
-            them into its peers' memory. The CPU always pushes; so does a combine with reduction
-            "source".
+        transfer: CUDA: "pull", the receiver fetches rows; "push", the sender writes them into its
+            peers' memory; or "pull_push", dispatch's rows are fetched and combine's written, the
+            default between more than two GPUs, else "pull". The CPU always pushes; so does a
+            combine with reduction "source". Workspaces: "pull".
         num_max_tagged_tokens: CUDA: batches of up to so many tokens travel with an epoch in every
             16 bytes, so that a receiver need not wait for a signal. Default: 256 / ranks,
             and 0 where a row has more than 32 KiB. In rank-major workspaces dispatches of up to so
@@ -177,7 +179,12 @@ class LowLatencyBuffer:
             scale_format=scale_format,
             output_layout=output_layout,
             reduction=reduction,
-            transfer="pull" if transfer is None else transfer,
+            transfer=transfer
+            or default_transfer(
+                group.num_ranks,
+                has_workspaces=num_workspaces > 0,
+                is_virtual=group.is_virtual,
+            ),
             num_max_tagged_tokens=num_max_tagged_tokens,
             num_workspaces=num_workspaces,
             expert_ids=expert_ids,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ep_backend import _native
+from ep_backend.settings import default_transfer
 from tests.support.shapes import Shape
 
 CUDA = Shape(2, num_max_tokens_per_rank=128, hidden=2048, device="cuda")
@@ -16,10 +17,18 @@ IN_RANK_MAJOR: dict[str, Any] = {"num_workspaces": 1, "output_layout": "rank_maj
 
 
 def test_the_cpu_pushes_and_tags_nothing_whatever_it_is_told() -> None:
-    for transfer in ("push", "pull"):
+    for transfer in ("push", "pull", "pull_push"):
         config = Shape(2, transfer=transfer, num_max_tagged_tokens=3).config()
         assert config.transfer == _native.Transfer.PUSH
         assert config.num_max_tagged_tokens == 0
+
+
+def test_combine_is_pushed_between_more_than_two_gpus() -> None:
+    own_gpus = {"has_workspaces": False, "is_virtual": False}
+    by_ranks = [default_transfer(n, **own_gpus) for n in (1, 2, 3, 8)]
+    assert by_ranks == ["pull", "pull", "pull_push", "pull_push"]
+    for there in ("has_workspaces", "is_virtual"):
+        assert default_transfer(8, **(own_gpus | {there: True})) == "pull"
 
 
 def test_rows_of_combine_travel_as_the_dtype_or_as_float8() -> None:

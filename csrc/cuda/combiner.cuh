@@ -11,7 +11,6 @@ using protocol::CombineSendParams;
 using protocol::HandleEntry;
 using protocol::HandleMessage;
 using protocol::Reduction;
-using protocol::Transfer;
 
 // `Rows`: PlainRows or Float8Rows.
 template <typename Rows, typename View = RankView>
@@ -31,7 +30,7 @@ class Combiner {
         skip_rank_(skip_rank),
         plan_(plan),
         is_source_(layout_.config().reduction == Reduction::kSource),
-        is_pull_(layout_.config().transfer == Transfer::kPull && !is_source_),
+        is_pull_(protocol::pulls_combine(layout_.config().transfer) && !is_source_),
         packs_rows_(View::kHasNetwork && layout_.packs_rows()),
         rows_(layout_),
         num_parts_(protocol::parts_for(layout_.combine_row_bytes())) {}

@@ -397,7 +397,7 @@ class DispatchReceiver {
   }
 
   __device__ RowView untagged_row(uint32_t src_rank, uint32_t slot, uint32_t src_token) const {
-    if (layout_.config().transfer == Transfer::kPull) {
+    if (protocol::pulls_dispatch(layout_.config().transfer)) {
       std::byte* peer = op_.peer(src_rank);
       return {peer + layout_.staged_row(op_.bank(), src_token),
               at<float>(peer, layout_.staged_scales(op_.bank(), src_token))};

@@ -15,7 +15,6 @@ namespace ep::cuda {
 using protocol::DispatchSendParams;
 using protocol::ExpertEntry;
 using protocol::MessageHeader;
-using protocol::Transfer;
 
 // Where a token's row goes. In shared memory, one for each warp.
 struct SendPlan {
@@ -194,7 +193,7 @@ class DispatchSender {
   // Headers of the token to the peers, places of its row to the plan. One warp.
   __device__ void plan_row(uint32_t token, bool writes, Plan* plan) const {
     const uint32_t num_messages = sets_.ranks_of(token), self = rank_.self_rank;
-    const bool is_pull = !is_tagged_ && layout_.config().transfer == Transfer::kPull;
+    const bool is_pull = !is_tagged_ && protocol::pulls_dispatch(layout_.config().transfer);
     const uint32_t num_routes = for_each_route(
         routing_, sets_, token,
         [&](const Route& route) {

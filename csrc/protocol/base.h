@@ -41,9 +41,16 @@ enum class Reduction : uint32_t { kRank = 0, kSource = 1 };
 
 // Who moves a row between ranks that can reach each other's memory.
 enum class Transfer : uint32_t {
-  kPush = 0,  // the sender writes to the receiver's memory: it flies between send and hook
-  kPull = 1,  // the sender stages it, the receiver's hook reads it there: fewer bytes written
+  kPush = 0,      // the sender writes to the receiver's memory: it flies between send and hook
+  kPull = 1,      // the sender stages it, the receiver's hook reads it there: fewer bytes written
+  kPullPush = 2,  // rows of dispatch are pulled, those of combine pushed
 };
+EP_HOST_DEVICE constexpr bool pulls_dispatch(Transfer transfer) {
+  return transfer != Transfer::kPush;
+}
+EP_HOST_DEVICE constexpr bool pulls_combine(Transfer transfer) {
+  return transfer == Transfer::kPull;
+}
 
 EP_HOST_DEVICE constexpr uint64_t align_up(uint64_t bytes, uint64_t alignment) {
   return (bytes + alignment - 1) / alignment * alignment;

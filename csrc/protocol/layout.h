@@ -58,7 +58,6 @@ class LowLatencyLayout {
       : config_(config), partition_{config.num_experts, config.num_ranks} {
     const uint64_t num_banks = config.num_banks, num_ranks = config.num_ranks;
     const uint64_t num_tokens = config.num_max_tokens_per_rank;
-    const bool is_pull = config.transfer == Transfer::kPull;
     const bool is_partial = config.reduction == Reduction::kRank;
     const bool is_in_place = config.num_workspaces > 0;
     const bool is_by_expert = has_expert_workspaces();
@@ -101,7 +100,9 @@ class LowLatencyLayout {
     }
     inbox_offset_ =
         end_of(headers_offset_, is_in_place ? 0 : num_banks * num_messages * header_bytes_);
-    const uint64_t num_inbox_rows = is_in_place ? 0 : is_pull ? num_tokens : num_messages;
+    const uint64_t num_inbox_rows = is_in_place                       ? 0
+                                    : pulls_dispatch(config.transfer) ? num_tokens
+                                                                      : num_messages;
     scales_offset_ = end_of(inbox_offset_, num_banks * num_inbox_rows * dispatch_row_stride_);
     outcome_offset_ = end_of(scales_offset_, num_banks * num_inbox_rows * scales_stride_);
     if (config.packs_messages) {
@@ -109,9 +110,10 @@ class LowLatencyLayout {
       inbox_offset_ = headers_offset_ + row_in_message;
       scales_offset_ = headers_offset_ + scales_in_message;
     }
-    const uint64_t num_outcome_rows = is_in_place             ? 0
-                                      : is_pull && is_partial ? num_messages
-                                                              : num_outcome_slots();
+    const bool has_outbox = pulls_combine(config.transfer) && is_partial;
+    const uint64_t num_outcome_rows = is_in_place  ? 0
+                                      : has_outbox ? num_messages
+                                                   : num_outcome_slots();
     tagged_inbox_offset_ = end_of(outcome_offset_, num_banks * num_outcome_rows * outcome_stride_);
     const uint64_t num_tagged = config.num_max_tagged_tokens;
     tagged_outcome_offset_ =

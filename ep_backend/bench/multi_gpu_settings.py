@@ -16,6 +16,7 @@ from ep_backend.bench.op_cuda_settings import (
     add_case_options,
 )
 from ep_backend.bench.options import numbers, without_output, words
+from ep_backend.settings import default_transfer
 
 PROGRAM = "python -m ep_backend.bench.multi_gpu"
 MAX_GPUS = 8
@@ -83,6 +84,8 @@ class Options:
     output: Path | None = None
     network: str | None = None
     """As EP_BACKEND_NETWORK; None: the environment's, or CUDA IPC."""
+    with_default_transfer: bool = False
+    """Whatever `settings.transfers` says."""
 
     @property
     def num_gpus(self) -> int:
@@ -96,7 +99,7 @@ class Options:
         settings = self.settings
         is_default_listed = None in settings.num_max_tagged_tokens
         return [
-            case
+            self._with_transfer(case)
             for case in settings.cases()
             if not (
                 is_default_listed
@@ -104,6 +107,14 @@ class Options:
                 and case.num_tokens > case.default_tagged_tokens(settings.hidden, settings.top_k)
             )
         ]
+
+    def _with_transfer(self, case: Case) -> Case:
+        if not self.with_default_transfer:
+            return case
+        transfer = default_transfer(
+            case.num_ranks, has_workspaces=case.has_workspace, is_virtual=False
+        )
+        return replace(case, transfer=transfer)
 
 
 def parse_arguments(arguments: list[str], num_visible: int) -> Options:
@@ -149,7 +160,8 @@ def parse_arguments(arguments: list[str], num_visible: int) -> Options:
     except ValueError as e:
         parser.error(str(e))
     command = shlex.join([*PROGRAM.split(), *without_output(arguments)])
-    return Options(settings, command, normal, **run)
+    takes_default = "transfers" not in given
+    return Options(settings, command, normal, with_default_transfer=takes_default, **run)
 
 
 def _normal_settings(settings: CudaBenchSettings, given: dict[str, Any]) -> NormalSettings:

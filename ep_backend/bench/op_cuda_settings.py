@@ -26,7 +26,7 @@ OUTPUT_LAYOUTS = ("expert_major", "expert_workspace", "rank_major")
 workspace, where every row is fetched from its expert. A row a (token, rank), in a workspace where
 it is pulled and comes home as bf16."""
 FORMS = ("fused", "hook")
-TRANSFERS = ("pull", "push")
+TRANSFERS = ("pull", "push", "pull_push")
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,8 @@ def add_case_options(
     add("--combine-dtype", "combine_dtypes", words, "List of bf16, fp8: rows of combine.")
     add("--layout", "output_layouts", words, "List of expert_major, expert_workspace, rank_major.")
     add("--form", "forms", words, "List of fused, hook: one call, or a send and its hook.")
-    add("--transfer", "transfers", words, "List of pull, push.")
+    shown = None if with_ranks else "what a buffer takes"
+    add("--transfer", "transfers", words, "List of pull, push, pull_push.", shown)
     add("--num-sms", "num_sms", _numbers_or_default, "List: blocks of a kernel.")
     add("--tagged", "num_max_tagged_tokens", _tagged, "List of default, off, a number of tokens.")
     add("--hidden", "hidden", int, "Elements of a row.")

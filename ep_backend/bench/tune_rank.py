@@ -35,7 +35,7 @@ from ep_backend.normal_cuda_settings import (
     num_available_sms,
 )
 from ep_backend.normal_settings import DEFAULT_NUM_BYTES, NormalSettings
-from ep_backend.settings import BufferSettings
+from ep_backend.settings import TRANSFERS, BufferSettings, default_transfer
 from ep_backend.tuning import Entry, Shape, Site
 
 SMS_TO_TRY = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64, 96)
@@ -155,11 +155,15 @@ def _space(
     defaults["num_sms"] = num_max_sms
     can_tag = "num_max_tagged_tokens" in names
     if "transfer" in names:
-        defaults["transfer"] = "pull"
+        defaults["transfer"] = default_transfer(
+            shape.num_ranks, has_workspaces=False, is_virtual=groups[0].is_virtual
+        )
     if can_tag:
         defaults["num_max_tagged_tokens"] = _default_tagged_tokens(settings, shape)
     space = Space(
-        transfers=("pull", "push") if "transfer" in names else ("pull",),
+        transfers=tuple(sorted(TRANSFERS, key=defaults["transfer"].__ne__))
+        if "transfer" in names
+        else ("pull",),
         num_max_tokens=max(settings.num_tokens) if can_tag else 0,
         num_sms=num_sms,
     )

@@ -94,7 +94,7 @@ class Entry:
 
 def _is_allowed(name: str, value: Value) -> bool:
     if name == "transfer":
-        return value in ("pull", "push")
+        return value in ("pull", "push", "pull_push")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     if name == "spin_us":

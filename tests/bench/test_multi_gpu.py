@@ -62,6 +62,19 @@ def test_lists_are_swept_and_the_rest_is_default() -> None:
     assert parse_arguments(["--gpus", "1"], 1).num_gpus == 1
 
 
+def test_rows_move_as_a_buffer_moves_them_unless_it_is_said() -> None:
+    def transfers(arguments: str, num_gpus: int) -> set[tuple[str, str]]:
+        cases = parse_arguments(arguments.split(), num_gpus).cases()
+        return {(case.output_layout, case.transfer) for case in cases}
+
+    layouts = "--layout expert_major,rank_major"
+    assert transfers(layouts, 2) == {("expert_major", "pull"), ("rank_major", "pull")}
+    assert transfers(layouts, 4) == {("expert_major", "pull_push"), ("rank_major", "pull")}
+    # Float8 goes home through no workspace.
+    assert transfers("--layout rank_major --combine-dtype fp8", 4) == {("rank_major", "pull_push")}
+    assert transfers(f"{layouts} --transfer pull", 4) == transfers(layouts, 2)
+
+
 def test_each_kind_has_lists_of_its_own() -> None:
     line = "--kind normal --normal-tokens 64,128 --normal-num-sms 4 --hidden 512 --repeats 3"
     options = parse_arguments(line.split(), 2)

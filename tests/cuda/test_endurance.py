@@ -27,6 +27,7 @@ FORMS = {
     "both": {"num_max_tagged_tokens": 12},
     "pull": {"num_max_tagged_tokens": 0},
     "push": {"num_max_tagged_tokens": 0, "transfer": "push"},
+    "pull_push": {"num_max_tagged_tokens": 0, "transfer": "pull_push"},
     "workspaces": {"output_layout": "rank_major", "num_workspaces": 2, "num_max_tagged_tokens": 0},
     "tagged_workspaces": {
         "output_layout": "rank_major",
@@ -36,7 +37,7 @@ FORMS = {
     "expert_workspaces": {"reduction": "source", "num_workspaces": 2},
 }
 with_forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-NUM_PAIRS = 800  # a form: two operations a pair, seven forms, more than 10,000 in all
+NUM_PAIRS = 800  # a form: two operations a pair, eight forms, more than 10,000 in all
 NUM_REPLAYED_PAIRS = 1_000_000
 PAIRS_PER_GRAPH = 50
 

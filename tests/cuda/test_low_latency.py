@@ -29,6 +29,7 @@ SOURCE = {"reduction": "source"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "pull": {"num_max_tagged_tokens": 0},
     "push": {"transfer": "push", "num_max_tagged_tokens": 0},
+    "pull_push": {"transfer": "pull_push", "num_max_tagged_tokens": 0},
     "tagged": {"num_max_tagged_tokens": 6},
     "tagged_or_push": {"transfer": "push", "num_max_tagged_tokens": 3},
     "float8": FLOAT8,
@@ -39,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "source_tagged": SOURCE | {"num_max_tagged_tokens": 3},
     "float8_back_pull": FLOAT8_BACK | {"num_max_tagged_tokens": 0},
     "float8_back_push": FLOAT8_BACK | {"transfer": "push", "num_max_tagged_tokens": 0},
+    "float8_back_pull_push": FLOAT8_BACK | {"transfer": "pull_push", "num_max_tagged_tokens": 0},
     "float8_back_tagged": FLOAT8_BACK | {"num_max_tagged_tokens": 6},
     "float8_back_tagged_or_push": FLOAT8_BACK | {"transfer": "push", "num_max_tagged_tokens": 3},
     "float8_both_ways": FLOAT8 | FLOAT8_BACK | {"num_max_tagged_tokens": 3},

@@ -30,7 +30,7 @@ def run_on_gpu(rank: Rank, scenario: Scenario, program: str, num_ops: int) -> in
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize("program", ["plain_loop", "steady", "fused_loop"])
-@pytest.mark.parametrize("transfer", ["push", "pull"])
+@pytest.mark.parametrize("transfer", ["push", "pull", "pull_push"])
 def test_processes_equal_the_reference(num_ranks: int, program: str, transfer: str) -> None:
     # Batches of up to 3 of 6 tokens are tagged.
     shape = Shape(num_ranks, hidden=512, device="cuda", transfer=transfer, num_max_tagged_tokens=3)

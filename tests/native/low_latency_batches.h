@@ -96,7 +96,7 @@ struct Shape {
     if (shape.is_one_host()) {
       const uint32_t num_tokens = shape.config.num_max_tokens_per_rank;
       shape.ranks_per_node = num_ranks;
-      shape.config.transfer = static_cast<protocol::Transfer>(random.below(2));
+      shape.config.transfer = static_cast<protocol::Transfer>(random.below(3));
       shape.config.num_max_tagged_tokens = random.one_of({0, num_tokens / 2, num_tokens});
       shape.is_fused = random.below(2) == 1;
       if (shape.is_fused) shape.program = &kLoop;

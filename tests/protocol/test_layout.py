@@ -35,7 +35,7 @@ shapes = st.builds(
     device=st.just("cuda"),  # the only one with a choice of transfers
     dispatch_dtype=dispatch_dtypes,
     combine_dtype=st.sampled_from([None, FLOAT8]),
-    transfer=st.sampled_from(["push", "pull"]),
+    transfer=st.sampled_from(["push", "pull", "pull_push"]),
     reduction=st.sampled_from(["rank", "source"]),
     num_max_tagged_tokens=num_tokens.flatmap(lambda n: st.integers(0, n)),
 )
@@ -132,7 +132,9 @@ def messages_of(shape: Shape) -> Iterator[tuple[str, Part]]:
     ranks, tokens = range(shape.num_ranks), range(shape.num_max_tokens_per_rank)
     row_bytes = outcome_bytes(shape)
     slots = list(product(banks, ranks, tokens))
-    is_pull = shape.config().transfer == _native.Transfer.PULL
+    transfer = shape.config().transfer
+    is_pull = transfer != _native.Transfer.PUSH
+    has_outbox = transfer == _native.Transfer.PULL and shape.reduction == "rank"
     places = list(product(banks, tokens)) if is_pull else slots
     row_of, scales_of = (
         (layout.staged_row, layout.staged_scales)
@@ -145,7 +147,7 @@ def messages_of(shape: Shape) -> Iterator[tuple[str, Part]]:
         yield "inbox", (row_of(*place), dispatch_row_bytes(shape), f"row {place}")
     for place in places:
         yield "scales", (scales_of(*place), 4 * num_scales(shape), f"scales {place}")
-    if is_pull and shape.reduction == "rank":
+    if has_outbox:
         for place in slots:
             yield "outcome", (layout.outbox(*place), row_bytes, f"outbox {place}")
     else:
@@ -308,6 +310,8 @@ def test_pulled_rows_are_staged_once_not_once_a_rank() -> None:
     row_bytes = 2 * 7168
     # Dispatch stages a row a token instead of one a message; combine's outbox has one a message.
     assert pull.layout().num_bytes == push.layout().num_bytes - 2 * 7 * 128 * row_bytes
+    # Nor do partial rows take more where they are pushed.
+    assert replace(push, transfer="pull_push").layout().num_bytes == pull.layout().num_bytes
 
 
 @pytest.mark.parametrize("transfer", ["push", "pull"])

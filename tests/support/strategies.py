@@ -44,7 +44,7 @@ def shapes(
             st.sampled_from([256, 608, 2048, 7168]),
         ),
         num_experts=st.integers(1, 40),
-        transfer=st.sampled_from(["push", "pull"]),
+        transfer=st.sampled_from(["push", "pull", "pull_push"]),
         num_sms=st.sampled_from([None, None, 4, 16]),
     )
     settings = {name: draw(value) for name, value in (cpu if device == "cpu" else cuda).items()}
