@@ -97,7 +97,7 @@ class LowLatencyBuffer:
             dispatch need not wait for the weights. Expert-major only.
         transfer: CUDA: "pull", the receiver fetches rows; "push", the sender writes them into its
             peers' memory; or "pull_push", dispatch's rows are fetched and combine's written, the
-            default between more than two GPUs, else "pull". The CPU always pushes; so does a
+            default between GPUs, else "pull". The CPU always pushes; so does a
             combine with reduction "source". Workspaces: "pull".
         num_max_tagged_tokens: CUDA: batches of up to so many tokens travel with an epoch in every
             16 bytes, so that a receiver need not wait for a signal. Default: 256 / ranks,

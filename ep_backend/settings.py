@@ -331,12 +331,13 @@ class BufferSettings:
 
 
 def default_transfer(num_ranks: int, *, has_workspaces: bool, is_virtual: bool) -> str:
-    """Between two ranks partial rows are best read where they were made; where more read from each
-    other, their requests are in the way of the rows. Of a pair of 64 and 128 tokens a rank (hidden
-    7168, float8, top-8, untagged) between four H100s over NVLink, 40.5 and 61.6 us all pulled, 36.5
-    and 56.3 all pushed: 3.4 and 4.4 us of that in combine. Not timed between more GPUs, nor between
-    three. Pushed dispatches need memory for every rank's rows; combine does either way."""
-    return "pull_push" if num_ranks > 2 and not (has_workspaces or is_virtual) else "pull"
+    """Between GPUs combine's rows are pushed: requests would be in the way of others' rows. A pair
+    of 64 and 128 tokens a rank (hidden 7168, float8, top-8, untagged) between four H100s over
+    NVLink takes 40.5 and 61.6 us all pulled, 36.5 and 56.3 all pushed, 3.4 and 4.3 us of that in
+    combine; between two H200s 26.9 and 33.7 pulled, 25.9 and 33.2 with combine's alone pushed. Not
+    timed between more. Dispatches, which gain less, would need memory for every rank's rows;
+    combine does either way."""
+    return "pull_push" if num_ranks > 1 and not (has_workspaces or is_virtual) else "pull"
 
 
 def default_tagged_tokens(num_ranks: int) -> int:

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
       }
       sender.run(items, fetched);
     }
-    op.complete(!kReceives || receiver.run(op, skip_rank, sets));
+    op.complete(!kReceives || receiver.run(op, skip_rank, sets, items.size()));
     return;
   }
   bool speaks = is_alone && blockIdx.x == 0;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     if (speaks && threadIdx.x == 0) rank.workspace_epochs[send.workspace] = op.epoch();
   }
   bool ok = true;
-  if (kReceives && (speaks || !kSends)) ok = receiver.run(op, skip_rank, sets);
+  if (kReceives && (speaks || !kSends)) ok = receiver.run(op, skip_rank, sets, 0);
   op.complete(ok, !is_alone || !kSends);
 }
 

@@ -205,7 +205,7 @@ class ExpertMajorReceiver {
   }
 
   // One block. `skip_rank`: this one, whose messages to itself no signal counts, but `sets`.
-  __device__ bool run(const Op& op, uint32_t skip_rank, const TokenSets& sets) const {
+  __device__ bool run(const Op& op, uint32_t skip_rank, const TokenSets& sets, uint32_t) const {
     const uint32_t num_ranks = rank_.layout.config().num_ranks;
     const uint32_t first_expert = rank_.owners.first_expert(rank_.self_rank);
     const bool keeps_counts = num_ranks == 1 && skip_rank != kNoRank;
