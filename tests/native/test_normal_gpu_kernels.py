@@ -20,9 +20,9 @@ LINKS = Program(
         ("cuda/normal_dispatch.cu", BUFFERS, FIXED_BUFFERS),
         ("cuda/normal_combine.cu", BUFFERS, FIXED_BUFFERS),
         ("cuda/normal_route.cuh", "kSendWarps = 16;", "kSendWarps = 2;"),
-        ("cuda/normal_send.cuh", "<14336, 0, 14336 / 128, 14>", "<2048, 0, 2048 / 128, 2>"),
+        ("cuda/normal_rows.cuh", "<14336, 0, 14336 / 128, 14>", "<2048, 0, 2048 / 128, 2>"),
         (
-            "cuda/normal_send.cuh",
+            "cuda/normal_rows.cuh",
             "<8192, 8192 / sizeof(T), 8192 / sizeof(T) / 128, kSendWarps>",
             "<4096, 4096 / sizeof(T), 4096 / sizeof(T) / 128, kSendWarps>",
         ),
@@ -70,7 +70,7 @@ SEEDED_BUGS = [
         LINKS,
         SeededBug(
             "a_last_group_of_few_channels_has_no_scale",
-            "cuda/normal_send.cuh",
+            "cuda/normal_rows.cuh",
             "scale * kLanesPerScale < num_vectors",
             "first + lane % kCount * kWarp < num_vectors",
         ),

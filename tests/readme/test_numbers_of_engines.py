@@ -1,0 +1,136 @@
+"""What is said of served models is what the benchmarks have written."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.readme.pages import FLOWING, PAGES, README, in_words, median, results, runs_of
+
+
+def test_served_numbers_are_those_of_the_results() -> None:
+    def tpot(run: dict) -> str:
+        ms = run["tpot_mean_ms"]
+        return f"{ms['median']:.2f} ({ms['min']:.2f}-{ms['max']:.2f})"
+
+    for num_gpus in (2, 4):
+        measured = results(f"serve-vllm-{num_gpus}-h200.json")
+        assert measured["settings"]["backends"] == ["default", "ep_backend_low_latency"]
+        assert len(runs_of(measured)) == 5
+        for concurrency, (theirs, ours) in runs_of(measured).items():
+            ratios = [
+                median(ours, metric) / median(theirs, metric)
+                for metric in ("tpot_mean_ms", "output_tokens_per_sec")
+            ]
+            rates = [median(run, "output_tokens_per_sec") for run in (theirs, ours)]
+            assert (
+                f"| {concurrency} | {tpot(theirs)} | {tpot(ours)} | {ratios[0]:.2f} "
+                f"| {rates[0]:.0f} | {rates[1]:.0f} | {ratios[1]:.2f} |"
+            ) in README
+        assert all(gate["good"] for gate in measured["gates"])
+    of_two = results("serve-vllm-2-h200.json")["gates"]
+    assert [gate["max"] for gate in of_two if "max" in gate] == [0.0]
+    assert [gate["good"] for gate in results("serve-vllm-2-h200-fault.json")["gates"]] == [
+        True,
+        False,
+    ]
+
+
+def test_what_is_said_of_servers_on_four_gpus_is_as_measured() -> None:
+    measured = results("serve-vllm-4-h200.json")
+    runs = runs_of(measured)
+    theirs, ours = runs[128]
+    rates = theirs["output_tokens_per_sec"]
+    assert 0.6 < rates["min"] / rates["max"] < 0.7  # "a third fewer"
+    tpot = ours["tpot_mean_ms"]["max"] / theirs["tpot_mean_ms"]["min"]
+    rate = ours["output_tokens_per_sec"]["min"] / rates["max"]
+    itl = [median(run, "itl_p99_ms") for run in (ours, theirs)]
+    told = f"{tpot:.2f} in TPOT and {rate:.2f} in tokens/s, and the 99th percentile of the time "
+    assert told + "between two tokens was {:.0f} ms, vLLM's {:.0f}.".format(*itl) in FLOWING
+    for metric, are_longer in (("ttft_p50_ms", [True] * 3), ("ttft_p99_ms", [False, True, False])):
+        ttft = [[median(run, metric) for run in runs[c]] for c in (8, 32, 64)]
+        assert [of_vllm < of_us for of_vllm, of_us in ttft] == are_longer
+        of_vllm, of_us = zip(*ttft, strict=True)
+        assert f"({in_words(of_us, 0)} ms, vLLM's {in_words(of_vllm, 0)})" in FLOWING
+    own, gates = measured["gates"][0], measured["gates"][1::2]
+    assert {gate["backend"] for gate in gates} == {"ep_backend_low_latency"}
+    mean, most = (max(gate[name] for gate in gates) for name in ("mean", "max"))
+    assert f"by {mean:.3f} in the mean and {most:.3f} at most" in FLOWING
+    again = own["again"]
+    assert f"differs from itself by {again['mean']:.3f} and {again['max']:.3f}." in FLOWING
+    ranks_without = math.comb(96, 8) / math.comb(128, 8)
+    assert f"{4 * (1 - ranks_without):.1f} of them if experts are as likely" in FLOWING
+
+
+@pytest.mark.parametrize(
+    ("name", "backends"),
+    [
+        ("h200-dbo", ["ep_backend_low_latency", "ep_backend_low_latency_dbo"]),
+        ("h100-ht", ["default", "ep_backend_high_throughput"]),
+    ],
+)
+def test_numbers_of_few_runs_are_those_of_the_results(name: str, backends: list[str]) -> None:
+    measured = results(f"serve-vllm-2-{name}.json")
+    assert measured["settings"]["backends"] == backends
+    assert all(gate["good"] for gate in measured["gates"])
+    ratios = []
+    for concurrency, pair in runs_of(measured).items():
+        tpot = [median(run, "tpot_mean_ms") for run in pair]
+        is_single = all(run["tpot_mean_ms"]["min"] == run["tpot_mean_ms"]["max"] for run in pair)
+        assert is_single == (name == "h200-dbo")
+        ratios.append(tpot[1] / tpot[0])
+        cells = [f"{ms:.1f}" for ms in tpot] + [f"{ratios[-1]:.1f}"]
+        for metric in ("ttft_p50_ms", "output_tokens_per_sec"):
+            cells += [f"{median(run, metric):.0f}" for run in pair]
+        assert f"| {concurrency} | {' | '.join(cells)} |" in PAGES
+    own, other = (gate["again"] for gate in measured["gates"][:2])
+    versus = measured["gates"][1]
+    told = f"by {versus['mean']:.3f} in the mean and {versus['max']:.3f} at most"
+    assert told in FLOWING
+    if name == "h200-dbo":
+        assert own["max"] == 0.0
+        assert f"differs from itself by {other['mean']:.3f} and {other['max']:.3f}," in FLOWING
+        assert f"{max(ratios):.1f} times as slow there as without" in README
+    else:
+        assert own["max"] == 0.0
+        assert max(gate["again"]["max"] for gate in measured["gates"]) == versus["max"]
+        of_one = results("multi-gpu-2-h200-normal-small.json")["normal"]["cases"][0]
+        dispatch, combine = (of_one[what]["median_us"] for what in ("dispatch", "combine"))
+        told = f"one token a rank takes {dispatch:.1f} us and its combine {combine:.1f}"
+        assert told in FLOWING
+
+
+def test_profiled_numbers_are_those_of_the_results() -> None:
+    names = ("serve-vllm-2-h100.json", "serve-vllm-2-h100-ours.json")
+    profiles = [profile for name in names for profile in results(name)["profiles"]]
+    assert len(profiles) == 4
+    for profile in profiles:
+        for rank, row in enumerate(profile["ranks"]):
+            percent = {kind: 100 * share for kind, share in row["shares"].items()}
+            assert (
+                f"| {profile['concurrency']} "
+                f"| {'vLLM' if profile['backend'] == 'default' else 'ours'} | {rank} "
+                f"| {row['dispatch_shortest_us']:.1f} | {row['combine_shortest_us']:.1f} "
+                f"| {row['dispatch_us']:.1f} | {row['combine_us']:.1f} "
+                f"| {percent['dispatch'] + percent['combine']:.1f} | {percent['experts']:.1f} "
+                f"| {percent['attention']:.1f} | {percent['other']:.1f} | {percent['idle']:.1f} |"
+            ) in PAGES
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_numbers_served_on_a_cpu_are_those_of_the_results(engine: str) -> None:
+    measured = results(f"serve-{engine}-cpu-2-ranks.json")
+    assert measured["settings"]["engine"] == engine
+    runs = {(run["concurrency"], run["backend"]): run for run in measured["summary"]}
+    for concurrency in (1, 4):
+        pair = [runs[concurrency, b] for b in measured["settings"]["backends"]]
+        tpot = [run["tpot_mean_ms"] for run in pair]
+        times = [f"{ms['median']:.2f} ({ms['min']:.2f}-{ms['max']:.2f})" for ms in tpot]
+        shares = [f"{run['exchange_share_of_forward']['median']:.0%}" for run in pair]
+        assert (
+            f"| {concurrency} | {times[0]} | {times[1]} "
+            f"| {tpot[1]['median'] / tpot[0]['median']:.2f} | {shares[0]} | {shares[1]} |"
+        ) in PAGES
+    assert f"load {measured['load_average_before']:.0f} at the start" in PAGES
+    assert [gate["good"] for gate in measured["gates"]] == [True] * 4

@@ -1,0 +1,104 @@
+"""README names nothing that does not exist, and says what the code says."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+
+import torch
+from typer.testing import CliRunner
+
+from ep_backend import NetworkConfig, _native
+from ep_backend.cli import app
+from ep_backend.settings import BufferSettings, tagged_tokens_in_workspaces
+from tests.readme.pages import README, README_FLOWING, RESULTS, ROOT, results
+
+ROOMS = "csrc|ep_backend|integrations|serving_configs|tests"
+
+
+def test_every_path_exists() -> None:
+    in_backticks = re.findall(rf"`((?:{ROOMS})/[^`\s]*)`", README)
+    in_map = re.findall(rf"^((?:{ROOMS})/\S*)", README, re.M)
+    below_package = [f"ep_backend/{p}" for p in re.findall(r"^  (\w+(?:/|\.py)) ", README, re.M)]
+    paths = in_backticks + in_map + below_package
+    assert len(paths) >= 10
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_every_command_exists() -> None:
+    commands = {line.split("[")[0].strip() for line in re.findall(r"ep-backend ([a-z -]+)", README)}
+    assert commands
+    for command in commands:
+        words = [word for word in command.split() if not word.startswith("-")]
+        result = CliRunner().invoke(app, [*words[:2], "--help"])
+        assert result.exit_code == 0, command
+
+
+def test_every_variable_is_read_somewhere() -> None:
+    sources = (
+        "".join(
+            path.read_text()
+            for folder in ("ep_backend", "integrations")
+            for path in (ROOT / folder).rglob("*.py")
+        )
+        + (ROOT / "CMakeLists.txt").read_text()
+    )
+    variables = set(re.findall(r"`(EP_BACKEND_\w+)`", README))
+    assert variables
+    assert all(variable in sources for variable in variables)
+
+
+def test_every_result_is_explained() -> None:
+    named = re.findall(r"`([\w*-]+\.json)`", (RESULTS / "README.md").read_text())
+    patterns = {name.replace("-N-", "-*-") for name in named}
+    files = {path.name for path in RESULTS.glob("*.json")}
+    assert files == {file for pattern in patterns for file in fnmatch.filter(files, pattern)}
+    assert all(fnmatch.filter(files, pattern) for pattern in patterns)
+
+
+def test_copies_between_nodes_are_those_of_the_results() -> None:
+    copies = {
+        case["scheme"]: case["copies_per_token"]
+        for case in results("wire-4-nodes.json")["cases"]
+        if case["phase"] == "dispatch"
+    }
+    told = (
+        f"{copies['per_node']:.1f} copies cross the network, not {copies['per_rank']:.1f} "
+        f"({copies['per_expert']:.0f}, if each expert got one)"
+    )
+    assert told in README_FLOWING
+
+
+def test_sizes_are_those_of_the_code() -> None:
+    most = [tagged_tokens_in_workspaces(row_bytes, 8) for row_bytes in (7168, 2 * 2048)]
+    told = "up to {} tokens of 7168 channels in float8 or {} of 2048".format(*most)
+    assert told in README_FLOWING
+    at_home, on_ranks = (num_bytes_over_network(r) >> 20 for r in ("source", "rank"))
+    assert f"{at_home} MiB instead of {on_ranks}" in README_FLOWING
+
+
+def num_bytes_over_network(reduction: str) -> int:
+    """Of 16 ranks on hosts of their own, 128 tokens each."""
+    settings = BufferSettings(
+        num_max_tokens_per_rank=128,
+        hidden=7168,
+        num_experts=256,
+        top_k=8,
+        dtype=torch.bfloat16,
+        dispatch_dtype=torch.float8_e4m3fn,
+        combine_dtype=torch.bfloat16,
+        scale_format="float32",
+        output_layout="expert_major",
+        reduction=reduction,
+        transfer="push",
+        num_max_tagged_tokens=None,
+        num_workspaces=0,
+        expert_ids="local",
+        hierarchical=False,
+        num_banks=2,
+        device="cuda",
+        network=NetworkConfig(),
+    )
+    layout = _native.LowLatencyLayout(settings.config(16))
+    return settings.num_symmetric_bytes(layout, None)
