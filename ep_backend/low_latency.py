@@ -96,9 +96,9 @@ class LowLatencyBuffer:
             every row goes home as it is: more to send, but the sum is rounded only once, and
             dispatch need not wait for the weights. Expert-major only.
         transfer: CUDA: "pull", the receiver fetches rows; "push", the sender writes them into its
-            peers' memory; or "pull_push", dispatch's rows are fetched and combine's written, the
-            default between GPUs, else "pull". The CPU always pushes; so does a
-            combine with reduction "source". Workspaces: "pull".
+            peers' memory; "pull_push", dispatch's rows are fetched and combine's written. Default:
+            "pull_push" between GPUs, "pull" in workspaces and between virtual ranks. The CPU always
+            pushes; so does a combine with reduction "source".
         num_max_tagged_tokens: CUDA: batches of up to so many tokens travel with an epoch in every
             16 bytes, so that a receiver need not wait for a signal. Default: 256 / ranks,
             and 0 where a row has more than 32 KiB. In rank-major workspaces dispatches of up to so
@@ -168,6 +168,9 @@ class LowLatencyBuffer:
         num_sms: int | None = None,
         network: NetworkConfig | None = None,
     ) -> None:
+        by_default = default_transfer(
+            group.num_ranks, has_workspaces=num_workspaces > 0, is_virtual=group.is_virtual
+        )
         settings = BufferSettings(
             num_max_tokens_per_rank=num_max_tokens_per_rank,
             hidden=hidden,
@@ -179,12 +182,7 @@ class LowLatencyBuffer:
             scale_format=scale_format,
             output_layout=output_layout,
             reduction=reduction,
-            transfer=transfer
-            or default_transfer(
-                group.num_ranks,
-                has_workspaces=num_workspaces > 0,
-                is_virtual=group.is_virtual,
-            ),
+            transfer=by_default if transfer is None else transfer,
             num_max_tagged_tokens=num_max_tagged_tokens,
             num_workspaces=num_workspaces,
             expert_ids=expert_ids,

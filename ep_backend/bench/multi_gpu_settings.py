@@ -85,7 +85,7 @@ class Options:
     network: str | None = None
     """As EP_BACKEND_NETWORK; None: the environment's, or CUDA IPC."""
     with_default_transfer: bool = False
-    """Whatever `settings.transfers` says."""
+    """Rows move as in a buffer that is told nothing, whatever `settings.transfers` says."""
 
     @property
     def num_gpus(self) -> int:

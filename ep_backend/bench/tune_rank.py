@@ -154,16 +154,17 @@ def _space(
         return Space(spin_us=spin_us), defaults
     defaults["num_sms"] = num_max_sms
     can_tag = "num_max_tagged_tokens" in names
+    transfers = ["pull"]
     if "transfer" in names:
-        defaults["transfer"] = default_transfer(
+        by_default = default_transfer(
             shape.num_ranks, has_workspaces=False, is_virtual=groups[0].is_virtual
         )
+        defaults["transfer"] = by_default
+        transfers = [by_default, *(way for way in TRANSFERS if way != by_default)]
     if can_tag:
         defaults["num_max_tagged_tokens"] = _default_tagged_tokens(settings, shape)
     space = Space(
-        transfers=tuple(sorted(TRANSFERS, key=defaults["transfer"].__ne__))
-        if "transfer" in names
-        else ("pull",),
+        transfers=tuple(transfers),
         num_max_tokens=max(settings.num_tokens) if can_tag else 0,
         num_sms=num_sms,
     )
