@@ -15,7 +15,11 @@ from pathlib import Path
 import torch
 
 from ep_backend.bench.options import numbers, option_adder, words
-from ep_backend.settings import default_tagged_tokens, tagged_tokens_in_workspaces
+from ep_backend.settings import (
+    TRANSFERS,
+    default_tagged_tokens,
+    tagged_tokens_in_workspaces,
+)
 
 PROGRAM = "ep-backend bench op --device cuda"
 
@@ -26,7 +30,6 @@ OUTPUT_LAYOUTS = ("expert_major", "expert_workspace", "rank_major")
 workspace, where every row is fetched from its expert. A row a (token, rank), in a workspace where
 it is pulled and comes home as bf16."""
 FORMS = ("fused", "hook")
-TRANSFERS = ("pull", "push", "pull_push")
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class CudaBenchSettings:
             ("combine_dtypes", tuple(TRAVELLING_DTYPES)),
             ("output_layouts", OUTPUT_LAYOUTS),
             ("forms", FORMS),
-            ("transfers", TRANSFERS),
+            ("transfers", tuple(TRANSFERS)),
         ):
             for value in getattr(self, name):
                 if value not in allowed:
@@ -210,7 +213,7 @@ def add_case_options(
     add("--layout", "output_layouts", words, "List of expert_major, expert_workspace, rank_major.")
     add("--form", "forms", words, "List of fused, hook: one call, or a send and its hook.")
     shown = None if with_ranks else "what a buffer takes"
-    add("--transfer", "transfers", words, "List of pull, push, pull_push.", shown)
+    add("--transfer", "transfers", words, f"List of {', '.join(TRANSFERS)}.", shown)
     add("--num-sms", "num_sms", _numbers_or_default, "List: blocks of a kernel.")
     add("--tagged", "num_max_tagged_tokens", _tagged, "List of default, off, a number of tokens.")
     add("--hidden", "hidden", int, "Elements of a row.")

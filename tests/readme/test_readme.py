@@ -8,10 +8,11 @@ import re
 import torch
 from typer.testing import CliRunner
 
-from ep_backend import NetworkConfig, _native
+from ep_backend import NetworkConfig
 from ep_backend.cli import app
-from ep_backend.settings import BufferSettings, tagged_tokens_in_workspaces
+from ep_backend.settings import tagged_tokens_in_workspaces
 from tests.readme.pages import README, README_FLOWING, RESULTS, ROOT, results
+from tests.support.shapes import Shape
 
 ROOMS = "csrc|ep_backend|integrations|serving_configs|tests"
 
@@ -80,25 +81,15 @@ def test_sizes_are_those_of_the_code() -> None:
 
 def num_bytes_over_network(reduction: str) -> int:
     """Of 16 ranks on hosts of their own, 128 tokens each."""
-    settings = BufferSettings(
+    shape = Shape(
+        16,
         num_max_tokens_per_rank=128,
         hidden=7168,
         num_experts=256,
         top_k=8,
-        dtype=torch.bfloat16,
         dispatch_dtype=torch.float8_e4m3fn,
-        combine_dtype=torch.bfloat16,
-        scale_format="float32",
-        output_layout="expert_major",
         reduction=reduction,
-        transfer="push",
-        num_max_tagged_tokens=None,
-        num_workspaces=0,
-        expert_ids="local",
-        hierarchical=False,
-        num_banks=2,
         device="cuda",
         network=NetworkConfig(),
     )
-    layout = _native.LowLatencyLayout(settings.config(16))
-    return settings.num_symmetric_bytes(layout, None)
+    return shape.settings().num_symmetric_bytes(shape.layout(), None)
