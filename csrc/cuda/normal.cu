@@ -10,14 +10,6 @@ namespace ep::cuda {
 
 using protocol::OpResult;
 
-namespace {
-
-Launch launch_of(uint32_t num_sms, uint32_t num_threads, void* stream) {
-  return {num_sms, num_threads, static_cast<cudaStream_t>(stream), false};
-}
-
-}  // namespace
-
 NormalRank::NormalRank(const protocol::NormalDeviceConfig& config, uint32_t self_rank,
                        const std::vector<std::byte*>& bases, uint64_t timeout_ns,
                        uint32_t num_max_sms, bool shares_gpu)
@@ -52,19 +44,18 @@ NormalRank::~NormalRank() {
 }
 
 OpResult NormalRank::dispatch(const NormalDispatch& params, uint32_t num_sms, void* stream) {
-  launch_normal_dispatch(view_, params, launch_of(num_sms, normal_dispatch_threads(), stream));
+  launch_normal_dispatch(view_, params, launch(num_sms, normal_dispatch_threads(), stream));
   return launched("dispatch");
 }
 
 OpResult NormalRank::unpack(const uint32_t* batch, const NormalOutputs& outputs, uint32_t num_sms,
                             void* stream) {
-  launch_normal_unpack(view_, batch, outputs,
-                       launch_of(num_sms, normal_dispatch_threads(), stream));
+  launch_normal_unpack(view_, batch, outputs, launch(num_sms, normal_dispatch_threads(), stream));
   return launched("unpacking a dispatch");
 }
 
 OpResult NormalRank::combine(const NormalCombine& params, uint32_t num_sms, void* stream) {
-  launch_normal_combine(view_, params, launch_of(num_sms, normal_combine_threads(), stream));
+  launch_normal_combine(view_, params, launch(num_sms, normal_combine_threads(), stream));
   return launched("combine");
 }
 
@@ -79,6 +70,11 @@ HostCounts NormalRank::counts() const { return *view_.host_counts; }
 std::vector<uint32_t> NormalRank::expert_counts() const {
   const uint32_t* counts = view_.host_counts->experts();
   return {counts, counts + view_.num_local_experts};
+}
+
+// Where ranks share the GPU, the SMs are for those of others.
+Launch NormalRank::launch(uint32_t num_sms, uint32_t num_threads, void* stream) const {
+  return {num_sms, num_threads, static_cast<cudaStream_t>(stream), !view_.shares_gpu};
 }
 
 OpResult NormalRank::launched(const char* what) const {

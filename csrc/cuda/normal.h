@@ -18,6 +18,7 @@
 
 namespace ep::cuda {
 
+struct Launch;
 struct NormalState;  // on the device: epochs, arrival counters, the failed word
 
 // What every normal kernel of one rank is given.
@@ -134,6 +135,7 @@ class NormalRank {
   const uint64_t* epochs() const;
 
  private:
+  Launch launch(uint32_t num_sms, uint32_t num_threads, void* stream) const;
   protocol::OpResult launched(const char* what) const;
 
   NormalView view_;

@@ -53,13 +53,27 @@ class Combiner {
             Half::kSend, [&](uint32_t r) { return layout_.credit(r); }, op_.epoch() - 1)) {
       return false;
     }
+    // Of few tokens the last block has none.
+    const bool is_last_block = blockIdx.x == gridDim.x - 1;
+    const bool copies = params_.input == CombineInput::kElsewhere || params_.has_topk_weights;
+    if (!copies && is_last_block) publish_ready();  // kernels that wrote the rows have ended
+    const uint32_t num_ranks = op_.num_ranks();
+    shared_.ranges.find(num_ranks, op_.rank().self_rank, [&](uint32_t src, uint32_t column) {
+      return params_.routes.batch[batch_idx(num_ranks, src, column)];
+    });
     const bool is_direct = shared_.ranges.is_direct(layout_);
     if (!is_direct && params_.input != CombineInput::kElsewhere) {
       return op_.corrupt(shared_.ranges.rank_of_most, layout_.config().num_rows,
                          shared_.ranges.most_rows);
     }
-    if (is_direct) stage_all();
-    publish_ready(is_direct);
+    if (copies && is_direct) stage_all();
+    if (copies && (is_direct ? arrives_last(&op_.rank().state->num_arrived[0]) : is_last_block)) {
+      publish_ready();
+    }
+    const uint64_t first_token = warp_ * gridDim.x + blockIdx.x;
+    if (lane_ == 0 && first_token < params_.routes.num_tokens) {
+      ptx::prefetch_l1(params_.routes.messages + first_token * num_columns_);
+    }
     const bool ok = op_.wait_until_ready([&](uint32_t r, uint32_t flags) {
       shared_.flags[r] = flags;
       const uint32_t own = own_flags();
@@ -129,13 +143,8 @@ class Combiner {
   }
   __device__ void stage_all() { stage_rows(0, 0, shared_.ranges.first_received[op_.num_ranks()]); }
 
-  // Where nothing was copied, one block speaks for all: kernels that wrote the rows have ended.
-  __device__ void publish_ready(bool is_direct) const {
-    const bool has_copied =
-        is_direct && (params_.input == CombineInput::kElsewhere || params_.has_topk_weights);
-    const bool speaks =
-        has_copied ? arrives_last(&op_.rank().state->num_arrived[0]) : blockIdx.x == 0;
-    if (speaks && threadIdx.x < op_.num_ranks()) op_.publish_ready(threadIdx.x, own_flags());
+  __device__ void publish_ready() const {
+    if (threadIdx.x < op_.num_ranks()) op_.publish_ready(threadIdx.x, own_flags());
   }
 
   // Adds up tokens begin .. end - 1. `place(rank, number)`: the row of that rank that is its row
@@ -280,14 +289,14 @@ __global__ void __launch_bounds__(kPullThreads, 1)
                           const __grid_constant__ NormalCombine params) {
   extern __shared__ __align__(128) std::byte buffers[];
   __shared__ Shared shared;
+  ptx::touch(rank);
+  ptx::touch(params);
   const Op op(rank, Phase::kCombine);
   if (!op.ok()) return;
-  const uint32_t num_ranks = op.num_ranks();
-  shared.ranges.find(num_ranks, rank.self_rank, [&](uint32_t src, uint32_t column) {
-    return params.routes.batch[batch_idx(num_ranks, src, column)];
-  });
   Combiner<T> combiner(op, params, &shared, buffers);
-  if (!combiner.run() || !op.arrive_last()) return;
+  if (!combiner.run()) return;
+  op.let_next_start(params.routes.num_tokens);
+  if (!op.arrive_last()) return;
   // Publishes: to every owner, that this rank has read its rows.
   op.publish_to_all(rank.layout.credit(rank.self_rank), [&](uint32_t) { return op.epoch(); });
   if (threadIdx.x == 0) op.complete(combiner.num_rounds());

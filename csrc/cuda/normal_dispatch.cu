@@ -27,26 +27,26 @@ __device__ bool find_ranges(const Op& op, const NormalDispatch& params, RowRange
   const NormalDeviceLayout& layout = op.layout();
   const uint32_t num_ranks = op.num_ranks(), self_rank = op.rank().self_rank;
   if (params.start != DispatchStart::kResume) {
-    const bool ok = op.wait_until_ready([&](uint32_t r, uint32_t) {
-      if (params.start == DispatchStart::kCached) return true;
-      const uint64_t epoch = ptx::ld_relaxed_sys(at<uint64_t>(op.self(), layout.counts(r)));
-      return epoch == op.epoch() || op.corrupt(r, op.epoch(), epoch);
-    });
-    if (!ok) return false;
+    if (!op.wait_until_ready([](uint32_t, uint32_t) { return true; })) return false;
   }
-  if (params.start == DispatchStart::kRoute) {
-    ranges->find(num_ranks, self_rank, [&](uint32_t src, uint32_t column) {
-      const auto* words = column == 0
-                              ? at<uint32_t>(op.self(), layout.counts(src) + 8)
-                              : at<uint32_t>(op.self(), layout.rank_counts(src)) + column - 1;
-      return ptx::ld_relaxed_sys(words);
-    });
-  } else {
+  if (params.start != DispatchStart::kRoute) {
     ranges->find(num_ranks, self_rank, [&](uint32_t src, uint32_t column) {
       return ptx::ld_relaxed_gpu(params.routes.batch + batch_idx(num_ranks, src, column));
     });
+    return true;
   }
-  return true;
+  bool ok = true;
+  ranges->find(num_ranks, self_rank, [&](uint32_t src, uint32_t column) {
+    if (column > 0) {
+      return ptx::ld_relaxed_sys(at<uint32_t>(op.self(), layout.rank_counts(src)) + column - 1);
+    }
+    const uint64_t epoch = ptx::ld_relaxed_sys(at<uint64_t>(op.self(), layout.counts(src)));
+    const auto* num_tokens = at<uint32_t>(op.self(), layout.counts(src) + 8);
+    const uint32_t count = ptx::ld_relaxed_sys(num_tokens);
+    if (epoch != op.epoch()) ok = op.corrupt(src, op.epoch(), epoch);
+    return count;
+  });
+  return __syncthreads_and(ok);
 }
 
 // Counts, to the handle and, where it waits for them, to the host. One block.
@@ -64,6 +64,7 @@ __device__ void write_counts(const Op& op, const NormalDispatch& params, const R
   }
   for (uint32_t e = threadIdx.x; e < op.rank().num_local_experts; e += blockDim.x) {
     uint32_t sum = 0;
+#pragma unroll 8
     for (uint32_t src = 0; src < num_ranks; ++src) {
       sum += ptx::ld_relaxed_sys(at<uint32_t>(op.self(), layout.expert_counts(src)) + e);
     }
@@ -114,11 +115,15 @@ __device__ void unpack(const NormalView& rank, uint64_t num_rows, const NormalOu
   mark_unused(num_rows, top_k, out);
 }
 
+// `writes_counts`: this block does, while its rows travel.
 template <typename Rows>
 __device__ void send_directly(const Op& op, const NormalDispatch& params, const RowRanges& ranges,
-                              RowSender<Rows>* sender) {
+                              bool writes_counts, RowSender<Rows>* sender) {
   sender->run(0, params.routes.num_tokens,
               [&](uint32_t r, uint32_t number) { return uint64_t{ranges.first_sent[r]} + number; });
+  op.let_next_start(params.routes.num_tokens);
+  if (writes_counts) write_counts(op, params, ranges);
+  sender->finish();
   const NormalDeviceLayout& layout = op.layout();
   const bool is_last = op.arrive_last();
   if (is_last) {
@@ -173,6 +178,7 @@ class Rounds {
     sender->run(begin, end, [&](uint32_t r, uint32_t number) {
       return layout_.staged_row(bank, self_rank, number - round_begin(round, r));
     });
+    sender->finish();
     if (op_.arrive_in_round(Half::kSend, round)) {
       op_.publish_to_all(layout_.round_signal(Phase::kDispatch, bank, self_rank), [&](uint32_t r) {
         const uint32_t count = begin == end ? 0 : round_begin(round + 1, r) - round_begin(round, r);
@@ -237,14 +243,17 @@ __global__ void __launch_bounds__(kSendThreads, 1)
                            const __grid_constant__ NormalDispatch params) {
   extern __shared__ __align__(128) std::byte buffers[];
   __shared__ Shared shared;
+  if (threadIdx.x < kSendWarps) ptx::mbarrier_init(&shared.barriers[threadIdx.x], 1);
+  ptx::touch(rank);
+  ptx::touch(params);
   const Op op(rank, Phase::kDispatch);
   const uint32_t num_ranks = op.num_ranks();
+  const bool is_last_block = blockIdx.x == gridDim.x - 1;
   if (!op.ok()) return;
-  if (threadIdx.x < kSendWarps) ptx::mbarrier_init(&shared.barriers[threadIdx.x], 1);
   if (params.start == DispatchStart::kRoute) {
     auto* experts = reinterpret_cast<uint32_t*>(buffers);
     if (!Router(op, params, &shared.route, experts).run()) return;
-  } else if (params.start == DispatchStart::kCached && blockIdx.x == 0 && threadIdx.x < num_ranks) {
+  } else if (params.start == DispatchStart::kCached && is_last_block && threadIdx.x < num_ranks) {
     op.publish_ready(threadIdx.x, 0);
   }
   ptx::fence_proxy_async();
@@ -256,8 +265,10 @@ __global__ void __launch_bounds__(kSendThreads, 1)
   const bool is_direct = has_ranges && shared.ranges.is_direct(rank.layout);
   if (!is_direct) sender.forget_first();
   if (!has_ranges) return;
-  if (params.start == DispatchStart::kRoute && blockIdx.x == 0) {
+  bool writes_counts = params.start == DispatchStart::kRoute && is_last_block;
+  if (writes_counts && (params.ticket != 0 || !is_direct)) {
     write_counts(op, params, shared.ranges);
+    writes_counts = false;
   }
   const uint64_t num_rows = shared.ranges.first_received[num_ranks];
   if (num_rows > params.num_rows) {
@@ -267,7 +278,7 @@ __global__ void __launch_bounds__(kSendThreads, 1)
     return;
   }
   if (is_direct) {
-    send_directly(op, params, shared.ranges, &sender);
+    send_directly(op, params, shared.ranges, writes_counts, &sender);
     return;
   }
   if (params.ticket != 0 && !resumes) return;  // the host makes room and calls again
@@ -285,6 +296,7 @@ __global__ void __launch_bounds__(kSendThreads, 1)
     normal_unpack_kernel(const __grid_constant__ NormalView rank, const uint32_t* batch,
                          const __grid_constant__ NormalOutputs out) {
   __shared__ RowRanges ranges;
+  ptx::wait_for_earlier_kernels();
   const uint32_t num_ranks = rank.layout.config().num_ranks;
   if (ptx::ld_relaxed_gpu(&rank.state->failed) != 0) return;
   ranges.find(num_ranks, rank.self_rank, [&](uint32_t src, uint32_t column) {

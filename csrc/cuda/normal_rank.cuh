@@ -7,6 +7,7 @@
 #include "cuda/normal.h"
 #include "cuda/wait.cuh"
 #include "ptx/bulk.cuh"
+#include "ptx/grid.cuh"
 #include "ptx/memory.cuh"
 
 namespace ep::cuda {
@@ -22,6 +23,9 @@ constexpr uint32_t kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffff;
 
 constexpr uint32_t kRoundsInFlight = 4;  // more than blocks of one rank can be apart
+
+// Of a batch whose time is that of messages and launches, not of rows.
+constexpr uint32_t kNumFewTokens = 512;
 
 }  // namespace normal
 
@@ -96,10 +100,11 @@ __device__ __noinline__ uint64_t wait_for(const View& rank, OpId id, uint32_t pe
 // A block's view of a running operation, the same in all its threads.
 class Op {
  public:
-  // Whole block.
+  // Whole block; before it, nothing that earlier kernels have written may be read.
   __device__ Op(const NormalView& rank, Phase phase) : rank_(rank), phase_(phase) {
     __shared__ uint64_t epoch, num_rounds;
     __shared__ bool has_failed;
+    ptx::wait_for_earlier_kernels();
     if (threadIdx.x == 0) {
       epoch = ptx::ld_relaxed_gpu(&rank.state->epochs[as_idx()]) + 1;
       num_rounds = ptx::ld_relaxed_gpu(&rank.state->rounds[as_idx()]);
@@ -176,6 +181,14 @@ class Op {
     }
   }
 
+  // The stream's next kernel may be put on SMs that are free: what this one has to do is done but
+  // for waiting. Where ranks share the GPU, those are for others. Of many tokens a launch is a
+  // small part, and on SMs beside those that had the last ones rows left more slowly: two H200s
+  // took 207 us for 8192 float8 rows from 24 SMs, and 191 without this.
+  __device__ void let_next_start(uint32_t num_tokens) const {
+    if (!rank_.shares_gpu && num_tokens <= kNumFewTokens) ptx::let_next_kernel_start();
+  }
+
   // See arrives_last.
   __device__ bool arrive_last() const { return arrives_last(&rank_.state->num_arrived[1]); }
   __device__ bool arrive_in_round(Half half, uint32_t round) const {
@@ -232,29 +245,33 @@ struct RowRanges {
   uint32_t num_tokens[kNumMaxDeviceRanks];          // of each source
   uint32_t most_tokens, most_rows, rank_of_most;
 
-  // `cell(src, 0)`: tokens of a source; `cell(src, 1 + dst)`: its rows for a rank. Whole block.
+  // `cell(src, 0)`: tokens of a source; `cell(src, 1 + dst)`: its rows for a rank. Whole block: a
+  // warp a column, a lane a source or two, so that no cell is awaited behind another.
   template <typename Cell>
   __device__ void find(uint32_t num_ranks, uint32_t self_rank, Cell cell) {
-    const uint32_t r = threadIdx.x;
-    if (r < num_ranks) {
-      uint32_t sum = 0;
-      for (uint32_t src = 0; src < num_ranks; ++src) {
-        if (src == self_rank) first_sent[r] = sum;
-        sum += cell(src, 1 + r);
+    const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    for (uint32_t column = warp; column <= num_ranks; column += blockDim.x / kWarp) {
+      const uint32_t low = lane < num_ranks ? cell(lane, column) : 0;
+      const uint32_t high = kWarp + lane < num_ranks ? cell(kWarp + lane, column) : 0;
+      if (column == 0) {
+        num_tokens[lane] = low;
+        num_tokens[kWarp + lane] = high;
+        continue;
       }
-      num_rows[r] = sum;
-      num_tokens[r] = cell(r, 0);
-      first_received[r + 1] = cell(r, 1 + self_rank);
+      const uint32_t before = (lane < self_rank ? low : 0) + (kWarp + lane < self_rank ? high : 0);
+      first_sent[column - 1] = __reduce_add_sync(kAllLanes, before);
+      num_rows[column - 1] = __reduce_add_sync(kAllLanes, low + high);
+      if (column - 1 == self_rank) {
+        const uint32_t until_low = sum_of_lanes_until(low);
+        const uint32_t until_high = sum_of_lanes_until(high);
+        first_received[1 + lane] = until_low;
+        first_received[1 + kWarp + lane] =
+            __shfl_sync(kAllLanes, until_low, kWarp - 1) + until_high;
+        if (lane == 0) first_received[0] = 0;
+      }
     }
     __syncthreads();
-    if (r == 0) {
-      first_received[0] = most_tokens = most_rows = rank_of_most = 0;
-      for (uint32_t src = 0; src < num_ranks; ++src) {
-        first_received[src + 1] += first_received[src];
-        most_tokens = max(most_tokens, num_tokens[src]);
-        if (num_rows[src] > most_rows) most_rows = num_rows[src], rank_of_most = src;
-      }
-    }
+    if (warp == 0) find_most(num_ranks);
     __syncthreads();
   }
   // All rows have room where they belong, at every rank.
@@ -265,7 +282,33 @@ struct RowRanges {
     const uint32_t per_round = layout.num_tokens_per_round();
     return is_direct(layout) ? 0 : (most_tokens + per_round - 1) / per_round;
   }
+
+ private:
+  // Of this lane and those below. Whole warp.
+  __device__ static uint32_t sum_of_lanes_until(uint32_t value) {
+    for (uint32_t step = 1; step < kWarp; step *= 2) {
+      const uint32_t below = __shfl_up_sync(kAllLanes, value, step);
+      if (threadIdx.x % kWarp >= step) value += below;
+    }
+    return value;
+  }
+  // One warp.
+  __device__ void find_most(uint32_t num_ranks) {
+    const uint32_t lane = threadIdx.x % kWarp;
+    const uint32_t low = lane < num_ranks ? num_rows[lane] : 0;
+    const uint32_t high = kWarp + lane < num_ranks ? num_rows[kWarp + lane] : 0;
+    const uint32_t rows = __reduce_max_sync(kAllLanes, max(low, high));
+    const uint32_t tokens =
+        __reduce_max_sync(kAllLanes, max(num_tokens[lane], num_tokens[kWarp + lane]));
+    const uint32_t lows = __ballot_sync(kAllLanes, low == rows);
+    const uint32_t highs = __ballot_sync(kAllLanes, high == rows);
+    if (lane != 0) return;
+    most_tokens = tokens;
+    most_rows = rows;
+    rank_of_most = lows != 0 ? __ffs(lows) - 1 : kWarp + __ffs(highs) - 1;
+  }
 };
+static_assert(kNumMaxDeviceRanks == 2 * kWarp);
 
 __device__ inline uint32_t batch_idx(uint32_t num_ranks, uint32_t src, uint32_t column) {
   return src * (num_ranks + 1) + column;

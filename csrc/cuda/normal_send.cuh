@@ -77,7 +77,7 @@ class RowSender {
   }
 
   // Tokens begin .. end - 1, among all warps of the role. `place(rank, number)`: in which row of
-  // that rank its row `number` of this batch goes. Whole block; behind it, all is written.
+  // that rank its row `number` of this batch goes. Whole block; behind `finish`, all is written.
   template <typename Place>
   __device__ void run(uint32_t begin, uint32_t end, Place place) {
     const uint64_t step = uint64_t{role_.num_blocks} * num_warps();
@@ -86,6 +86,8 @@ class RowSender {
       send(static_cast<uint32_t>(token), is_last ? kNoToken : static_cast<uint32_t>(token + step),
            place);
     }
+  }
+  __device__ void finish() const {
     ptx::bulk_wait_written();
     ptx::fence_proxy_async();
   }

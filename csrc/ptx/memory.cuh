@@ -45,6 +45,14 @@ __device__ inline void st_release_gpu(uint32_t* word, uint32_t value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
 
+__device__ inline void st_relaxed_gpu(uint32_t* word, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+
+__device__ inline void st_relaxed_gpu(uint64_t* word, uint64_t value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+
 // 16 bytes that are seen whole: one access of a 128-bit scalar, where v4.u32 would be four.
 __device__ inline uint4 ld_relaxed_sys_b128(const uint4* word) {
   uint64_t low, high;

@@ -20,6 +20,7 @@ LINKS = Program(
         ("cuda/normal_dispatch.cu", BUFFERS, FIXED_BUFFERS),
         ("cuda/normal_combine.cu", BUFFERS, FIXED_BUFFERS),
         ("cuda/normal_route.cuh", "kSendWarps = 16;", "kSendWarps = 2;"),
+        ("cuda/normal_rank.cuh", "kNumFewTokens = 512;", "kNumFewTokens = 11;"),
         ("cuda/normal_rows.cuh", "<14336, 0, 14336 / 128, 14>", "<2048, 0, 2048 / 128, 2>"),
         (
             "cuda/normal_rows.cuh",

@@ -34,6 +34,10 @@ inline uint32_t ld_relaxed_gpu(const uint32_t* word) { return load(word); }
 inline void st_release_gpu(uint32_t* word, uint32_t value) {
   __atomic_store_n(word, value, __ATOMIC_RELEASE);
 }
+template <typename T>
+void st_relaxed_gpu(T* word, T value) {
+  __atomic_store_n(word, value, __ATOMIC_RELAXED);
+}
 inline void st_relaxed_sys(uint64_t* word, uint64_t value) {
   __atomic_store_n(word, value, __ATOMIC_RELEASE);
 }
