@@ -108,11 +108,13 @@ def _make_high_throughput(moe: Any, quant_config: Any) -> Any:
     from vllm.distributed import get_ep_group
 
     from ep_backend_vllm.adapter import dispatch_dtype_for
+    from ep_backend_vllm.by_size import BySizePrepareAndFinalize, most_small_tokens
     from ep_backend_vllm.high_throughput import (
         NormalPrepareAndFinalize,
         most_tokens_without_wait,
         num_bytes_for,
     )
+    from ep_backend_vllm.workspace import WorkspacePrepareAndFinalize
 
     manager = get_ep_group().device_communicator.all2all_manager
     device = torch.device(moe.device).type
@@ -137,22 +139,23 @@ def _make_high_throughput(moe: Any, quant_config: Any) -> Any:
     if num_graph_tokens > 0:
         graphs.let_scratch_memory_grow()
     num_max_tokens = -(-moe.max_num_tokens // moe.sp_size)
-    return NormalPrepareAndFinalize(
+    normal = NormalPrepareAndFinalize(
         buffer, True, most_tokens_without_wait(buffer, num_graph_tokens, num_max_tokens)
     )
+    num_small_tokens = most_small_tokens(num_graph_tokens, manager.group.hosts())
+    if num_small_tokens == 0:
+        return normal
+    workspace = _workspaces(manager, _low_latency_shape(moe, quant_config, num_small_tokens), 1)
+    return BySizePrepareAndFinalize(WorkspacePrepareAndFinalize(workspace, is_async=False), normal)
 
 
-def _make_low_latency(moe: Any, quant_config: Any) -> Any:
+def _low_latency_shape(moe: Any, quant_config: Any, num_max_tokens: int) -> dict[str, Any]:
     import torch
-    from vllm.config import get_current_vllm_config_or_none
-    from vllm.distributed import get_ep_group
 
     from ep_backend_vllm.adapter import dispatch_dtype_for
-    from ep_backend_vllm.low_latency import LowLatencyPrepareAndFinalize
 
-    manager = get_ep_group().device_communicator.all2all_manager
-    shape = {
-        "num_max_tokens_per_rank": moe.max_num_tokens,
+    return {
+        "num_max_tokens_per_rank": num_max_tokens,
         "hidden": moe.hidden_dim,
         "num_experts": moe.num_experts,
         "top_k": moe.experts_per_token,
@@ -160,6 +163,22 @@ def _make_low_latency(moe: Any, quant_config: Any) -> Any:
         "dispatch_dtype": dispatch_dtype_for(quant_config, moe.in_dtype),
         "device": torch.device(moe.device).type,
     }
+
+
+def _workspaces(manager: Any, shape: dict[str, Any], num_workspaces: int) -> Any:
+    """Of vLLM's standard format."""
+    in_workspaces = {"output_layout": "rank_major", "expert_ids": "global"}
+    return manager.get_handle(shape | in_workspaces | {"num_workspaces": num_workspaces})
+
+
+def _make_low_latency(moe: Any, quant_config: Any) -> Any:
+    from vllm.config import get_current_vllm_config_or_none
+    from vllm.distributed import get_ep_group
+
+    from ep_backend_vllm.low_latency import LowLatencyPrepareAndFinalize
+
+    manager = get_ep_group().device_communicator.all2all_manager
+    shape = _low_latency_shape(moe, quant_config, moe.max_num_tokens)
     if uses_batched_format():
         return LowLatencyPrepareAndFinalize(manager.get_handle(shape))
 
@@ -167,12 +186,5 @@ def _make_low_latency(moe: Any, quant_config: Any) -> Any:
 
     config = get_current_vllm_config_or_none()
     has_micro_batches = config is not None and config.parallel_config.enable_dbo
-    buffer = manager.get_handle(
-        shape
-        | {
-            "output_layout": "rank_major",
-            "num_workspaces": NUM_WORKSPACES if has_micro_batches else 1,
-            "expert_ids": "global",
-        }
-    )
+    buffer = _workspaces(manager, shape, NUM_WORKSPACES if has_micro_batches else 1)
     return WorkspacePrepareAndFinalize(buffer, is_async=has_micro_batches)

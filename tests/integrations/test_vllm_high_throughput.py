@@ -23,7 +23,6 @@ from ep_backend_vllm.high_throughput import (
     most_tokens_without_wait,
     num_bytes_for,
 )
-from torch.cuda import device_count
 from vllm.config.compilation import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.model_executor.layers.fused_moe.config import (
     FUSED_MOE_UNQUANTIZED_CONFIG,
@@ -32,49 +31,27 @@ from vllm.model_executor.layers.fused_moe.config import (
 )
 from vllm.v1.worker import workspace
 
-from ep_backend import Group, NormalBuffer, reference, virtual_world
+from ep_backend import Group, reference, virtual_world
 from ep_backend.events import EventOverlap
 from tests.integrations.vllm_layer import (
     HIDDEN,
     NUM_EXPERTS,
     NUM_RANKS,
-    TOP_K,
-    DenseExperts,
     LoopExperts,
     apply_layer,
     batch_of,
     dense_layer,
+    expert_map_of,
     moe_config_of,
+    normal_buffer,
     set_tokens_of_ranks,
     weights_of_experts,
 )
-from tests.support.processes import Rank, RankProcesses
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _registered() -> None:
     ep_backend_vllm.register()
-
-
-def buffer_of(
-    group: Group, dtype: torch.dtype = torch.float32, dispatch_dtype: torch.dtype | None = None
-) -> NormalBuffer:
-    return NormalBuffer(
-        group,
-        hidden=HIDDEN,
-        num_experts=NUM_EXPERTS,
-        top_k=TOP_K,
-        dtype=dtype,
-        dispatch_dtype=dispatch_dtype,
-        num_bytes=1 << 20,
-    )
-
-
-def expert_map_of(buffer: NormalBuffer) -> torch.Tensor:
-    expert_map = torch.full((NUM_EXPERTS,), -1, dtype=torch.int32)
-    owned = torch.arange(buffer.num_local_experts, dtype=torch.int32)
-    expert_map[buffer.first_expert :][: len(owned)] = owned
-    return expert_map
 
 
 @pytest.mark.parametrize(
@@ -98,7 +75,7 @@ def test_the_real_modular_kernel_equals_the_dense_layer(
     batches = [batch_of(generator, n) for n in num_tokens]
 
     def rank_main(group: Group) -> torch.Tensor:
-        buffer = buffer_of(group)
+        buffer = normal_buffer(group)
         experts = LoopExperts(
             moe_config=moe_config_of(group, buffer), quant_config=FUSED_MOE_UNQUANTIZED_CONFIG
         )
@@ -131,7 +108,7 @@ def test_tensor_parallel_ranks_that_hold_the_same_tokens_have_room_for_all(
     batches = [batch_of(generator, n) for n in sizes]
 
     def rank_main(group: Group) -> torch.Tensor:
-        buffer = buffer_of(group)
+        buffer = normal_buffer(group)
         experts = LoopExperts(
             moe_config=moe_config_of(group, buffer), quant_config=FUSED_MOE_UNQUANTIZED_CONFIG
         )
@@ -156,7 +133,7 @@ def test_quantised_activations_are_refused_on_a_cpu() -> None:
     x, ids, weights = batch_of(torch.Generator().manual_seed(0), num_tokens=3)
 
     def rank_main(group: Group) -> None:
-        adapter = NormalPrepareAndFinalize(buffer_of(group))
+        adapter = NormalPrepareAndFinalize(normal_buffer(group))
         with pytest.raises(NotImplementedError, match="this layer wants torch"):
             adapter.prepare(x, weights, ids, NUM_EXPERTS, None, False, BLOCKS)
 
@@ -168,7 +145,7 @@ def test_experts_on_a_gpu_get_float8_blocks_global_ids_and_counts() -> None:
     x = x.to(torch.bfloat16)
 
     def rank_main(group: Group) -> None:
-        buffer = buffer_of(group, torch.bfloat16, torch.float8_e4m3fn)
+        buffer = normal_buffer(group, torch.bfloat16, torch.float8_e4m3fn)
         adapter = NormalPrepareAndFinalize(buffer, is_for_gpus=True)
         own = range(buffer.first_expert, buffer.first_expert + buffer.num_local_experts)
         is_own = (ids >= own.start) & (ids < own.stop)
@@ -228,7 +205,7 @@ def test_experts_that_take_no_counts_are_not_chosen(
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 
     def rank_main(group: Group) -> None:
-        config: Any = moe_config_of(group, buffer_of(group))
+        config: Any = moe_config_of(group, normal_buffer(group))
         config.device = device
         config.moe_parallel_config.all2all_backend = backend
         standard = mk.FusedMoEActivationFormat.Standard
@@ -248,7 +225,7 @@ def test_shared_experts_run_beside_combine_on_a_gpu(monkeypatch: pytest.MonkeyPa
     log: list[str] = []
 
     def rank_main(group: Group) -> None:
-        buffer = buffer_of(group)
+        buffer = normal_buffer(group)
         combine = buffer.combine
 
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -390,65 +367,3 @@ def test_what_experts_keep_in_scratch_memory_stays_when_they_replace_it(
     scratch.sorted_row_idx = torch.zeros(8)
     gc.collect()
     assert is_freed == []
-
-
-def run_layer_in_graphs(rank: Rank, sizes: list[int]) -> None:
-    """Captures a step of each size; replays them with other tokens, and runs exact ones between."""
-    group, device = rank.group, torch.device("cuda", rank.group.self_rank % device_count())
-    torch.cuda.set_device(device)
-    workspace.init_workspace_manager(device)
-    generator = torch.Generator().manual_seed(group.self_rank)
-    w1, w2 = (w.to(device) for w in weights_of_experts(torch.Generator().manual_seed(7)))
-    buffer = NormalBuffer(
-        group,
-        hidden=HIDDEN,
-        num_experts=NUM_EXPERTS,
-        top_k=TOP_K,
-        dtype=torch.float32,
-        device="cuda",
-    )
-    experts = DenseExperts(
-        moe_config=moe_config_of(group, buffer), quant_config=FUSED_MOE_UNQUANTIZED_CONFIG
-    )
-    adapter = NormalPrepareAndFinalize(buffer, is_for_gpus=True, num_waitless_tokens=max(sizes))
-    kernel = mk.FusedMoEKernel(adapter, experts)
-    expert_map = expert_map_of(buffer).to(device)
-
-    def run(batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        num_tokens = len(batch[0])
-        with pytest.MonkeyPatch.context() as patch:
-            set_tokens_of_ranks(patch, [num_tokens] * group.num_ranks)
-            return apply_layer(kernel, buffer, (w1, w2), batch, expert_map)
-
-    def check(out: torch.Tensor, batch: tuple[torch.Tensor, ...]) -> None:
-        expected = dense_layer(*(t.cpu() for t in (*batch, w1, w2)))
-        torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-3)
-
-    steps = []
-    for num_tokens in sizes:
-        batch = tuple(t.to(device) for t in batch_of(generator, num_tokens))
-        check(run(batch), batch)
-        torch.cuda.synchronize()
-        group.all_gather(None)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = run(batch)
-        steps.append((graph, batch, out))
-    for _ in range(3):
-        for graph, batch, out in steps:
-            for old, new in zip(batch, batch_of(generator, len(batch[0])), strict=True):
-                old.copy_(new)
-            graph.replay()
-            torch.cuda.synchronize()
-            buffer.raise_if_failed()
-            check(out, batch)
-        batch = tuple(t.to(device) for t in batch_of(generator, max(sizes) + 3))
-        check(run(batch), batch)
-    torch.cuda.synchronize()
-    buffer.close()
-
-
-@pytest.mark.gpus(1)
-def test_graphs_and_exact_steps_equal_the_dense_layer() -> None:
-    with RankProcesses(NUM_RANKS) as ranks:
-        ranks.run(run_layer_in_graphs, [8, 3], deadline_secs=120)

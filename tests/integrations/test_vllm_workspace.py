@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +13,10 @@ import ep_backend_vllm
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from ep_backend_vllm import backends, workspace
 
-from ep_backend import Group, LowLatencyBuffer, reference, virtual_world
+from ep_backend import Group, reference, virtual_world
+from tests.integrations.played_workspaces import PlayedWorkspaces
 from tests.integrations.vllm_layer import (
     HIDDEN,
-    MAX_TOKENS,
     NUM_EXPERTS,
     NUM_RANKS,
     LoopExperts,
@@ -35,64 +33,6 @@ from tests.integrations.vllm_layer import (
 @pytest.fixture(scope="module", autouse=True)
 def _registered() -> None:
     ep_backend_vllm.register()
-
-
-@dataclass
-class PlayedWorkspaces:
-    """A CPU buffer, rank-major, with the calls and the tensors of one that has workspaces."""
-
-    inner: LowLatencyBuffer
-    inputs: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def group(self) -> Group:
-        return self.inner.group
-
-    def dispatch_and_receive(self, *args: Any, **place: int) -> Any:
-        result, hook = self.dispatch(*args, **place)
-        hook()
-        return result
-
-    def dispatch(self, *args: Any, workspace: int, num_slots: int) -> Any:
-        result, inner_hook = self.inner.dispatch(*args)
-        first = self.inner.first_expert
-        foreign = NUM_EXPERTS - 1 if first == 0 else 0
-        received = SimpleNamespace(
-            handle=SimpleNamespace(
-                inner=result.handle,
-                workspace=workspace,
-                num_slots=num_slots,
-                num_tokens=result.handle.num_tokens,
-            ),
-            recv_scales=None,
-        )
-        names = ["recv_x", "recv_topk_idx", "recv_topk_weights"]
-        names += ["recv_scales"] if result.recv_scales is not None else []
-        for name in names:
-            setattr(received, name, torch.empty_like(getattr(result, name)[:, :num_slots]))
-
-        def hook() -> None:
-            inner_hook()
-            for name in names:
-                getattr(received, name).copy_(getattr(result, name)[:, :num_slots])
-            idx = received.recv_topk_idx
-            idx.copy_(torch.where(idx < 0, foreign, idx + first))
-
-        return received, hook
-
-    def combine_input(self, workspace: int, num_slots: int) -> torch.Tensor:
-        size = (self.group.num_ranks, num_slots, HIDDEN)
-        return self.inputs.setdefault((workspace, num_slots), torch.empty(size))
-
-    def combine_and_receive(self, rows: torch.Tensor, handle: Any, out: torch.Tensor) -> None:
-        _, hook = self.combine(rows, handle, out)
-        hook()
-
-    def combine(self, rows: torch.Tensor, handle: Any, out: torch.Tensor) -> Any:
-        assert rows is self.combine_input(handle.workspace, handle.num_slots)
-        full = torch.zeros(self.group.num_ranks, MAX_TOKENS, HIDDEN)
-        full[:, : handle.num_slots] = rows
-        return self.inner.combine(full, handle.inner, out)
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["one-kernel", "hooks"])

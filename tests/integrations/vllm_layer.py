@@ -136,6 +136,31 @@ def low_latency_buffer(
     )
 
 
+def normal_buffer(
+    group: Group,
+    dtype: torch.dtype = torch.float32,
+    dispatch_dtype: torch.dtype | None = None,
+    device: str = "cpu",
+) -> NormalBuffer:
+    return NormalBuffer(
+        group,
+        hidden=HIDDEN,
+        num_experts=NUM_EXPERTS,
+        top_k=TOP_K,
+        dtype=dtype,
+        dispatch_dtype=dispatch_dtype,
+        num_bytes=1 << 20,
+        device=device,
+    )
+
+
+def expert_map_of(buffer: LowLatencyBuffer | NormalBuffer) -> torch.Tensor:
+    expert_map = torch.full((NUM_EXPERTS,), -1, dtype=torch.int32)
+    owned = torch.arange(buffer.num_local_experts, dtype=torch.int32)
+    expert_map[buffer.first_expert :][: len(owned)] = owned
+    return expert_map
+
+
 def apply_layer(
     kernel: mk.FusedMoEKernel,
     buffer: LowLatencyBuffer | NormalBuffer,
