@@ -4,6 +4,7 @@
 
 #include "bindings.h"
 #include "cuda/counters.h"
+#include "cuda/event.h"
 #include "cuda/low_latency.h"
 #include "cuda/memory.h"
 #include "cuda/protocol_selftest.h"
@@ -73,6 +74,17 @@ void bind_rank(py::module_& m) {
            "wait_ns [phase][half][R], num_expert_rows [L].");
 }
 
+void bind_event(py::module_& m) {
+  using cuda::Event;
+  py::class_<Event>(m, "CudaEvent")
+      .def(py::init<>())
+      .def("record",
+           [](Event& self, uintptr_t stream) { self.record(reinterpret_cast<void*>(stream)); })
+      .def("wait",
+           [](const Event& self, uintptr_t stream) { self.wait(reinterpret_cast<void*>(stream)); })
+      .def("has_happened", &Event::has_happened);
+}
+
 void bind_counters(py::module_& m) {
   using cuda::CounterReader;
   py::class_<CounterReader>(m, "CudaCounterReader")
@@ -87,6 +99,7 @@ void bind_counters(py::module_& m) {
 void bind_cuda(py::module_& m) {
   bind_memory(m);
   bind_rank(m);
+  bind_event(m);
   bind_counters(m);
   m.attr("CUDA_MAX_EXPERTS") = cuda::kNumMaxExperts;
   m.def("cuda_protocol_mismatches", &cuda::protocol_mismatches, py::arg("config"),

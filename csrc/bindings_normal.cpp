@@ -119,13 +119,14 @@ void bind_device_layout(py::module_& m) {
   py::class_<NormalDeviceConfig>(m, "NormalDeviceConfig")
       .def(py::init([](uint32_t num_ranks, uint32_t num_experts, uint32_t hidden, uint32_t top_k,
                        DType dtype, DType dispatch_dtype, ScaleFormat scale_format,
-                       uint32_t num_rows) {
-             return NormalDeviceConfig{num_ranks, num_experts,    hidden,       top_k,
-                                       dtype,     dispatch_dtype, scale_format, num_rows};
+                       uint32_t num_rows, bool global_expert_ids) {
+             return NormalDeviceConfig{num_ranks,    num_experts, hidden,
+                                       top_k,        dtype,       dispatch_dtype,
+                                       scale_format, num_rows,    global_expert_ids};
            }),
            py::kw_only(), py::arg("num_ranks"), py::arg("num_experts"), py::arg("hidden"),
            py::arg("top_k"), py::arg("dtype"), py::arg("dispatch_dtype"), py::arg("scale_format"),
-           py::arg("num_rows"))
+           py::arg("num_rows"), py::arg("global_expert_ids") = false)
       .def_readwrite("num_rows", &NormalDeviceConfig::num_rows);
   py::class_<NormalDeviceLayout>(m, "NormalDeviceLayout")
       .def(py::init<const NormalDeviceConfig&>())

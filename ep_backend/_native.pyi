@@ -416,6 +416,7 @@ class NormalDeviceConfig:
         dispatch_dtype: DType,
         scale_format: ScaleFormat,
         num_rows: int,
+        global_expert_ids: bool = False,
     ) -> None: ...
 
 class NormalDeviceLayout:
@@ -615,6 +616,16 @@ class CudaLowLatencyRank:
     def combine(self, *args: int) -> OpResult: ...
     def report(self) -> OpResult: ...
     def statistics(self) -> CudaStatistics: ...
+
+class CudaEvent:
+    """Of the device that is current when it is made. Streams are the handles of CUDA's."""
+
+    def __init__(self) -> None: ...
+    def record(self, stream: int) -> None: ...
+    def wait(self, stream: int) -> None:
+        """Lets the stream wait for what was recorded last; at once, where nothing was."""
+
+    def has_happened(self) -> bool: ...
 
 class CudaCounterReader:
     """Of the device that is current when it is made."""

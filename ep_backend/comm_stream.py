@@ -28,7 +28,9 @@ from typing import Protocol
 
 import torch
 
+from ep_backend import _native
 from ep_backend.events import EventOverlap
+from ep_backend.kernels import stream_of
 
 
 class Operation:
@@ -37,9 +39,11 @@ class Operation:
     Attributes:
         event: when it will have ended, once the `with` block is left; nothing to wait for on the
             CPU and without `async_finish`.
+        stream: where its kernels are launched, as CUDA knows it; 0 on the CPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stream: int = 0) -> None:
+        self.stream = stream
         self.event = EventOverlap()
         self.read: list[torch.Tensor] = []
         self.written: list[torch.Tensor] = []
@@ -55,7 +59,10 @@ class Operation:
 
 class Streams(Protocol):
     def operation(
-        self, previous_event: EventOverlap | None = None, async_finish: bool = False
+        self,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        only_launches: bool = False,
     ) -> AbstractContextManager[Operation]:
         """Its body issues an operation.
 
@@ -64,6 +71,8 @@ class Streams(Protocol):
                 been given.
             async_finish: the current stream does not wait for the operation: its event says when
                 it has ended.
+            only_launches: the body only launches kernels on `Operation.stream`; else that is
+                PyTorch's current stream meanwhile, if nothing else is said.
         """
 
     def close(self) -> None: ...
@@ -74,7 +83,10 @@ class NoStreams:
 
     @contextmanager
     def operation(
-        self, previous_event: EventOverlap | None = None, async_finish: bool = False
+        self,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        only_launches: bool = False,
     ) -> Iterator[Operation]:
         if previous_event is not None:
             previous_event.current_stream_wait()
@@ -86,7 +98,10 @@ class NoStreams:
 class CommStream:
     """One buffer's. Operations that ask for nothing run on the current stream. Those on our stream
     and all others run in the order in which they are issued; two others on different streams only
-    if their caller lets one stream wait for the other."""
+    if their caller lets one stream wait for the other.
+
+    Every layer passes here: streams are CUDA's handles and events our own, which take the host a
+    microsecond where PyTorch's objects take ten."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -95,7 +110,8 @@ class CommStream:
         self._last_is_captured: bool | None = None
         # Once there was an operation on our stream, outside of graphs, others leave an event.
         self._is_used = False
-        self._last_elsewhere: torch.cuda.Event | None = None
+        self._elsewhere: _native.CudaEvent | None = None
+        self._is_elsewhere = False
         self._in_flight: deque[_InFlight] = deque()
 
     @property
@@ -107,47 +123,63 @@ class CommStream:
 
     @contextmanager
     def operation(
-        self, previous_event: EventOverlap | None = None, async_finish: bool = False
+        self,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        only_launches: bool = False,
     ) -> Iterator[Operation]:
         is_captured = torch.cuda.is_current_stream_capturing()
-        operation = Operation()
+        current = stream_of(self._device)
         if previous_event is None and not async_finish:
             if self._is_beside(is_captured):
-                torch.cuda.current_stream(self._device).wait_stream(self.stream)
-            yield operation
+                self._order(self.stream.cuda_stream, current)
+            yield Operation(current)
             if self._is_used and not is_captured:
-                self._last_elsewhere = torch.cuda.current_stream(self._device).record_event()
+                self._elsewhere = self._elsewhere or _native.CudaEvent()
+                self._elsewhere.record(current)
+                self._is_elsewhere = True
             return
-        current, stream = torch.cuda.current_stream(self._device), self.stream
+        stream, own = self.stream, self.stream.cuda_stream
+        operation = Operation(own)
         self._let_go(is_captured)
         if previous_event is None or is_captured or not self._is_used:
-            stream.wait_stream(current)
+            self._order(current, own)
         self._last_is_captured = is_captured
         if not is_captured:
             self._is_used = True
-            if self._last_elsewhere is not None:
-                stream.wait_event(self._last_elsewhere)
-                self._last_elsewhere = None
+            if self._elsewhere is not None and self._is_elsewhere:
+                self._elsewhere.wait(own)
+                self._is_elsewhere = False
         try:
-            with torch.cuda.stream(stream):
-                if previous_event is not None:
-                    previous_event.current_stream_wait()
+            if only_launches and previous_event is None:
                 yield operation
+            else:
+                with torch.cuda.stream(stream):
+                    if previous_event is not None:
+                        previous_event.current_stream_wait()
+                    yield operation
         except BaseException:
-            current.wait_stream(stream)  # it may have been launched in part
+            self._order(own, current)  # it may have been launched in part
             raise
-        if not is_captured:
+        if operation.written and not is_captured:
+            callers_stream = torch.cuda.current_stream(self._device)
             for tensor in operation.written:
-                tensor.record_stream(current)
+                tensor.record_stream(callers_stream)
         if async_finish:
-            in_flight = _InFlight(stream.record_event(), current, operation.read, is_captured)
+            in_flight = _InFlight(self._device, own, current, operation.read, is_captured)
             self._in_flight.append(in_flight)
             operation.event = EventOverlap(in_flight)
         else:
-            current.wait_stream(stream)
+            self._order(own, current)
 
     def close(self) -> None:
         self._in_flight.clear()
+
+    def _order(self, before: int, behind: int) -> None:
+        """What a stream is given from now on comes behind all that the other has been given."""
+        event = _native.CudaEvent()
+        event.record(before)
+        event.wait(behind)
 
     def _is_beside(self, is_captured: bool) -> bool:
         """Whether operations on our stream may run beside one on the current stream: not those
@@ -166,23 +198,32 @@ class CommStream:
 
 
 class _InFlight:
-    """The end of an operation that the caller's stream did not wait for at once."""
+    """The end of an operation that the caller's stream did not wait for at once.
+
+    Args:
+        own: our stream, which has been given the operation.
+        read: kept until the caller's stream waits, or until the operation has ended.
+    """
 
     def __init__(
         self,
-        event: torch.cuda.Event,
-        callers_stream: torch.cuda.Stream,
+        device: torch.device,
+        own: int,
+        callers_stream: int,
         read: list[torch.Tensor],
         is_captured: bool,
     ) -> None:
-        self._event = event
+        self._event = _native.CudaEvent()
+        self._event.record(own)
+        self._device = device
         self._callers_stream = callers_stream
         self._read = read
         self._is_captured = is_captured
 
     def current_stream_wait(self) -> None:
-        self._event.wait()
-        if torch.cuda.current_stream(self._callers_stream.device) == self._callers_stream:
+        current = stream_of(self._device)
+        self._event.wait(current)
+        if current == self._callers_stream:
             self._read = []
 
     wait = current_stream_wait
@@ -191,4 +232,4 @@ class _InFlight:
         """While a graph is captured, no event may be asked, and those in graphs never."""
         if not self._read:
             return True
-        return not is_capturing and (self._is_captured or self._event.query())
+        return not is_capturing and (self._is_captured or self._event.has_happened())

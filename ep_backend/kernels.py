@@ -65,16 +65,26 @@ def default_spin_us(num_ranks: int) -> float:
 _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-def current_stream(device: torch.device) -> int:
+def stream_of(device: torch.device) -> int:
+    """The device's current stream, as CUDA knows it."""
+    if _raw_stream is not None:
+        return int(_raw_stream(device.index))
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def check_current(device: torch.device) -> None:
     """Raises `EPBackendError` where the thread's current device is another one."""
     if torch.cuda.current_device() != device.index:
         raise EPBackendError(
             f"the current device is cuda:{torch.cuda.current_device()}, the buffer's is {device}. "
             f"Call torch.cuda.set_device({device.index}) in this thread."
         )
-    if _raw_stream is not None:
-        return int(_raw_stream(device.index))
-    return torch.cuda.current_stream().cuda_stream
+
+
+def current_stream(device: torch.device) -> int:
+    """`stream_of`, for a launch; `check_current`."""
+    check_current(device)
+    return stream_of(device)
 
 
 class CpuKernels:

@@ -37,6 +37,7 @@ from ep_backend.normal_settings import (
     NormalSettings,
     NormalShape,
     check_cpu,
+    check_local_ids,
     node_config,
 )
 from ep_backend.observe.buffer import BufferObserver, start_exporter
@@ -84,6 +85,9 @@ class NormalBuffer(ArgumentChecks):
         network: CUDA: how ranks on other nodes are reached, where ranks are on several; needs a
             build with NVSHMEM. Default: EP_BACKEND_NETWORK, or `NetworkConfig()`. On one host
             nodes are what its `ranks_per_node` makes of it; without that it is not looked at.
+        expert_ids: CUDA, one host: how received rows list their experts. "local": from 0 on each
+            rank, -1 in places of other ranks' experts. "global": as `topk_idx`, and there an expert
+            of another rank, with weight 0, which experts with an expert map skip.
 
     `num_bytes`, `spin_us` and `num_sms`, where they are left out, are those that `ep-backend tune`
     has found for the shape on this machine, if it has (`ep_backend.tuning`). What the table says
@@ -132,6 +136,7 @@ class NormalBuffer(ArgumentChecks):
         spin_us: float | None = None,
         num_sms: int | None = None,
         network: NetworkConfig | None = None,
+        expert_ids: str = "local",
     ) -> None:
         settings = NormalSettings(
             hidden=hidden,
@@ -148,6 +153,7 @@ class NormalBuffer(ArgumentChecks):
         tuned = Tuned()
         try:
             check_cpu(device, network)
+            check_local_ids(expert_ids, "kernels of a GPU on one host have")
             tuned = look_up(settings.tuning_shape(group.num_ranks), group, torch.device("cpu"))
             settings = settings.tuned(tuned, given)
             settings.check(group.num_ranks, ranks_per_node)
@@ -204,6 +210,7 @@ class NormalBuffer(ArgumentChecks):
         self.first_expert: int = layout.partition.first_expert(group.self_rank)
         self.num_columns: int = layout.num_max_messages_per_token
         """Ranks that a token can go to."""
+        self.expert_ids: str = getattr(settings, "expert_ids", "local")
         self.num_scales: int = layout.num_scales
         """Of a dispatched row; 0 where it is not float8."""
         self.num_symmetric_bytes: int = num_bytes

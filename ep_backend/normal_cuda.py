@@ -74,6 +74,7 @@ class CudaNormalBuffer(NormalBuffer):
         spin_us: float | None = None,
         num_sms: int | None = None,
         network: NetworkConfig | None = None,
+        expert_ids: str = "local",
     ) -> None:
         settings = CudaNormalSettings(
             hidden=hidden,
@@ -83,6 +84,7 @@ class CudaNormalBuffer(NormalBuffer):
             dispatch_dtype=dtype if dispatch_dtype is None else dispatch_dtype,
             scale_format=scale_format,
             num_bytes=DEFAULT_NUM_BYTES if num_bytes is None else num_bytes,
+            expert_ids=expert_ids,
         )
         given = {"num_bytes": num_bytes, "num_sms": num_sms}
         error: Exception | None = None
@@ -246,9 +248,16 @@ class CudaNormalBuffer(NormalBuffer):
             if tensor is not None:
                 check_alignment(name, tensor, CUDA_ROW_ALIGNMENT)
         self._check_out(out)
+        needs_nothing = (
+            out is not None
+            and topk_weights is None
+            and biases == [None, None]
+            and self._is_in_place(x)
+            and not self.counters.are_rows_counted
+        )
         with (
             self._exclusive("combine"),
-            self._streams.operation(previous_event, async_finish) as operation,
+            self._streams.operation(previous_event, async_finish, needs_nothing) as operation,
         ):
             operation.reads(x, topk_weights, out, *biases, *handle.tensors())
             is_new = out is None
@@ -269,6 +278,7 @@ class CudaNormalBuffer(NormalBuffer):
                 out.data_ptr(),
                 address_of(sums),
                 num_blocks,
+                operation.stream,
             )
             self.counters.combined(handle)
         return combined(out, sums, operation.event if async_finish else None)
@@ -299,6 +309,11 @@ class CudaNormalBuffer(NormalBuffer):
                 "out is in the buffer's symmetric memory, which peers read meanwhile. Pass a "
                 "tensor of your own, or none."
             )
+
+    def _is_in_place(self, x: torch.Tensor) -> bool:
+        """Combine reads it where it is, and takes no memory for it."""
+        is_there = self._rows.input_of(x) != _native.CombineInput.ELSEWHERE
+        return is_there and self._fault is None
 
     def _input_of(
         self, x: torch.Tensor, handle: CudaNormalDispatchHandle, out: torch.Tensor

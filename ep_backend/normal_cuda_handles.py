@@ -7,6 +7,7 @@ room for.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -83,25 +84,41 @@ class CudaNormalDispatchHandle(NormalDispatchHandle):
         self.num_tokens = num_tokens
         self.is_exact = False
         self.num_rounds: int | None = None  # type: ignore[assignment]
-        self.messages = torch.empty(
-            (num_tokens, buffer.num_columns), dtype=torch.int64, device=device
-        )
-        """`[T, D]`: where each token went, ranks ascending, as `rank << 32 | number`, the number
-        among this rank's rows for that one; -1 behind them."""
+        # All that routes a batch is one tensor: each takes the host ten microseconds.
         num_rounds = -(-num_tokens // buffer.num_tokens_per_round)
-        self.round_begins = torch.empty(
-            (num_rounds + 1, num_ranks), dtype=torch.int32, device=device
-        )
-        """`[ceil(T / C) + 1, R]`: of those numbers, where each round begins."""
+        self._batch_size = num_ranks * (1 + num_ranks)
+        self._begins = 2 * num_tokens * buffer.num_columns
+        self._counts_begin = self._begins + (num_rounds + 1) * num_ranks
+        size = self._counts_begin + self._batch_size + buffer.num_local_experts
         # Zeros, where they are added up: a kernel that fails leaves them as they are.
         new = torch.zeros if buffer.counters.are_rows_counted else torch.empty
-        num_counts = num_ranks * (1 + num_ranks)
-        size = num_counts + buffer.num_local_experts
-        self.counts = new(size, dtype=torch.int32, device=device)
+        self._words = new(size, dtype=torch.int32, device=device)
+        base = self._words.data_ptr()
+        self._routes = (num_tokens, base, base + 4 * self._begins, base + 4 * self._counts_begin)
+        self.expert_counts = self._words[self._counts_begin + self._batch_size :]
+
+    @cached_property
+    def messages(self) -> torch.Tensor:  # type: ignore[override]
+        """`[T, D]`: where each token went, ranks ascending, as `rank << 32 | number`, the number
+        among this rank's rows for that one; -1 behind them."""
+        words = self._words[: self._begins]
+        return words.view(torch.int64).view(self.num_tokens, self.buffer.num_columns)
+
+    @cached_property
+    def round_begins(self) -> torch.Tensor:
+        """`[ceil(T / C) + 1, R]`: of those numbers, where each round begins."""
+        num_ranks = self.buffer.group.num_ranks
+        return self._words[self._begins : self._counts_begin].view(-1, num_ranks)
+
+    @cached_property
+    def counts(self) -> torch.Tensor:
         """`[R * (1 + R) + L]`: `batch`, and rows that list each local expert."""
-        self.batch = self.counts[:num_counts].view(num_ranks, 1 + num_ranks)
+        return self._words[self._counts_begin :]
+
+    @cached_property
+    def batch(self) -> torch.Tensor:
         """`[R, 1 + R]`: of each source, its tokens, and its rows for each rank."""
-        self.expert_counts = self.counts[num_counts:]
+        return self.counts[: self._batch_size].view(-1, 1 + self.buffer.group.num_ranks)
 
     @property
     def num_recv_tokens_per_rank(self) -> torch.Tensor:  # type: ignore[override]
@@ -136,19 +153,12 @@ class CudaNormalDispatchHandle(NormalDispatchHandle):
 
     def routes(self) -> tuple[int, ...]:  # type: ignore[override]
         """T, and addresses of `messages`, where rounds begin, and the counts of all ranks."""
-        return (
-            self.num_tokens,
-            self.messages.data_ptr(),
-            self.round_begins.data_ptr(),
-            self.batch.data_ptr(),
-        )
+        return self._routes
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All that is on the GPU."""
         return (
-            self.messages,
-            self.round_begins,
-            self.counts,
+            self._words,
             self.recv_topk_idx,
             self.recv_topk_weights,
             self.recv_src_tokens,

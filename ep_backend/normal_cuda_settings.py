@@ -11,9 +11,9 @@ import torch
 from ep_backend import _native
 from ep_backend.checks import check_int
 from ep_backend.group import Group
-from ep_backend.kernels import current_stream
+from ep_backend.kernels import check_current, current_stream
 from ep_backend.normal_settings import NormalShape
-from ep_backend.settings import check_row_alignment
+from ep_backend.settings import EXPERT_IDS, check_choice, check_row_alignment
 
 DEFAULT_NUM_SMS = 16
 """More do not pull faster over NVLink, which is what combine does; nor does a dispatch of bfloat16
@@ -22,7 +22,9 @@ rows gain from more. One of float8 does."""
 
 @dataclass(frozen=True)
 class CudaNormalSettings(NormalShape):
-    """Of a buffer on CUDA."""
+    """Of a buffer on CUDA; see `NormalBuffer`."""
+
+    expert_ids: str = "local"
 
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""
@@ -33,6 +35,7 @@ class CudaNormalSettings(NormalShape):
     def check(self, num_ranks: int) -> None:
         """Raises `ValueError` for what no kernel could serve."""
         check_cuda_shape(self, num_ranks)
+        check_choice("expert_ids", self.expert_ids, dict.fromkeys(EXPERT_IDS))
         least = self.least_num_bytes(num_ranks)
         self.check_num_bytes(
             least,
@@ -58,7 +61,11 @@ class CudaNormalSettings(NormalShape):
         return _native.NormalDeviceLayout.num_rows_that_fit(config, num_bytes)
 
     def _config(self, num_ranks: int, num_rows: int) -> _native.NormalDeviceConfig:
-        return _native.NormalDeviceConfig(**self.native_shape(num_ranks), num_rows=num_rows)
+        return _native.NormalDeviceConfig(
+            **self.native_shape(num_ranks),
+            num_rows=num_rows,
+            global_expert_ids=self.expert_ids == "global",
+        )
 
 
 def check_cuda_shape(shape: NormalShape, num_ranks: int) -> None:
@@ -79,8 +86,8 @@ def num_available_sms(group: Group, device: torch.device) -> int:
 
 
 class CudaNormalKernels:
-    """They are launched on the calling thread's current stream. Kernels take addresses and sizes;
-    csrc/bindings_cuda_normal.cpp says which. The stream is added here.
+    """They are launched on the calling thread's current stream, but for combine, which is told.
+    Kernels take addresses and sizes; csrc/bindings_cuda_normal.cpp says which.
 
     Args:
         num_max_sms: blocks that a kernel will have at most.
@@ -119,7 +126,8 @@ class CudaNormalKernels:
         return self._rank.unpack(*args, current_stream(self._device))
 
     def normal_combine(self, *args: Any) -> _native.OpResult:
-        return self._rank.combine(*args, current_stream(self._device))
+        check_current(self._device)
+        return self._rank.combine(*args)
 
     def counts(self) -> tuple[int, int, bool, list[int]]:
         """What `normal_counts` has waited for: N, I, whether all ranks have room, and rows that

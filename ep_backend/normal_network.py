@@ -30,7 +30,7 @@ from ep_backend.normal_network_settings import (
     NetworkNormalSettings,
     network_settings_of,
 )
-from ep_backend.normal_settings import DEFAULT_NUM_BYTES
+from ep_backend.normal_settings import DEFAULT_NUM_BYTES, check_local_ids
 from ep_backend.observe.buffer import start_exporter
 from ep_backend.settings import check_waits, usable_device
 
@@ -66,6 +66,7 @@ class NetworkNormalBuffer(CudaNormalBuffer):
         spin_us: float | None = None,
         num_sms: int | None = None,
         network: NetworkConfig | None = None,
+        expert_ids: str = "local",
     ) -> None:
         settings: NetworkNormalSettings | None = None
         error: Exception | None = None
@@ -83,6 +84,7 @@ class NetworkNormalBuffer(CudaNormalBuffer):
                 num_bytes=DEFAULT_NUM_BYTES if num_bytes is None else num_bytes,
             )
             settings.check(group.num_ranks)
+            check_local_ids(expert_ids, "ranks of one host have")
             start_exporter(group)
             check_waits(timeout_secs, spin_us)
             self._take_sms(group, num_sms)
@@ -140,6 +142,10 @@ class NetworkNormalBuffer(CudaNormalBuffer):
 
     def _check_out(self, out: torch.Tensor | None) -> None:
         """Nothing that a caller has is in symmetric memory."""
+
+    def _is_in_place(self, x: torch.Tensor) -> bool:
+        """Combine copies it like any other."""
+        return False
 
     def _input_of(
         self, x: torch.Tensor, handle: CudaNormalDispatchHandle, out: torch.Tensor

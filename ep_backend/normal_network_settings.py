@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ep_backend import _native
-from ep_backend.kernels import current_stream
+from ep_backend.kernels import check_current, current_stream
 from ep_backend.memory import nvshmem
 from ep_backend.memory.nvshmem import NetworkMemory
 from ep_backend.network import MAX_QUEUE_PAIR_DEPTH, REQUESTS_PER_PUT, NetworkConfig
@@ -120,8 +120,8 @@ def network_settings_of(
 
 
 class NetworkNormalKernels:
-    """They are launched on the calling thread's current stream. Kernels take addresses and sizes;
-    csrc/nvshmem/bindings_normal.cpp says which. The stream is added here."""
+    """They are launched on the calling thread's current stream, but for combine, which is told.
+    Kernels take addresses and sizes; csrc/nvshmem/bindings_normal.cpp says which."""
 
     def __init__(
         self,
@@ -152,7 +152,8 @@ class NetworkNormalKernels:
         return self._rank.dispatch(*args, current_stream(self._device))
 
     def normal_combine(self, *args: int) -> _native.OpResult:
-        return self._rank.combine(*args, current_stream(self._device))
+        check_current(self._device)
+        return self._rank.combine(*args)
 
     def counts(self) -> tuple[int, int, list[int]]:
         """What `normal_counts` has waited for: N, I, and rows that list each local expert."""

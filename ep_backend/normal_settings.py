@@ -153,6 +153,14 @@ class NormalSettings(NormalShape):
         return config
 
 
+def check_local_ids(expert_ids: str, who_has: str) -> None:
+    """Raises `ValueError` for expert numbers that these kernels do not give."""
+    if expert_ids != "local":
+        raise ValueError(
+            f"expert_ids is {expert_ids!r}, which only {who_has}. Pass 'local', or leave it out."
+        )
+
+
 def check_cpu(device: str | torch.device, network: NetworkConfig | None) -> None:
     """Raises `ValueError` for another device, on a CUDA one a buffer is of another class; and for
     what only those have."""

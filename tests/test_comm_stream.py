@@ -10,41 +10,45 @@ from typing import Any
 import pytest
 import torch
 
+from ep_backend import _native, comm_stream
 from ep_backend.comm_stream import CommStream, NoStreams
 from ep_backend.events import EventOverlap, check_overlap
 
 DEVICE = torch.device("cuda", 0)
 
 
-class Event:
-    """Of a stream; a test says when it has happened."""
+class CallersEvent:
+    """As PyTorch's."""
 
-    has_happened = False
-
-    def __init__(self, gpu: Gpu, stream: Stream) -> None:
-        self.gpu, self.stream = gpu, stream
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
 
     def wait(self) -> None:
-        self.gpu.log.append(f"{self.gpu.current.name} waits for {self.stream.name}'s event")
+        self.gpu.log.append(f"{self.gpu.current.name} waits for an event")
 
-    def query(self) -> bool:
+
+class Event:
+    """As ours; a test says when those have happened that somebody may ask for."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu, self.is_over = gpu, False
+
+    def record(self, stream: int) -> None:
+        self.recorded = self.gpu.names[stream]
+        self.gpu.events.append(self)
+
+    def wait(self, stream: int) -> None:
+        self.gpu.log.append(f"{self.gpu.names[stream]} waits for {self.recorded}")
+
+    def has_happened(self) -> bool:
         assert not self.gpu.captured, "no event may be asked while a graph is captured"
-        return self.has_happened
+        return self.is_over
 
 
 class Stream:
     def __init__(self, gpu: Gpu, name: str) -> None:
-        self.gpu, self.name, self.device = gpu, name, DEVICE
-
-    def wait_stream(self, other: Stream) -> None:
-        self.gpu.log.append(f"{self.name} waits for {other.name}")
-
-    def wait_event(self, event: Event) -> None:
-        self.gpu.log.append(f"{self.name} waits for {event.stream.name}'s event")
-
-    def record_event(self) -> Event:
-        self.gpu.events.append(Event(self.gpu, self))
-        return self.gpu.events[-1]
+        self.name, self.cuda_stream = name, len(gpu.names)
+        gpu.names.append(name)
 
 
 class Tensor:
@@ -59,6 +63,8 @@ class Gpu:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
         self.events: list[Event] = []
+        self.names: list[str] = []
+        """Of streams, by their handles."""
         self.callers = self.current = Stream(self, "callers")
         self.captured: set[str] = set()
         """Streams in the graph that is captured."""
@@ -67,6 +73,8 @@ class Gpu:
         monkeypatch.setattr(cuda, "current_stream", lambda *_: self.current)
         monkeypatch.setattr(cuda, "is_current_stream_capturing", self.is_capturing)
         monkeypatch.setattr(cuda, "stream", self.stream)
+        monkeypatch.setattr(comm_stream, "stream_of", lambda _: self.current.cuda_stream)
+        monkeypatch.setattr(_native, "CudaEvent", lambda: Event(self), raising=False)
 
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
@@ -118,15 +126,15 @@ def test_without_a_previous_event_all_of_the_caller_comes_first(gpu: Gpu) -> Non
     assert made.recorded == ["callers"]
     assert num_kept(streams) == 1
     event.current_stream_wait()
-    assert gpu.take_log() == ["callers waits for comm's event"]
+    assert gpu.take_log() == ["callers waits for comm"]
     assert num_kept(streams) == 0, "what the caller lets go of now, it writes to later"
 
 
 def test_a_previous_event_is_all_that_is_waited_for(gpu: Gpu) -> None:
-    streams, previous = CommStream(DEVICE), EventOverlap(Event(gpu, gpu.callers))
+    streams, previous = CommStream(DEVICE), EventOverlap(CallersEvent(gpu))
     run(gpu, streams, previous)
     first = ["comm waits for callers"]  # which may have been given earlier operations
-    rest = ["comm waits for callers's event", "runs on comm", "callers waits for comm"]
+    rest = ["comm waits for an event", "runs on comm", "callers waits for comm"]
     assert gpu.take_log() == first + rest
     run(gpu, streams, previous)
     assert gpu.take_log() == rest
@@ -139,11 +147,12 @@ def test_an_event_that_nobody_waits_for_keeps_tensors_until_it_happens(gpu: Gpu)
         event.current_stream_wait()
     run(gpu, streams, async_finish=True)
     assert num_kept(streams) == 2, "the caller's stream has not waited"
-    gpu.events[0].has_happened = True
+    in_flight: Any = streams._in_flight[0]
+    in_flight._event.is_over = True
     run(gpu, streams, async_finish=True)
     assert num_kept(streams) == 2
     for happened in gpu.events:
-        happened.has_happened = True
+        happened.is_over = True
     run(gpu, streams, async_finish=True)
     assert num_kept(streams) == 1
     streams.close()
@@ -157,7 +166,7 @@ def test_operations_are_ordered_whatever_stream_each_is_on(gpu: Gpu) -> None:
     run(gpu, streams)
     assert gpu.take_log() == ["callers waits for comm", "runs on callers"]
     run(gpu, streams, EventOverlap(), async_finish=True)
-    assert gpu.take_log() == ["comm waits for callers's event", "runs on comm"]
+    assert gpu.take_log() == ["comm waits for callers", "runs on comm"]
     run(gpu, streams, EventOverlap(), async_finish=True)
     assert gpu.take_log() == ["runs on comm"]
 
@@ -165,11 +174,11 @@ def test_operations_are_ordered_whatever_stream_each_is_on(gpu: Gpu) -> None:
 def test_in_a_graph_nothing_is_recorded_and_readers_come_first(gpu: Gpu) -> None:
     streams = CommStream(DEVICE)
     gpu.captured = {"callers"}
-    previous = EventOverlap(Event(gpu, gpu.callers))
+    previous = EventOverlap(CallersEvent(gpu))
     _, made = run(gpu, streams, previous, async_finish=True)
     assert gpu.take_log() == [
         "comm waits for callers",
-        "comm waits for callers's event",
+        "comm waits for an event",
         "runs on comm",
     ]
     assert made.recorded == []
@@ -191,6 +200,16 @@ def test_in_a_graph_nothing_is_recorded_and_readers_come_first(gpu: Gpu) -> None
     assert num_kept(streams) == 1, "the graph has been captured; its memory is its own"
 
 
+def test_an_operation_that_only_launches_says_where_itself(gpu: Gpu) -> None:
+    streams = CommStream(DEVICE)
+    for previous, current in ((None, "callers"), (EventOverlap(), "comm")):
+        with streams.operation(previous, True, only_launches=True) as operation:
+            assert gpu.names[operation.stream] == "comm"
+            assert gpu.current.name == current
+    with streams.operation(only_launches=True) as operation:
+        assert gpu.names[operation.stream] == "callers"
+
+
 def test_an_operation_that_fails_is_waited_for(gpu: Gpu) -> None:
     streams = CommStream(DEVICE)
 
@@ -204,9 +223,9 @@ def test_an_operation_that_fails_is_waited_for(gpu: Gpu) -> None:
 
 
 def test_on_a_cpu_an_event_is_waited_for_and_none_returned(gpu: Gpu) -> None:
-    with NoStreams().operation(EventOverlap(Event(gpu, gpu.callers)), True) as operation:
+    with NoStreams().operation(EventOverlap(CallersEvent(gpu)), True) as operation:
         pass
-    assert gpu.log == ["callers waits for callers's event"]
+    assert gpu.log == ["callers waits for an event"]
     assert operation.event.event is None
 
 

@@ -42,3 +42,13 @@ def test_a_rank_without_kernels_is_told_everywhere(monkeypatch: pytest.MonkeyPat
 
     virtual_world(2).run(rank_main)
     assert sorted(closed) == [0, 1]
+
+
+@pytest.mark.parametrize("expert_ids", ["global", "other"])
+def test_a_cpu_lists_experts_by_local_numbers_only(expert_ids: str) -> None:
+    def rank_main(group: Group) -> None:
+        shape: Any = {"hidden": 32, "num_experts": 6, "top_k": 2, "dtype": torch.bfloat16}
+        with pytest.raises(ValueError, match=f"expert_ids is '{expert_ids}', which only kernels"):
+            NormalBuffer(group, expert_ids=expert_ids, **shape)
+
+    virtual_world(1).run(rank_main)

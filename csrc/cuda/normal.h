@@ -52,7 +52,7 @@ struct NormalRoutes {
 struct NormalOutputs {
   std::byte* recv_x;         // [N, H]
   uint32_t* recv_scales;     // [N, W]
-  int32_t* recv_topk_idx;    // [N, K] local experts at their k, -1 where another rank's
+  int32_t* recv_topk_idx;    // [N, K] experts at their k, `no_expert` where another rank's
   float* recv_topk_weights;  // [N, K], 0 where another rank's
   int32_t* recv_src_tokens;  // [N]
   uint64_t num_rows;         // of these tensors: N, or what the caller holds to be enough

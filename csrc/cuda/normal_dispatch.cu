@@ -86,13 +86,15 @@ __device__ void copy_by_all(void* dst, const void* src, uint64_t num_bytes) {
             uint64_t{gridDim.x} * blockDim.x);
 }
 
-// Rows behind N list no expert and come from no token. All blocks.
-__device__ void mark_unused(uint64_t num_rows, uint64_t top_k, const NormalOutputs& out) {
+// Rows behind N list no expert of this rank and come from no token. All blocks.
+__device__ void mark_unused(const NormalView& rank, uint64_t num_rows, const NormalOutputs& out) {
   if (out.recv_topk_idx == nullptr) return;
+  const uint64_t top_k = rank.layout.config().top_k;
+  const int32_t no_expert = rank.layout.no_expert(rank.owners.first_expert(rank.self_rank));
   const uint64_t thread = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const uint64_t num_threads = uint64_t{gridDim.x} * blockDim.x;
   for (uint64_t i = num_rows * top_k + thread; i < out.num_rows * top_k; i += num_threads) {
-    out.recv_topk_idx[i] = -1;
+    out.recv_topk_idx[i] = no_expert;
     out.recv_topk_weights[i] = 0.0f;
   }
   for (uint64_t i = num_rows + thread; i < out.num_rows; i += num_threads) {
@@ -112,7 +114,7 @@ __device__ void unpack(const NormalView& rank, uint64_t num_rows, const NormalOu
   copy(out.recv_topk_idx, layout.topk_idx(0), top_k * 4);
   copy(out.recv_topk_weights, layout.topk_weights(0), top_k * 4);
   copy(out.recv_src_tokens, layout.src_token(0), 4);
-  mark_unused(num_rows, top_k, out);
+  mark_unused(rank, num_rows, out);
 }
 
 // `writes_counts`: this block does, while its rows travel.
@@ -156,8 +158,7 @@ class Rounds {
         op_, Phase::kDispatch, num_rounds_, [&](uint32_t round) { return send(round, sender); },
         [&](uint32_t round) { return receive(round); });
     if (ok) {
-      mark_unused(shared_.ranges.first_received[op_.num_ranks()], layout_.config().top_k,
-                  params_.out);
+      mark_unused(op_.rank(), shared_.ranges.first_received[op_.num_ranks()], params_.out);
     }
     return ok;
   }

@@ -278,13 +278,15 @@ class RowSender {
     for_each(targets, [&](uint32_t r, uint64_t row) {
       std::byte* peer = op_.peer(r);
       const uint32_t first_expert = owners.first_expert(r);
+      const uint32_t from = layout_.config().global_expert_ids ? 0 : first_expert;
+      const int32_t no_expert = layout_.no_expert(first_expert);
 #pragma unroll
       for (uint32_t half = 0; half < 2; ++half) {
         const uint32_t k = half * kWarp + lane_;
         if (k >= topk_.top_k) continue;
         const bool is_there = ranks[half] == r;
         at<int32_t>(peer, layout_.topk_idx(row))[k] =
-            is_there ? static_cast<int32_t>(experts[half] - first_expert) : -1;
+            is_there ? static_cast<int32_t>(experts[half] - from) : no_expert;
         at<float>(peer, layout_.topk_weights(row))[k] = is_there ? weights[half] : 0.0f;
       }
       if (lane_ == 0) *at<uint32_t>(peer, layout_.src_token(row)) = token;

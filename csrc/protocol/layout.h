@@ -256,11 +256,7 @@ class LowLatencyLayout {
 
   // What a rank is told where there is no expert: none, or one that other ranks own.
   EP_HOST_DEVICE constexpr int32_t no_expert(uint32_t first_expert_of_rank) const {
-    if (!config_.global_expert_ids) return -1;
-    if (first_expert_of_rank > 0) return 0;
-    return config_.num_experts > partition_.num_local_experts(0)
-               ? static_cast<int32_t>(config_.num_experts - 1)
-               : -1;
+    return config_.global_expert_ids ? partition_.foreign_expert(first_expert_of_rank) : -1;
   }
 
   // Whether workspaces hold a row a (token, expert), by expert, and not a row a message.

@@ -28,10 +28,11 @@ struct NormalDeviceConfig {
   uint32_t num_experts;
   uint32_t hidden;
   uint32_t top_k;
-  DType dtype;               // of combine's rows, kFloat32 or kBFloat16
-  DType dispatch_dtype;      // of dispatch's rows: the same, or kFloat8E4M3
-  ScaleFormat scale_format;  // of those
-  uint32_t num_rows;         // P, at least 2 R
+  DType dtype;                     // of combine's rows, kFloat32 or kBFloat16
+  DType dispatch_dtype;            // of dispatch's rows: the same, or kFloat8E4M3
+  ScaleFormat scale_format;        // of those
+  uint32_t num_rows;               // P, at least 2 R
+  bool global_expert_ids = false;  // experts are listed by their global number
 };
 
 // Counts of one source, followed by `uint32_t[R]`: its rows for each rank, and `uint32_t[L]`: its
@@ -105,6 +106,11 @@ class NormalDeviceLayout {
   EP_HOST_DEVICE constexpr uint32_t num_tokens_per_round() const {
     const uint64_t num_tokens = config_.num_rows / (uint64_t{kNumRoundBanks} * config_.num_ranks);
     return static_cast<uint32_t>(num_tokens < kMaxCount ? num_tokens : kMaxCount);
+  }
+
+  // What a rank is told where there is no expert: none, or one that other ranks own.
+  EP_HOST_DEVICE constexpr int32_t no_expert(uint32_t first_expert_of_rank) const {
+    return config_.global_expert_ids ? partition_.foreign_expert(first_expert_of_rank) : -1;
   }
 
   // Offsets in bytes from the base of the rank that owns the memory.

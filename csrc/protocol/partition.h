@@ -25,6 +25,11 @@ struct ExpertPartition {
     return expert < num_in_larger ? expert / (base + 1)
                                   : num_experts % num_ranks + (expert - num_in_larger) / base;
   }
+  // One that the rank with this first expert does not own; -1 where it owns all.
+  EP_HOST_DEVICE constexpr int32_t foreign_expert(uint32_t first_expert_of_rank) const {
+    if (first_expert_of_rank > 0) return 0;
+    return num_experts > num_local_experts(0) ? static_cast<int32_t>(num_experts - 1) : -1;
+  }
 };
 
 }  // namespace ep::protocol

@@ -58,6 +58,11 @@ class StandardAdapter(Adapter[B]):
     def max_num_tokens_per_rank(self) -> int | None:
         return None
 
+    def _have_own_expert(self, idx: torch.Tensor) -> torch.Tensor:
+        """`[N]` bool, of rows with global numbers `[N, K]`."""
+        first = self.buffer.first_expert
+        return ((idx >= first) & (idx < first + self.buffer.num_local_experts)).any(1)
+
 
 def tokens_of_ranks() -> list[int]:
     """Of this step, of each rank that exchanges, or of each data-parallel rank, where all of its

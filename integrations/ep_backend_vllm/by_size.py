@@ -1,8 +1,9 @@
 """`ep_backend_high_throughput` on the GPUs of one host: small steps take low-latency kernels.
 
 Those that vLLM replays from CUDA graphs are decode steps: what counts there is the time of
-messages, not of bytes. Both kinds hand over vLLM's standard format: experts need not know which
-it was.
+messages, not of bytes. Both kinds hand over vLLM's standard format: experts need not know which it
+was. Larger steps stay with normal kernels, too, where ranks have few tokens but one: experts get
+the rows that there are, not as many from each rank.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from ep_backend_vllm.high_throughput import NormalPrepareAndFinalize
 from ep_backend_vllm.workspace import WorkspacePrepareAndFinalize
 
 MOST_SMALL_TOKENS = 512
-"""Of a rank. Of more, rows take most of the time with either kind, and a workspace for them takes
-memory: two H200s, bfloat16, hidden 7168."""
+"""Of a rank. Of more, bytes take most of the time with either kind, and a workspace for them takes
+memory: of 8 ranks and 512 tokens of 7168 bfloat16, 120 MB."""
 
 
 def most_small_tokens(num_graph_tokens: int, hosts: list[int]) -> int:

@@ -118,19 +118,20 @@ class NormalPrepareAndFinalize(StandardAdapter[NormalBuffer]):
         if not self._is_for_gpus:
             ids = result.recv_topk_idx.clamp(min=0).to(torch.int32)
             return result.recv_x, None, None, ids, result.recv_topk_weights
+        ids = self._global_ids(result, num_experts)
         x, scales = quantised_rows(
             result.recv_x,
             result.recv_scales,
             quant_config,
             defer_input_quant,
-            (lambda: (result.recv_topk_idx >= 0).any(1)) if num_rows > 0 else None,
+            (lambda: self._have_own_expert(ids)) if num_rows > 0 else None,
         )
         per_expert = result.num_recv_tokens_per_expert
         if num_rows > 0:
             counts = mk.ExpertTokensMetadata(per_expert, expert_num_tokens_cpu=None)
         else:
             counts = mk.ExpertTokensMetadata.make_from_list(per_expert, device=x.device)
-        return x, scales, counts, self._global_ids(result, num_experts), result.recv_topk_weights
+        return x, scales, counts, ids, result.recv_topk_weights
 
     def prepare_async(self, *args: Any, **kwargs: Any) -> Callable[[], Prepared]:
         """`prepare`, whose host must wait: what is received is there."""
@@ -195,6 +196,8 @@ class NormalPrepareAndFinalize(StandardAdapter[NormalBuffer]):
         return reduced_rows(fused_expert_output, *how), handle
 
     def _global_ids(self, result: NormalDispatchResult, num_experts: int) -> torch.Tensor:
+        if self.buffer.expert_ids == "global":
+            return result.recv_topk_idx
         first = self.buffer.first_expert
         foreign = num_experts - 1 if first == 0 else 0
         idx = result.recv_topk_idx

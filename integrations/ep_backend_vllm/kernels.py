@@ -119,6 +119,7 @@ def _make_high_throughput(moe: Any, quant_config: Any) -> Any:
     manager = get_ep_group().device_communicator.all2all_manager
     device = torch.device(moe.device).type
     is_cpu = device == "cpu"
+    is_cuda_host = not is_cpu and max(manager.group.hosts()) == 0
     buffer = manager.get_normal_buffer(
         {
             "hidden": moe.hidden_dim,
@@ -131,6 +132,7 @@ def _make_high_throughput(moe: Any, quant_config: Any) -> Any:
             else dispatch_dtype_for(quant_config, moe.in_dtype),
             "num_bytes": num_bytes_for(moe, manager.group.num_ranks, device),
             "device": device,
+            "expert_ids": "global" if is_cuda_host else "local",
         }
     )
     if is_cpu:

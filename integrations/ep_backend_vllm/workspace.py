@@ -163,11 +163,6 @@ class WorkspacePrepareAndFinalize(StandardAdapter[LowLatencyBuffer]):
         self._record("prepare", result.handle.num_tokens, begin_ns)
         return x, scales, None, idx, weights
 
-    def _have_own_expert(self, idx: torch.Tensor) -> torch.Tensor:
-        """`[N]` bool, of rows with global numbers `[N, K]`."""
-        first = self.buffer.first_expert
-        return ((idx >= first) & (idx < first + self.buffer.num_local_experts)).any(1)
-
     def _to_combine(self, *experts: Any) -> tuple[torch.Tensor, DispatchHandle]:
         """The workspace's combine input, filled, and the handle it belongs to."""
         rows = reduced_rows(*experts)

@@ -173,6 +173,36 @@ def test_a_graph_of_worst_sizes_is_replayed_with_other_tokens(num_rows: int) -> 
             assert torch.equal(out.cpu(), expected.bfloat16())
 
 
+@pytest.mark.parametrize("num_rows", [1024, 100], ids=["direct", "rounds"])
+@pytest.mark.parametrize("num_worst_tokens", [0, 200], ids=["exact", "worst"])
+def test_experts_are_listed_by_global_numbers(num_rows: int, num_worst_tokens: int) -> None:
+    case = make_case(SHAPE.shape, "uniform", [50, 40], seed=5)
+
+    results = {}
+
+    def act(rank: CudaNormalRank) -> None:
+        inputs = on_gpu(case.inputs(rank.rank))
+        rank.meet()
+        result = rank.buffer.dispatch(*inputs, num_worst_tokens=num_worst_tokens)
+        torch.cuda.current_stream().synchronize()
+        rank.buffer.raise_if_failed()
+        of_rank = result.recv_topk_idx.cpu(), result.recv_topk_weights.cpu()
+        results[rank.rank, rank.buffer.expert_ids] = of_rank
+
+    for expert_ids in ("local", "global"):
+        on_ranks(replace(SHAPE, num_rows=num_rows, expert_ids=expert_ids), act)
+    for rank, own in enumerate(torch.arange(case.shape.num_experts).chunk(2)):
+        (local, weights), (listed, same_weights) = results[rank, "local"], results[rank, "global"]
+        is_own = local >= 0
+        assert is_own.any()
+        assert not is_own.all()
+        assert torch.equal(listed[is_own], local[is_own] + own[0])
+        assert not torch.isin(listed[~is_own], own).any()
+        assert ((listed >= 0) & (listed < case.shape.num_experts)).all()
+        assert torch.equal(same_weights, weights)
+        assert (weights[~is_own] == 0).all()
+
+
 def test_received_rows_go_home_in_place() -> None:
     case = make_case(SHAPE.shape, "uniform", [30, 17], seed=2)
 

@@ -129,7 +129,7 @@ def run_layer_in_graphs(rank: Rank, sizes: list[int], has_small_steps: bool) -> 
     workspace.init_workspace_manager(device)
     generator = torch.Generator().manual_seed(group.self_rank)
     w1, w2 = (w.to(device) for w in weights_of_experts(torch.Generator().manual_seed(7)))
-    buffer = normal_buffer(group, device="cuda")
+    buffer = normal_buffer(group, device="cuda", expert_ids="global")
     buffers: list[Any] = [buffer]
     adapter: Any = NormalPrepareAndFinalize(
         buffer, is_for_gpus=True, num_waitless_tokens=max(sizes)

@@ -141,6 +141,7 @@ def normal_buffer(
     dtype: torch.dtype = torch.float32,
     dispatch_dtype: torch.dtype | None = None,
     device: str = "cpu",
+    expert_ids: str = "local",
 ) -> NormalBuffer:
     return NormalBuffer(
         group,
@@ -151,6 +152,7 @@ def normal_buffer(
         dispatch_dtype=dispatch_dtype,
         num_bytes=1 << 20,
         device=device,
+        expert_ids=expert_ids,
     )
 
 

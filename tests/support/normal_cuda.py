@@ -34,6 +34,7 @@ class CudaNormalShape:
     num_rows: int = 1024
     """P; decides on `num_bytes`: the least that gives so many."""
     num_sms: int | None = None
+    expert_ids: str = "local"
 
     def num_bytes(self) -> int:
         settings = CudaNormalSettings(**self.shape.settings_arguments(1 << 40))
@@ -48,6 +49,7 @@ class CudaNormalShape:
             timeout_secs=timeout_secs,
             device="cuda",
             num_sms=self.num_sms,
+            expert_ids=self.expert_ids,
         )
         assert isinstance(buffer, CudaNormalBuffer)
         assert self.num_rows <= buffer.num_rows <= self.num_rows + 16
