@@ -1,6 +1,5 @@
-#include "cuda/event.h"
-
 #include "cuda/check.h"
+#include "cuda/event.h"
 
 namespace ep::cuda {
 

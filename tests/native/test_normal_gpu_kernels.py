@@ -61,6 +61,15 @@ SEEDED_BUGS = [
     (
         LINKS,
         SeededBug(
+            "few_tokens_are_not_numbered_from_0",
+            "cuda/normal_route.cuh",
+            "scratch_.before[r] = 0;",
+            "scratch_.before[r] = 1;",
+        ),
+    ),
+    (
+        LINKS,
+        SeededBug(
             "rows_of_warps_that_do_not_send_are_left_out",
             "cuda/normal_send.cuh",
             "role_.num_blocks} * num_warps();",
