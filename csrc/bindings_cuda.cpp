@@ -78,10 +78,8 @@ void bind_event(py::module_& m) {
   using cuda::Event;
   py::class_<Event>(m, "CudaEvent")
       .def(py::init<>())
-      .def("record",
-           [](Event& self, uintptr_t stream) { self.record(reinterpret_cast<void*>(stream)); })
-      .def("wait",
-           [](const Event& self, uintptr_t stream) { self.wait(reinterpret_cast<void*>(stream)); })
+      .def("record", [](Event& self, uintptr_t stream) { self.record(pointer<void>(stream)); })
+      .def("wait", [](const Event& self, uintptr_t stream) { self.wait(pointer<void>(stream)); })
       .def("has_happened", &Event::has_happened);
 }
 

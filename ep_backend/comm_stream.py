@@ -110,8 +110,7 @@ class CommStream:
         self._last_is_captured: bool | None = None
         # Once there was an operation on our stream, outside of graphs, others leave an event.
         self._is_used = False
-        self._elsewhere: _native.CudaEvent | None = None
-        self._is_elsewhere = False
+        self._last_elsewhere: _native.CudaEvent | None = None
         self._in_flight: deque[_InFlight] = deque()
 
     @property
@@ -132,24 +131,22 @@ class CommStream:
         current = stream_of(self._device)
         if previous_event is None and not async_finish:
             if self._is_beside(is_captured):
-                self._order(self.stream.cuda_stream, current)
+                _order(self.stream.cuda_stream, current)
             yield Operation(current)
             if self._is_used and not is_captured:
-                self._elsewhere = self._elsewhere or _native.CudaEvent()
-                self._elsewhere.record(current)
-                self._is_elsewhere = True
+                self._last_elsewhere = _recorded(current)
             return
         stream, own = self.stream, self.stream.cuda_stream
         operation = Operation(own)
         self._let_go(is_captured)
         if previous_event is None or is_captured or not self._is_used:
-            self._order(current, own)
+            _order(current, own)
         self._last_is_captured = is_captured
         if not is_captured:
             self._is_used = True
-            if self._elsewhere is not None and self._is_elsewhere:
-                self._elsewhere.wait(own)
-                self._is_elsewhere = False
+            if self._last_elsewhere is not None:
+                self._last_elsewhere.wait(own)
+                self._last_elsewhere = None
         try:
             if only_launches and previous_event is None:
                 yield operation
@@ -159,27 +156,23 @@ class CommStream:
                         previous_event.current_stream_wait()
                     yield operation
         except BaseException:
-            self._order(own, current)  # it may have been launched in part
+            _order(own, current)  # it may have been launched in part
             raise
         if operation.written and not is_captured:
             callers_stream = torch.cuda.current_stream(self._device)
             for tensor in operation.written:
                 tensor.record_stream(callers_stream)
         if async_finish:
-            in_flight = _InFlight(self._device, own, current, operation.read, is_captured)
+            in_flight = _InFlight(
+                _recorded(own), self._device, current, operation.read, is_captured
+            )
             self._in_flight.append(in_flight)
             operation.event = EventOverlap(in_flight)
         else:
-            self._order(own, current)
+            _order(own, current)
 
     def close(self) -> None:
         self._in_flight.clear()
-
-    def _order(self, before: int, behind: int) -> None:
-        """What a stream is given from now on comes behind all that the other has been given."""
-        event = _native.CudaEvent()
-        event.record(before)
-        event.wait(behind)
 
     def _is_beside(self, is_captured: bool) -> bool:
         """Whether operations on our stream may run beside one on the current stream: not those
@@ -197,24 +190,34 @@ class CommStream:
             self._in_flight.popleft()
 
 
+def _recorded(stream: int) -> _native.CudaEvent:
+    """When the stream will have done all that it has been given."""
+    event = _native.CudaEvent()
+    event.record(stream)
+    return event
+
+
+def _order(before: int, behind: int) -> None:
+    """What a stream is given from now on comes behind all that the other has been given."""
+    _recorded(before).wait(behind)
+
+
 class _InFlight:
     """The end of an operation that the caller's stream did not wait for at once.
 
     Args:
-        own: our stream, which has been given the operation.
         read: kept until the caller's stream waits, or until the operation has ended.
     """
 
     def __init__(
         self,
+        event: _native.CudaEvent,
         device: torch.device,
-        own: int,
         callers_stream: int,
         read: list[torch.Tensor],
         is_captured: bool,
     ) -> None:
-        self._event = _native.CudaEvent()
-        self._event.record(own)
+        self._event = event
         self._device = device
         self._callers_stream = callers_stream
         self._read = read

@@ -210,7 +210,7 @@ class NormalBuffer(ArgumentChecks):
         self.first_expert: int = layout.partition.first_expert(group.self_rank)
         self.num_columns: int = layout.num_max_messages_per_token
         """Ranks that a token can go to."""
-        self.expert_ids: str = getattr(settings, "expert_ids", "local")
+        self.expert_ids: str = settings.expert_ids
         self.num_scales: int = layout.num_scales
         """Of a dispatched row; 0 where it is not float8."""
         self.num_symmetric_bytes: int = num_bytes

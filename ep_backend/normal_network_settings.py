@@ -47,7 +47,7 @@ class NetworkNormalSettings(NormalShape):
         """By name, for `Group.agree`."""
         settings = {"device": "cuda"} | asdict(self) | agreed_network(self.network)
         return settings | {
-            "expert_ids": "local",
+            "expert_ids": self.expert_ids,
             "protocol version": _native.NORMAL_PROTOCOL_VERSION,
             "protocol version between nodes": _native.NORMAL_NODE_PROTOCOL_VERSION,
             "protocol version over a network": _native.NORMAL_NETWORK_PROTOCOL_VERSION,

@@ -48,6 +48,9 @@ class NormalShape:
     scale_format: str
     num_bytes: int
 
+    # Where kernels have others, it is a setting.
+    expert_ids = "local"
+
     def tuning_shape(self, num_ranks: int) -> Shape:
         """By which the tuning table knows such a buffer."""
         return Shape(

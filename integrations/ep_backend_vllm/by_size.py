@@ -2,8 +2,8 @@
 
 Those that vLLM replays from CUDA graphs are decode steps: what counts there is the time of
 messages, not of bytes. Both kinds hand over vLLM's standard format: experts need not know which it
-was. Larger steps stay with normal kernels, too, where ranks have few tokens but one: experts get
-the rows that there are, not as many from each rank.
+was. In a prefill step one rank may have many tokens and the others few: normal kernels bring
+experts as many rows as there are tokens, these as many from every rank as the fullest has.
 """
 
 from __future__ import annotations
