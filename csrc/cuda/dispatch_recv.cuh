@@ -1,6 +1,6 @@
 // Dispatch's second half: messages become rows of recv_x, in any order and without a word between
 // blocks: an entry's position and the counts say where its row goes. A warp reads a message's
-// header, then moves some parts of its row.
+// header, then moves some parts of its row; who has the end of it notes what combine needs.
 #pragma once
 
 #include "cuda/dispatch_send.cuh"
@@ -9,20 +9,19 @@
 namespace ep::cuda {
 
 using protocol::DispatchRecvParams;
+using protocol::HandleEntry;
 using protocol::OutputLayout;
 
-// What a warp has found out about a message. In shared memory, one for each warp.
-struct MessagePlan {
-  // Where its row goes: in recv_x, and its first scale in recv_scales.
-  std::byte* rows[kMaxTopK];
-  uint32_t* first_scales[kMaxTopK];
-  uint32_t num_rows;
+// Where the row of a lane's entry goes: in rows of recv_x, and its first scale in words of
+// recv_scales.
+struct Place {
+  uint32_t row = 0, first_scale = 0;
 };
 
 // In shared memory: what the sources send to this rank.
 //
 //   sources              messages of each
-//   rows     [R + 1][L]  rows of a local expert from the sources before; expert-major only
+//   rows     [R + 1][L]  rows of a local expert from each source; counted up, from those before it
 struct Arrivals {
   Sources sources;
   uint32_t* rows;
@@ -43,66 +42,47 @@ class DispatchReceiver {
   using Op = OpOf<View>;
 
   __device__ DispatchReceiver(const View& rank, const Op& op, const DispatchRecvParams& params,
-                              const Arrivals& arrivals, MessagePlan* plan)
+                              const Arrivals& arrivals)
       : rank_(rank),
         layout_(rank.layout),
         op_(op),
         params_(params),
         arrivals_(arrivals),
-        plan_(plan),
         shape_{static_cast<uint32_t>(layout_.dispatch_row_bytes() / sizeof(uint4)),
-               layout_.num_scales()} {}
+               layout_.num_scales()},
+        num_parts_(protocol::parts_for(layout_.dispatch_row_bytes())) {}
 
-  // Counts of all sources -> arrivals.rows. Whole block, a barrier behind it (and no signal
-  // before). `own_count(e)`: where this rank's own words were not published (its rank is `own_rank`
-  // then). False on some threads.
+  // Counts of all sources -> arrivals.rows. Whole block, a barrier behind it. `own_count(e)`: where
+  // this rank's own words were not published (its rank is `own_rank` then). False on some threads.
+  // A group of threads serves a source, so that all words are on their way together; the last
+  // threads begin, because the first ones may wait for signals.
   template <typename OwnCount>
   __device__ bool read_counts(uint32_t own_rank, OwnCount own_count) const {
     const uint32_t num_local = arrivals_.num_local_experts, num_ranks = arrivals_.sources.num_ranks;
-    const uint32_t stride = layout_.partition().num_max_local_experts();
-    const auto* counts = at<uint64_t>(op_.self(), layout_.counts(op_.bank(), 0));
-    auto count_of = [&](uint32_t r, uint32_t e, uint32_t* count) {
-      if (r != own_rank) return op_.read_count(counts + r * stride + e, r, count);
-      *count = own_count(e);
-      return true;
-    };
+    const uint32_t shift = ceil_log2(kThreads) - min(ceil_log2(num_ranks), ceil_log2(kThreads));
+    const uint32_t thread = kThreads - 1 - threadIdx.x;
     bool ok = true;
-    // Few ranks: a thread an expert. Many: a warp an expert, a lane a rank.
-    if (num_ranks <= 8) {
 #pragma unroll 1
-      for (uint32_t e = threadIdx.x; e < num_local; e += blockDim.x) {
-        uint32_t sum = 0;
+    for (uint32_t r = thread >> shift; r < num_ranks; r += kThreads >> shift) {
+      const auto* counts = at<uint64_t>(op_.self(), layout_.counts(op_.bank(), r));
 #pragma unroll 1
-        for (uint32_t r = 0; r < num_ranks; ++r) {
-          arrivals_.rows[r * num_local + e] = sum;
-          uint32_t count;
-          ok = ok && count_of(r, e, &count);
-          sum += count;
+      for (uint32_t e = thread & ((1u << shift) - 1); e < num_local && ok; e += 1u << shift) {
+        uint32_t count;
+        if (r == own_rank) {
+          count = own_count(e);
+        } else {
+          ok = op_.read_count(counts + e, r, &count);
         }
-        arrivals_.rows[num_ranks * num_local + e] = sum;
+        arrivals_.rows[r * num_local + e] = count;
       }
-      return ok;
-    }
-    const uint32_t lane = threadIdx.x % kWarp;
-#pragma unroll 1
-    for (uint32_t e = threadIdx.x / kWarp; e < num_local; e += kWarps) {
-      uint32_t before = 0;
-#pragma unroll 1
-      for (uint32_t first = 0; first < num_ranks; first += kWarp) {
-        const uint32_t r = first + lane;
-        uint32_t count = 0;
-        ok = ok && (r >= num_ranks || count_of(r, e, &count));
-        uint32_t sum = count;
-        for (uint32_t step = 1; step < kWarp; step *= 2) {
-          const uint32_t other = __shfl_up_sync(kAllLanes, sum, step);
-          if (lane >= step) sum += other;
-        }
-        if (r < num_ranks) arrivals_.rows[r * num_local + e] = before + sum - count;
-        before += __shfl_sync(kAllLanes, sum, kWarp - 1);
-      }
-      if (lane == 0) arrivals_.rows[num_ranks * num_local + e] = before;
     }
     return ok;
+  }
+  // How many messages lie before those of each source and, where counts have been read, how many
+  // rows of each expert. Whole block, barriers before and behind it.
+  __device__ void count_up() const {
+    arrivals_.sources.count_up();
+    if (params_.output == OutputLayout::kExpertMajor) count_up_rows();
   }
 
   // All messages but those of `skip_rank`. `num_taken`: see Items. False, on all lanes of a warp:
@@ -110,14 +90,10 @@ class DispatchReceiver {
   __device__ bool run(uint32_t skip_rank, uint32_t num_taken) const {
     const Sources& sources = arrivals_.sources;
     const OtherMessages messages(sources, skip_rank);
-    for (Items items(messages.size, num_parts(), num_taken); items.more(); items.next()) {
+    for (Items items(messages.size, num_parts_ + 1, num_taken); items.more(); items.next()) {
       const uint32_t m = messages[items.row()];
       const uint32_t src_rank = source_of(sources.prefix, sources.num_ranks, m);
-      const uint32_t slot = m - sources.prefix[src_rank];
-      const bool is_tagged = !View::kHasNetwork && sources.is_tagged(src_rank);
-      const bool ok = is_tagged ? receive_tagged(m, src_rank, slot, items)
-                                : receive_untagged(m, src_rank, slot, items);
-      if (!ok) return false;
+      if (!receive(m, src_rank, m - sources.prefix[src_rank], items)) return false;
     }
     return true;
   }
@@ -126,40 +102,50 @@ class DispatchReceiver {
   template <typename Rows>
   __device__ uint32_t take_own(const DispatchSender<Rows, View>& sender, const Routing& routing,
                                const TokenSets& sets, const Rows& rows, uint32_t num_taken) const {
-    const uint32_t self = rank_.self_rank;
+    const uint32_t self = rank_.self_rank, lane = threadIdx.x % kWarp;
     const uint32_t first_expert = routing.owners.first_expert(self);
-    Items items(routing.num_tokens, num_parts(), num_taken);
+    Items items(routing.num_tokens, num_parts_ + 1, num_taken);
     for (; items.more(); items.next()) {
-      const uint32_t token = items.row(), first_part = items.first_part();
-      const bool writes = first_part == 0, goes_here = sets.goes_to_rank(self, token);
-      if (!goes_here && !sender.is_alone()) continue;
-      auto fetched = rows.fetch(token, first_part);
+      const uint32_t token = items.row();
+      const bool notes = items.end_part() > num_parts_, goes_here = sets.goes_to_rank(self, token);
+      if (!goes_here && !(notes && sender.is_alone())) continue;
+      const auto first = rows.fetch(token, items.first_part());
       const uint32_t slot = sets.before_rank(self, token),
                      m = arrivals_.sources.prefix[self] + slot;
-      uint32_t num_entries = 0;
-      const uint32_t num_routes = for_each_route(routing, sets, token, [&](const Route& route) {
-        if (writes && sender.is_alone()) sender.note_answer(token, route);
-        if (route.dst_rank != self) return;
-        const ExpertEntry entry = {static_cast<uint16_t>(route.expert - first_expert),
-                                   static_cast<uint16_t>(route.k),
-                                   sets.before_expert(route.expert, token), route.weight};
-        place_entry(m, self, slot, route.entry_idx, entry, writes);
-        num_entries = route.num_entries;
-        if (writes && route.entry_idx == 0) {
-          write_message(m, token, sender.outcome_slot(token, route), num_entries);
-        }
-      });
-      if (writes && sender.is_alone() && threadIdx.x % kWarp == 0) {
-        sender.note_partials(token, num_routes);
-      }
-      if (!goes_here) continue;
-      finish_plan(m, self, slot, __reduce_max_sync(kAllLanes, num_entries), writes);
+      uint32_t num_entries = 0, outcome_slot = 0;
+      bool is_first = true;
+      const uint32_t num_routes =
+          for_each_route(routing, sets, token, [&](const Route& route, bool is_routed) {
+            if (notes && is_routed && sender.is_alone()) sender.note_answer(token, route);
+            const bool is_here = is_routed && route.dst_rank == self;
+            Place place;
+            if (is_here) {
+              const ExpertEntry entry = {static_cast<uint16_t>(route.expert - first_expert),
+                                         static_cast<uint16_t>(route.k),
+                                         sets.before_expert(route.expert, token), route.weight};
+              find_place(self, slot, entry, &place);
+              if (notes) note_entry(m, self, slot, route.entry_idx, entry, place);
+              num_entries = route.num_entries;
+              if (route.entry_idx == 0) outcome_slot = sender.outcome_slot(token, route);
+            }
+            const uint32_t lanes = lanes_of_rows(is_here, is_first);
+            if (lanes == 0) return;
+            is_first = false;
+            auto fetched = first;
 #pragma unroll 1
-      for (uint32_t part = first_part; part < items.end_part(); ++part) {
-        const Part p = rows.finish(fetched);
-        if (part + 1 < items.end_part()) fetched = rows.fetch(token, part + 1);
-        store(p, part);
+            for (uint32_t part = items.first_part(); part < end_of_row(items); ++part) {
+              const Part p = rows.finish(fetched);
+              if (part + 1 < end_of_row(items)) fetched = rows.fetch(token, part + 1);
+              store(p, part, place, lanes);
+            }
+          });
+      if (!notes) continue;
+      if (goes_here) {
+        note_end(m, self, slot,
+                 {token, __reduce_max_sync(kAllLanes, outcome_slot),
+                  __reduce_max_sync(kAllLanes, num_entries), 0});
       }
+      if (sender.is_alone() && lane == 0) sender.note_partials(token, num_routes);
     }
     return items.size();
   }
@@ -175,6 +161,8 @@ class DispatchReceiver {
     if (is_rank_major) {
       const bool ok = read_counts(own_rank, own_count);
       if (!__syncthreads_and(ok)) return false;
+      count_up_rows();
+      __syncthreads();
     }
     const uint32_t num_local = arrivals_.num_local_experts;
 #pragma unroll 1
@@ -199,7 +187,7 @@ class DispatchReceiver {
     if (!__syncthreads_and(ok)) return;
     if (params_.output == OutputLayout::kExpertMajor) ok = read_counts(kNoRank, no_own_count);
     if (!__syncthreads_and(ok)) return;
-    arrivals_.sources.count_up();
+    count_up();
     __syncthreads();
     ok = run(kNoRank, 0);
     ok &= write_counts(kNoRank, no_own_count);
@@ -207,89 +195,109 @@ class DispatchReceiver {
   }
 
  private:
-  __device__ uint32_t num_parts() const {
-    return protocol::parts_for(layout_.dispatch_row_bytes());
+  __device__ uint32_t end_of_row(const Items& items) const {
+    return min(items.end_part(), num_parts_);
   }
 
-  __device__ bool receive_untagged(uint32_t m, uint32_t src_rank, uint32_t slot,
-                                   const Items& items) const {
-    const uint32_t lane = threadIdx.x % kWarp;
-    const std::byte* message = op_.self() + layout_.header(op_.bank(), src_rank, slot);
-    const auto* fields = reinterpret_cast<const uint32_t*>(message + sizeof(MessageHeader));
-    constexpr uint32_t kEntryWords = sizeof(ExpertEntry) / sizeof(uint32_t);
-    // Header and entries on their way together.
-    const uint4 header = ptx::ld_row(reinterpret_cast<const uint4*>(message));
-    uint4 entry = {};
-    if (lane < layout_.config().top_k) entry = load_entry(fields + lane * kEntryWords);
-    if (!check_header(src_rank, header)) return false;
-    const bool writes = items.first_part() == 0;
-    __syncwarp();  // the last message's plan has been read
-    bool ok = true;
+  // A thread an expert, the last ones, because the first ones count messages.
+  __device__ void count_up_rows() const {
+    const uint32_t num_local = arrivals_.num_local_experts;
 #pragma unroll 1
-    for (uint32_t j = lane; j < header.z && ok; j += kWarp) {
-      if (j != lane) entry = load_entry(fields + j * kEntryWords);
-      ok = place_entry(m, src_rank, slot, j, entry_of(entry), writes);
+    for (uint32_t e = kThreads - 1 - threadIdx.x; e < num_local; e += kThreads) {
+      uint32_t* rows = arrivals_.rows + e;
+      uint32_t sum = 0;
+#pragma unroll 4
+      for (uint32_t r = 0; r < arrivals_.sources.num_ranks; ++r, rows += num_local) {
+        const uint32_t count = *rows;
+        *rows = sum;
+        sum += count;
+      }
+      *rows = sum;
     }
-    if (!__all_sync(kAllLanes, ok)) return false;
-    if (writes && lane == 0) write_message(m, header.x, header.y, header.z);
-    finish_plan(m, src_rank, slot, header.z, writes);
+  }
 
-    constexpr uint32_t kBatch = 4;  // parts on their way at the same time
-    const RowView row = untagged_row(src_rank, slot, header.x);
+  // Some parts of message `m`, the `slot`-th of its source. One warp. False, on all its lanes: it
+  // gave up.
+  __device__ bool receive(uint32_t m, uint32_t src_rank, uint32_t slot, const Items& items) const {
+    const uint32_t lane = threadIdx.x % kWarp, top_k = layout_.config().top_k;
+    const bool is_tagged = !View::kHasNetwork && arrivals_.sources.is_tagged(src_rank);
+    std::byte* message =
+        op_.self() + (is_tagged ? layout_.tagged_message(op_.bank(), src_rank, slot)
+                                : layout_.header(op_.bank(), src_rank, slot));
+    const auto* words = reinterpret_cast<const uint4*>(message);
+    std::byte* tagged_row = message + layout_.tagged_row_in_message();
+    const bool notes = items.end_part() > num_parts_;
+    uint4 header = is_tagged ? ptx::ld_relaxed_sys_b128(words) : ptx::ld_row(words);
 #pragma unroll 1
-    for (uint32_t part = items.first_part(); part < items.end_part(); part += kBatch) {
-      Part batch[kBatch];
-#pragma unroll
-      for (uint32_t i = 0; i < kBatch; ++i) {
-        if (part + i < items.end_part()) batch[i] = load_part(row, shape_, part + i, ptx::ld_row);
+    for (uint32_t first = 0; first < top_k; first += kWarp) {
+      // Header, entries and, tagged, the first part on their way together.
+      const uint32_t j = first + lane;
+      uint4 entry = {};
+      TaggedPart tagged;
+      if (j < top_k)
+        entry = is_tagged ? ptx::ld_relaxed_sys_b128(words + 1 + j) : load_entry(message, j);
+      if (is_tagged) tagged.begin(tagged_row, shape_.num_vectors, items.first_part(), op_.tag());
+      if (first == 0) {
+        const bool has_header = !is_tagged || op_.have_tag(words, src_rank, &header);
+        if (!__all_sync(kAllLanes, has_header) || !check_header(src_rank, header)) return false;
       }
-#pragma unroll
-      for (uint32_t i = 0; i < kBatch; ++i) {
-        if (part + i < items.end_part()) store(batch[i], part + i);
+      const bool is_there = j < header.z;
+      bool ok = true;
+      Place place;
+      if (is_there) {
+        ok = !is_tagged || op_.have_tag(words + 1 + j, src_rank, &entry);
+        ok = ok && find_place(src_rank, slot, entry_of(entry), &place);
       }
+      if (!__all_sync(kAllLanes, ok)) return false;
+      const uint32_t lanes = lanes_of_rows(is_there, first == 0);
+      if (lanes != 0) {
+        if (is_tagged) {
+          ok = move_tagged(src_rank, tagged_row, tagged, items, place, lanes);
+        } else {
+          move_untagged(untagged_row(src_rank, slot, header.x), items, place, lanes);
+        }
+      }
+      if (!ok) return false;
+      if (notes && is_there) note_entry(m, src_rank, slot, j, entry_of(entry), place);
     }
+    if (notes) note_end(m, src_rank, slot, header);
     return true;
   }
 
-  __device__ bool receive_tagged(uint32_t m, uint32_t src_rank, uint32_t slot,
-                                 const Items& items) const {
-    const uint32_t lane = threadIdx.x % kWarp, top_k = layout_.config().top_k;
-    std::byte* message = op_.self() + layout_.tagged_message(op_.bank(), src_rank, slot);
-    const auto* words = reinterpret_cast<const uint4*>(message);
-    std::byte* row = message + layout_.tagged_row_in_message();
-    // Header, entries and the first part on their way together.
-    uint4 header = ptx::ld_relaxed_sys_b128(words);
-    uint4 entry = {};
-    if (lane < top_k) entry = ptx::ld_relaxed_sys_b128(words + 1 + lane);
-    TaggedPart tagged;
-    tagged.begin(row, shape_.num_vectors, items.first_part(), op_.tag());
-    const bool has_header = op_.have_tag(words, src_rank, &header);
-    if (!__all_sync(kAllLanes, has_header) || !check_header(src_rank, header)) return false;
-    const bool writes = items.first_part() == 0;
-    bool ok = true;
+  // `tagged`: the first part, on its way.
+  __device__ bool move_tagged(uint32_t src_rank, std::byte* row, TaggedPart tagged,
+                              const Items& items, const Place& place, uint32_t lanes) const {
 #pragma unroll 1
-    for (uint32_t j = lane; j < header.z && ok; j += kWarp) {
-      if (j != lane) entry = ptx::ld_relaxed_sys_b128(words + 1 + j);
-      ok = op_.have_tag(words + 1 + j, src_rank, &entry) &&
-           place_entry(m, src_rank, slot, j, entry_of(entry), writes);
-    }
-    if (!__all_sync(kAllLanes, ok)) return false;
-    if (writes && lane == 0) write_message(m, header.x, header.y, header.z);
-    finish_plan(m, src_rank, slot, header.z, writes);
-#pragma unroll 1
-    for (uint32_t part = items.first_part(); part < items.end_part(); ++part) {
+    for (uint32_t part = items.first_part(); part < end_of_row(items); ++part) {
       while (!__all_sync(kAllLanes, tagged.is_here(op_.tag()))) {
-        ok = wait_for_part(rank_, op_.receiving(), src_rank, row, shape_.num_vectors, part);
+        const bool ok =
+            wait_for_part(rank_, op_.receiving(), src_rank, row, shape_.num_vectors, part);
         if (!__all_sync(kAllLanes, ok)) return false;
         tagged.begin(row, shape_.num_vectors, part, op_.tag());
       }
       const Part p = tagged.part();
-      if (part + 1 < items.end_part()) {
+      if (part + 1 < end_of_row(items)) {
         tagged.begin(row, shape_.num_vectors, part + 1, op_.tag());
       }
-      store(p, part);
+      store(p, part, place, lanes);
     }
     return true;
+  }
+  __device__ void move_untagged(const RowView& row, const Items& items, const Place& place,
+                                uint32_t lanes) const {
+    constexpr uint32_t kBatch = 4;  // parts on their way at the same time
+#pragma unroll 1
+    for (uint32_t part = items.first_part(); part < end_of_row(items); part += kBatch) {
+      Part batch[kBatch];
+#pragma unroll
+      for (uint32_t i = 0; i < kBatch; ++i) {
+        if (part + i < end_of_row(items)) batch[i] = load_part(row, shape_, part + i, ptx::ld_row);
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < kBatch; ++i) {
+        if (part + i < end_of_row(items)) store(batch[i], part + i, place, lanes);
+      }
+    }
   }
 
   __device__ bool is_source() const {
@@ -300,7 +308,9 @@ class DispatchReceiver {
     return {static_cast<uint16_t>(words.x), static_cast<uint16_t>(words.x >> 16), words.y,
             __uint_as_float(words.z)};
   }
-  __device__ static uint4 load_entry(const uint32_t* fields) {
+  __device__ static uint4 load_entry(const std::byte* message, uint32_t j) {
+    const auto* fields = reinterpret_cast<const uint32_t*>(message + sizeof(MessageHeader) +
+                                                           j * sizeof(ExpertEntry));
     return {ptx::ld_relaxed_sys(fields), ptx::ld_relaxed_sys(fields + 1),
             ptx::ld_relaxed_sys(fields + 2), 0};
   }
@@ -324,76 +334,70 @@ class DispatchReceiver {
     return op_.corrupt(src_rank, op_.tag(), header.w);
   }
 
-  // Entry `j` of message `m`: its row to the plan, and to the handle.
-  __device__ bool place_entry(uint32_t m, uint32_t src_rank, uint32_t slot, uint32_t j,
-                              const ExpertEntry& entry, bool writes) const {
+  // Where an entry's row goes. False: memory that contradicts itself must not choose that.
+  __device__ bool find_place(uint32_t src_rank, uint32_t slot, const ExpertEntry& entry,
+                             Place* place) const {
     const uint32_t num_local = arrivals_.num_local_experts, top_k = layout_.config().top_k;
-    const uint32_t local_expert = entry.local_expert;
+    const uint32_t num_scale_words = layout_.num_scale_words();
     if (entry.k >= top_k) return op_.corrupt(src_rank, top_k, entry.k);
-    if (local_expert >= num_local) return op_.corrupt(src_rank, num_local, local_expert);
+    if (entry.local_expert >= num_local) {
+      return op_.corrupt(src_rank, num_local, entry.local_expert);
+    }
     if (params_.output == OutputLayout::kRankMajor) {
-      if (writes) {
-        const uint64_t i = rank_major_row(src_rank, slot) * top_k + j;
-        params_.recv_topk_idx[i] = static_cast<int32_t>(local_expert);
-        params_.recv_topk_weights[i] = entry.weight;
-      }
+      place->row = rank_major_row(src_rank, slot);
+      place->first_scale = place->row * num_scale_words;
       return true;
     }
-    const uint64_t in_expert =
-        arrivals_.rows[src_rank * num_local + local_expert] + uint64_t{entry.position};
-    if (in_expert >= layout_.expert_capacity()) {
-      return op_.corrupt(src_rank, layout_.expert_capacity(), in_expert);
-    }
-    const auto row = static_cast<uint32_t>(local_expert * layout_.expert_capacity() + in_expert);
-    plan_->rows[j] = params_.recv_x + row * layout_.dispatch_row_bytes();
-    plan_->first_scales[j] =
-        scales() + uint64_t{local_expert} * layout_.num_scale_words() * layout_.expert_capacity() +
-        in_expert;
-    if (writes) {
-      const float weight = is_source() ? __uint_as_float(entry.k) : entry.weight;
-      params_.handle.entries[uint64_t{m} * top_k + j] = {row, weight};
-    }
+    const auto capacity = static_cast<uint32_t>(layout_.expert_capacity());
+    const uint32_t before = arrivals_.rows[src_rank * num_local + entry.local_expert];
+    const uint64_t in_expert = before + uint64_t{entry.position};
+    if (in_expert >= capacity) return op_.corrupt(src_rank, capacity, in_expert);
+    place->row = entry.local_expert * capacity + static_cast<uint32_t>(in_expert);
+    place->first_scale =
+        entry.local_expert * num_scale_words * capacity + static_cast<uint32_t>(in_expert);
     return true;
   }
-
-  // After all entries: the plan is complete for the whole warp.
-  __device__ void finish_plan(uint32_t m, uint32_t src_rank, uint32_t slot, uint32_t num_entries,
-                              bool writes) const {
-    const uint32_t lane = threadIdx.x % kWarp, top_k = layout_.config().top_k;
-    const bool is_rank_major = params_.output == OutputLayout::kRankMajor;
-    if (writes) {
-      // Combine reads all of them, before it knows how many there are.
-#pragma unroll 1
-      for (uint32_t j = (is_rank_major ? 1 : num_entries) + lane; j < top_k; j += kWarp) {
-        params_.handle.entries[uint64_t{m} * top_k + j] = {0, 0.0f};
-      }
-    }
-    if (is_rank_major && writes) {
-      const uint64_t row = rank_major_row(src_rank, slot);
-#pragma unroll 1
-      for (uint32_t j = num_entries + lane; j < top_k; j += kWarp) {
-        params_.recv_topk_idx[row * top_k + j] = -1;
-        params_.recv_topk_weights[row * top_k + j] = 0.0f;
-      }
-      if (lane == 0) {
-        params_.handle.entries[uint64_t{m} * top_k] = {static_cast<uint32_t>(row), 1.0f};
-      }
-    }
-    if (lane == 0) {
-      if (is_rank_major) {
-        const uint64_t row = rank_major_row(src_rank, slot);
-        plan_->rows[0] = params_.recv_x + row * layout_.dispatch_row_bytes();
-        plan_->first_scales[0] = scales() + row * layout_.num_scale_words();
-      }
-      plan_->num_rows = is_rank_major ? 1 : num_entries;
-    }
-    __syncwarp();
+  // Of a message's entries that lanes have: to whose places its row goes. Rank-major all have the
+  // same; `is_first`: it has not been there yet. Whole warp.
+  __device__ uint32_t lanes_of_rows(bool is_there, bool is_first) const {
+    const uint32_t lanes = __ballot_sync(kAllLanes, is_there);
+    if (params_.output == OutputLayout::kExpertMajor) return lanes;
+    return is_first ? lanes & -lanes : 0;
   }
 
-  __device__ void write_message(uint32_t m, uint32_t src_token, uint32_t outcome_slot,
-                                uint32_t num_entries) const {
-    params_.handle.messages[m] = {src_token, outcome_slot, m * layout_.config().top_k,
-                                  params_.output == OutputLayout::kRankMajor ? 1 : num_entries};
+  // Entry `j` of message `m`, to the handle.
+  __device__ void note_entry(uint32_t m, uint32_t src_rank, uint32_t slot, uint32_t j,
+                             const ExpertEntry& entry, const Place& place) const {
+    const uint32_t top_k = layout_.config().top_k;
+    if (params_.output == OutputLayout::kRankMajor) {
+      const uint64_t i = uint64_t{rank_major_row(src_rank, slot)} * top_k + j;
+      params_.recv_topk_idx[i] = static_cast<int32_t>(entry.local_expert);
+      params_.recv_topk_weights[i] = entry.weight;
+      return;
+    }
+    const float weight = is_source() ? __uint_as_float(uint32_t{entry.k}) : entry.weight;
+    params_.handle.entries[uint64_t{m} * top_k + j] = {place.row, weight};
+  }
+  // After all entries. Whole warp.
+  __device__ void note_end(uint32_t m, uint32_t src_rank, uint32_t slot,
+                           const uint4& header) const {
+    const uint32_t lane = threadIdx.x % kWarp, top_k = layout_.config().top_k;
+    const bool is_rank_major = params_.output == OutputLayout::kRankMajor;
+    const uint32_t num_rows = is_rank_major ? 1 : header.z;
+    HandleEntry* entries = params_.handle.entries + uint64_t{m} * top_k;
+    // Combine reads all of them, before it knows how many there are.
+#pragma unroll 1
+    for (uint32_t j = num_rows + lane; j < top_k; j += kWarp) entries[j] = {0, 0.0f};
+    if (is_rank_major) {
+      const uint32_t row = rank_major_row(src_rank, slot);
+#pragma unroll 1
+      for (uint32_t j = header.z + lane; j < top_k; j += kWarp) {
+        params_.recv_topk_idx[uint64_t{row} * top_k + j] = -1;
+        params_.recv_topk_weights[uint64_t{row} * top_k + j] = 0.0f;
+      }
+      if (lane == 0) entries[0] = {row, 1.0f};
+    }
+    if (lane == 0) params_.handle.messages[m] = {header.x, header.y, m * top_k, num_rows};
   }
 
   __device__ RowView untagged_row(uint32_t src_rank, uint32_t slot, uint32_t src_token) const {
@@ -406,18 +410,21 @@ class DispatchReceiver {
             at<float>(op_.self(), layout_.inbox_scales(op_.bank(), src_rank, slot))};
   }
 
-  // A part to all rows of the plan.
-  __device__ void store(const Part& p, uint32_t part) const {
+  // A part to the places of some lanes. Whole warp.
+  __device__ void store(const Part& p, uint32_t part, const Place& place, uint32_t lanes) const {
     const ScaleWord scale(p, part, layout_);
     uint32_t word = scale.idx;
     if (params_.output == OutputLayout::kExpertMajor) {
       word *= static_cast<uint32_t>(layout_.expert_capacity());
     }
-    const uint32_t num_rows = plan_->num_rows;
 #pragma unroll 1
-    for (uint32_t j = 0; j < num_rows; ++j) {
-      store_vectors(p, plan_->rows[j], shape_.num_vectors, part);
-      if (scale.is_there) plan_->first_scales[j][word] = scale.value;
+    for (; lanes != 0; lanes &= lanes - 1) {
+      const uint32_t lane = __ffs(static_cast<int>(lanes)) - 1;
+      const uint32_t row = __shfl_sync(kAllLanes, place.row, lane);
+      const uint32_t first_scale = __shfl_sync(kAllLanes, place.first_scale, lane);
+      store_vectors(p, params_.recv_x + row * layout_.dispatch_row_bytes(), shape_.num_vectors,
+                    part);
+      if (scale.is_there) scales()[first_scale + word] = scale.value;
     }
   }
 
@@ -439,8 +446,8 @@ class DispatchReceiver {
   }
 
   __device__ uint32_t* scales() const { return static_cast<uint32_t*>(params_.recv_scales); }
-  __device__ uint64_t rank_major_row(uint32_t src_rank, uint32_t slot) const {
-    return uint64_t{src_rank} * layout_.config().num_max_tokens_per_rank + slot;
+  __device__ uint32_t rank_major_row(uint32_t src_rank, uint32_t slot) const {
+    return src_rank * layout_.config().num_max_tokens_per_rank + slot;
   }
 
   const View& rank_;
@@ -448,8 +455,8 @@ class DispatchReceiver {
   const Op& op_;
   const DispatchRecvParams& params_;
   const Arrivals& arrivals_;
-  MessagePlan* plan_;
   RowShape shape_;
+  uint32_t num_parts_;
 };
 
 }  // namespace ep::cuda

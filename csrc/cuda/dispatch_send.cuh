@@ -1,8 +1,8 @@
 // Dispatch's first half: every token once to each rank that owns some of its experts.
 //
 // Every block finds out by itself which tokens go where, so that slots and positions need no word
-// from other blocks. A warp plans a token, writes its headers and moves some parts of its row.
-// Tagged words need nothing more; else the last block to finish signals.
+// from other blocks. A warp moves some parts of a token's row; who has the end of it writes the
+// headers, too. Tagged words need nothing more; else the last block to finish signals.
 //
 // Messages to peers over a network are written where this rank stages them, and put from there.
 #pragma once
@@ -65,9 +65,9 @@ class DispatchSender {
   // True where this rank has no peers and receives from x: there is nobody to send to.
   __device__ bool is_alone() const { return routing_.num_ranks == 1 && skip_rank_ == 0; }
 
-  // How the rows of all tokens are shared out.
+  // How the rows of all tokens are shared out: one part more than they have is the headers.
   __device__ static Items items(const RankView& rank, uint32_t num_tokens) {
-    return Items(num_tokens, protocol::parts_for(rank.layout.dispatch_row_bytes()));
+    return Items(num_tokens, protocol::parts_for(rank.layout.dispatch_row_bytes()) + 1);
   }
 
   // Whole block. `items`: see above; `fetched`: the first part of the first of them.
@@ -80,11 +80,16 @@ class DispatchSender {
         if (op_.reaches(r)) op_.publish_signal(r, source_word(r));
       }
     }
+    const uint32_t num_parts = protocol::parts_for(layout_.dispatch_row_bytes());
     send_rows(
-        rows_, items, fetched,
-        [&](uint32_t token, bool is_first) { plan_row(token, is_first, plan); },
+        rows_, num_parts, items, fetched,
+        [&](uint32_t token, uint32_t part) {
+          // All warps of a block put messages.
+          if (View::kHasNetwork || part < num_parts) plan_row(token, plan);
+        },
         [&](const Part& p, uint32_t part) { send_part(p, part, *plan); },
-        [&] {
+        [&](uint32_t token, bool is_last) {
+          if (is_last) write_headers(token);
           if constexpr (View::kHasNetwork) put_messages(*plan);
         });
     if (is_tagged_ || !op_.is_last_block()) return;
@@ -190,46 +195,61 @@ class DispatchSender {
     return op_.peer(r);
   }
 
-  // Headers of the token to the peers, places of its row to the plan. One warp.
-  __device__ void plan_row(uint32_t token, bool writes, Plan* plan) const {
-    const uint32_t num_messages = sets_.ranks_of(token), self = rank_.self_rank;
-    const bool is_pull = !is_tagged_ && protocol::pulls_dispatch(layout_.config().transfer);
-    const uint32_t num_routes = for_each_route(
-        routing_, sets_, token,
-        [&](const Route& route) {
-          if (writes) note_answer(token, route);
-          if (route.dst_rank == skip_rank_) return;
-          if (writes) write_header(token, route);
-          if (route.entry_idx != 0 || is_pull) return;
-          // Column by column, without the one that is skipped.
-          const bool is_behind =
-              skip_rank_ < route.dst_rank && sets_.goes_to_rank(skip_rank_, token);
-          const uint32_t i = route.column - (is_behind ? 1 : 0);
-          std::byte* peer = base_for(route.dst_rank);
-          if constexpr (View::kHasNetwork) plan->messages[i] = route.dst_rank << 16 | route.slot;
-          if (is_tagged_) {
-            plan->rows[i] = peer + layout_.tagged_message(op_.bank(), self, route.slot) +
-                            layout_.tagged_row_in_message();
-          } else {
-            plan->rows[i] = peer + layout_.inbox_row(op_.bank(), self, route.slot);
-            plan->scales[i] = at<float>(peer, layout_.inbox_scales(op_.bank(), self, route.slot));
-          }
-        },
-        packs_rows());
-    if (threadIdx.x % kWarp == 0) {
-      if (writes) note_partials(token, num_routes);
-      const bool is_skipped = skip_rank_ != kNoRank && sets_.goes_to_rank(skip_rank_, token);
-      plan->num_rows = num_messages - (is_skipped ? 1 : 0);
-      const uint32_t num_before = sets_.ranks_below(self + 1, token) - (is_skipped ? 1 : 0);
-      plan->first_row = next_behind(num_before, plan->num_rows);
-      if (is_pull && plan->num_rows > 0) {
-        plan->num_rows = 1;
+  // Where the token's row goes. A lane a rank.
+  __device__ void plan_row(uint32_t token, Plan* plan) const {
+    const uint32_t lane = threadIdx.x % kWarp, self = rank_.self_rank;
+    __syncwarp();  // the last plan has been used
+    if (!is_tagged_ && protocol::pulls_dispatch(layout_.config().transfer)) {
+      if (lane == 0) {
+        const bool is_kept = skip_rank_ != kNoRank && sets_.goes_to_rank(skip_rank_, token);
+        plan->num_rows = sets_.ranks_of(token) > (is_kept ? 1 : 0) ? 1 : 0;
         plan->first_row = 0;
         plan->rows[0] = op_.self() + layout_.staged_row(op_.bank(), token);
         plan->scales[0] = at<float>(op_.self(), layout_.staged_scales(op_.bank(), token));
       }
+      __syncwarp();
+      return;
+    }
+    uint32_t size = 0, num_before = 0;  // of them: ranks up to this one
+#pragma unroll 1
+    for (uint32_t word = 0; word < sets_.num_rank_words(); ++word) {
+      uint32_t ranks = sets_.rank_word(token, word);
+      if (skip_rank_ / kWarp == word) ranks &= ~(1u << (skip_rank_ % kWarp));
+      const uint32_t r = word * kWarp + lane;
+      if ((ranks >> lane & 1) != 0) {
+        const uint32_t slot = sets_.before_rank(r, token);
+        const uint32_t i = size + __popc(ranks & ((1u << lane) - 1));
+        std::byte* peer = base_for(r);
+        if constexpr (View::kHasNetwork) plan->messages[i] = r << 16 | slot;
+        if (is_tagged_) {
+          plan->rows[i] = peer + layout_.tagged_message(op_.bank(), self, slot) +
+                          layout_.tagged_row_in_message();
+        } else {
+          plan->rows[i] = peer + layout_.inbox_row(op_.bank(), self, slot);
+          plan->scales[i] = at<float>(peer, layout_.inbox_scales(op_.bank(), self, slot));
+        }
+      }
+      size += __popc(ranks);
+      num_before += __popc(__ballot_sync(kAllLanes, (ranks >> lane & 1) != 0 && r <= self));
+    }
+    if (lane == 0) {
+      plan->num_rows = size;
+      plan->first_row = next_behind(num_before, size);
     }
     __syncwarp();
+  }
+
+  // Headers of the token to the peers. A lane a route.
+  __device__ void write_headers(uint32_t token) const {
+    const uint32_t num_routes = for_each_route(
+        routing_, sets_, token,
+        [&](const Route& route, bool is_routed) {
+          if (!is_routed) return;
+          note_answer(token, route);
+          if (route.dst_rank != skip_rank_) write_header(token, route);
+        },
+        packs_rows());
+    if (threadIdx.x % kWarp == 0) note_partials(token, num_routes);
   }
 
   __device__ void write_header(uint32_t token, const Route& route) const {

@@ -16,12 +16,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
                     const __grid_constant__ DispatchSendParams send,
                     const __grid_constant__ DispatchRecvParams recv) {
   extern __shared__ uint32_t shared[];
-  __shared__ union {
-    SendPlan send;
-    MessagePlan message;
-  } plans[kWarps];
+  __shared__ SendPlan plans[kSends ? kWarps : 1];
   const auto& config = rank.layout.config();
-  const uint32_t warp = threadIdx.x / kWarp, num_tokens = kSends ? send.num_tokens : 0;
+  const uint32_t num_tokens = kSends ? send.num_tokens : 0;
   using Sender = DispatchSender<Rows>;
   const uint32_t skip_rank =
       kSends && kReceives && !Sender::sends_to_self(rank, num_tokens) ? rank.self_rank : kNoRank;
@@ -44,13 +41,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   if (kSends) {
     const bool ok = sets.fill(rank, routing, first_expert);
     if (!op.start_send(ok)) return;
-    if (!sender.is_alone()) sender.run(items, fetched, &plans[warp].send);
+    if (!sender.is_alone()) sender.run(items, fetched, &plans[threadIdx.x / kWarp]);
   }
   bool ok = true;
   if (kReceives) {
     const uint32_t num_sets_words = kSends ? TokenSets::num_bytes(config, num_tokens) / 4 : 0;
     const Arrivals arrivals(shared + num_sets_words, config.num_ranks, rank.num_local_experts);
-    const DispatchReceiver receiver(rank, op, recv, arrivals, &plans[warp].message);
+    const DispatchReceiver receiver(rank, op, recv, arrivals);
     auto own_count = [&](uint32_t e) {
       return sets.tokens_of_expert(rank.owners.first_expert(rank.self_rank) + e);
     };
@@ -60,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
       ok = ok && receiver.read_counts(skip_rank, own_count);
     }
     if (!__syncthreads_and(ok)) return;
-    arrivals.sources.count_up();
+    receiver.count_up();
     __syncthreads();
     uint32_t num_taken = items.size();
     if (skip_rank != kNoRank) {

@@ -322,29 +322,33 @@ void with_rows(const protocol::LowLatencyLayout& layout, const protocol::Dispatc
 }
 
 // The rows of a block's items, part by part. `fetched`: the first part of the first item.
-// `plan(token, is_first)`: before its parts, `is_first`: of all; `send(data, part)`; `end()`:
-// behind the parts of an item.
+// `plan(token, part)`: before its parts, of which that is the first; `send(data, part)`;
+// `end(token, is_last)`: behind the parts of an item, `is_last`: which has one more than the row.
 template <typename Rows, typename Items, typename Plan, typename Send, typename End>
-__device__ __forceinline__ void send_rows(const Rows& rows, Items items,
+__device__ __forceinline__ void send_rows(const Rows& rows, uint32_t num_parts, Items items,
                                           typename Rows::Fetched fetched, Plan plan, Send send,
                                           End end) {
   while (items.more()) {
     const uint32_t token = items.row(), end_part = items.end_part();
+    const uint32_t end_of_row = min(end_part, num_parts);
     uint32_t part = items.first_part();
-    plan(token, part == 0);
+    const bool is_last = end_part > num_parts && part <= num_parts;
+    plan(token, part);
     items.next();
 #pragma unroll 1
-    for (; part < end_part; ++part) {
-      const Part p = rows.finish(fetched);
+    do {
+      const bool is_part = part < end_of_row;  // else the item is no more than what is behind
+      Part p;
+      if (is_part) p = rows.finish(fetched);
       // The next part is on its way while this one leaves, and while its token is planned.
-      if (part + 1 < end_part) {
-        fetched = rows.fetch(token, part + 1);
-      } else if (items.more()) {
-        fetched = rows.fetch(items.row(), items.first_part());
+      const bool goes_on = part + 1 < end_of_row;
+      if (goes_on || items.more()) {
+        fetched =
+            rows.fetch(goes_on ? token : items.row(), goes_on ? part + 1 : items.first_part());
       }
-      send(p, part);
-    }
-    end();
+      if (is_part) send(p, part);
+    } while (++part < end_of_row);
+    end(token, is_last);
   }
 }
 

@@ -179,13 +179,14 @@ class OpOf {
     return ok;
   }
 
-  // A word of counts, {epoch, count}, which has no signal behind it.
+  // Waits for a word of counts, {epoch, count}, which has no signal behind it. That wait is not
+  // counted: others wait for the source's signal meanwhile.
   __device__ bool read_count(const uint64_t* word, uint32_t src_rank, uint32_t* count) const {
     const uint64_t minimum = protocol::pack_signal(epoch_, 0);
     uint64_t seen = ptx::ld_relaxed_sys(word);
     if (seen < minimum) {
-      seen = wait_for_word(rank_, receiving(), src_rank, word, minimum, protocol::kEpochShift,
-                           blockIdx.x == 0);
+      seen =
+          wait_for_word(rank_, receiving(), src_rank, word, minimum, protocol::kEpochShift, false);
     }
     *count = static_cast<uint32_t>(protocol::signal_count(seen));
     return seen >= minimum;
@@ -363,6 +364,7 @@ class BlockItems {
   __device__ uint32_t first_part() const { return first_part_; }
   __device__ uint32_t end_part() const { return end_part_; }
   __device__ void next() { row_ += gridDim.x; }
+  __device__ uint32_t size() const { return end_ * kWarps; }
 
  private:
   uint32_t end_, row_, first_part_, end_part_;

@@ -192,8 +192,8 @@ struct Route {
   uint32_t num_below;    // routes of the token to ranks below dst_rank; where they are wanted
 };
 
-// One warp, a lane a route. Calls `each(route)` on the lanes that have one; returns how many there
-// are. `counts_below`: wants num_below.
+// One warp, a lane a route. Calls `each(route, is_routed)` on all lanes, also those that have none;
+// returns how many there are. `counts_below`: wants num_below.
 template <typename Each>
 __device__ uint32_t for_each_route(const Routing& routing, const TokenSets& sets, uint32_t token,
                                    Each each, bool counts_below = false) {
@@ -219,10 +219,10 @@ __device__ uint32_t for_each_route(const Routing& routing, const TokenSets& sets
         route.num_below += __shfl_sync(kAllLanes, route.dst_rank, j) < route.dst_rank;
       }
     }
-    if (expert < 0) continue;
+    const bool is_routed = expert >= 0;
     route.entry_idx = __popc(alike & ((1u << lane) - 1));
     route.num_entries = __popc(alike);
-    if (top_k > kWarp) {
+    if (top_k > kWarp && is_routed) {
       route.entry_idx = route.num_entries = route.num_below = 0;
 #pragma unroll 1
       for (uint32_t j = 0; j < top_k; ++j) {
@@ -234,9 +234,9 @@ __device__ uint32_t for_each_route(const Routing& routing, const TokenSets& sets
         route.num_below += owner < route.dst_rank;
       }
     }
-    route.column = sets.ranks_below(route.dst_rank, token);
-    route.slot = sets.before_rank(route.dst_rank, token);
-    each(route);
+    route.column = is_routed ? sets.ranks_below(route.dst_rank, token) : 0;
+    route.slot = is_routed ? sets.before_rank(route.dst_rank, token) : 0;
+    each(route, is_routed);
   }
   __syncwarp();
   return num_routes;

@@ -125,8 +125,9 @@ class ExpertMajorSender {
   // `fetched`: the first part of the first item.
   __device__ void run(Items items, typename Rows::Fetched fetched) const {
     send_rows(
-        rows_, items, fetched, [&](uint32_t token, bool is_first) { find_places(token, is_first); },
-        [&](const Part& p, uint32_t part) { send_part(p, part); }, [] {});
+        rows_, protocol::parts_for(layout_.dispatch_row_bytes()), items, fetched,
+        [&](uint32_t token, uint32_t part) { find_places(token, part == 0); },
+        [&](const Part& p, uint32_t part) { send_part(p, part); }, [](uint32_t, bool) {});
   }
 
  private:

@@ -42,13 +42,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     network_dispatch_recv(const __grid_constant__ NetworkView rank,
                           const __grid_constant__ DispatchRecvParams recv) {
   extern __shared__ uint32_t shared[];
-  __shared__ MessagePlan plans[kWarps];
   ptx::touch(rank);
   ptx::touch(recv);
   const OpOf<NetworkView> op(rank, Phase::kDispatch, false, true, [] {});
   const Arrivals arrivals(shared, rank.layout.config().num_ranks, rank.num_local_experts);
-  const DispatchReceiver<NetworkView> receiver(rank, op, recv, arrivals,
-                                               &plans[threadIdx.x / kWarp]);
+  const DispatchReceiver<NetworkView> receiver(rank, op, recv, arrivals);
   const bool ok = op.start_recv(kNoRank, arrivals.sources.words, [] { return 0u; });
   receiver.receive_all(ok);
 }

@@ -57,21 +57,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     hierarchical_dispatch_recv(const __grid_constant__ HierarchicalView rank,
                                const __grid_constant__ ForwardingRecvParams params) {
   extern __shared__ uint32_t shared[];
-  __shared__ union {
-    Forwarder::Plan forwarded;
-    MessagePlan message;
-  } plans[kWarps];
-  auto* plan = &plans[threadIdx.x / kWarp];
+  __shared__ Forwarder::Plan plans[kWarps];
   ptx::touch(rank);
   ptx::touch(params);
   const HierarchicalOp op(rank, Phase::kDispatch, false, true, [] {});
   if (!__syncthreads_and(op.may_receive())) return;
   // Before anything is waited for that other ranks forward.
-  const Forwarder forwarder(rank, op, shared, params.forwarded, &plan->forwarded);
+  const Forwarder forwarder(rank, op, shared, params.forwarded, &plans[threadIdx.x / kWarp]);
   if (!forwarder.run()) return;
   const Arrivals arrivals(shared, rank.layout.config().num_ranks, rank.num_local_experts);
-  const DispatchReceiver<HierarchicalView> receiver(rank, op, params.recv, arrivals,
-                                                    &plan->message);
+  const DispatchReceiver<HierarchicalView> receiver(rank, op, params.recv, arrivals);
   const bool ok = wait_for_sources(rank, op, arrivals.sources.words);
   receiver.receive_all(ok);
 }

@@ -36,14 +36,14 @@ class NodeDispatchSender {
     publish_counts();
     if (HierarchicalOp::is_clerk()) signal_nodes();
     cuda::send_rows(
-        rows_, items, fetched,
-        [&](uint32_t token, bool is_first) { plan_row(token, is_first, plan); },
+        rows_, protocol::parts_for(layout_.dispatch_row_bytes()), items, fetched,
+        [&](uint32_t token, uint32_t part) { plan_row(token, part == 0, plan); },
         [&](const cuda::Part& p, uint32_t part) {
           for (uint32_t i = 0; i < plan->num_rows; ++i) {
             cuda::store_part(p, {plan->rows[i], plan->scales[i]}, rows_.shape, part);
           }
         },
-        [&] { put_messages(*plan); });
+        [&](uint32_t, bool) { put_messages(*plan); });
     if (op_.is_last_block()) signal_neighbours();
   }
 

@@ -61,6 +61,7 @@ class LowLatencyLayout {
     const bool is_partial = config.reduction == Reduction::kRank;
     const bool is_in_place = config.num_workspaces > 0;
     const bool is_by_expert = has_expert_workspaces();
+    num_max_local_experts_ = partition_.num_max_local_experts();
     num_outcome_columns_ =
         is_partial && config.num_ranks < config.top_k ? config.num_ranks : config.top_k;
     num_scales_ = config.dispatch_dtype == DType::kFloat8E4M3 ? scales_for(config.hidden) : 0;
@@ -193,7 +194,7 @@ class LowLatencyLayout {
   }
   EP_HOST_DEVICE constexpr uint64_t counts(uint32_t bank, uint32_t src_rank) const {
     return counts_offset_ +
-           (bank * config_.num_ranks + src_rank) * uint64_t{partition_.num_max_local_experts()} * 8;
+           (bank * config_.num_ranks + src_rank) * uint64_t{num_max_local_experts_} * 8;
   }
   // Expert workspaces: what a source's batch has for every expert, not only for the owner's.
   EP_HOST_DEVICE constexpr uint64_t all_counts(uint32_t bank, uint32_t src_rank) const {
@@ -339,7 +340,7 @@ class LowLatencyLayout {
 
   LowLatencyConfig config_;
   ExpertPartition partition_;
-  uint32_t num_outcome_columns_ = 0, num_scales_ = 0;
+  uint32_t num_outcome_columns_ = 0, num_scales_ = 0, num_max_local_experts_ = 0;
   // Strides: header_bytes_, dispatch_row_stride_, scales_stride_; packed, of a message all three.
   uint32_t header_bytes_ = 0, row_bytes_ = 0, combine_row_bytes_ = 0, outcome_stride_ = 0;
   uint32_t num_combine_scales_ = 0, combine_scales_in_row_ = 0;
