@@ -13,7 +13,7 @@ using protocol::HandleEntry;
 using protocol::OutputLayout;
 
 // Where the row of a lane's entry goes: in rows of recv_x, and its first scale in words of
-// recv_scales.
+// recv_scales, which there are 2^32 of only beside more rows than a GPU has memory for.
 struct Place {
   uint32_t row = 0, first_scale = 0;
 };
@@ -436,7 +436,7 @@ class DispatchReceiver {
 #pragma unroll 1
     for (uint32_t r = 0; r < arrivals_.sources.num_ranks; ++r) {
       const uint32_t begin = arrivals_.sources.count(r);
-      int32_t* unused = params_.recv_topk_idx + rank_major_row(r, begin) * top_k;
+      int32_t* unused = params_.recv_topk_idx + uint64_t{rank_major_row(r, begin)} * top_k;
 #pragma unroll 1
       for (uint32_t i = thread; i < (num_slots - begin) << shift; i += step) {
         const uint32_t j = i & ((1u << shift) - 1);
