@@ -234,8 +234,9 @@ class DispatchReceiver {
       const uint32_t j = first + lane;
       uint4 entry = {};
       TaggedPart tagged;
-      if (j < top_k)
+      if (j < top_k) {
         entry = is_tagged ? ptx::ld_relaxed_sys_b128(words + 1 + j) : load_entry(message, j);
+      }
       if (is_tagged) tagged.begin(tagged_row, shape_.num_vectors, items.first_part(), op_.tag());
       if (first == 0) {
         const bool has_header = !is_tagged || op_.have_tag(words, src_rank, &header);

@@ -195,46 +195,34 @@ class DispatchSender {
     return op_.peer(r);
   }
 
-  // Where the token's row goes. A lane a rank.
+  // Where the token's row goes. One warp.
   __device__ void plan_row(uint32_t token, Plan* plan) const {
-    const uint32_t lane = threadIdx.x % kWarp, self = rank_.self_rank;
-    __syncwarp();  // the last plan has been used
-    if (!is_tagged_ && protocol::pulls_dispatch(layout_.config().transfer)) {
-      if (lane == 0) {
-        const bool is_kept = skip_rank_ != kNoRank && sets_.goes_to_rank(skip_rank_, token);
-        plan->num_rows = sets_.ranks_of(token) > (is_kept ? 1 : 0) ? 1 : 0;
+    const uint32_t self = rank_.self_rank;
+    const bool is_pull = !is_tagged_ && protocol::pulls_dispatch(layout_.config().transfer);
+    const uint32_t num_kept = skip_rank_ != kNoRank && sets_.goes_to_rank(skip_rank_, token);
+    const uint32_t num_ranks =
+        for_each_rank(sets_, token, [&](uint32_t r, uint32_t slot, uint32_t i) {
+          if (r == skip_rank_ || is_pull) return;
+          if (skip_rank_ < r) i -= num_kept;
+          std::byte* peer = base_for(r);
+          if constexpr (View::kHasNetwork) plan->messages[i] = r << 16 | slot;
+          if (is_tagged_) {
+            plan->rows[i] = peer + layout_.tagged_message(op_.bank(), self, slot) +
+                            layout_.tagged_row_in_message();
+          } else {
+            plan->rows[i] = peer + layout_.inbox_row(op_.bank(), self, slot);
+            plan->scales[i] = at<float>(peer, layout_.inbox_scales(op_.bank(), self, slot));
+          }
+        });
+    if (threadIdx.x % kWarp == 0) {
+      plan->num_rows = num_ranks - num_kept;
+      plan->first_row = next_behind(sets_.ranks_below(self + 1, token) - num_kept, plan->num_rows);
+      if (is_pull && plan->num_rows > 0) {
+        plan->num_rows = 1;
         plan->first_row = 0;
         plan->rows[0] = op_.self() + layout_.staged_row(op_.bank(), token);
         plan->scales[0] = at<float>(op_.self(), layout_.staged_scales(op_.bank(), token));
       }
-      __syncwarp();
-      return;
-    }
-    uint32_t size = 0, num_before = 0;  // of them: ranks up to this one
-#pragma unroll 1
-    for (uint32_t word = 0; word < sets_.num_rank_words(); ++word) {
-      uint32_t ranks = sets_.rank_word(token, word);
-      if (skip_rank_ / kWarp == word) ranks &= ~(1u << (skip_rank_ % kWarp));
-      const uint32_t r = word * kWarp + lane;
-      if ((ranks >> lane & 1) != 0) {
-        const uint32_t slot = sets_.before_rank(r, token);
-        const uint32_t i = size + __popc(ranks & ((1u << lane) - 1));
-        std::byte* peer = base_for(r);
-        if constexpr (View::kHasNetwork) plan->messages[i] = r << 16 | slot;
-        if (is_tagged_) {
-          plan->rows[i] = peer + layout_.tagged_message(op_.bank(), self, slot) +
-                          layout_.tagged_row_in_message();
-        } else {
-          plan->rows[i] = peer + layout_.inbox_row(op_.bank(), self, slot);
-          plan->scales[i] = at<float>(peer, layout_.inbox_scales(op_.bank(), self, slot));
-        }
-      }
-      size += __popc(ranks);
-      num_before += __popc(__ballot_sync(kAllLanes, (ranks >> lane & 1) != 0 && r <= self));
-    }
-    if (lane == 0) {
-      plan->num_rows = size;
-      plan->first_row = next_behind(num_before, size);
     }
     __syncwarp();
   }

@@ -180,6 +180,25 @@ __device__ inline uint32_t next_behind(uint32_t num_before, uint32_t size) {
   return num_before == size ? 0 : num_before;
 }
 
+// One warp, a lane a rank. Calls `each(r, slot, i)` on the lanes whose rank gets the token, the
+// i-th of those that do, in that slot; returns how many do.
+template <typename Each>
+__device__ uint32_t for_each_rank(const TokenSets& sets, uint32_t token, Each each) {
+  const uint32_t lane = threadIdx.x % kWarp;
+  uint32_t size = 0;
+  __syncwarp();  // what the last token's ranks have left may be written over
+#pragma unroll 1
+  for (uint32_t word = 0; word < sets.num_rank_words(); ++word) {
+    const uint32_t ranks = sets.rank_word(token, word);
+    if ((ranks >> lane & 1) != 0) {
+      const uint32_t r = word * kWarp + lane;
+      each(r, sets.before_rank(r, token), size + __popc(ranks & ((1u << lane) - 1)));
+    }
+    size += __popc(ranks);
+  }
+  return size;
+}
+
 // One route of a token: its k-th expert, seen by the lane that has it.
 struct Route {
   uint32_t k, expert, dst_rank;

@@ -71,29 +71,18 @@ class RankMajorSender {
     return layout_.tagged_message(op_.bank(), rank_.self_rank, slot);
   }
 
-  // A lane a rank.
   __device__ void find_receivers(uint32_t token) const {
-    const uint32_t lane = threadIdx.x % kWarp;
-    uint32_t size = 0;
-    __syncwarp();  // those of the last token have been used
-#pragma unroll 1
-    for (uint32_t word = 0; word < sets_.num_rank_words(); ++word) {
-      const uint32_t ranks = sets_.rank_word(token, word);
-      if ((ranks >> lane & 1) != 0) {
-        const uint32_t r = word * kWarp + lane, slot = sets_.before_rank(r, token);
-        const uint32_t i = size + __popc(ranks & ((1u << lane) - 1));
-        const uint32_t message =
-            LowLatencyLayout::message_in_workspace(params_.num_slots, rank_.self_rank, slot);
-        std::byte* peer = op_.peer(r);
-        receivers_->rows[i] = is_tagged(r)
-                                  ? peer + tagged_message(slot) + layout_.tagged_row_in_message()
-                                  : peer + layout_.workspace_row(workspace_, message);
-        receivers_->scales[i] = at<uint32_t>(peer, layout_.workspace_scales(workspace_, message));
-        receivers_->answers[i] = r << 16 | slot;
-      }
-      size += __popc(ranks);
-    }
-    if (lane == 0) {
+    const uint32_t size = for_each_rank(sets_, token, [&](uint32_t r, uint32_t slot, uint32_t i) {
+      const uint32_t message =
+          LowLatencyLayout::message_in_workspace(params_.num_slots, rank_.self_rank, slot);
+      std::byte* peer = op_.peer(r);
+      receivers_->rows[i] = is_tagged(r)
+                                ? peer + tagged_message(slot) + layout_.tagged_row_in_message()
+                                : peer + layout_.workspace_row(workspace_, message);
+      receivers_->scales[i] = at<uint32_t>(peer, layout_.workspace_scales(workspace_, message));
+      receivers_->answers[i] = r << 16 | slot;
+    });
+    if (threadIdx.x % kWarp == 0) {
       receivers_->size = size;
       receivers_->first = next_behind(sets_.ranks_below(rank_.self_rank + 1, token), size);
     }
