@@ -29,7 +29,7 @@ class Combiner {
         received_(received),
         skip_rank_(skip_rank),
         plan_(plan),
-        is_source_(layout_.config().reduction == Reduction::kSource),
+        is_source_(!View::kIsUsual && layout_.config().reduction == Reduction::kSource),
         is_pull_(protocol::pulls_combine(layout_.config().transfer) && !is_source_),
         packs_rows_(View::kHasNetwork && layout_.packs_rows()),
         rows_(layout_),
@@ -37,10 +37,17 @@ class Combiner {
 
   // A partial row for every message. Whole block.
   __device__ void send() const {
+    // Where a rank's batch is tagged its peers' are, too, as a rule.
+    constexpr bool kMayBeTagged = View::kIsUsual && View::kBatch != Batch::kUntagged;
+    if (kMayBeTagged && received_.are_all_tagged()) return send<true>();
+    send<false>();
+  }
+  template <bool kAreTagged>
+  __device__ void send() const {
     const uint32_t num_ranks = received_.num_ranks;
     bool all_tagged = true;
 #pragma unroll 1
-    for (uint32_t r = 0; r < num_ranks; ++r) {
+    for (uint32_t r = 0; r < num_ranks && !kAreTagged; ++r) {
       all_tagged &= r == skip_rank_ || received_.is_tagged(r);
     }
     if (Op::is_clerk()) publish(true);  // tagged rows do not wait for a signal
@@ -55,7 +62,7 @@ class Combiner {
       const uint32_t i = items.row();
       const uint32_t m = behind_own(half == 0 ? i : i / 2 + (i % 2) * half);
       const uint32_t src_rank = source_of(received_.prefix, num_ranks, m);
-      make_partial(m, src_rank, m - received_.prefix[src_rank], nullptr, items);
+      make_partial<kAreTagged>(m, src_rank, m - received_.prefix[src_rank], nullptr, items);
       if constexpr (View::kHasNetwork) put_rows(m, src_rank, m - received_.prefix[src_rank]);
     }
     if (!all_tagged && op_.is_last_block()) publish(false);
@@ -64,7 +71,9 @@ class Combiner {
   // Adds up the partial rows of every token of this rank. False, on all lanes of a warp: it gave
   // up.
   __device__ bool receive(const CombineRecvParams& recv) const {
-    const bool is_tagged = recv.num_tokens <= layout_.config().num_max_tagged_tokens;
+    const bool is_tagged = View::kBatch == Batch::kTagged ||
+                           (View::kBatch != Batch::kUntagged &&
+                            recv.num_tokens <= layout_.config().num_max_tagged_tokens);
     for (Items items(recv.num_tokens, num_parts_); items.more(); items.next()) {
       const uint32_t token = items.row(), lane = threadIdx.x % kWarp;
       const uint32_t first_column = token * layout_.num_outcome_columns();
@@ -81,7 +90,7 @@ class Combiner {
         }
       }
       __syncwarp();  // the last plan has been used
-      for (uint32_t c = lane; c < num_columns; c += kWarp) {
+      share_lanes<View::kIsUsual>(num_columns, [&](uint32_t c) {
         if (c != lane) answer = recv.answers[first_column + c];
         const uint32_t upper = answer >> 16, lower = answer & 0xffff;  // op.h says of what
         if (is_pull_) {
@@ -91,7 +100,7 @@ class Combiner {
           plan_->rows[c] = op_.self() + layout_.outcome(op_.bank(), first_column + column);
         }
         plan_->weights[c] = is_source_ ? recv.topk_weights[first_column + lower] : 1.0f;
-      }
+      });
       __syncwarp();
       rows_.add_up(*plan_, num_columns, items.first_part(), items.end_part(), out);
     }
@@ -132,38 +141,39 @@ class Combiner {
   }
 
   // The partial row of message `m` to where its source looks for it, or to `out`. One warp.
-  template <typename AnyItems>
+  template <bool kIsTagged, typename AnyItems>
   __device__ void make_partial(uint32_t m, uint32_t src_rank, uint32_t slot, std::byte* out,
                                const AnyItems& items) const {
-    const uint32_t lane = threadIdx.x % kWarp, top_k = layout_.config().top_k;
+    const uint32_t top_k = layout_.config().top_k;
     const HandleMessage message = send_.handle.messages[m];
     __syncwarp();  // the last plan has been used
-    for (uint32_t j = lane; j < top_k; j += kWarp) {
+    share_lanes<View::kIsUsual>(top_k, [&](uint32_t j) {
       // Beside the message, not after it: entries of message m begin at m * K.
       const HandleEntry entry = send_.handle.entries[uint64_t{m} * top_k + j];
       plan_->rows[j] = const_cast<std::byte*>(send_.expert_out) + entry.row * layout_.row_bytes();
       plan_->weights[j] = entry.weight;
-    }
+    });
     __syncwarp();
     if (is_source_) {
 #pragma unroll 1
       for (uint32_t j = 0; j < message.num_entries; ++j) {
         const uint32_t column = packs_rows_ ? j : __float_as_uint(plan_->weights[j]);  // its k
         rows_.send_row(plan_->rows[j], items.first_part(), items.end_part(),
-                       sink_at(src_rank, slot, message.outcome_slot + column, j));
+                       sink_at<kIsTagged>(src_rank, slot, message.outcome_slot + column, j));
       }
       return;
     }
-    const Sink sink =
-        out != nullptr ? Sink{out, false, 0} : sink_at(src_rank, slot, message.outcome_slot, 0);
+    const Sink sink = out != nullptr ? Sink{out, false, 0}
+                                     : sink_at<kIsTagged>(src_rank, slot, message.outcome_slot, 0);
     rows_.send_sum(*plan_, message.num_entries, items.first_part(), items.end_part(), sink);
   }
 
   // Where `src_rank` looks for the row of an outcome slot, that of its message `slot`, or of an
   // entry of that.
+  template <bool kIsTagged>
   __device__ Sink sink_at(uint32_t src_rank, uint32_t slot, uint32_t outcome_slot,
                           uint32_t entry) const {
-    if (!View::kHasNetwork && received_.is_tagged(src_rank)) {
+    if (kIsTagged || (!View::kHasNetwork && received_.is_tagged(src_rank))) {
       return {op_.peer(src_rank) + layout_.tagged_outcome(op_.bank(), outcome_slot), true,
               op_.tag()};
     }
@@ -184,19 +194,19 @@ class Combiner {
   __device__ bool make_own(const CombineRecvParams& recv, uint32_t first_column,
                            uint32_t num_columns, uint32_t answer, std::byte* out,
                            const Items& items) const {
-    if (View::kHasNetwork || skip_rank_ == kNoRank) return true;
+    if (View::kHasNetwork || View::kBatch == Batch::kTagged || skip_rank_ == kNoRank) return true;
     const uint32_t lane = threadIdx.x % kWarp;
     uint32_t own = 0;  // slot + 1
-    for (uint32_t c = lane; c < num_columns; c += kWarp) {
+    share_lanes<View::kIsUsual>(num_columns, [&](uint32_t c) {
       if (c != lane) answer = recv.answers[first_column + c];
       if (answer >> 16 == skip_rank_) own = (answer & 0xffff) + 1;
-    }
+    });
     own = __reduce_max_sync(kAllLanes, own);
     if (own == 0) return true;
     const bool is_only = Rows::kLonePartialIsResult && num_columns == 1;
     // Lanes of this warp read it back.
-    make_partial(received_.prefix[skip_rank_] + own - 1, skip_rank_, own - 1,
-                 is_only ? out : nullptr, items);
+    make_partial<false>(received_.prefix[skip_rank_] + own - 1, skip_rank_, own - 1,
+                        is_only ? out : nullptr, items);
     return !is_only;
   }
 

@@ -82,18 +82,25 @@ class DispatchReceiver {
   // rows of each expert. Whole block, barriers before and behind it.
   __device__ void count_up() const {
     arrivals_.sources.count_up();
-    if (params_.output == OutputLayout::kExpertMajor) count_up_rows();
+    if (is_by_expert()) count_up_rows();
   }
 
   // All messages but those of `skip_rank`. `num_taken`: see Items. False, on all lanes of a warp:
   // it gave up.
+  __device__ bool run(uint32_t skip_rank, uint32_t num_taken) const {
+    // Where a rank's batch is tagged its peers' are, too, as a rule.
+    constexpr bool kMayBeTagged = View::kIsUsual && View::kBatch != Batch::kUntagged;
+    if (kMayBeTagged && arrivals_.sources.are_all_tagged()) return run<true>(skip_rank, num_taken);
+    return run<false>(skip_rank, num_taken);
+  }
+  template <bool kAreTagged>
   __device__ bool run(uint32_t skip_rank, uint32_t num_taken) const {
     const Sources& sources = arrivals_.sources;
     const OtherMessages messages(sources, skip_rank);
     for (Items items(messages.size, num_parts_ + 1, num_taken); items.more(); items.next()) {
       const uint32_t m = messages[items.row()];
       const uint32_t src_rank = source_of(sources.prefix, sources.num_ranks, m);
-      if (!receive(m, src_rank, m - sources.prefix[src_rank], items)) return false;
+      if (!receive<kAreTagged>(m, src_rank, m - sources.prefix[src_rank], items)) return false;
     }
     return true;
   }
@@ -114,8 +121,8 @@ class DispatchReceiver {
                      m = arrivals_.sources.prefix[self] + slot;
       uint32_t num_entries = 0, outcome_slot = 0;
       bool is_first = true;
-      const uint32_t num_routes =
-          for_each_route(routing, sets, token, [&](const Route& route, bool is_routed) {
+      const uint32_t num_routes = for_each_route<View::kIsUsual>(
+          routing, sets, token, [&](const Route& route, bool is_routed) {
             if (notes && is_routed && sender.is_alone()) sender.note_answer(token, route);
             const bool is_here = is_routed && route.dst_rank == self;
             Place place;
@@ -154,7 +161,7 @@ class DispatchReceiver {
   // Whole block.
   template <typename OwnCount>
   __device__ bool write_counts(uint32_t own_rank, OwnCount own_count) const {
-    const bool is_rank_major = params_.output == OutputLayout::kRankMajor;
+    const bool is_rank_major = !is_by_expert();
     const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
     if (is_rank_major) clear_unused_slots(thread, step);
     if (!Op::is_clerk()) return true;
@@ -185,7 +192,7 @@ class DispatchReceiver {
     bool ok = has_signals;
     // Counts have arrived with the signals or the messages; none is read before.
     if (!__syncthreads_and(ok)) return;
-    if (params_.output == OutputLayout::kExpertMajor) ok = read_counts(kNoRank, no_own_count);
+    if (is_by_expert()) ok = read_counts(kNoRank, no_own_count);
     if (!__syncthreads_and(ok)) return;
     count_up();
     __syncthreads();
@@ -195,6 +202,9 @@ class DispatchReceiver {
   }
 
  private:
+  __device__ bool is_by_expert() const {
+    return View::kIsUsual || params_.output == OutputLayout::kExpertMajor;
+  }
   __device__ uint32_t end_of_row(const Items& items) const {
     return min(items.end_part(), num_parts_);
   }
@@ -218,9 +228,11 @@ class DispatchReceiver {
 
   // Some parts of message `m`, the `slot`-th of its source. One warp. False, on all its lanes: it
   // gave up.
+  template <bool kIsTagged>
   __device__ bool receive(uint32_t m, uint32_t src_rank, uint32_t slot, const Items& items) const {
     const uint32_t lane = threadIdx.x % kWarp, top_k = layout_.config().top_k;
-    const bool is_tagged = !View::kHasNetwork && arrivals_.sources.is_tagged(src_rank);
+    const bool is_tagged =
+        kIsTagged || (!View::kHasNetwork && arrivals_.sources.is_tagged(src_rank));
     std::byte* message =
         op_.self() + (is_tagged ? layout_.tagged_message(op_.bank(), src_rank, slot)
                                 : layout_.header(op_.bank(), src_rank, slot));
@@ -228,8 +240,9 @@ class DispatchReceiver {
     std::byte* tagged_row = message + layout_.tagged_row_in_message();
     const bool notes = items.end_part() > num_parts_;
     uint4 header = is_tagged ? ptx::ld_relaxed_sys_b128(words) : ptx::ld_row(words);
+    uint32_t first = 0;
 #pragma unroll 1
-    for (uint32_t first = 0; first < top_k; first += kWarp) {
+    do {
       // Header, entries and, tagged, the first part on their way together.
       const uint32_t j = first + lane;
       uint4 entry = {};
@@ -260,7 +273,7 @@ class DispatchReceiver {
       }
       if (!ok) return false;
       if (notes && is_there) note_entry(m, src_rank, slot, j, entry_of(entry), place);
-    }
+    } while (!View::kIsUsual && (first += kWarp) < top_k);
     if (notes) note_end(m, src_rank, slot, header);
     return true;
   }
@@ -302,7 +315,7 @@ class DispatchReceiver {
   }
 
   __device__ bool is_source() const {
-    return layout_.config().reduction == protocol::Reduction::kSource;
+    return !View::kIsUsual && layout_.config().reduction == protocol::Reduction::kSource;
   }
 
   __device__ static ExpertEntry entry_of(const uint4& words) {
@@ -344,7 +357,7 @@ class DispatchReceiver {
     if (entry.local_expert >= num_local) {
       return op_.corrupt(src_rank, num_local, entry.local_expert);
     }
-    if (params_.output == OutputLayout::kRankMajor) {
+    if (!is_by_expert()) {
       place->row = rank_major_row(src_rank, slot);
       place->first_scale = place->row * num_scale_words;
       return true;
@@ -362,7 +375,7 @@ class DispatchReceiver {
   // same; `is_first`: it has not been there yet. Whole warp.
   __device__ uint32_t lanes_of_rows(bool is_there, bool is_first) const {
     const uint32_t lanes = __ballot_sync(kAllLanes, is_there);
-    if (params_.output == OutputLayout::kExpertMajor) return lanes;
+    if (is_by_expert()) return lanes;
     return is_first ? lanes & -lanes : 0;
   }
 
@@ -370,7 +383,7 @@ class DispatchReceiver {
   __device__ void note_entry(uint32_t m, uint32_t src_rank, uint32_t slot, uint32_t j,
                              const ExpertEntry& entry, const Place& place) const {
     const uint32_t top_k = layout_.config().top_k;
-    if (params_.output == OutputLayout::kRankMajor) {
+    if (!is_by_expert()) {
       const uint64_t i = uint64_t{rank_major_row(src_rank, slot)} * top_k + j;
       params_.recv_topk_idx[i] = static_cast<int32_t>(entry.local_expert);
       params_.recv_topk_weights[i] = entry.weight;
@@ -383,7 +396,7 @@ class DispatchReceiver {
   __device__ void note_end(uint32_t m, uint32_t src_rank, uint32_t slot,
                            const uint4& header) const {
     const uint32_t lane = threadIdx.x % kWarp, top_k = layout_.config().top_k;
-    const bool is_rank_major = params_.output == OutputLayout::kRankMajor;
+    const bool is_rank_major = !is_by_expert();
     const uint32_t num_rows = is_rank_major ? 1 : header.z;
     HandleEntry* entries = params_.handle.entries + uint64_t{m} * top_k;
     // Combine reads all of them, before it knows how many there are.
@@ -415,7 +428,7 @@ class DispatchReceiver {
   __device__ void store(const Part& p, uint32_t part, const Place& place, uint32_t lanes) const {
     const ScaleWord scale(p, part, layout_);
     uint32_t word = scale.idx;
-    if (params_.output == OutputLayout::kExpertMajor) {
+    if (is_by_expert()) {
       word *= static_cast<uint32_t>(layout_.expert_capacity());
     }
 #pragma unroll 1

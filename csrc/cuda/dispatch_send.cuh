@@ -48,8 +48,9 @@ class DispatchSender {
         rows_(rows),
         params_(params),
         skip_rank_(skip_rank),
-        is_tagged_(!View::kHasNetwork &&
-                   routing.num_tokens <= layout_.config().num_max_tagged_tokens) {}
+        is_tagged_(View::kBatch == Batch::kTagged ||
+                   (!View::kHasNetwork && View::kBatch != Batch::kUntagged &&
+                    routing.num_tokens <= layout_.config().num_max_tagged_tokens)) {}
 
   // What its signal tells rank `r`.
   __device__ uint32_t source_word(uint32_t r) const {
@@ -60,10 +61,14 @@ class DispatchSender {
   // Tagged ones do: another warp takes them from there sooner than this one could.
   __device__ static bool sends_to_self(const RankView& rank, uint32_t num_tokens) {
     const auto& config = rank.layout.config();
+    if (View::kBatch != Batch::kAny) return View::kBatch == Batch::kTagged;
     return config.num_ranks > 1 && num_tokens <= config.num_max_tagged_tokens;
   }
   // True where this rank has no peers and receives from x: there is nobody to send to.
-  __device__ bool is_alone() const { return routing_.num_ranks == 1 && skip_rank_ == 0; }
+  __device__ bool is_alone() const {
+    if (View::kBatch != Batch::kAny) return View::kBatch == Batch::kAlone;
+    return routing_.num_ranks == 1 && skip_rank_ == 0;
+  }
 
   // How the rows of all tokens are shared out: one part more than they have is the headers.
   __device__ static Items items(const RankView& rank, uint32_t num_tokens) {
@@ -122,7 +127,7 @@ class DispatchSender {
 
  private:
   __device__ bool is_source() const {
-    return layout_.config().reduction == protocol::Reduction::kSource;
+    return !View::kIsUsual && layout_.config().reduction == protocol::Reduction::kSource;
   }
   __device__ bool packs_rows() const { return View::kHasNetwork && layout_.packs_rows(); }
   // Rows for every expert to the peers' counts, a part of them by each block. Their readers look at
@@ -201,7 +206,7 @@ class DispatchSender {
     const bool is_pull = !is_tagged_ && protocol::pulls_dispatch(layout_.config().transfer);
     const uint32_t num_kept = skip_rank_ != kNoRank && sets_.goes_to_rank(skip_rank_, token);
     const uint32_t num_ranks =
-        for_each_rank(sets_, token, [&](uint32_t r, uint32_t slot, uint32_t i) {
+        for_each_rank<View::kIsUsual>(sets_, token, [&](uint32_t r, uint32_t slot, uint32_t i) {
           if (r == skip_rank_ || is_pull) return;
           if (skip_rank_ < r) i -= num_kept;
           std::byte* peer = base_for(r);
@@ -229,7 +234,7 @@ class DispatchSender {
 
   // Headers of the token to the peers. A lane a route.
   __device__ void write_headers(uint32_t token) const {
-    const uint32_t num_routes = for_each_route(
+    const uint32_t num_routes = for_each_route<View::kIsUsual>(
         routing_, sets_, token,
         [&](const Route& route, bool is_routed) {
           if (!is_routed) return;

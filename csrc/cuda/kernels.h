@@ -9,6 +9,12 @@ namespace ep::cuda {
 
 struct Launch;  // launch.cuh
 
+// Whether no more ranks and experts of a token have to be looked at than a warp has lanes.
+inline bool fits_a_warp(const protocol::LowLatencyConfig& config) {
+  constexpr uint32_t kLanes = 32;
+  return config.num_ranks <= kLanes && config.top_k <= kLanes;
+}
+
 // Of all kernels of a file, see Launch::prepare.
 void prepare_dispatch();
 void prepare_combine();
@@ -39,16 +45,18 @@ struct WorkspaceDispatch {
   void (*both)(const RankView& rank, const DispatchSendParams& send, const DispatchRecvParams& recv,
                const Launch& launch);
 };
-extern const WorkspaceDispatch kRankMajorWorkspaceDispatch;
-extern const WorkspaceDispatch kTaggedWorkspaceDispatch;  // rank-major, too
 extern const WorkspaceDispatch kExpertWorkspaceDispatch;
+// [1]: of no more ranks or experts a token than a warp has lanes.
+extern const WorkspaceDispatch kRankMajorWorkspaceDispatch[2];
+extern const WorkspaceDispatch kTaggedWorkspaceDispatch[2];  // rank-major, too
 
 // Of an exchange with so many slots a source, on which all ranks agree.
 inline const WorkspaceDispatch& workspace_dispatch(const protocol::LowLatencyLayout& layout,
                                                    uint32_t num_slots) {
   if (layout.has_expert_workspaces()) return kExpertWorkspaceDispatch;
-  return num_slots <= layout.config().num_max_tagged_tokens ? kTaggedWorkspaceDispatch
-                                                            : kRankMajorWorkspaceDispatch;
+  const bool is_tagged = num_slots <= layout.config().num_max_tagged_tokens;
+  return (is_tagged ? kTaggedWorkspaceDispatch
+                    : kRankMajorWorkspaceDispatch)[fits_a_warp(layout.config())];
 }
 
 void launch_workspace_combine_send(const RankView& rank, const CombineSendParams& send,

@@ -46,9 +46,16 @@ struct Owners {
   }
 };
 
+// What is known of a rank's own batch before its kernel runs, so that it can be compiled in:
+// whether its rows are tagged, or that there is no other rank.
+enum class Batch { kAny, kTagged, kUntagged, kAlone };
+
 // What every kernel of one rank is given.
 struct RankView {
   static constexpr bool kHasNetwork = false;
+  // See usual.cuh.
+  static constexpr bool kIsUsual = false;
+  static constexpr Batch kBatch = Batch::kAny;
 
   protocol::LowLatencyLayout layout;
   uint32_t self_rank;

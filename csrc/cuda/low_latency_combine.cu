@@ -7,36 +7,39 @@
 
 #include "cuda/combiner.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/usual.cuh"
 
 namespace ep::cuda {
 namespace {
 
-template <typename Rows, bool kSends, bool kReceives>
+template <typename View, typename Rows, bool kSends, bool kReceives>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-    combine_kernel(const __grid_constant__ RankView rank,
+    combine_kernel(const __grid_constant__ View rank,
                    const __grid_constant__ CombineSendParams send,
                    const __grid_constant__ CombineRecvParams recv) {
   extern __shared__ uint32_t shared[];
   __shared__ SumPlan plans[kWarps];
-  const uint32_t num_ranks = rank.layout.config().num_ranks;
   const auto& config = rank.layout.config();
   // Tagged partial rows to oneself go the way of all others: other warps make them, at the same
   // time. So do all rows.
-  const bool sends_to_self = config.reduction == Reduction::kSource ||
-                             (num_ranks > 1 && recv.num_tokens <= config.num_max_tagged_tokens);
+  const bool is_tagged = config.num_ranks > 1 && recv.num_tokens <= config.num_max_tagged_tokens;
+  const bool sends_to_self = View::kBatch == Batch::kAny
+                                 ? config.reduction == Reduction::kSource || is_tagged
+                                 : View::kBatch == Batch::kTagged;
   const uint32_t skip_rank = kSends && kReceives && !sends_to_self ? rank.self_rank : kNoRank;
-  const Sources received(shared, num_ranks);
+  const Sources received(shared, config.num_ranks);
   ptx::touch(rank);
   if (kSends) ptx::touch(send);
   if (kReceives) ptx::touch(recv);
-  const Op op(rank, Phase::kCombine, kSends, kReceives, [&] {
+  const OpOf<View> op(rank, Phase::kCombine, kSends, kReceives, [&] {
     if (kSends) received.read(send.handle.num_messages);
   });
-  const Combiner<Rows> combiner(rank, op, send, received, skip_rank, &plans[threadIdx.x / kWarp]);
+  const Combiner<Rows, View> combiner(rank, op, send, received, skip_rank,
+                                      &plans[threadIdx.x / kWarp]);
   if (kSends) {
     received.count_up();
     if (!op.start_send(true)) return;
-    combiner.send();
+    if (View::kBatch != Batch::kAlone) combiner.send();
   }
   bool ok = true;
   if (kReceives) {
@@ -53,9 +56,14 @@ uint64_t shared_bytes(const LowLatencyLayout& layout) {
 
 template <typename Rows>
 void prepare_forms() {
-  Launch::prepare(combine_kernel<Rows, true, false>);
-  Launch::prepare(combine_kernel<Rows, false, true>);
-  Launch::prepare(combine_kernel<Rows, true, true>);
+  Launch::prepare(combine_kernel<RankView, Rows, true, false>);
+  Launch::prepare(combine_kernel<UsualView<Batch::kAny>, Rows, true, false>);
+  for_each_view<false>([](auto* view) {
+    Launch::prepare(combine_kernel<std::remove_pointer_t<decltype(view)>, Rows, false, true>);
+  });
+  for_each_view<true>([](auto* view) {
+    Launch::prepare(combine_kernel<std::remove_pointer_t<decltype(view)>, Rows, true, true>);
+  });
 }
 
 }  // namespace
@@ -70,24 +78,33 @@ void prepare_combine() {
 void launch_combine_send(const RankView& rank, const CombineSendParams& send,
                          const Launch& launch) {
   with_travelling_rows(rank.layout, [&](auto rows) {
-    launch.run(combine_kernel<typename decltype(rows)::type, true, false>,
-               shared_bytes(rank.layout), rank, send, CombineRecvParams{});
+    with_view(rank, is_usual(rank.layout.config()), [&](const auto& view) {
+      using View = std::decay_t<decltype(view)>;
+      launch.run(combine_kernel<View, typename decltype(rows)::type, true, false>,
+                 shared_bytes(rank.layout), view, send, CombineRecvParams{});
+    });
   });
 }
 
 void launch_combine_recv(const RankView& rank, const CombineRecvParams& recv,
                          const Launch& launch) {
   with_travelling_rows(rank.layout, [&](auto rows) {
-    launch.run(combine_kernel<typename decltype(rows)::type, false, true>, 0, rank,
-               CombineSendParams{}, recv);
+    with_view<false>(rank, is_usual(rank.layout.config()), recv.num_tokens, [&](const auto& view) {
+      using View = std::decay_t<decltype(view)>;
+      launch.run(combine_kernel<View, typename decltype(rows)::type, false, true>, 0, view,
+                 CombineSendParams{}, recv);
+    });
   });
 }
 
 void launch_combine(const RankView& rank, const CombineSendParams& send,
                     const CombineRecvParams& recv, const Launch& launch) {
   with_travelling_rows(rank.layout, [&](auto rows) {
-    launch.run(combine_kernel<typename decltype(rows)::type, true, true>, shared_bytes(rank.layout),
-               rank, send, recv);
+    with_view<true>(rank, is_usual(rank.layout.config()), recv.num_tokens, [&](const auto& view) {
+      using View = std::decay_t<decltype(view)>;
+      launch.run(combine_kernel<View, typename decltype(rows)::type, true, true>,
+                 shared_bytes(rank.layout), view, send, recv);
+    });
   });
 }
 

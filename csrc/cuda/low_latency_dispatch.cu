@@ -6,20 +6,21 @@
 #include "cuda/dispatch_recv.cuh"
 #include "cuda/dispatch_send.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/usual.cuh"
 
 namespace ep::cuda {
 namespace {
 
-template <typename Rows, bool kSends, bool kReceives>
+template <typename View, typename Rows, bool kSends, bool kReceives>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-    dispatch_kernel(const __grid_constant__ RankView rank, const __grid_constant__ Rows rows,
+    dispatch_kernel(const __grid_constant__ View rank, const __grid_constant__ Rows rows,
                     const __grid_constant__ DispatchSendParams send,
                     const __grid_constant__ DispatchRecvParams recv) {
   extern __shared__ uint32_t shared[];
   __shared__ SendPlan plans[kSends ? kWarps : 1];
   const auto& config = rank.layout.config();
   const uint32_t num_tokens = kSends ? send.num_tokens : 0;
-  using Sender = DispatchSender<Rows>;
+  using Sender = DispatchSender<Rows, View>;
   const uint32_t skip_rank =
       kSends && kReceives && !Sender::sends_to_self(rank, num_tokens) ? rank.self_rank : kNoRank;
 
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   ptx::touch(rank);
   if (kSends) ptx::touch(send);
   if (kReceives) ptx::touch(recv);
-  const Op op(rank, Phase::kDispatch, kSends, kReceives, [&] {
+  const OpOf<View> op(rank, Phase::kDispatch, kSends, kReceives, [&] {
     if (!kSends) return;
     first_expert = TokenSets::first_expert(routing);
     if (items.more()) fetched = rows.fetch(items.row(), items.first_part());
@@ -41,19 +42,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   if (kSends) {
     const bool ok = sets.fill(rank, routing, first_expert);
     if (!op.start_send(ok)) return;
-    if (!sender.is_alone()) sender.run(items, fetched, &plans[threadIdx.x / kWarp]);
+    if (View::kBatch != Batch::kAlone && !sender.is_alone())
+      sender.run(items, fetched, &plans[threadIdx.x / kWarp]);
   }
   bool ok = true;
   if (kReceives) {
     const uint32_t num_sets_words = kSends ? TokenSets::num_bytes(config, num_tokens) / 4 : 0;
     const Arrivals arrivals(shared + num_sets_words, config.num_ranks, rank.num_local_experts);
-    const DispatchReceiver receiver(rank, op, recv, arrivals);
+    const DispatchReceiver<View> receiver(rank, op, recv, arrivals);
     auto own_count = [&](uint32_t e) {
       return sets.tokens_of_expert(rank.owners.first_expert(rank.self_rank) + e);
     };
     ok = op.start_recv(skip_rank, arrivals.sources.words,
                        [&] { return sender.source_word(skip_rank); });
-    if (recv.output == OutputLayout::kExpertMajor) {
+    if (View::kIsUsual || recv.output == OutputLayout::kExpertMajor) {
       ok = ok && receiver.read_counts(skip_rank, own_count);
     }
     if (!__syncthreads_and(ok)) return;
@@ -63,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     if (skip_rank != kNoRank) {
       num_taken += receiver.take_own(sender, routing, sets, rows, num_taken);
     }
-    ok = receiver.run(skip_rank, num_taken);
+    if (View::kBatch != Batch::kAlone) ok = receiver.run(skip_rank, num_taken);
     ok &= receiver.write_counts(skip_rank, own_count);
   }
   op.complete(ok);
@@ -71,8 +73,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 
 template <typename Rows>
 void prepare_sending_forms() {
-  Launch::prepare(dispatch_kernel<Rows, true, false>);
-  Launch::prepare(dispatch_kernel<Rows, true, true>);
+  for_each_view<false>([](auto* view) {
+    Launch::prepare(dispatch_kernel<std::remove_pointer_t<decltype(view)>, Rows, true, false>);
+  });
+  for_each_view<true>([](auto* view) {
+    Launch::prepare(dispatch_kernel<std::remove_pointer_t<decltype(view)>, Rows, true, true>);
+  });
 }
 
 }  // namespace
@@ -81,7 +87,8 @@ void prepare_dispatch() {
   prepare_sending_forms<CopyRow>();
   prepare_sending_forms<QuantizeRow<__nv_bfloat16>>();
   prepare_sending_forms<QuantizeRow<float>>();
-  Launch::prepare(dispatch_kernel<CopyRow, false, true>);
+  Launch::prepare(dispatch_kernel<RankView, CopyRow, false, true>);
+  Launch::prepare(dispatch_kernel<UsualView<Batch::kAny>, CopyRow, false, true>);
 }
 
 uint64_t dispatch_shared_bytes(const LowLatencyLayout& layout, uint32_t self_rank,
@@ -93,26 +100,34 @@ uint64_t dispatch_shared_bytes(const LowLatencyLayout& layout, uint32_t self_ran
 
 void launch_dispatch_send(const RankView& rank, const DispatchSendParams& send,
                           const Launch& launch) {
+  const auto& config = rank.layout.config();
   with_rows(rank.layout, send, [&](auto rows) {
-    launch.run(dispatch_kernel<decltype(rows), true, false>,
-               TokenSets::num_bytes(rank.layout.config(), send.num_tokens), rank, rows, send,
-               DispatchRecvParams{});
+    with_view<false>(rank, is_usual(config), send.num_tokens, [&](const auto& view) {
+      launch.run(dispatch_kernel<std::decay_t<decltype(view)>, decltype(rows), true, false>,
+                 TokenSets::num_bytes(config, send.num_tokens), view, rows, send,
+                 DispatchRecvParams{});
+    });
   });
 }
 
 void launch_dispatch_recv(const RankView& rank, const DispatchRecvParams& recv,
                           const Launch& launch) {
-  launch.run(dispatch_kernel<CopyRow, false, true>,
-             dispatch_shared_bytes(rank.layout, rank.self_rank, 0), rank, CopyRow{},
-             DispatchSendParams{}, recv);
+  with_view(rank, is_usual(rank.layout.config(), recv.output), [&](const auto& view) {
+    launch.run(dispatch_kernel<std::decay_t<decltype(view)>, CopyRow, false, true>,
+               dispatch_shared_bytes(rank.layout, rank.self_rank, 0), view, CopyRow{},
+               DispatchSendParams{}, recv);
+  });
 }
 
 void launch_dispatch(const RankView& rank, const DispatchSendParams& send,
                      const DispatchRecvParams& recv, const Launch& launch) {
+  const bool usual = is_usual(rank.layout.config(), recv.output);
   with_rows(rank.layout, send, [&](auto rows) {
-    launch.run(dispatch_kernel<decltype(rows), true, true>,
-               dispatch_shared_bytes(rank.layout, rank.self_rank, send.num_tokens), rank, rows,
-               send, recv);
+    with_view<true>(rank, usual, send.num_tokens, [&](const auto& view) {
+      launch.run(dispatch_kernel<std::decay_t<decltype(view)>, decltype(rows), true, true>,
+                 dispatch_shared_bytes(rank.layout, rank.self_rank, send.num_tokens), view, rows,
+                 send, recv);
+    });
   });
 }
 

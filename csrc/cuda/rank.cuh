@@ -27,6 +27,17 @@ __device__ T* at(std::byte* base, uint64_t offset) {
   return reinterpret_cast<T*>(base + offset);
 }
 
+// One warp. Calls `each(i)` for 0 .. n - 1, a lane a number. `kIsUsual`: n is at most a warp's.
+template <bool kIsUsual, typename Each>
+__device__ void share_lanes(uint32_t n, Each each) {
+  uint32_t i = threadIdx.x % kWarp;
+  if constexpr (kIsUsual) {
+    if (i < n) each(i);
+  } else {
+    for (; i < n; i += kWarp) each(i);
+  }
+}
+
 // A block's view of a running operation, the same in all its threads. `View`: what the kernels of
 // a rank are given, RankView, or one derived from it where some peers are reached over a network:
 // kHasNetwork, and reaches(), is_peer(), store(), add(), has_arrived(), note_arrived() and
@@ -421,6 +432,11 @@ struct Sources {
     return words[r] & static_cast<uint32_t>(protocol::kMaxCount);
   }
   __device__ bool is_tagged(uint32_t r) const { return (words[r] & protocol::kTaggedBit) != 0; }
+  // Whole warp; of no more ranks than lanes.
+  __device__ bool are_all_tagged() const {
+    const uint32_t lane = threadIdx.x % kWarp;
+    return __all_sync(kAllLanes, lane >= num_ranks || is_tagged(lane));
+  }
 };
 
 // The messages of all sources but one, or of all: those of the sources behind it move up.

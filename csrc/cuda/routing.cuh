@@ -181,21 +181,23 @@ __device__ inline uint32_t next_behind(uint32_t num_before, uint32_t size) {
 }
 
 // One warp, a lane a rank. Calls `each(r, slot, i)` on the lanes whose rank gets the token, the
-// i-th of those that do, in that slot; returns how many do.
-template <typename Each>
+// i-th of those that do, in that slot; returns how many do. `kIsUsual`: there are no more ranks
+// than lanes.
+template <bool kIsUsual, typename Each>
 __device__ uint32_t for_each_rank(const TokenSets& sets, uint32_t token, Each each) {
   const uint32_t lane = threadIdx.x % kWarp;
   uint32_t size = 0;
   __syncwarp();  // what the last token's ranks have left may be written over
+  uint32_t word = 0;
 #pragma unroll 1
-  for (uint32_t word = 0; word < sets.num_rank_words(); ++word) {
+  do {
     const uint32_t ranks = sets.rank_word(token, word);
     if ((ranks >> lane & 1) != 0) {
       const uint32_t r = word * kWarp + lane;
       each(r, sets.before_rank(r, token), size + __popc(ranks & ((1u << lane) - 1)));
     }
     size += __popc(ranks);
-  }
+  } while (!kIsUsual && ++word < sets.num_rank_words());
   return size;
 }
 
@@ -212,15 +214,16 @@ struct Route {
 };
 
 // One warp, a lane a route. Calls `each(route, is_routed)` on all lanes, also those that have none;
-// returns how many there are. `counts_below`: wants num_below.
-template <typename Each>
+// returns how many there are. `counts_below`: wants num_below. `kIsUsual`: a token has no more
+// routes than a warp has lanes.
+template <bool kIsUsual, typename Each>
 __device__ uint32_t for_each_route(const Routing& routing, const TokenSets& sets, uint32_t token,
                                    Each each, bool counts_below = false) {
   const uint32_t lane = threadIdx.x % kWarp, top_k = routing.top_k;
   __syncwarp();  // what the last token's routes have left may be written over
-  uint32_t num_routes = 0;
+  uint32_t num_routes = 0, first_k = 0;
 #pragma unroll 1
-  for (uint32_t first_k = 0; first_k < top_k; first_k += kWarp) {
+  do {
     Route route;
     route.k = first_k + lane;
     const int64_t expert = route.k < top_k ? routing.expert(token, route.k) : -1;
@@ -241,7 +244,7 @@ __device__ uint32_t for_each_route(const Routing& routing, const TokenSets& sets
     const bool is_routed = expert >= 0;
     route.entry_idx = __popc(alike & ((1u << lane) - 1));
     route.num_entries = __popc(alike);
-    if (top_k > kWarp && is_routed) {
+    if (!kIsUsual && top_k > kWarp && is_routed) {
       route.entry_idx = route.num_entries = route.num_below = 0;
 #pragma unroll 1
       for (uint32_t j = 0; j < top_k; ++j) {
@@ -256,7 +259,7 @@ __device__ uint32_t for_each_route(const Routing& routing, const TokenSets& sets
     route.column = is_routed ? sets.ranks_below(route.dst_rank, token) : 0;
     route.slot = is_routed ? sets.before_rank(route.dst_rank, token) : 0;
     each(route, is_routed);
-  }
+  } while (!kIsUsual && (first_k += kWarp) < top_k);
   __syncwarp();
   return num_routes;
 }

@@ -43,30 +43,30 @@ class WorkspacePublisher {
 };
 
 // Where the rows of a token are: rank-major, a row for each rank that has answered, of weight 1; by
-// expert, a row for each k that is routed. A lane a column, as far as there are lanes.
+// expert, a row for each k that is routed. A lane a column, as far as there are lanes; usually,
+// there are enough (usual.cuh).
+template <bool kIsByExpert, bool kIsUsual>
 class Answers {
  public:
   __device__ Answers(const RankView& rank, const CombineRecvParams& recv)
-      : rank_(rank),
-        layout_(rank.layout),
-        recv_(recv),
-        is_by_expert_(layout_.has_expert_workspaces()) {}
+      : rank_(rank), layout_(rank.layout), recv_(recv) {}
 
   __device__ void fetch(uint32_t token) {
     token_ = token;
     // Together, whether they are used or not.
-    if (!is_by_expert_) num_columns_ = recv_.num_partials[token];
+    if (!kIsByExpert) num_columns_ = recv_.num_partials[token];
     if (threadIdx.x % kWarp < layout_.num_outcome_columns()) own_ = column(threadIdx.x % kWarp);
   }
 
   // The rows of the token fetched last; returns how many. One warp.
   __device__ uint32_t plan(SumPlan* plan) const {
     const uint32_t lane = threadIdx.x % kWarp;
-    const uint32_t end = is_by_expert_ ? layout_.config().top_k : num_columns_;
+    const uint32_t end = kIsByExpert ? layout_.config().top_k : num_columns_;
     uint32_t size = 0;
     __syncwarp();  // the last plan has been used
+    uint32_t first = 0;
 #pragma unroll 1
-    for (uint32_t first = 0; first < end; first += kWarp) {
+    do {
       const uint32_t c = first + lane;
       const Column a = first == 0 || c >= end ? own_ : column(c);
       const bool is_there = c < end && a.rank != kNoRank;
@@ -78,7 +78,7 @@ class Answers {
         plan->weights[i] = a.weight;
       }
       size += __popc(there);
-    }
+    } while (!kIsUsual && (first += kWarp) < end);
     __syncwarp();
     return size;
   }
@@ -90,7 +90,7 @@ class Answers {
   };
   __device__ Column column(uint32_t c) const {
     const uint32_t* answers = recv_.answers + token_ * layout_.num_answer_words();
-    if (is_by_expert_) {
+    if (kIsByExpert) {
       const uint32_t top_k = layout_.config().top_k;
       return {answers[c], answers[top_k + c], recv_.topk_weights[token_ * top_k + c]};
     }
@@ -104,12 +104,11 @@ class Answers {
   const RankView& rank_;
   const LowLatencyLayout& layout_;
   const CombineRecvParams& recv_;
-  bool is_by_expert_;
   uint32_t token_ = 0, num_columns_ = 0;
   Column own_ = {kNoRank, 0, 0.0f};
 };
 
-template <typename T, bool kSends, bool kReceives>
+template <typename T, typename Answers, bool kSends, bool kReceives>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     workspace_combine_kernel(const __grid_constant__ RankView rank,
                              const __grid_constant__ CombineSendParams send,
@@ -146,37 +145,73 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   op.complete(true);
 }
 
+template <typename T, typename Answers>
+void prepare_receiving_forms() {
+  Launch::prepare(workspace_combine_kernel<T, Answers, false, true>);
+  Launch::prepare(workspace_combine_kernel<T, Answers, true, true>);
+}
+
 template <typename T>
 void prepare_forms() {
-  Launch::prepare(workspace_combine_kernel<T, true, false>);
-  Launch::prepare(workspace_combine_kernel<T, false, true>);
-  Launch::prepare(workspace_combine_kernel<T, true, true>);
+  prepare_receiving_forms<T, Answers<false, false>>();
+  prepare_receiving_forms<T, Answers<false, true>>();
+  prepare_receiving_forms<T, Answers<true, false>>();
+  prepare_receiving_forms<T, Answers<true, true>>();
+}
+
+// Of a kernel that adds no rows up: any.
+using NoAnswers = Answers<false, true>;
+
+template <typename Type>
+struct TypeOf {
+  using type = Type;
+};
+
+// Calls `launch` with the types of rows and of answers.
+template <typename Function>
+void with_types(const LowLatencyLayout& layout, Function&& launch) {
+  with_type(layout, [&](auto value) {
+    using T = TypeOf<decltype(value)>;
+    const bool is_usual = fits_a_warp(layout.config());
+    if (layout.has_expert_workspaces()) {
+      is_usual ? launch(T(), TypeOf<Answers<true, true>>())
+               : launch(T(), TypeOf<Answers<true, false>>());
+    } else {
+      is_usual ? launch(T(), TypeOf<Answers<false, true>>())
+               : launch(T(), TypeOf<Answers<false, false>>());
+    }
+  });
 }
 
 }  // namespace
 
 void prepare_workspace_combine() {
+  Launch::prepare(workspace_combine_kernel<float, NoAnswers, true, false>);
   prepare_forms<__nv_bfloat16>();
   prepare_forms<float>();
 }
 
 void launch_workspace_combine_send(const RankView& rank, const CombineSendParams& send,
                                    const Launch& launch) {
-  launch.run(workspace_combine_kernel<float, true, false>, 0, rank, send, CombineRecvParams{});
+  launch.run(workspace_combine_kernel<float, NoAnswers, true, false>, 0, rank, send,
+             CombineRecvParams{});
 }
 
 void launch_workspace_combine_recv(const RankView& rank, const CombineRecvParams& recv,
                                    const Launch& launch) {
-  with_type(rank.layout, [&](auto value) {
-    launch.run(workspace_combine_kernel<decltype(value), false, true>, 0, rank, CombineSendParams{},
-               recv);
+  with_types(rank.layout, [&](auto type, auto answers) {
+    using T = typename decltype(type)::type;
+    launch.run(workspace_combine_kernel<T, typename decltype(answers)::type, false, true>, 0, rank,
+               CombineSendParams{}, recv);
   });
 }
 
 void launch_workspace_combine(const RankView& rank, const CombineSendParams& send,
                               const CombineRecvParams& recv, const Launch& launch) {
-  with_type(rank.layout, [&](auto value) {
-    launch.run(workspace_combine_kernel<decltype(value), true, true>, 0, rank, send, recv);
+  with_types(rank.layout, [&](auto type, auto answers) {
+    using T = typename decltype(type)::type;
+    launch.run(workspace_combine_kernel<T, typename decltype(answers)::type, true, true>, 0, rank,
+               send, recv);
   });
 }
 

@@ -2,6 +2,8 @@
 
 namespace ep::cuda {
 
-const WorkspaceDispatch kRankMajorWorkspaceDispatch = make_workspace_dispatch<RankMajor<false>>();
+const WorkspaceDispatch kRankMajorWorkspaceDispatch[] = {
+    make_workspace_dispatch<RankMajor<false, false>>(),
+    make_workspace_dispatch<RankMajor<false, true>>()};
 
 }  // namespace ep::cuda

@@ -9,18 +9,21 @@ namespace ep::cuda {
 using protocol::LowLatencyConfig;
 
 // Where a token goes, rank by rank in ascending order. In shared memory, one for each warp.
+// `kIsUsual`, here and below: see usual.cuh.
+template <bool kIsUsual>
 struct Receivers {
-  std::byte* rows[kMaxTopK];  // in the workspace, or behind the words of a tagged message
-  uint32_t* scales[kMaxTopK];
-  uint32_t answers[kMaxTopK];  // rank << 16 | the message's slot
+  static constexpr uint32_t kMost = kIsUsual ? kWarp : kMaxTopK;
+  std::byte* rows[kMost];  // in the workspace, or behind the words of a tagged message
+  uint32_t* scales[kMost];
+  uint32_t answers[kMost];  // rank << 16 | the message's slot
   uint32_t size;
   uint32_t first;  // of the rank that is served first
 };
 
-template <typename Rows, bool kTagged>
+template <typename Rows, bool kTagged, bool kIsUsual>
 class RankMajorSender {
  public:
-  __device__ RankMajorSender(const WorkspaceSend<Rows>& send, Receivers* receivers, bool)
+  __device__ RankMajorSender(const WorkspaceSend<Rows>& send, Receivers<kIsUsual>* receivers, bool)
       : rank_(send.rank),
         layout_(rank_.layout),
         op_(send.op),
@@ -72,16 +75,17 @@ class RankMajorSender {
   }
 
   __device__ void find_receivers(uint32_t token) const {
-    const uint32_t size = for_each_rank(sets_, token, [&](uint32_t r, uint32_t slot, uint32_t i) {
-      const uint32_t message =
-          LowLatencyLayout::message_in_workspace(params_.num_slots, rank_.self_rank, slot);
-      std::byte* peer = op_.peer(r);
-      receivers_->rows[i] = is_tagged(r)
-                                ? peer + tagged_message(slot) + layout_.tagged_row_in_message()
-                                : peer + layout_.workspace_row(workspace_, message);
-      receivers_->scales[i] = at<uint32_t>(peer, layout_.workspace_scales(workspace_, message));
-      receivers_->answers[i] = r << 16 | slot;
-    });
+    const uint32_t size =
+        for_each_rank<kIsUsual>(sets_, token, [&](uint32_t r, uint32_t slot, uint32_t i) {
+          const uint32_t message =
+              LowLatencyLayout::message_in_workspace(params_.num_slots, rank_.self_rank, slot);
+          std::byte* peer = op_.peer(r);
+          receivers_->rows[i] = is_tagged(r)
+                                    ? peer + tagged_message(slot) + layout_.tagged_row_in_message()
+                                    : peer + layout_.workspace_row(workspace_, message);
+          receivers_->scales[i] = at<uint32_t>(peer, layout_.workspace_scales(workspace_, message));
+          receivers_->answers[i] = r << 16 | slot;
+        });
     if (threadIdx.x % kWarp == 0) {
       receivers_->size = size;
       receivers_->first = next_behind(sets_.ranks_below(rank_.self_rank + 1, token), size);
@@ -109,7 +113,7 @@ class RankMajorSender {
   // K is larger) writes one place of the rank's list: an expert of that rank behind those of
   // smaller k, any other behind them all, as none.
   __device__ void send_routes(uint32_t token) const {
-    constexpr uint32_t kRoutesOfLane = kMaxTopK / kWarp;
+    constexpr uint32_t kRoutesOfLane = Receivers<kIsUsual>::kMost / kWarp;
     const uint32_t top_k = routing_.top_k, size = receivers_->size;
     const uint32_t shift = min(ceil_log2(top_k), 5u), group_size = 1u << shift;
     const uint32_t lane = threadIdx.x % kWarp, group = lane >> shift;
@@ -178,13 +182,13 @@ class RankMajorSender {
   const TokenSets& sets_;
   const Rows& rows_;
   const DispatchSendParams& params_;
-  Receivers* receivers_;
+  Receivers<kIsUsual>* receivers_;
   uint32_t workspace_, num_parts_;
 };
 
 // The hook: how many messages each source has sent, and no experts in the slots behind them.
 // Tagged, also the messages themselves.
-template <bool kTagged>
+template <bool kTagged, bool kIsUsual>
 class RankMajorReceiver {
  public:
   // `shared`: num_words().
@@ -291,11 +295,11 @@ class RankMajorReceiver {
     auto* idx = at<uint32_t>(op.self(), layout_.workspace_topk_idx(workspace_, place));
     auto* weights = at<uint32_t>(op.self(), layout_.workspace_topk_weights(workspace_, place));
     bool ok = true;
-    for (uint32_t k = threadIdx.x % kWarp; k < layout_.config().top_k && ok; k += kWarp) {
+    share_lanes<kIsUsual>(layout_.config().top_k, [&](uint32_t k) {
       uint4 word = ptx::ld_relaxed_sys_b128(words + k);
-      ok = op.have_tag(words + k, src_rank, &word);
+      ok = ok && op.have_tag(words + k, src_rank, &word);
       if (ok) idx[k] = word.x, weights[k] = word.y;
-    }
+    });
     return __all_sync(kAllLanes, ok);
   }
 
@@ -321,14 +325,14 @@ class RankMajorReceiver {
   uint32_t* old_counts_;
 };
 
-template <bool kIsTagged>
+template <bool kIsTagged, bool kIsUsual>
 struct RankMajor {
   static constexpr bool kByExpert = false;
   static constexpr bool kTagged = kIsTagged;
-  using Places = Receivers;
+  using Places = Receivers<kIsUsual>;
   template <typename Rows>
-  using Sender = RankMajorSender<Rows, kTagged>;
-  using Receiver = RankMajorReceiver<kTagged>;
+  using Sender = RankMajorSender<Rows, kTagged, kIsUsual>;
+  using Receiver = RankMajorReceiver<kTagged, kIsUsual>;
   // Of an item's row: one more than the row has.
   __device__ static uint32_t num_parts(const LowLatencyLayout& layout) {
     return protocol::parts_for(layout.dispatch_row_bytes()) + 1;

@@ -2,6 +2,8 @@
 
 namespace ep::cuda {
 
-const WorkspaceDispatch kTaggedWorkspaceDispatch = make_workspace_dispatch<RankMajor<true>>();
+const WorkspaceDispatch kTaggedWorkspaceDispatch[] = {
+    make_workspace_dispatch<RankMajor<true, false>>(),
+    make_workspace_dispatch<RankMajor<true, true>>()};
 
 }  // namespace ep::cuda

@@ -28,7 +28,8 @@ struct ExpertPartition {
   // One that the rank with this first expert does not own; -1 where it owns all.
   EP_HOST_DEVICE constexpr int32_t foreign_expert(uint32_t first_expert_of_rank) const {
     if (first_expert_of_rank > 0) return 0;
-    return num_experts > num_local_experts(0) ? static_cast<int32_t>(num_experts - 1) : -1;
+    const bool owns_all = num_ranks == 1 || num_experts <= 1;
+    return owns_all ? -1 : static_cast<int32_t>(num_experts - 1);
   }
 };
 

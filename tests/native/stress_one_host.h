@@ -115,7 +115,7 @@ inline void run_step_in_workspace(const OneHostView& view, uint32_t what, const 
   if (what == Step::kDispatch) dispatch.send(view, batch.send(out), launch);
   if (what == Step::kHook) {
     // Tagged messages are moved by all blocks; of others nothing is left to do but to wait.
-    const bool is_tagged = &dispatch == &cuda::kTaggedWorkspaceDispatch;
+    const bool is_tagged = out.num_slots <= view.layout.config().num_max_tagged_tokens;
     dispatch.recv(view, batch.recv(out), is_tagged ? launch : cuda::Launch{1});
     take();
   }
