@@ -352,7 +352,8 @@ class DispatchReceiver {
   __device__ bool find_place(uint32_t src_rank, uint32_t slot, const ExpertEntry& entry,
                              Place* place) const {
     const uint32_t num_local = arrivals_.num_local_experts, top_k = layout_.config().top_k;
-    const uint32_t num_scale_words = layout_.num_scale_words();
+    const uint32_t num_scale_words =
+        View::kIsUsual ? layout_.num_scales() : layout_.num_scale_words();
     if (entry.k >= top_k) return op_.corrupt(src_rank, top_k, entry.k);
     if (entry.local_expert >= num_local) {
       return op_.corrupt(src_rank, num_local, entry.local_expert);
@@ -426,7 +427,7 @@ class DispatchReceiver {
 
   // A part to the places of some lanes. Whole warp.
   __device__ void store(const Part& p, uint32_t part, const Place& place, uint32_t lanes) const {
-    const ScaleWord scale(p, part, layout_);
+    const ScaleWord<View::kIsUsual> scale(p, part, layout_);
     uint32_t word = scale.idx;
     if (is_by_expert()) {
       word *= static_cast<uint32_t>(layout_.expert_capacity());

@@ -9,10 +9,12 @@ namespace ep::cuda {
 
 struct Launch;  // launch.cuh
 
-// Whether no more ranks and experts of a token have to be looked at than a warp has lanes.
-inline bool fits_a_warp(const protocol::LowLatencyConfig& config) {
+// What most models and hosts have: few ranks, no more experts a token than a warp has lanes, scales
+// that are not packed.
+inline bool has_usual_shape(const protocol::LowLatencyConfig& config) {
   constexpr uint32_t kLanes = 32;
-  return config.num_ranks <= kLanes && config.top_k <= kLanes;
+  return config.num_ranks <= kNumNearRanks && config.top_k <= kLanes &&
+         config.scale_format != protocol::ScaleFormat::kUE8M0;
 }
 
 // Of all kernels of a file, see Launch::prepare.
@@ -46,7 +48,7 @@ struct WorkspaceDispatch {
                const Launch& launch);
 };
 extern const WorkspaceDispatch kExpertWorkspaceDispatch;
-// [1]: of no more ranks or experts a token than a warp has lanes.
+// [1]: of usual shapes.
 extern const WorkspaceDispatch kRankMajorWorkspaceDispatch[2];
 extern const WorkspaceDispatch kTaggedWorkspaceDispatch[2];  // rank-major, too
 
@@ -56,7 +58,7 @@ inline const WorkspaceDispatch& workspace_dispatch(const protocol::LowLatencyLay
   if (layout.has_expert_workspaces()) return kExpertWorkspaceDispatch;
   const bool is_tagged = num_slots <= layout.config().num_max_tagged_tokens;
   return (is_tagged ? kTaggedWorkspaceDispatch
-                    : kRankMajorWorkspaceDispatch)[fits_a_warp(layout.config())];
+                    : kRankMajorWorkspaceDispatch)[has_usual_shape(layout.config())];
 }
 
 void launch_workspace_combine_send(const RankView& rank, const CombineSendParams& send,

@@ -58,11 +58,11 @@ template <typename Rows>
 void prepare_forms() {
   Launch::prepare(combine_kernel<RankView, Rows, true, false>);
   Launch::prepare(combine_kernel<UsualView<Batch::kAny>, Rows, true, false>);
-  for_each_view<false>([](auto* view) {
-    Launch::prepare(combine_kernel<std::remove_pointer_t<decltype(view)>, Rows, false, true>);
+  for_each_view<false>([](auto view) {
+    Launch::prepare(combine_kernel<typename decltype(view)::type, Rows, false, true>);
   });
-  for_each_view<true>([](auto* view) {
-    Launch::prepare(combine_kernel<std::remove_pointer_t<decltype(view)>, Rows, true, true>);
+  for_each_view<true>([](auto view) {
+    Launch::prepare(combine_kernel<typename decltype(view)::type, Rows, true, true>);
   });
 }
 

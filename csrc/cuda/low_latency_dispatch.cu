@@ -42,8 +42,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   if (kSends) {
     const bool ok = sets.fill(rank, routing, first_expert);
     if (!op.start_send(ok)) return;
-    if (View::kBatch != Batch::kAlone && !sender.is_alone())
-      sender.run(items, fetched, &plans[threadIdx.x / kWarp]);
+    if (!sender.is_alone()) sender.run(items, fetched, &plans[threadIdx.x / kWarp]);
   }
   bool ok = true;
   if (kReceives) {
@@ -73,11 +72,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 
 template <typename Rows>
 void prepare_sending_forms() {
-  for_each_view<false>([](auto* view) {
-    Launch::prepare(dispatch_kernel<std::remove_pointer_t<decltype(view)>, Rows, true, false>);
+  for_each_view<false>([](auto view) {
+    Launch::prepare(dispatch_kernel<typename decltype(view)::type, Rows, true, false>);
   });
-  for_each_view<true>([](auto* view) {
-    Launch::prepare(dispatch_kernel<std::remove_pointer_t<decltype(view)>, Rows, true, true>);
+  for_each_view<true>([](auto view) {
+    Launch::prepare(dispatch_kernel<typename decltype(view)::type, Rows, true, true>);
   });
 }
 

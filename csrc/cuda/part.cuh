@@ -82,6 +82,8 @@ __device__ inline void store_part(const Part& p, const RowView& row, const RowSh
 }
 
 // The word of received scales that this lane writes of a part, if it has one: scales.h. Whole warp.
+// `kIsUsual`: they are not packed.
+template <bool kIsUsual>
 struct ScaleWord {
   uint32_t idx, value;  // in words of the row
   bool is_there;
@@ -91,7 +93,7 @@ struct ScaleWord {
     const uint32_t num_scales = layout.num_scales();
     idx = lane.scale(part), value = p.scale;
     is_there = lane.has_scale() && idx < num_scales;
-    if (layout.config().scale_format != protocol::ScaleFormat::kUE8M0) return;
+    if (kIsUsual || layout.config().scale_format != protocol::ScaleFormat::kUE8M0) return;
     // Exponents of four scales each, in lanes 0 and 1.
     value = 0;
 #pragma unroll
@@ -303,6 +305,12 @@ struct QuantizeRow {
 };
 
 // --- on the host -----------------------------------------------------------------------------
+
+// A type, as what a generic function is called with.
+template <typename Type>
+struct TypeOf {
+  using type = Type;
+};
 
 // Calls `launch` with the way x becomes what travels.
 template <typename Function>

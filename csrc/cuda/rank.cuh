@@ -90,7 +90,9 @@ class OpOf {
   __device__ uint32_t tag() const { return static_cast<uint32_t>(epoch_); }
   __device__ uint32_t bank() const { return bank_; }
   __device__ std::byte* self() const { return rank_.self_base; }
-  __device__ std::byte* peer(uint32_t r) const { return base_of(rank_, r); }
+  __device__ std::byte* peer(uint32_t r) const {
+    return View::kIsUsual ? rank_.near_bases[r] : base_of(rank_, r);
+  }
   // Whether this GPU reads and writes the memory of rank `r` itself.
   __device__ bool reaches(uint32_t r) const {
     if constexpr (kHasNetwork) return rank_.reaches(r);

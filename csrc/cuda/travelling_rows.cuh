@@ -319,19 +319,14 @@ class Float8Rows {
   Float8Shape shape_;
 };
 
-template <typename Rows>
-struct RowsType {
-  using type = Rows;
-};
-
-// On the host. Calls `launch` with the RowsType of a layout's combine.
+// On the host. Calls `launch` with the TypeOf the rows of a layout's combine.
 template <typename Function>
 void with_travelling_rows(const LowLatencyLayout& layout, Function&& launch) {
   with_type(layout, [&](auto value) {
     if (layout.num_combine_scales() > 0) {
-      launch(RowsType<Float8Rows<decltype(value)>>());
+      launch(TypeOf<Float8Rows<decltype(value)>>());
     } else {
-      launch(RowsType<PlainRows<decltype(value)>>());
+      launch(TypeOf<PlainRows<decltype(value)>>());
     }
   });
 }

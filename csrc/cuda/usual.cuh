@@ -1,17 +1,17 @@
 // Kernels for what most models do, without the code of all else: instructions that are not executed
-// lie between those that are, and every kernel starts with few of them near the SM. By expert, a
-// pair of one token takes 10.8 us so and 13.6 with one kernel for everything, one of 128 tokens
-// 26.9 and 28.7 (two H200s over NVLink, float8, hidden 7168).
+// lie between those that are, and an SM holds few of them. By expert, a pair of one token takes
+// 10.7 us so and 13.4 with one kernel for everything, one of 128 tokens 27.1 and 28.7; with a GEMM
+// behind each dispatch and combine, whose instructions come between, one of one token takes 1.8 us
+// less, of 64 tokens 1.8 (two H200s over NVLink, float8, hidden 7168).
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/kernels.h"
+#include "cuda/part.cuh"
 
 namespace ep::cuda {
 
-// Usual: rows by expert, a partial row a rank, and no more ranks or experts a token than a warp has
-// lanes. What a kernel that only sends is told of its output does not matter.
+// Usual: a usual shape (kernels.h), rows by expert, a partial row a rank. To a kernel that only
+// sends, rows by expert or not is all the same.
 template <Batch kOfBatch>
 struct UsualView : RankView {
   static constexpr bool kIsUsual = true;
@@ -21,7 +21,7 @@ struct UsualView : RankView {
 };
 
 inline bool is_usual(const protocol::LowLatencyConfig& config) {
-  return config.reduction == protocol::Reduction::kRank && fits_a_warp(config);
+  return config.reduction == protocol::Reduction::kRank && has_usual_shape(config);
 }
 inline bool is_usual(const protocol::LowLatencyConfig& config, protocol::OutputLayout output) {
   return is_usual(config) && output == protocol::OutputLayout::kExpertMajor;
@@ -45,13 +45,13 @@ void with_view(const RankView& rank, bool is_usual, Function&& launch) {
   if (!is_usual) return launch(rank);
   launch(UsualView<Batch::kAny>(rank));
 }
-// Calls `prepare` with a null pointer to each type of view that with_view<kReceives> gives.
+// Calls `prepare` with the TypeOf every view that with_view<kReceives> gives.
 template <bool kReceives, typename Function>
 void for_each_view(Function&& prepare) {
-  prepare(static_cast<RankView*>(nullptr));
-  prepare(static_cast<UsualView<Batch::kTagged>*>(nullptr));
-  prepare(static_cast<UsualView<Batch::kUntagged>*>(nullptr));
-  if constexpr (kReceives) prepare(static_cast<UsualView<Batch::kAlone>*>(nullptr));
+  prepare(TypeOf<RankView>());
+  prepare(TypeOf<UsualView<Batch::kTagged>>());
+  prepare(TypeOf<UsualView<Batch::kUntagged>>());
+  if constexpr (kReceives) prepare(TypeOf<UsualView<Batch::kAlone>>());
 }
 
 }  // namespace ep::cuda

@@ -162,17 +162,12 @@ void prepare_forms() {
 // Of a kernel that adds no rows up: any.
 using NoAnswers = Answers<false, true>;
 
-template <typename Type>
-struct TypeOf {
-  using type = Type;
-};
-
-// Calls `launch` with the types of rows and of answers.
+// Calls `launch` with the TypeOf rows and of answers.
 template <typename Function>
 void with_types(const LowLatencyLayout& layout, Function&& launch) {
   with_type(layout, [&](auto value) {
     using T = TypeOf<decltype(value)>;
-    const bool is_usual = fits_a_warp(layout.config());
+    const bool is_usual = has_usual_shape(layout.config());
     if (layout.has_expert_workspaces()) {
       is_usual ? launch(T(), TypeOf<Answers<true, true>>())
                : launch(T(), TypeOf<Answers<true, false>>());

@@ -172,7 +172,7 @@ class ExpertMajorSender {
   }
 
   __device__ void send_part(const Part& p, uint32_t part) const {
-    const ScaleWord scale(p, part, layout_);
+    const ScaleWord<false> scale(p, part, layout_);
     const uint32_t size = places_->size;
 #pragma unroll 4
     for (uint32_t i = 0; i < size; ++i) {

@@ -94,7 +94,7 @@ class RankMajorSender {
   }
 
   __device__ void send_part(const Part& p, uint32_t part) const {
-    const ScaleWord scale(p, part, layout_);
+    const ScaleWord<kIsUsual> scale(p, part, layout_);
     const uint32_t size = receivers_->size;
     uint32_t i = receivers_->first;
 #pragma unroll 2
@@ -275,7 +275,7 @@ class RankMajorReceiver {
         const Part p = tagged.part();
         if (part + 1 < end_of_row) tagged.begin(row, num_vectors_, part + 1, op.tag());
         store_vectors(p, op.self() + layout_.workspace_row(workspace_, place), num_vectors_, part);
-        const ScaleWord scale(p, part, layout_);
+        const ScaleWord<kIsUsual> scale(p, part, layout_);
         if (scale.is_there) {
           at<uint32_t>(op.self(), layout_.workspace_scales(workspace_, place))[scale.idx] =
               scale.value;

@@ -19,7 +19,8 @@ from tests.support.scenario import mixed_scenario
 from tests.support.shapes import Shape
 
 SHAPE = Shape(2, num_max_tokens_per_rank=5, hidden=272, device="cuda")
-FLOAT8 = {"dispatch_dtype": torch.float8_e4m3fn, "scale_format": "ue8m0"}
+UNPACKED = {"dispatch_dtype": torch.float8_e4m3fn}
+FLOAT8 = UNPACKED | {"scale_format": "ue8m0"}
 SETTINGS: list[dict[str, Any]] = [
     {"num_max_tagged_tokens": 5},
     {"num_max_tagged_tokens": 0},
@@ -28,7 +29,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"combine_dtype": torch.float8_e4m3fn, "num_max_tagged_tokens": 2},
     {"combine_dtype": torch.float8_e4m3fn, "num_max_tagged_tokens": 2, "reduction": "source"},
     FLOAT8 | {"output_layout": "rank_major", "num_workspaces": 2, "num_max_tagged_tokens": 0},
-    FLOAT8 | {"output_layout": "rank_major", "num_workspaces": 2, "num_max_tagged_tokens": 4},
+    UNPACKED | {"output_layout": "rank_major", "num_workspaces": 2, "num_max_tagged_tokens": 4},
 ]
 # Sends of all ranks wait for each other.
 ON_STREAMS: list[dict[str, Any]] = [FLOAT8 | {"reduction": "source", "num_workspaces": 2}]

@@ -22,7 +22,8 @@ from tests.support.shapes import Shape
 from tests.support.strategies import scenarios
 
 CUDA_SHAPE = Shape(2, hidden=64, device="cuda")
-FLOAT8 = {"dispatch_dtype": torch.float8_e4m3fn, "scale_format": "ue8m0"}
+UNPACKED = {"dispatch_dtype": torch.float8_e4m3fn}
+FLOAT8 = UNPACKED | {"scale_format": "ue8m0"}
 FLOAT8_BACK = {"combine_dtype": torch.float8_e4m3fn}
 RANK_MAJOR = {"output_layout": "rank_major"}
 SOURCE = {"reduction": "source"}
@@ -33,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tagged": {"num_max_tagged_tokens": 6},
     "tagged_or_push": {"transfer": "push", "num_max_tagged_tokens": 3},
     "float8": FLOAT8,
+    "float8_unpacked": UNPACKED | {"num_max_tagged_tokens": 3},
     "rank_major": RANK_MAJOR,
     "float8_rank_major": FLOAT8 | RANK_MAJOR,
     "source": SOURCE | {"transfer": "push", "num_max_tagged_tokens": 0},
@@ -49,6 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "float8_back_source_tagged": FLOAT8_BACK | SOURCE | {"num_max_tagged_tokens": 3},
     "workspaces": RANK_MAJOR | {"num_workspaces": 5, "num_max_tagged_tokens": 0},
     "tagged_workspaces": RANK_MAJOR | {"num_workspaces": 5, "num_max_tagged_tokens": 5},
+    "float8_unpacked_workspaces": UNPACKED | RANK_MAJOR | {"num_workspaces": 5},
     "float8_workspaces": FLOAT8 | RANK_MAJOR | {"num_workspaces": 5, "expert_ids": "global"},
 }
 # Their sends wait for their peers': not for ranks that share a stream.
@@ -129,6 +132,23 @@ def test_many_experts_and_ranks_in_expert_workspaces(num_tokens: int) -> None:
         reduction="source", num_workspaces=1,
     )  # fmt: skip
     drive_on_streams(Scenario(shape).add("uniform", [num_tokens] * 11, seed=1), num_ops=2)
+
+
+@pytest.mark.parametrize("num_max_tagged_tokens", [0, 3])
+@pytest.mark.parametrize(
+    "layout", [{}, {"output_layout": "rank_major", "num_workspaces": 1}], ids=["by_expert", "rank"]
+)
+@pytest.mark.parametrize(("num_ranks", "top_k"), [(18, 3), (2, 40)])
+def test_more_ranks_or_experts_a_token_than_usual(
+    num_ranks: int, top_k: int, layout: dict[str, Any], num_max_tagged_tokens: int
+) -> None:
+    """Which have kernels of their own."""
+    shape = Shape(
+        num_ranks, 3, 32, num_experts=45, top_k=top_k, device="cuda",
+        num_max_tagged_tokens=num_max_tagged_tokens, **layout,
+    )  # fmt: skip
+    scenario = mixed_scenario(shape, num_variants=3)
+    drive_on_streams(scenario, num_ops=4)
 
 
 @pytest.mark.parametrize("reduction", ["rank", "source"])

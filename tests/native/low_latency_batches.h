@@ -100,14 +100,14 @@ struct Shape {
       shape.config.num_max_tagged_tokens = random.one_of({0, num_tokens / 2, num_tokens});
       shape.is_fused = random.below(2) == 1;
       if (shape.is_fused) shape.program = &kLoop;
+      if (random.below(6) == 0) shape.config.num_ranks = shape.ranks_per_node = 1;
     }
     if (kind == Kind::kWorkspaces) shape.draw_workspaces(random);
     return shape;
   }
   // Rows by expert are added up at home, and rank-major rows are not. Two workspaces are not enough
-  // for dispatches ahead of their combines. A rank may be alone.
+  // for dispatches ahead of their combines.
   void draw_workspaces(Random& random) {
-    if (random.below(6) == 0) config.num_ranks = ranks_per_node = 1;
     if (program == &kAhead) program = &kTurns;
     if (random.below(2) == 0) program = &kAlone;
     const bool is_by_expert = random.below(3) == 0;

@@ -239,7 +239,7 @@ def environments(rank: Rank, values: list[str | None]) -> None:
         os.environ["NVSHMEM_SYMMETRIC_SIZE"] = value
     os.environ["NVSHMEM_HCA_LIST"] = f"mlx5_{rank.group.self_rank}:1"  # a host's own
     nvshmem.extension = lambda: FakeNvshmem(is_started=False)  # type: ignore[assignment,return-value]
-    shape = Shape(2, network=NetworkConfig(), device="cuda")
+    shape = Shape(2, hidden=24, network=NetworkConfig(), device="cuda")
     nvshmem._join = lambda *_: throw(Joined())  # type: ignore[assignment]
     nvshmem.allocate(rank.group, 100, DEVICE, shape.settings())
 
