@@ -257,7 +257,9 @@ class Pair:
         """Rows as they came, times the weight where combine does not know it."""
         rows = result.recv_x
         if result.recv_scales is not None:
-            scales = reference.unpack_ue8m0(result.recv_scales, self._buffer.num_scales)
+            scales = result.recv_scales
+            if self._buffer.scale_format == "ue8m0":
+                scales = reference.unpack_ue8m0(scales, self._buffer.num_scales)
             rows = reference.dequantize(rows, scales).to(self._buffer.dtype)
         if result.recv_topk_weights is not None:
             rows = (result.recv_topk_weights[..., :1] * rows.float()).to(self._buffer.dtype)
