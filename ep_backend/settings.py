@@ -334,7 +334,7 @@ def default_transfer(num_ranks: int, *, has_workspaces: bool, is_virtual: bool) 
     """Between GPUs combine's rows are pushed: requests would be in the way of others' rows. A pair
     of 64 and 128 tokens a rank (hidden 7168, float8, top-8, untagged) between four H100s over
     NVLink takes 40.5 and 61.6 us all pulled, 36.5 and 56.3 all pushed, 3.4 and 4.3 us of that in
-    combine; between two H200s 26.9 and 33.7 pulled, 25.9 and 33.2 with combine's alone pushed. Not
+    combine; between two H200s 22.9 and 30.6 pulled, 22.1 and 30.0 with combine's alone pushed. Not
     timed between more. Dispatches, which gain less, would need memory for every rank's rows;
     combine does either way."""
     return "pull_push" if num_ranks > 1 and not (has_workspaces or is_virtual) else "pull"
@@ -342,8 +342,8 @@ def default_transfer(num_ranks: int, *, has_workspaces: bool, is_virtual: bool) 
 
 def default_tagged_tokens(num_ranks: int) -> int:
     """Batches up to which tagged words are worth their bytes, half as many again: they save two
-    fences and a signal's trip. Two H100s over NVLink gain from it at 128 tokens still (pair of
-    hidden 7168, top-8: 33 instead of 38 us); with more ranks memory sets the limit."""
+    fences and a signal's trip. Two H200s over NVLink gain from it at 128 tokens still (pair of
+    hidden 7168, top-8: 27.0 instead of 29.9 us); with more ranks memory sets the limit."""
     return max(1, 256 // num_ranks)
 
 
