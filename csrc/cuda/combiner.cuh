@@ -29,7 +29,7 @@ class Combiner {
         received_(received),
         skip_rank_(skip_rank),
         plan_(plan),
-        is_source_(!View::kIsUsual && layout_.config().reduction == Reduction::kSource),
+        is_source_(is_source(rank)),
         is_pull_(protocol::pulls_combine(layout_.config().transfer) && !is_source_),
         packs_rows_(View::kHasNetwork && layout_.packs_rows()),
         rows_(layout_),

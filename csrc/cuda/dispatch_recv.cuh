@@ -314,9 +314,7 @@ class DispatchReceiver {
     }
   }
 
-  __device__ bool is_source() const {
-    return !View::kIsUsual && layout_.config().reduction == protocol::Reduction::kSource;
-  }
+  __device__ bool is_source() const { return cuda::is_source(rank_); }
 
   __device__ static ExpertEntry entry_of(const uint4& words) {
     return {static_cast<uint16_t>(words.x), static_cast<uint16_t>(words.x >> 16), words.y,

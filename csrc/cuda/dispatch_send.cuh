@@ -126,9 +126,7 @@ class DispatchSender {
   }
 
  private:
-  __device__ bool is_source() const {
-    return !View::kIsUsual && layout_.config().reduction == protocol::Reduction::kSource;
-  }
+  __device__ bool is_source() const { return cuda::is_source(rank_); }
   __device__ bool packs_rows() const { return View::kHasNetwork && layout_.packs_rows(); }
   // Rows for every expert to the peers' counts, a part of them by each block. Their readers look at
   // the epoch in them, so they may fly ahead.

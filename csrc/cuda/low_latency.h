@@ -56,6 +56,7 @@ struct RankView {
   // See usual.cuh.
   static constexpr bool kIsUsual = false;
   static constexpr Batch kBatch = Batch::kAny;
+  static constexpr bool kIsSource = false;
 
   protocol::LowLatencyLayout layout;
   uint32_t self_rank;

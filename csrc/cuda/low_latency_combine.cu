@@ -23,9 +23,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   // Tagged partial rows to oneself go the way of all others: other warps make them, at the same
   // time. So do all rows.
   const bool is_tagged = config.num_ranks > 1 && recv.num_tokens <= config.num_max_tagged_tokens;
-  const bool sends_to_self = View::kBatch == Batch::kAny
-                                 ? config.reduction == Reduction::kSource || is_tagged
-                                 : View::kBatch == Batch::kTagged;
+  const bool sends_to_self =
+      is_source(rank) || (View::kBatch == Batch::kAny ? is_tagged : View::kBatch == Batch::kTagged);
   const uint32_t skip_rank = kSends && kReceives && !sends_to_self ? rank.self_rank : kNoRank;
   const Sources received(shared, config.num_ranks);
   ptx::touch(rank);
@@ -39,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   if (kSends) {
     received.count_up();
     if (!op.start_send(true)) return;
-    if (View::kBatch != Batch::kAlone) combiner.send();
+    if (View::kBatch != Batch::kAlone || View::kIsSource) combiner.send();
   }
   bool ok = true;
   if (kReceives) {
@@ -56,12 +55,13 @@ uint64_t shared_bytes(const LowLatencyLayout& layout) {
 
 template <typename Rows>
 void prepare_forms() {
-  Launch::prepare(combine_kernel<RankView, Rows, true, false>);
-  Launch::prepare(combine_kernel<UsualView<Batch::kAny>, Rows, true, false>);
-  for_each_view<false>([](auto view) {
+  for_each_view<Rows, Batch::kAny>([](auto view) {
+    Launch::prepare(combine_kernel<typename decltype(view)::type, Rows, true, false>);
+  });
+  for_each_view<Rows, Batch::kTagged, Batch::kUntagged>([](auto view) {
     Launch::prepare(combine_kernel<typename decltype(view)::type, Rows, false, true>);
   });
-  for_each_view<true>([](auto view) {
+  for_each_view<Rows, Batch::kTagged, Batch::kUntagged, Batch::kAlone>([](auto view) {
     Launch::prepare(combine_kernel<typename decltype(view)::type, Rows, true, true>);
   });
 }
@@ -78,9 +78,9 @@ void prepare_combine() {
 void launch_combine_send(const RankView& rank, const CombineSendParams& send,
                          const Launch& launch) {
   with_travelling_rows(rank.layout, [&](auto rows) {
-    with_view(rank, is_usual(rank.layout.config()), [&](const auto& view) {
-      using View = std::decay_t<decltype(view)>;
-      launch.run(combine_kernel<View, typename decltype(rows)::type, true, false>,
+    using Rows = typename decltype(rows)::type;
+    with_view<Rows>(rank, has_usual_shape(rank.layout.config()), [&](const auto& view) {
+      launch.run(combine_kernel<std::decay_t<decltype(view)>, Rows, true, false>,
                  shared_bytes(rank.layout), view, send, CombineRecvParams{});
     });
   });
@@ -88,10 +88,11 @@ void launch_combine_send(const RankView& rank, const CombineSendParams& send,
 
 void launch_combine_recv(const RankView& rank, const CombineRecvParams& recv,
                          const Launch& launch) {
+  const bool is_usual = has_usual_shape(rank.layout.config());
   with_travelling_rows(rank.layout, [&](auto rows) {
-    with_view<false>(rank, is_usual(rank.layout.config()), recv.num_tokens, [&](const auto& view) {
-      using View = std::decay_t<decltype(view)>;
-      launch.run(combine_kernel<View, typename decltype(rows)::type, false, true>, 0, view,
+    using Rows = typename decltype(rows)::type;
+    with_view<Rows, false>(rank, is_usual, recv.num_tokens, [&](const auto& view) {
+      launch.run(combine_kernel<std::decay_t<decltype(view)>, Rows, false, true>, 0, view,
                  CombineSendParams{}, recv);
     });
   });
@@ -99,10 +100,11 @@ void launch_combine_recv(const RankView& rank, const CombineRecvParams& recv,
 
 void launch_combine(const RankView& rank, const CombineSendParams& send,
                     const CombineRecvParams& recv, const Launch& launch) {
+  const bool is_usual = has_usual_shape(rank.layout.config());
   with_travelling_rows(rank.layout, [&](auto rows) {
-    with_view<true>(rank, is_usual(rank.layout.config()), recv.num_tokens, [&](const auto& view) {
-      using View = std::decay_t<decltype(view)>;
-      launch.run(combine_kernel<View, typename decltype(rows)::type, true, true>,
+    using Rows = typename decltype(rows)::type;
+    with_view<Rows, true>(rank, is_usual, recv.num_tokens, [&](const auto& view) {
+      launch.run(combine_kernel<std::decay_t<decltype(view)>, Rows, true, true>,
                  shared_bytes(rank.layout), view, send, recv);
     });
   });

@@ -72,12 +72,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 
 template <typename Rows>
 void prepare_sending_forms() {
-  for_each_view<false>([](auto view) {
+  for_each_view<Rows, Batch::kTagged, Batch::kUntagged>([](auto view) {
     Launch::prepare(dispatch_kernel<typename decltype(view)::type, Rows, true, false>);
   });
-  for_each_view<true>([](auto view) {
+  for_each_view<Rows, Batch::kTagged, Batch::kUntagged, Batch::kAlone>([](auto view) {
     Launch::prepare(dispatch_kernel<typename decltype(view)::type, Rows, true, true>);
   });
+}
+
+bool is_usual(const LowLatencyLayout& layout, OutputLayout output) {
+  return has_usual_shape(layout.config()) && output == OutputLayout::kExpertMajor;
 }
 
 }  // namespace
@@ -86,8 +90,9 @@ void prepare_dispatch() {
   prepare_sending_forms<CopyRow>();
   prepare_sending_forms<QuantizeRow<__nv_bfloat16>>();
   prepare_sending_forms<QuantizeRow<float>>();
-  Launch::prepare(dispatch_kernel<RankView, CopyRow, false, true>);
-  Launch::prepare(dispatch_kernel<UsualView<Batch::kAny>, CopyRow, false, true>);
+  for_each_view<CopyRow, Batch::kAny>([](auto view) {
+    Launch::prepare(dispatch_kernel<typename decltype(view)::type, CopyRow, false, true>);
+  });
 }
 
 uint64_t dispatch_shared_bytes(const LowLatencyLayout& layout, uint32_t self_rank,
@@ -101,8 +106,9 @@ void launch_dispatch_send(const RankView& rank, const DispatchSendParams& send,
                           const Launch& launch) {
   const auto& config = rank.layout.config();
   with_rows(rank.layout, send, [&](auto rows) {
-    with_view<false>(rank, is_usual(config), send.num_tokens, [&](const auto& view) {
-      launch.run(dispatch_kernel<std::decay_t<decltype(view)>, decltype(rows), true, false>,
+    using Rows = decltype(rows);
+    with_view<Rows, false>(rank, has_usual_shape(config), send.num_tokens, [&](const auto& view) {
+      launch.run(dispatch_kernel<std::decay_t<decltype(view)>, Rows, true, false>,
                  TokenSets::num_bytes(config, send.num_tokens), view, rows, send,
                  DispatchRecvParams{});
     });
@@ -111,7 +117,7 @@ void launch_dispatch_send(const RankView& rank, const DispatchSendParams& send,
 
 void launch_dispatch_recv(const RankView& rank, const DispatchRecvParams& recv,
                           const Launch& launch) {
-  with_view(rank, is_usual(rank.layout.config(), recv.output), [&](const auto& view) {
+  with_view<CopyRow>(rank, is_usual(rank.layout, recv.output), [&](const auto& view) {
     launch.run(dispatch_kernel<std::decay_t<decltype(view)>, CopyRow, false, true>,
                dispatch_shared_bytes(rank.layout, rank.self_rank, 0), view, CopyRow{},
                DispatchSendParams{}, recv);
@@ -120,10 +126,11 @@ void launch_dispatch_recv(const RankView& rank, const DispatchRecvParams& recv,
 
 void launch_dispatch(const RankView& rank, const DispatchSendParams& send,
                      const DispatchRecvParams& recv, const Launch& launch) {
-  const bool usual = is_usual(rank.layout.config(), recv.output);
+  const bool usual = is_usual(rank.layout, recv.output);
   with_rows(rank.layout, send, [&](auto rows) {
-    with_view<true>(rank, usual, send.num_tokens, [&](const auto& view) {
-      launch.run(dispatch_kernel<std::decay_t<decltype(view)>, decltype(rows), true, true>,
+    using Rows = decltype(rows);
+    with_view<Rows, true>(rank, usual, send.num_tokens, [&](const auto& view) {
+      launch.run(dispatch_kernel<std::decay_t<decltype(view)>, Rows, true, true>,
                  dispatch_shared_bytes(rank.layout, rank.self_rank, send.num_tokens), view, rows,
                  send, recv);
     });

@@ -173,6 +173,8 @@ __device__ inline bool wait_for_part(const RankView& rank, OpId id, uint32_t src
 
 // Rows that travel as they are: float32, bfloat16, or float8 that the caller has quantised.
 struct CopyRow {
+  static constexpr bool kAreUsual = true;  // see usual.cuh
+
   RowView rows;  // [T, H] and [T, N]
   uint64_t row_bytes;
   RowShape shape;
@@ -230,6 +232,7 @@ struct QuantizeRow {
   RowShape shape;
   protocol::ScaleFormat format;
 
+  static constexpr bool kAreUsual = sizeof(T) == 2;
   static constexpr uint32_t kWidth = sizeof(uint4) / sizeof(T);     // elements of an input vector
   static constexpr uint32_t kInputs = kChannelsPerVector / kWidth;  // of an output vector
 

@@ -27,6 +27,13 @@ __device__ T* at(std::byte* base, uint64_t offset) {
   return reinterpret_cast<T*>(base + offset);
 }
 
+// Whether rows are added up at home, see protocol::Reduction.
+template <typename View>
+__device__ bool is_source(const View& rank) {
+  if constexpr (View::kIsUsual) return View::kIsSource;
+  return rank.layout.config().reduction == protocol::Reduction::kSource;
+}
+
 // One warp. Calls `each(i)` for 0 .. n - 1, a lane a number. `kIsUsual`: n is at most a warp's.
 template <bool kIsUsual, typename Each>
 __device__ void share_lanes(uint32_t n, Each each) {

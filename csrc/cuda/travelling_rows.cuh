@@ -12,6 +12,7 @@ using protocol::LowLatencyLayout;
 template <typename T>
 class PlainRows {
  public:
+  static constexpr bool kAreUsual = sizeof(T) == 2;  // see usual.cuh
   // A partial row to which nothing is added is the token's row.
   static constexpr bool kLonePartialIsResult = true;
   // Tagged rows on their way at the same time.
@@ -262,6 +263,7 @@ __device__ EP_OUT_OF_LINE void add_up_to_float8(const SumPlan& plan, uint32_t nu
 template <typename T>
 class Float8Rows {
  public:
+  static constexpr bool kAreUsual = sizeof(T) == 2;
   // It has to be quantised as if it had travelled.
   static constexpr bool kLonePartialIsResult = false;
   // With two, whose code is twice as long, a pair of 16 tokens takes 0.9 us more (as above).

@@ -5,53 +5,68 @@
 // less, of 64 tokens 1.8 (two H200s over NVLink, float8, hidden 7168).
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/kernels.h"
 #include "cuda/part.cuh"
 
 namespace ep::cuda {
 
-// Usual: a usual shape (kernels.h), rows by expert, a partial row a rank. To a kernel that only
-// sends, rows by expert or not is all the same.
-template <Batch kOfBatch>
+// Usual: a usual shape (kernels.h), rows by expert, bfloat16 to begin with or in the end. To a
+// kernel that only sends, rows by expert or not is all the same.
+template <Batch kOfBatch, bool kAtSource>
 struct UsualView : RankView {
   static constexpr bool kIsUsual = true;
   static constexpr Batch kBatch = kOfBatch;
+  static constexpr bool kIsSource = kAtSource;
 
   explicit UsualView(const RankView& rank) : RankView(rank) {}
 };
 
-inline bool is_usual(const protocol::LowLatencyConfig& config) {
-  return config.reduction == protocol::Reduction::kRank && has_usual_shape(config);
-}
-inline bool is_usual(const protocol::LowLatencyConfig& config, protocol::OutputLayout output) {
-  return is_usual(config) && output == protocol::OutputLayout::kExpertMajor;
-}
+// --- on the host -----------------------------------------------------------------------------
 
-// On the host. Calls `launch` with what the kernel of a rank's own batch of so many tokens is
-// given. `is_usual`: the rank and the output are.
-template <bool kReceives, typename Function>
+// Calls `launch` with what a kernel of `Rows` is given. `is_usual`: shape and output are.
+// `make_view(is_source)`: the view then, of a std::bool_constant.
+template <typename Rows, typename MakeView, typename Function>
+void with_usual(const RankView& rank, bool is_usual, Function&& launch, MakeView make_view) {
+  if constexpr (Rows::kAreUsual) {
+    if (is_usual) {
+      const bool is_source = rank.layout.config().reduction == protocol::Reduction::kSource;
+      return is_source ? make_view(std::true_type()) : make_view(std::false_type());
+    }
+  }
+  launch(rank);
+}
+// Of a rank's own batch of so many tokens.
+template <typename Rows, bool kReceives, typename Function>
 void with_view(const RankView& rank, bool is_usual, uint32_t num_tokens, Function&& launch) {
   const auto& config = rank.layout.config();
-  if (!is_usual) return launch(rank);
-  if constexpr (kReceives) {
-    if (config.num_ranks == 1) return launch(UsualView<Batch::kAlone>(rank));
-  }
-  if (num_tokens <= config.num_max_tagged_tokens) return launch(UsualView<Batch::kTagged>(rank));
-  launch(UsualView<Batch::kUntagged>(rank));
+  with_usual<Rows>(rank, is_usual, launch, [&](auto is_source) {
+    constexpr bool kIsSource = decltype(is_source)::value;
+    if constexpr (kReceives) {
+      if (config.num_ranks == 1) return launch(UsualView<Batch::kAlone, kIsSource>(rank));
+    }
+    if (num_tokens <= config.num_max_tagged_tokens) {
+      return launch(UsualView<Batch::kTagged, kIsSource>(rank));
+    }
+    launch(UsualView<Batch::kUntagged, kIsSource>(rank));
+  });
 }
-// The same where the batch is of no concern.
-template <typename Function>
+// Where the batch is of no concern.
+template <typename Rows, typename Function>
 void with_view(const RankView& rank, bool is_usual, Function&& launch) {
-  if (!is_usual) return launch(rank);
-  launch(UsualView<Batch::kAny>(rank));
+  with_usual<Rows>(rank, is_usual, launch,
+                   [&](auto is_source) { launch(UsualView<Batch::kAny, is_source>(rank)); });
 }
-// Calls `prepare` with the TypeOf every view that with_view<kReceives> gives.
-template <bool kReceives, typename Function>
+
+// Calls `prepare` with the TypeOf every view for such batches that the above give.
+template <typename Rows, Batch... kBatches, typename Function>
 void for_each_view(Function&& prepare) {
   prepare(TypeOf<RankView>());
-  prepare(TypeOf<UsualView<Batch::kTagged>>());
-  prepare(TypeOf<UsualView<Batch::kUntagged>>());
-  if constexpr (kReceives) prepare(TypeOf<UsualView<Batch::kAlone>>());
+  if constexpr (Rows::kAreUsual) {
+    (prepare(TypeOf<UsualView<kBatches, false>>()), ...);
+    (prepare(TypeOf<UsualView<kBatches, true>>()), ...);
+  }
 }
 
 }  // namespace ep::cuda
