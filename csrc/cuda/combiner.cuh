@@ -37,9 +37,7 @@ class Combiner {
 
   // A partial row for every message. Whole block.
   __device__ void send() const {
-    // Where a rank's batch is tagged its peers' are, too, as a rule.
-    constexpr bool kMayBeTagged = View::kIsUsual && View::kBatch != Batch::kUntagged;
-    if (kMayBeTagged && received_.are_all_tagged()) return send<true>();
+    if (received_.template are_all_tagged<View>()) return send<true>();
     send<false>();
   }
   template <bool kAreTagged>
@@ -71,9 +69,7 @@ class Combiner {
   // Adds up the partial rows of every token of this rank. False, on all lanes of a warp: it gave
   // up.
   __device__ bool receive(const CombineRecvParams& recv) const {
-    const bool is_tagged = View::kBatch == Batch::kTagged ||
-                           (View::kBatch != Batch::kUntagged &&
-                            recv.num_tokens <= layout_.config().num_max_tagged_tokens);
+    const bool is_tagged = is_batch_tagged(rank_, recv.num_tokens);
     for (Items items(recv.num_tokens, num_parts_); items.more(); items.next()) {
       const uint32_t token = items.row(), lane = threadIdx.x % kWarp;
       const uint32_t first_column = token * layout_.num_outcome_columns();

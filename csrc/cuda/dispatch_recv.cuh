@@ -52,6 +52,10 @@ class DispatchReceiver {
                layout_.num_scales()},
         num_parts_(protocol::parts_for(layout_.dispatch_row_bytes())) {}
 
+  __device__ bool is_by_expert() const {
+    return View::kIsUsual || params_.output == OutputLayout::kExpertMajor;
+  }
+
   // Counts of all sources -> arrivals.rows. Whole block, a barrier behind it. `own_count(e)`: where
   // this rank's own words were not published (its rank is `own_rank` then). False on some threads.
   // A group of threads serves a source, so that all words are on their way together; the last
@@ -88,10 +92,8 @@ class DispatchReceiver {
   // All messages but those of `skip_rank`. `num_taken`: see Items. False, on all lanes of a warp:
   // it gave up.
   __device__ bool run(uint32_t skip_rank, uint32_t num_taken) const {
-    // Where a rank's batch is tagged its peers' are, too, as a rule.
-    constexpr bool kMayBeTagged = View::kIsUsual && View::kBatch != Batch::kUntagged;
-    if (kMayBeTagged && arrivals_.sources.are_all_tagged()) return run<true>(skip_rank, num_taken);
-    return run<false>(skip_rank, num_taken);
+    const bool are_tagged = arrivals_.sources.template are_all_tagged<View>();
+    return are_tagged ? run<true>(skip_rank, num_taken) : run<false>(skip_rank, num_taken);
   }
   template <bool kAreTagged>
   __device__ bool run(uint32_t skip_rank, uint32_t num_taken) const {
@@ -202,9 +204,6 @@ class DispatchReceiver {
   }
 
  private:
-  __device__ bool is_by_expert() const {
-    return View::kIsUsual || params_.output == OutputLayout::kExpertMajor;
-  }
   __device__ uint32_t end_of_row(const Items& items) const {
     return min(items.end_part(), num_parts_);
   }

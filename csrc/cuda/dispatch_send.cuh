@@ -48,22 +48,13 @@ class DispatchSender {
         rows_(rows),
         params_(params),
         skip_rank_(skip_rank),
-        is_tagged_(View::kBatch == Batch::kTagged ||
-                   (!View::kHasNetwork && View::kBatch != Batch::kUntagged &&
-                    routing.num_tokens <= layout_.config().num_max_tagged_tokens)) {}
+        is_tagged_(is_batch_tagged(rank, routing.num_tokens)) {}
 
   // What its signal tells rank `r`.
   __device__ uint32_t source_word(uint32_t r) const {
     return sets_.tokens_of_rank(r) | (is_tagged_ ? protocol::kTaggedBit : 0);
   }
 
-  // Whether messages to oneself go the way of all others even in a kernel that receives them, too.
-  // Tagged ones do: another warp takes them from there sooner than this one could.
-  __device__ static bool sends_to_self(const RankView& rank, uint32_t num_tokens) {
-    const auto& config = rank.layout.config();
-    if (View::kBatch != Batch::kAny) return View::kBatch == Batch::kTagged;
-    return config.num_ranks > 1 && num_tokens <= config.num_max_tagged_tokens;
-  }
   // True where this rank has no peers and receives from x: there is nobody to send to.
   __device__ bool is_alone() const {
     if (View::kBatch != Batch::kAny) return View::kBatch == Batch::kAlone;

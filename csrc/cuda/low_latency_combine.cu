@@ -19,14 +19,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
                    const __grid_constant__ CombineRecvParams recv) {
   extern __shared__ uint32_t shared[];
   __shared__ SumPlan plans[kWarps];
-  const auto& config = rank.layout.config();
-  // Tagged partial rows to oneself go the way of all others: other warps make them, at the same
-  // time. So do all rows.
-  const bool is_tagged = config.num_ranks > 1 && recv.num_tokens <= config.num_max_tagged_tokens;
-  const bool sends_to_self =
-      is_source(rank) || (View::kBatch == Batch::kAny ? is_tagged : View::kBatch == Batch::kTagged);
-  const uint32_t skip_rank = kSends && kReceives && !sends_to_self ? rank.self_rank : kNoRank;
-  const Sources received(shared, config.num_ranks);
+  // All rows that are added up at home go the same way, too.
+  const bool keeps_own = !is_source(rank) && !sends_to_self(rank, recv.num_tokens);
+  const uint32_t skip_rank = kSends && kReceives && keeps_own ? rank.self_rank : kNoRank;
+  const Sources received(shared, rank.layout.config().num_ranks);
   ptx::touch(rank);
   if (kSends) ptx::touch(send);
   if (kReceives) ptx::touch(recv);

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   const uint32_t num_tokens = kSends ? send.num_tokens : 0;
   using Sender = DispatchSender<Rows, View>;
   const uint32_t skip_rank =
-      kSends && kReceives && !Sender::sends_to_self(rank, num_tokens) ? rank.self_rank : kNoRank;
+      kSends && kReceives && !sends_to_self(rank, num_tokens) ? rank.self_rank : kNoRank;
 
   const Routing routing(rank, send);
   TokenSets sets(shared, routing);
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     };
     ok = op.start_recv(skip_rank, arrivals.sources.words,
                        [&] { return sender.source_word(skip_rank); });
-    if (View::kIsUsual || recv.output == OutputLayout::kExpertMajor) {
+    if (receiver.is_by_expert()) {
       ok = ok && receiver.read_counts(skip_rank, own_count);
     }
     if (!__syncthreads_and(ok)) return;

@@ -34,6 +34,21 @@ __device__ bool is_source(const View& rank) {
   return rank.layout.config().reduction == protocol::Reduction::kSource;
 }
 
+// Whether a rank's own batch of so many tokens is tagged.
+template <typename View>
+__device__ bool is_batch_tagged(const View& rank, uint32_t num_tokens) {
+  if (View::kHasNetwork || View::kBatch == Batch::kUntagged) return false;
+  return View::kBatch == Batch::kTagged || num_tokens <= rank.layout.config().num_max_tagged_tokens;
+}
+
+// Whether what is tagged goes to oneself as to all others even in a kernel that sends and receives:
+// another warp takes it from there sooner than this one could.
+template <typename View>
+__device__ bool sends_to_self(const View& rank, uint32_t num_tokens) {
+  if (View::kBatch != Batch::kAny) return View::kBatch == Batch::kTagged;
+  return rank.layout.config().num_ranks > 1 && is_batch_tagged(rank, num_tokens);
+}
+
 // One warp. Calls `each(i)` for 0 .. n - 1, a lane a number. `kIsUsual`: n is at most a warp's.
 template <bool kIsUsual, typename Each>
 __device__ void share_lanes(uint32_t n, Each each) {
@@ -441,8 +456,11 @@ struct Sources {
     return words[r] & static_cast<uint32_t>(protocol::kMaxCount);
   }
   __device__ bool is_tagged(uint32_t r) const { return (words[r] & protocol::kTaggedBit) != 0; }
-  // Whole warp; of no more ranks than lanes.
+  // Whether usual kernels may take it for granted that they are tagged; where a rank's batch is,
+  // its peers' are, too, as a rule. Whole warp.
+  template <typename View>
   __device__ bool are_all_tagged() const {
+    if (!View::kIsUsual || View::kBatch == Batch::kUntagged) return false;
     const uint32_t lane = threadIdx.x % kWarp;
     return __all_sync(kAllLanes, lane >= num_ranks || is_tagged(lane));
   }
