@@ -17,9 +17,9 @@ inline bool has_usual_shape(const protocol::LowLatencyConfig& config) {
          config.scale_format != protocol::ScaleFormat::kUE8M0;
 }
 
-// Of all kernels of a file, see Launch::prepare.
-void prepare_dispatch();
-void prepare_combine();
+// Of the kernels of a file that such a rank may launch, or of all, see Launch::prepare.
+void prepare_dispatch(const protocol::LowLatencyConfig& config);
+void prepare_combine(const protocol::LowLatencyConfig& config);
 void prepare_workspace_combine();
 
 // Shared memory of a dispatch: a bit for each token, under every expert and rank, and what arrives.

@@ -45,8 +45,8 @@ bool check_shared_memory(const LowLatencyLayout& layout, uint32_t self_rank) {
 // Those that may be launched.
 void prepare_kernels(const LowLatencyLayout& layout) {
   if (layout.config().num_workspaces == 0) {
-    prepare_dispatch();
-    prepare_combine();
+    prepare_dispatch(layout.config());
+    prepare_combine(layout.config());
     return;
   }
   const WorkspaceDispatch& of_few = workspace_dispatch(layout, 1);

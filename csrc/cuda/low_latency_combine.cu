@@ -50,25 +50,25 @@ uint64_t shared_bytes(const LowLatencyLayout& layout) {
 }
 
 template <typename Rows>
-void prepare_forms() {
-  for_each_view<Rows, Batch::kAny>([](auto view) {
+void prepare_forms(const protocol::LowLatencyConfig& config) {
+  for_each_view<Rows, Batch::kAny>(config, [](auto view) {
     Launch::prepare(combine_kernel<typename decltype(view)::type, Rows, true, false>);
   });
-  for_each_view<Rows, Batch::kTagged, Batch::kUntagged>([](auto view) {
+  for_each_view<Rows, Batch::kTagged, Batch::kUntagged>(config, [](auto view) {
     Launch::prepare(combine_kernel<typename decltype(view)::type, Rows, false, true>);
   });
-  for_each_view<Rows, Batch::kTagged, Batch::kUntagged, Batch::kAlone>([](auto view) {
+  for_each_view<Rows, Batch::kTagged, Batch::kUntagged, Batch::kAlone>(config, [](auto view) {
     Launch::prepare(combine_kernel<typename decltype(view)::type, Rows, true, true>);
   });
 }
 
 }  // namespace
 
-void prepare_combine() {
-  prepare_forms<PlainRows<__nv_bfloat16>>();
-  prepare_forms<PlainRows<float>>();
-  prepare_forms<Float8Rows<__nv_bfloat16>>();
-  prepare_forms<Float8Rows<float>>();
+void prepare_combine(const protocol::LowLatencyConfig& config) {
+  prepare_forms<PlainRows<__nv_bfloat16>>(config);
+  prepare_forms<PlainRows<float>>(config);
+  prepare_forms<Float8Rows<__nv_bfloat16>>(config);
+  prepare_forms<Float8Rows<float>>(config);
 }
 
 void launch_combine_send(const RankView& rank, const CombineSendParams& send,

@@ -71,11 +71,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 }
 
 template <typename Rows>
-void prepare_sending_forms() {
-  for_each_view<Rows, Batch::kTagged, Batch::kUntagged>([](auto view) {
+void prepare_sending_forms(const protocol::LowLatencyConfig& config) {
+  for_each_view<Rows, Batch::kTagged, Batch::kUntagged>(config, [](auto view) {
     Launch::prepare(dispatch_kernel<typename decltype(view)::type, Rows, true, false>);
   });
-  for_each_view<Rows, Batch::kTagged, Batch::kUntagged, Batch::kAlone>([](auto view) {
+  for_each_view<Rows, Batch::kTagged, Batch::kUntagged, Batch::kAlone>(config, [](auto view) {
     Launch::prepare(dispatch_kernel<typename decltype(view)::type, Rows, true, true>);
   });
 }
@@ -86,11 +86,11 @@ bool is_usual(const LowLatencyLayout& layout, OutputLayout output) {
 
 }  // namespace
 
-void prepare_dispatch() {
-  prepare_sending_forms<CopyRow>();
-  prepare_sending_forms<QuantizeRow<__nv_bfloat16>>();
-  prepare_sending_forms<QuantizeRow<float>>();
-  for_each_view<CopyRow, Batch::kAny>([](auto view) {
+void prepare_dispatch(const protocol::LowLatencyConfig& config) {
+  prepare_sending_forms<CopyRow>(config);
+  prepare_sending_forms<QuantizeRow<__nv_bfloat16>>(config);
+  prepare_sending_forms<QuantizeRow<float>>(config);
+  for_each_view<CopyRow, Batch::kAny>(config, [](auto view) {
     Launch::prepare(dispatch_kernel<typename decltype(view)::type, CopyRow, false, true>);
   });
 }

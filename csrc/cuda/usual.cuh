@@ -59,13 +59,17 @@ void with_view(const RankView& rank, bool is_usual, Function&& launch) {
                    [&](auto is_source) { launch(UsualView<Batch::kAny, is_source>(rank)); });
 }
 
-// Calls `prepare` with the TypeOf every view for such batches that the above give.
+// Calls `prepare` with the TypeOf every view for such batches that the above may give.
 template <typename Rows, Batch... kBatches, typename Function>
-void for_each_view(Function&& prepare) {
+void for_each_view(const protocol::LowLatencyConfig& config, Function&& prepare) {
   prepare(TypeOf<RankView>());
   if constexpr (Rows::kAreUsual) {
-    (prepare(TypeOf<UsualView<kBatches, false>>()), ...);
-    (prepare(TypeOf<UsualView<kBatches, true>>()), ...);
+    if (!has_usual_shape(config)) return;
+    if (config.reduction == protocol::Reduction::kSource) {
+      (prepare(TypeOf<UsualView<kBatches, true>>()), ...);
+    } else {
+      (prepare(TypeOf<UsualView<kBatches, false>>()), ...);
+    }
   }
 }
 
