@@ -221,25 +221,30 @@ class Combiner {
 #pragma unroll 1
       for (uint32_t first = 0; first < num_columns; first += kBatch) {
         TaggedPart batch[kBatch];
-        while (true) {
-          bool is_here = true;
+        auto ask = [&] {
 #pragma unroll
           for (uint32_t i = 0; i < kBatch; ++i) {
             const bool is_coming = first + i < num_columns;
             const uint32_t column = is_coming ? column_of(first + i) : 0;
             batch[i].begin(rows + column * row_bytes, is_coming ? num_vectors : 0, part, op_.tag());
           }
+        };
+        auto are_here = [&] {
+          bool all = true;
 #pragma unroll
-          for (uint32_t i = 0; i < kBatch; ++i) is_here &= batch[i].is_here(op_.tag());
-          if (__all_sync(kAllLanes, is_here)) break;
+          for (uint32_t i = 0; i < kBatch; ++i) all &= batch[i].is_here(op_.tag());
+          return all;
+        };
+        auto wait = [&] {
           bool ok = true;
 #pragma unroll 1
           for (uint32_t c = first; c < min(first + kBatch, num_columns) && ok; ++c) {
             ok = wait_for_part(rank_, op_.receiving(), answers[c] >> 16,
                                rows + column_of(c) * row_bytes, num_vectors, part);
           }
-          if (!__all_sync(kAllLanes, ok)) return false;
-        }
+          return ok;
+        };
+        if (!poll_tagged(false, ask, are_here, wait)) return false;
 #pragma unroll
         for (uint32_t i = 0; i < kBatch; ++i) {
           if (first + i < num_columns) {

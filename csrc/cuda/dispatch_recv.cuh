@@ -238,31 +238,42 @@ class DispatchReceiver {
     const auto* words = reinterpret_cast<const uint4*>(message);
     std::byte* tagged_row = message + layout_.tagged_row_in_message();
     const bool notes = items.end_part() > num_parts_;
-    uint4 header = is_tagged ? ptx::ld_relaxed_sys_b128(words) : ptx::ld_row(words);
+    uint4 header = {};
     uint32_t first = 0;
 #pragma unroll 1
     do {
-      // Header, entries and, tagged, the first part on their way together.
       const uint32_t j = first + lane;
       uint4 entry = {};
       TaggedPart tagged;
-      if (j < top_k) {
-        entry = is_tagged ? ptx::ld_relaxed_sys_b128(words + 1 + j) : load_entry(message, j);
+      auto is_there = [&] { return j < min(header.z, top_k); };
+      // Header, entries and, tagged, the first part on their way together.
+      if (is_tagged) {
+        auto ask = [&] {
+          header = ptx::ld_relaxed_sys_b128(words);
+          if (j < top_k) entry = ptx::ld_relaxed_sys_b128(words + 1 + j);
+          tagged.begin(tagged_row, shape_.num_vectors, items.first_part(), op_.tag());
+        };
+        auto are_here = [&] {
+          return header.w == op_.tag() && (!is_there() || entry.w == op_.tag()) &&
+                 tagged.is_here(op_.tag());
+        };
+        auto wait = [&] {
+          return op_.have_tag(words, src_rank, &header) &&
+                 (!is_there() || op_.have_tag(words + 1 + j, src_rank, &entry)) &&
+                 wait_for_part(rank_, op_.receiving(), src_rank, tagged_row, shape_.num_vectors,
+                               items.first_part());
+        };
+        if (!poll_tagged(false, ask, are_here, wait)) return false;
+      } else {
+        if (first == 0) header = ptx::ld_row(words);
+        if (j < top_k) entry = load_entry(message, j);
       }
-      if (is_tagged) tagged.begin(tagged_row, shape_.num_vectors, items.first_part(), op_.tag());
-      if (first == 0) {
-        const bool has_header = !is_tagged || op_.have_tag(words, src_rank, &header);
-        if (!__all_sync(kAllLanes, has_header) || !check_header(src_rank, header)) return false;
-      }
-      const bool is_there = j < header.z;
+      if (first == 0 && !check_header(src_rank, header)) return false;
       bool ok = true;
       Place place;
-      if (is_there) {
-        ok = !is_tagged || op_.have_tag(words + 1 + j, src_rank, &entry);
-        ok = ok && find_place(src_rank, slot, entry_of(entry), &place);
-      }
+      if (is_there()) ok = find_place(src_rank, slot, entry_of(entry), &place);
       if (!__all_sync(kAllLanes, ok)) return false;
-      const uint32_t lanes = lanes_of_rows(is_there, first == 0);
+      const uint32_t lanes = lanes_of_rows(is_there(), first == 0);
       if (lanes != 0) {
         if (is_tagged) {
           ok = move_tagged(src_rank, tagged_row, tagged, items, place, lanes);
@@ -271,7 +282,7 @@ class DispatchReceiver {
         }
       }
       if (!ok) return false;
-      if (notes && is_there) note_entry(m, src_rank, slot, j, entry_of(entry), place);
+      if (notes && is_there()) note_entry(m, src_rank, slot, j, entry_of(entry), place);
     } while (!View::kIsUsual && (first += kWarp) < top_k);
     if (notes) note_end(m, src_rank, slot, header);
     return true;
@@ -282,12 +293,13 @@ class DispatchReceiver {
                               const Items& items, const Place& place, uint32_t lanes) const {
 #pragma unroll 1
     for (uint32_t part = items.first_part(); part < end_of_row(items); ++part) {
-      while (!__all_sync(kAllLanes, tagged.is_here(op_.tag()))) {
-        const bool ok =
-            wait_for_part(rank_, op_.receiving(), src_rank, row, shape_.num_vectors, part);
-        if (!__all_sync(kAllLanes, ok)) return false;
-        tagged.begin(row, shape_.num_vectors, part, op_.tag());
-      }
+      const bool ok = poll_tagged(
+          true, [&] { tagged.begin(row, shape_.num_vectors, part, op_.tag()); },
+          [&] { return tagged.is_here(op_.tag()); },
+          [&] {
+            return wait_for_part(rank_, op_.receiving(), src_rank, row, shape_.num_vectors, part);
+          });
+      if (!ok) return false;
       const Part p = tagged.part();
       if (part + 1 < end_of_row(items)) {
         tagged.begin(row, shape_.num_vectors, part + 1, op_.tag());

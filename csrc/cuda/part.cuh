@@ -130,7 +130,7 @@ __device__ inline void store_tagged(const Part& p, std::byte* row, uint32_t num_
 }
 
 // A part of a tagged row on its way: begin() asks for the words, is_here() says whether all have
-// come. If not, wait() for them and begin again: nothing needs to be kept over a wait.
+// come. If not, begin again: nothing needs to be kept.
 class TaggedPart {
  public:
   // Lanes with nothing to read say that all is here.
@@ -165,6 +165,21 @@ __device__ inline bool wait_for_part(const RankView& rank, OpId id, uint32_t src
     ok = word.w == static_cast<uint32_t>(id.epoch);
   }
   return ok;
+}
+
+// Until all tagged words that a warp needs are here: `ask()` has them on their way together, which
+// the caller may have done once (`has_asked`), and `are_here()` is about those of this lane. Asked
+// for one after the other, each would cost a way to L2 even if all have come with the first.
+// `wait()`, for those of this lane, is bounded: it takes over where they are long in coming. False,
+// on all lanes: it gave up.
+template <typename Ask, typename AreHere, typename Wait>
+__device__ __forceinline__ bool poll_tagged(bool has_asked, Ask ask, AreHere are_here, Wait wait) {
+#pragma unroll 1
+  for (uint32_t poll = 0;; ++poll) {
+    if (!has_asked || poll > 0) ask();
+    if (__all_sync(kAllLanes, are_here())) return true;
+    if (poll >= kPollsPerLook && !__all_sync(kAllLanes, wait())) return false;
+  }
 }
 
 // --- a token's row, on its way out -----------------------------------------------------------

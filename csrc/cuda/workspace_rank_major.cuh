@@ -267,11 +267,13 @@ class RankMajorReceiver {
       }
 #pragma unroll 1
       for (uint32_t part = items.first_part(); part < end_of_row; ++part) {
-        while (!__all_sync(kAllLanes, tagged.is_here(op.tag()))) {
-          const bool ok = wait_for_part(rank_, op.receiving(), src_rank, row, num_vectors_, part);
-          if (!__all_sync(kAllLanes, ok)) return false;
-          tagged.begin(row, num_vectors_, part, op.tag());
-        }
+        const bool ok = poll_tagged(
+            true, [&] { tagged.begin(row, num_vectors_, part, op.tag()); },
+            [&] { return tagged.is_here(op.tag()); },
+            [&] {
+              return wait_for_part(rank_, op.receiving(), src_rank, row, num_vectors_, part);
+            });
+        if (!ok) return false;
         const Part p = tagged.part();
         if (part + 1 < end_of_row) tagged.begin(row, num_vectors_, part + 1, op.tag());
         store_vectors(p, op.self() + layout_.workspace_row(workspace_, place), num_vectors_, part);
