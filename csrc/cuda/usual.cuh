@@ -14,21 +14,21 @@ namespace ep::cuda {
 
 // Usual: a usual shape (kernels.h), rows by expert, bfloat16 to begin with or in the end. To a
 // kernel that only sends, rows by expert or not is all the same.
-template <Batch kOfBatch, bool kAtSource>
-struct UsualView : RankView {
+template <Batch kOfBatch, bool kAtSource, typename View = RankView>
+struct UsualView : View {
   static constexpr bool kIsUsual = true;
   static constexpr Batch kBatch = kOfBatch;
   static constexpr bool kIsSource = kAtSource;
 
-  explicit UsualView(const RankView& rank) : RankView(rank) {}
+  explicit UsualView(const View& rank) : View(rank) {}
 };
 
 // --- on the host -----------------------------------------------------------------------------
 
 // Calls `launch` with what a kernel of `Rows` is given. `is_usual`: shape and output are.
 // `make_view(is_source)`: the view then, of a std::bool_constant.
-template <typename Rows, typename MakeView, typename Function>
-void with_usual(const RankView& rank, bool is_usual, Function&& launch, MakeView make_view) {
+template <typename Rows, typename View, typename MakeView, typename Function>
+void with_usual(const View& rank, bool is_usual, Function&& launch, MakeView make_view) {
   if constexpr (Rows::kAreUsual) {
     if (is_usual) {
       const bool is_source = rank.layout.config().reduction == protocol::Reduction::kSource;
@@ -60,15 +60,16 @@ void with_view(const RankView& rank, bool is_usual, Function&& launch) {
 }
 
 // Calls `prepare` with the TypeOf every view for such batches that the above may give.
-template <typename Rows, Batch... kBatches, typename Function>
-void for_each_view(const protocol::LowLatencyConfig& config, Function&& prepare) {
-  prepare(TypeOf<RankView>());
+template <typename Rows, Batch... kBatches, typename Function, typename View = RankView>
+void for_each_view(const protocol::LowLatencyConfig& config, Function&& prepare,
+                   TypeOf<View> general = {}) {
+  prepare(general);
   if constexpr (Rows::kAreUsual) {
     if (!has_usual_shape(config)) return;
     if (config.reduction == protocol::Reduction::kSource) {
-      (prepare(TypeOf<UsualView<kBatches, true>>()), ...);
+      (prepare(TypeOf<UsualView<kBatches, true, View>>()), ...);
     } else {
-      (prepare(TypeOf<UsualView<kBatches, false>>()), ...);
+      (prepare(TypeOf<UsualView<kBatches, false, View>>()), ...);
     }
   }
 }

@@ -9,70 +9,83 @@ namespace {
 
 using namespace cuda;
 
-template <typename Rows>
+template <typename View, typename Rows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-    network_combine_send(const __grid_constant__ NetworkView rank,
+    network_combine_send(const __grid_constant__ View rank,
                          const __grid_constant__ CombineSendParams send) {
   extern __shared__ uint32_t shared[];
   __shared__ SumPlan plans[kWarps];
   const Sources received(shared, rank.layout.config().num_ranks);
   ptx::touch(rank);
   ptx::touch(send);
-  const OpOf<NetworkView> op(rank, Phase::kCombine, true, false,
-                             [&] { received.read(send.handle.num_messages); });
-  const Combiner<Rows, NetworkView> combiner(rank, op, send, received, kNoRank,
-                                             &plans[threadIdx.x / kWarp]);
+  const OpOf<View> op(rank, Phase::kCombine, true, false,
+                      [&] { received.read(send.handle.num_messages); });
+  const Combiner<Rows, View> combiner(rank, op, send, received, kNoRank,
+                                      &plans[threadIdx.x / kWarp]);
   received.count_up();
   if (!op.start_send(true)) return;
   combiner.send();
   op.complete(true);
 }
 
-template <typename Rows>
+template <typename View, typename Rows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-    network_combine_recv(const __grid_constant__ NetworkView rank,
+    network_combine_recv(const __grid_constant__ View rank,
                          const __grid_constant__ CombineRecvParams recv) {
   __shared__ SumPlan plans[kWarps];
   const Sources nothing(nullptr, 0);
   const CombineSendParams no_send = {};
   ptx::touch(rank);
   ptx::touch(recv);
-  const OpOf<NetworkView> op(rank, Phase::kCombine, false, true, [] {});
-  const Combiner<Rows, NetworkView> combiner(rank, op, no_send, nothing, kNoRank,
-                                             &plans[threadIdx.x / kWarp]);
+  const OpOf<View> op(rank, Phase::kCombine, false, true, [] {});
+  const Combiner<Rows, View> combiner(rank, op, no_send, nothing, kNoRank,
+                                      &plans[threadIdx.x / kWarp]);
   const bool ok = op.start_recv(kNoRank, nullptr, [] { return 0u; });
   if (!__syncthreads_and(ok)) return;
   op.complete(combiner.receive(recv));
 }
 
 template <typename Rows>
-void prepare_forms() {
-  Launch::prepare(network_combine_send<Rows>);
-  Launch::prepare(network_combine_recv<Rows>);
+void prepare_forms(const protocol::LowLatencyConfig& config) {
+  for_each_view<Rows>(config, [](auto view) {
+    using View = typename decltype(view)::type;
+    Launch::prepare(network_combine_send<View, Rows>);
+    Launch::prepare(network_combine_recv<View, Rows>);
+  });
+}
+
+// Calls `launch` with the view and the TypeOf rows.
+template <typename Function>
+void with_types(const NetworkView& rank, Function&& launch) {
+  with_travelling_rows(rank.layout, [&](auto rows) {
+    with_view<typename decltype(rows)::type>(rank, has_usual_shape(rank.layout.config()),
+                                             [&](const auto& view) { launch(view, rows); });
+  });
 }
 
 }  // namespace
 
-void prepare_combine() {
-  prepare_forms<PlainRows<__nv_bfloat16>>();
-  prepare_forms<PlainRows<float>>();
-  prepare_forms<Float8Rows<__nv_bfloat16>>();
-  prepare_forms<Float8Rows<float>>();
+void prepare_combine(const protocol::LowLatencyConfig& config) {
+  prepare_forms<PlainRows<__nv_bfloat16>>(config);
+  prepare_forms<PlainRows<float>>(config);
+  prepare_forms<Float8Rows<__nv_bfloat16>>(config);
+  prepare_forms<Float8Rows<float>>(config);
 }
 
 void launch_combine_send(const NetworkView& rank, const CombineSendParams& send,
                          const Launch& launch) {
   const uint64_t num_words = Sources::num_words(rank.layout.config().num_ranks);
-  with_travelling_rows(rank.layout, [&](auto rows) {
-    launch.run(network_combine_send<typename decltype(rows)::type>, num_words * sizeof(uint32_t),
-               rank, send);
+  with_types(rank, [&](const auto& view, auto rows) {
+    launch.run(network_combine_send<std::decay_t<decltype(view)>, typename decltype(rows)::type>,
+               num_words * sizeof(uint32_t), view, send);
   });
 }
 
 void launch_combine_recv(const NetworkView& rank, const CombineRecvParams& recv,
                          const Launch& launch) {
-  with_travelling_rows(rank.layout, [&](auto rows) {
-    launch.run(network_combine_recv<typename decltype(rows)::type>, 0, rank, recv);
+  with_types(rank, [&](const auto& view, auto rows) {
+    launch.run(network_combine_recv<std::decay_t<decltype(view)>, typename decltype(rows)::type>, 0,
+               view, recv);
   });
 }
 

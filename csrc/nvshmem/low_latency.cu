@@ -36,8 +36,8 @@ NetworkRank::NetworkRank(const protocol::LowLatencyConfig& config, uint32_t self
       num_remote_(static_cast<uint32_t>(std::count(bases.begin(), bases.end(), nullptr))) {
   check_config(config);
   has_room_for_two_ = Launch::two_fit(dispatch_shared_bytes(view_.layout, self_rank));
-  prepare_dispatch();
-  prepare_combine();
+  prepare_dispatch(config);
+  prepare_combine(config);
   pes_ = cuda::device_copy(pes, "writing the table of PEs");
   arrived_ = cuda::zeroed_device_array<uint64_t>(size_t{config.num_banks} * protocol::kNumPhases *
                                                  config.num_ranks);
