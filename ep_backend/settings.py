@@ -51,12 +51,13 @@ EXPERT_WORKSPACE_SETTINGS = WORKSPACE_SETTINGS | {
     "expert_ids": "local",
     "num_max_tagged_tokens": 0,
 }
-TAGGED_BYTES_IN_WORKSPACES = 200 << 10
+TAGGED_BYTES_IN_WORKSPACES = 352 << 10
 """Of the messages of a batch, up to which tagged words are worth their bytes and a copy: what they
-save is the same for every batch, what they cost grows with its bytes. Two H200s over NVLink, hidden
-7168, float8, top-8, one kernel each way: a pair of 1 token takes 8.7 us instead of 10.0, of 16
-tokens (172 KiB) 10.8 instead of 11.2, of 32 the same; with hooks it gains at 1 token only and loses
-1 us at 16. Other rows have not been timed."""
+save is the same for every batch, what they cost grows with its bytes. Of 32 tokens (hidden 7168,
+float8, top-8) they are 344 KiB: a pair of one kernel each way takes 10.3 us instead of 11.6 between
+two H200s over NVLink, 16.0 instead of 17.1 between four; with hooks 12.8 instead of 13.0, and 19.3
+instead of 18.8. Of 64 tokens it would gain 0.9 us and, with hooks, lose 0.9 and 2.4. Other rows
+have not been timed."""
 
 CUDA_ROW_ALIGNMENT = 16
 """Bytes: the CUDA kernels move rows in vectors of this size."""
@@ -332,9 +333,9 @@ class BufferSettings:
 
 def default_transfer(num_ranks: int, *, has_workspaces: bool, is_virtual: bool) -> str:
     """Between GPUs combine's rows are pushed: requests would be in the way of others' rows. A pair
-    of 64 and 128 tokens a rank (hidden 7168, float8, top-8, untagged) between four H100s over
-    NVLink takes 40.5 and 61.6 us all pulled, 36.5 and 56.3 all pushed, 3.4 and 4.3 us of that in
-    combine; between two H200s 22.9 and 30.6 pulled, 22.1 and 30.0 with combine's alone pushed. Not
+    of 64 and 128 tokens a rank (hidden 7168, float8, top-8, untagged) between four H200s over
+    NVLink takes 34.9 and 53.1 us all pulled, 29.9 and 46.7 all pushed, 4.2 and 5.3 us of that in
+    combine; between two 22.9 and 30.6 pulled, 22.1 and 30.0 with combine's alone pushed. Not
     timed between more. Dispatches, which gain less, would need memory for every rank's rows;
     combine does either way."""
     return "pull_push" if num_ranks > 1 and not (has_workspaces or is_virtual) else "pull"
@@ -343,7 +344,7 @@ def default_transfer(num_ranks: int, *, has_workspaces: bool, is_virtual: bool) 
 def default_tagged_tokens(num_ranks: int) -> int:
     """Batches up to which tagged words are worth their bytes, half as many again: they save two
     fences and a signal's trip. Two H200s over NVLink gain from it at 128 tokens still (pair of
-    hidden 7168, top-8: 27.0 instead of 29.9 us); with more ranks memory sets the limit."""
+    hidden 7168, top-8: 25.6 instead of 29.4 us); with more ranks memory sets the limit."""
     return max(1, 256 // num_ranks)
 
 

@@ -38,8 +38,8 @@ def test_nvlink_numbers_are_those_of_the_results() -> None:
 
 
 def test_where_workspaces_by_expert_lose_is_as_measured() -> None:
-    """Between two GPUs, from 64 tokens on between four, and at 128 to NCCL."""
-    for num_gpus, first in ((2, 1), (4, 64)):
+    """Everywhere, and at 128 tokens to NCCL."""
+    for num_gpus in (2, 4):
         measured = results(f"multi-gpu-{num_gpus}-h200.json")
         cases = {
             (case["num_tokens"], case["output_layout"]): case["pair"]["median_us"]
@@ -49,8 +49,7 @@ def test_where_workspaces_by_expert_lose_is_as_measured() -> None:
         nccl_us = {p["num_tokens"]: p["pair"]["median_us"] for p in measured["nccl"]["pairs"]}
         for num_tokens in (1, 16, 64, 128):
             in_workspace = cases[num_tokens, "expert_workspace"]
-            is_slower = in_workspace > cases[num_tokens, "expert_major"]
-            assert is_slower == (num_tokens >= first)
+            assert in_workspace > cases[num_tokens, "expert_major"]
             assert (in_workspace > nccl_us[num_tokens]) == (num_tokens == 128)
 
 
@@ -73,7 +72,7 @@ def test_numbers_of_nvshmem_are_those_of_the_results() -> None:
 
 def test_numbers_of_transfers_are_those_of_the_results() -> None:
     gained = {}
-    for name, gpus in (("2-h200", "2 H200"), ("4-h100", "4 H100")):
+    for name, gpus in (("2-h200", "2 H200"), ("4-h200", "4 H200")):
         cases = results(f"multi-gpu-{name}-transfers.json")["cases"]
         by_way = {(case["num_tokens"], case["transfer"]): case for case in cases}
         for num_tokens in {num_tokens for num_tokens, _ in by_way}:
@@ -89,8 +88,8 @@ def test_numbers_of_transfers_are_those_of_the_results() -> None:
                 for what in ("pair", "dispatch")
             ]
     for num_tokens in (32, 64, 128):
-        of_pair, of_dispatch = gained["4 H100", num_tokens]
-        assert of_dispatch < of_pair / 4  # "most of it is combine's"
+        of_pair, of_dispatch = gained["4 H200", num_tokens]
+        assert of_dispatch < of_pair / 2  # "more than half is combine's"
     of_eight = Shape(8, 128, 7168, 256, 8, dispatch_dtype=torch.float8_e4m3fn, device="cuda")
     sizes = [s.layout().num_bytes for s in (of_eight, replace(of_eight, transfer="push"))]
     assert f"{(sizes[1] - sizes[0]) / 2**20:.1f} MiB more" in FLOWING
