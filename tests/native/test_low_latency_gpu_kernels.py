@@ -64,6 +64,12 @@ SEEDED_BUGS = [
         "return tag != 0;",
     ),
     SeededBug(
+        "headers_are_taken_as_they_are",
+        "cuda/dispatch_recv.cuh",
+        "return header.w == op_.tag() &&",
+        "return",
+    ),
+    SeededBug(
         "messages_are_forwarded_when_their_signal_is_there",
         "nvshmem/hierarchical_forward.cuh",
         "rank_.has_arrived(op_.receiving(), op_.bank(), src_rank, count, speaks);",
