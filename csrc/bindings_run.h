@@ -2,13 +2,25 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include "protocol/op.h"
 
 namespace ep {
 
+// Where Python is at its end, this thread, a daemon, stays here until the process is: asking for the
+// GIL would unwind it, through frames that must not be unwound.
+inline void stay_if_python_ends() {
+#if PY_VERSION_HEX >= 0x030d0000
+  while (Py_IsFinalizing()) pause();
+#else
+  while (_Py_IsFinalizing()) pause();
+#endif
+}
+
 // Lets Ctrl-C and other Python signal handlers run while a kernel sleeps.
 inline bool python_interrupted() {
+  stay_if_python_ends();
   pybind11::gil_scoped_acquire gil;
   return PyErr_CheckSignals() != 0;
 }
@@ -20,6 +32,7 @@ protocol::OpResult run(Kernel&& kernel) {
   {
     pybind11::gil_scoped_release no_gil;
     result = kernel();
+    stay_if_python_ends();
   }
   if (result.status == protocol::Status::kInterrupted) throw pybind11::error_already_set();
   return result;

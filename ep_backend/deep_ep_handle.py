@@ -195,7 +195,7 @@ class NormalHandle(TupleHandle):
         """`[R, R]` int32. In this rank's column, where the rows of each rank end in `recv_x`; this
         rank does not know the others, which are -1."""
         num_ranks = self._first.buffer.group.num_ranks
-        matrix = torch.full((num_ranks, num_ranks), -1, dtype=torch.int32)
+        matrix = torch.full((num_ranks, num_ranks), -1, dtype=torch.int32, device="cpu")
         matrix[:, self._first.buffer.group.self_rank] = self._first.num_recv_tokens_per_rank.cumsum(
             0
         )
@@ -206,7 +206,7 @@ class NormalHandle(TupleHandle):
         """`[R, I]` int32: rows sent to each rank until the end of each round."""
         num_per_round = self._first.buffer.num_tokens_per_round
         sums = torch.nn.functional.pad(self.is_token_in_rank.cumsum(0), (0, 0, 1, 0))
-        ends = (torch.arange(self._first.num_rounds) + 1) * num_per_round
+        ends = (torch.arange(self._first.num_rounds, device="cpu") + 1) * num_per_round
         return sums[ends.clamp(max=self._first.num_tokens)].t().int().contiguous()
 
     @cached_property
@@ -230,9 +230,12 @@ class NormalHandle(TupleHandle):
         """`[T, R]` int32: the place of a token's row among those to that rank in its round; -1:
         none went there."""
         handle, num_ranks = self._first, self._first.buffer.group.num_ranks
-        is_message = torch.arange(handle.messages.shape[1]) < handle.num_messages[:, None]
+        is_message = (
+            torch.arange(handle.messages.shape[1], device="cpu") < handle.num_messages[:, None]
+        )
         # Messages that do not exist share a column behind the last rank.
         ranks = torch.where(is_message, handle.messages >> 16, num_ranks).long()
-        places = torch.full((handle.num_tokens, num_ranks + 1), -1, dtype=torch.int32)
+        shape = (handle.num_tokens, num_ranks + 1)
+        places = torch.full(shape, -1, dtype=torch.int32, device="cpu")
         places.scatter_(1, ranks, handle.messages & 0xFFFF)
         return places[:, :num_ranks].contiguous()

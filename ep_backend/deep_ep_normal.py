@@ -348,7 +348,7 @@ class NormalCalls(BufferBase):
         result = buffer.dispatch(
             rows.x,
             topk_idx,
-            torch.zeros(topk_idx.shape, device=device),
+            torch.zeros(topk_idx.shape, dtype=torch.float32, device=device),
             rows.scales,
             num_worst_tokens=handle.num_worst_tokens,
             copy=True,

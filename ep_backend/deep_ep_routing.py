@@ -137,7 +137,8 @@ def routing_of_ranks(is_token_in_rank: torch.Tensor) -> Routing:
     device = is_token_in_rank.device
     ranks = torch.arange(num_ranks, dtype=torch.int32, device=device)
     topk_idx = torch.where(is_token_in_rank, ranks, -1)
-    return Routing(topk_idx, torch.zeros((num_tokens, num_ranks), device=device), num_ranks)
+    weights = torch.zeros((num_tokens, num_ranks), dtype=torch.float32, device=device)
+    return Routing(topk_idx, weights, num_ranks)
 
 
 def expert_counts_of_all(
@@ -148,5 +149,7 @@ def expert_counts_of_all(
     partition = _native.ExpertPartition(len(num_tokens_per_expert), group.num_ranks)
     first = partition.first_expert(group.self_rank)
     own = slice(first, first + partition.num_local_experts(group.self_rank))
-    counts = torch.tensor(group.all_gather(num_tokens_per_expert.tolist())).sum(0)[own]
+    counts = torch.tensor(group.all_gather(num_tokens_per_expert.tolist()), device="cpu").sum(0)[
+        own
+    ]
     return (-(-counts // alignment) * alignment).tolist()

@@ -21,6 +21,9 @@ class PeerTimeout(EPBackendError):
         super().__init__(message)
         self.record = record
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.record)  # pools of processes send errors home
+
 
 class ProtocolError(EPBackendError):
     """Symmetric memory holds what the protocol does not allow. The buffer stays failed."""

@@ -300,7 +300,13 @@ class LowLatencyBuffer:
         self._recv_banks = RecvBanks(output_shape, num_banks, self.device)
         self._fault = faults.active_fault()
         observer = BufferObserver(group, self.device, self.first_expert, self._kernels.statistics)
-        self._calls = KernelCalls(self._kernels, num_experts, self.device, observer)
+        self._calls = KernelCalls(
+            self._kernels,
+            num_experts,
+            self.device,
+            observer,
+            self._kernels.statistics if self.device.type == "cpu" else None,
+        )
 
     def dispatch(
         self,
@@ -342,10 +348,14 @@ class LowLatencyBuffer:
             x, topk_idx, topk_weights, x_scales, workspace, num_slots
         )
         num_tokens = handle.num_tokens
-        handle.epoch = self._dispatches.send(
-            lambda: self._calls.run("dispatch_send", num_tokens, *arguments)
-        )
-        output = self._output_of(handle)
+
+        def send(epoch: int) -> RecvBank | Workspace:
+            handle.epoch = epoch
+            output = self._output_of(handle)  # if there is no memory for it, nothing is sent
+            self._calls.run("dispatch_send", num_tokens, *arguments)
+            return output
+
+        output = self._dispatches.send(send)
         result = output.result(handle)
 
         def unpack() -> None:
@@ -377,6 +387,7 @@ class LowLatencyBuffer:
             OrderError: a dispatch is waiting for its hook.
         """
         if self._kernels.dispatch is None:
+            self._calls.require_usable("dispatch_and_receive")
             self._dispatches.require_idle()
             result, recv_hook = self.dispatch(
                 x, topk_idx, topk_weights, x_scales, workspace, num_slots
@@ -431,7 +442,12 @@ class LowLatencyBuffer:
         expert_out, out = self._prepare_combine(expert_out, handle, out, topk_weights)
         num_tokens = handle.num_tokens
         arguments = _combine_send_arguments(expert_out, handle)
-        epoch = self._combines.send(lambda: self._calls.run("combine_send", num_tokens, *arguments))
+
+        def send(epoch: int) -> int:
+            self._calls.run("combine_send", num_tokens, *arguments)
+            return epoch
+
+        epoch = self._combines.send(send)
 
         def add_up() -> None:
             # Of the tensors themselves: this keeps their memory until then.
@@ -456,6 +472,7 @@ class LowLatencyBuffer:
             OrderError: a combine is waiting for its hook; else as `combine` and its hook.
         """
         if self._kernels.combine is None:
+            self._calls.require_usable("combine_and_receive")
             self._combines.require_idle()
             out, recv_hook = self.combine(expert_out, handle, out, topk_weights)
             recv_hook()
@@ -500,8 +517,14 @@ class LowLatencyBuffer:
         self._calls.raise_if_failed()
 
     def close(self) -> None:
-        """Unmaps this rank's view of the shared memory. Not collective; idempotent. No operation of
-        this rank may be running; tensors that were returned stay valid."""
+        """Unmaps this rank's view of the shared memory. Not collective; idempotent. Tensors that
+        were returned stay valid.
+
+        Raises:
+            OrderError: an operation of this buffer is running in another thread.
+        """
+        for order in (self._dispatches, self._combines):
+            order.require_unused()
         if self._calls.close():
             calls = self._calls  # the memory, which is kept, must not keep the buffer's tensors
             self._memory.close(has_failed=lambda: calls.has_failed)

@@ -184,7 +184,7 @@ class NormalBuffer(ArgumentChecks):
         kernels = CpuNormalKernels(config, group, self._memory.bases, timeout_secs, spin_us)
         self._statistics = kernels.statistics
         observer = BufferObserver(group, self.device, self.first_expert, self._statistics)
-        self._calls = KernelCalls(kernels, num_experts, self.device, observer)
+        self._calls = KernelCalls(kernels, num_experts, self.device, observer, self._statistics)
 
     def _take(
         self,
@@ -446,8 +446,16 @@ class NormalBuffer(ArgumentChecks):
         return self._statistics()
 
     def close(self) -> None:
-        """Unmaps this rank's view of the shared memory. Not collective; idempotent. No operation of
-        this rank may be running; tensors that were returned stay valid."""
+        """Unmaps this rank's view of the shared memory. Not collective; idempotent. Tensors that
+        were returned stay valid.
+
+        Raises:
+            OrderError: an operation of this buffer is running in another thread.
+        """
+        with self._exclusive("close"):
+            self._close()
+
+    def _close(self) -> None:
         if self._calls.close():
             self._streams.close()
             self._memory.close()
@@ -490,7 +498,8 @@ class NormalBuffer(ArgumentChecks):
             out = torch.empty(shape, dtype=self.dtype, device=self.device)
         if topk_weights is None:
             return out, None
-        return out, torch.empty((handle.num_tokens, self.top_k), device=self.device)
+        shape = (handle.num_tokens, self.top_k)
+        return out, torch.empty(shape, dtype=torch.float32, device=self.device)
 
     @contextmanager
     def _exclusive(self, what: str) -> Iterator[None]:

@@ -129,7 +129,7 @@ class CudaNormalDispatchHandle(NormalDispatchHandle):
         """What the host has waited for."""
         self.num_rows = num_rows
         self.num_rounds = num_rounds
-        self.expert_counts = torch.tensor(expert_counts)
+        self.expert_counts = torch.tensor(expert_counts, device="cpu")
         self.is_exact = True
 
     def allocate(self, num_rows: int) -> None:
@@ -138,7 +138,7 @@ class CudaNormalDispatchHandle(NormalDispatchHandle):
         self.num_rows = num_rows
         shape = (num_rows, buffer.top_k)
         self.recv_topk_idx = torch.empty(shape, dtype=torch.int32, device=buffer.device)
-        self.recv_topk_weights = torch.empty(shape, device=buffer.device)
+        self.recv_topk_weights = torch.empty(shape, dtype=torch.float32, device=buffer.device)
         self.recv_src_tokens = torch.empty(num_rows, dtype=torch.int32, device=buffer.device)
 
     def may_need_rounds(self, num_rows_with_room: int) -> bool:

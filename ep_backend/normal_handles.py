@@ -36,16 +36,21 @@ class NormalDispatchHandle:
     def __init__(self, buffer: NormalBuffer, num_tokens: int) -> None:
         self.buffer = buffer
         self.num_tokens = num_tokens
-        self.num_messages = torch.empty(num_tokens, dtype=torch.int32)
+        device = buffer.device
+        self.num_messages = torch.empty(num_tokens, dtype=torch.int32, device=device)
         """`[T]`: how many ranks each token went to."""
-        self.messages = torch.empty((num_tokens, buffer.num_columns), dtype=torch.int32)
+        self.messages = torch.empty(
+            (num_tokens, buffer.num_columns), dtype=torch.int32, device=device
+        )
         """`[T, D]`: which, ascending, as `rank << 16 | slot`; the slot is the message's number
         among those to that rank in its round. Behind the first `num_messages` is anything."""
-        self.num_recv_tokens_per_rank = torch.empty(buffer.group.num_ranks, dtype=torch.int64)
+        self.num_recv_tokens_per_rank = torch.empty(
+            buffer.group.num_ranks, dtype=torch.int64, device=device
+        )
         """`[R]`: rows from each rank; N is their sum."""
-        self.expert_counts = torch.empty(buffer.num_local_experts, dtype=torch.int64)
+        self.expert_counts = torch.empty(buffer.num_local_experts, dtype=torch.int64, device=device)
         """`[L]`: rows that list each local expert."""
-        self._num_rounds = torch.empty(1, dtype=torch.int64)
+        self._num_rounds = torch.empty(1, dtype=torch.int64, device=device)
 
     def counts_arguments(self) -> tuple[int, ...]:
         """What the kernel that exchanges counts fills."""
@@ -71,13 +76,15 @@ class NormalDispatchHandle:
             )
         self.num_rows = num_worst_tokens or num_received
         self.num_rounds = int(self._num_rounds)
+        num_rows, device = self.num_rows, self.buffer.device
         self.per_round = torch.empty(
-            (self.num_rounds, self.buffer.group.num_ranks), dtype=torch.int32
+            (self.num_rounds, self.buffer.group.num_ranks), dtype=torch.int32, device=device
         )
         """`[I, R]`: rows from each rank in each round."""
-        self.recv_topk_idx = torch.empty((self.num_rows, self.buffer.top_k), dtype=torch.int32)
-        self.recv_topk_weights = torch.empty((self.num_rows, self.buffer.top_k))
-        self.recv_src_tokens = torch.empty(self.num_rows, dtype=torch.int32)
+        listed = (num_rows, self.buffer.top_k)
+        self.recv_topk_idx = torch.empty(listed, dtype=torch.int32, device=device)
+        self.recv_topk_weights = torch.empty(listed, dtype=torch.float32, device=device)
+        self.recv_src_tokens = torch.empty(num_rows, dtype=torch.int32, device=device)
         self.recv_topk_idx[num_received:] = -1
         self.recv_src_tokens[num_received:] = -1
         self.recv_topk_weights[num_received:] = 0
@@ -85,13 +92,15 @@ class NormalDispatchHandle:
     def new_rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`recv_x` and `recv_scales`, to be filled."""
         buffer = self.buffer
-        rows = torch.empty((self.num_rows, buffer.hidden), dtype=buffer.dispatch_dtype)
+        num_rows, device = self.num_rows, buffer.device
+        rows = torch.empty((num_rows, buffer.hidden), dtype=buffer.dispatch_dtype, device=device)
         if buffer.num_scales == 0:
             return rows, None
         if buffer.scale_format == "ue8m0":
             num_words = -(-buffer.num_scales // 4)
-            return rows, torch.empty((self.num_rows, num_words), dtype=torch.int32)
-        return rows, torch.empty((self.num_rows, buffer.num_scales))
+            return rows, torch.empty((num_rows, num_words), dtype=torch.int32, device=device)
+        shape = (num_rows, buffer.num_scales)
+        return rows, torch.empty(shape, dtype=torch.float32, device=device)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All that is on a GPU."""

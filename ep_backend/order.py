@@ -28,8 +28,8 @@ class PhaseOrder:
         self._send_lock = threading.Lock()
         self._hook_lock = threading.Lock()
 
-    def send(self, run: Callable[[], None]) -> int:
-        """Runs a send that may start now; returns its epoch. If it raises, it has not happened.
+    def send(self, run: Callable[[int], T]) -> T:
+        """Runs a send that may start now, which gets its epoch. If it raises, it has not happened.
 
         Raises:
             OrderError: too many operations wait for their hooks, or another send is running.
@@ -44,9 +44,9 @@ class PhaseOrder:
                     f"whose hook has not been called (num_banks = {self._num_banks}). Call that "
                     "hook first, or create the buffer with more banks."
                 )
-            run()
+            result = run(epoch)
             self._num_sent = epoch
-            return epoch
+            return result
         finally:
             self._send_lock.release()
 
@@ -102,8 +102,14 @@ class PhaseOrder:
                 "waits for its hook. Call that hook first."
             )
 
+    def require_unused(self) -> None:
+        """Raises `OrderError` while a send or a hook is running, in another thread."""
+        for what, lock in (("send", self._send_lock), ("hook", self._hook_lock)):
+            if lock.locked():
+                raise self._is_running(what)
+
     def _is_running(self, what: str) -> OrderError:
         return OrderError(
             f"a {self.name} {what} is running in another thread. Call the {what}s of one buffer "
-            "one after the other."
+            "one after the other, and close it behind them."
         )

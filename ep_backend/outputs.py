@@ -85,8 +85,6 @@ class RecvBank:
             size = (*shape.rows, shape.top_k)
             self.recv_topk_idx = torch.empty(size, dtype=torch.int32, device=device)
             self.recv_topk_weights = torch.empty(size, dtype=torch.float32, device=device)
-        tensors = (self.recv_x, self.recv_scales, self.recv_topk_idx, self.recv_topk_weights)
-        self._addresses = [address_of(t) for t in tensors]
 
     def result(self, handle: DispatchHandle) -> DispatchResult:
         """Of a dispatch that will fill this bank."""
@@ -102,7 +100,9 @@ class RecvBank:
 
     def arguments(self, result: DispatchResult) -> tuple[_native.OutputLayout | int, ...]:
         """Of the native dispatch_recv, for a result of this bank."""
-        recv_x, recv_scales, recv_topk_idx, recv_topk_weights = self._addresses
+        # Looked up each time: share_memory_(), as by a queue to another process, moves a tensor.
+        tensors = (self.recv_x, self.recv_scales, self.recv_topk_idx, self.recv_topk_weights)
+        recv_x, recv_scales, recv_topk_idx, recv_topk_weights = map(address_of, tensors)
         counts = result.num_recv_tokens_per_expert.data_ptr()
         _, _, *received = result.handle.pointers()
         return (
@@ -139,5 +139,7 @@ class RecvBanks:
         idx = epoch % len(self._banks)
         bank = self._banks[idx]
         if bank is None:
-            bank = self._banks[idx] = RecvBank(self._shape, self._device)
+            # Not an inference tensor, also where the first dispatch is in inference mode.
+            with torch.inference_mode(False):
+                bank = self._banks[idx] = RecvBank(self._shape, self._device)
         return bank

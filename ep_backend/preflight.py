@@ -150,7 +150,7 @@ def _batch(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = (torch.arange(NUM_TOKENS * HIDDEN) % 8).view(NUM_TOKENS, HIDDEN).to(torch.bfloat16)
     first = torch.arange(NUM_TOKENS) % NUM_EXPERTS
     topk_idx = torch.stack([first, (first + 2) % NUM_EXPERTS], dim=1)
-    topk_weights = torch.full((NUM_TOKENS, TOP_K), 0.5)
+    topk_weights = torch.full((NUM_TOKENS, TOP_K), 0.5, dtype=torch.float32)
     return x.to(device), topk_idx.to(device), topk_weights.to(device)
 
 

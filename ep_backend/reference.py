@@ -183,7 +183,7 @@ def _rows_of_source(
     top_k = topk_idx.shape[1]
     tokens = [t for t, idx in enumerate(topk_idx.tolist()) if any(e in experts for e in idx)]
     local_idx = torch.full((len(tokens), top_k), -1, dtype=torch.int32)
-    local_weights = torch.zeros((len(tokens), top_k))
+    local_weights = torch.zeros((len(tokens), top_k), dtype=torch.float32)
     for row, token in enumerate(tokens):
         ks = [k for k, e in enumerate(topk_idx[token].tolist()) if e in experts]
         local_idx[row, : len(ks)] = (topk_idx[token, ks] - experts.start).int()

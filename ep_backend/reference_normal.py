@@ -147,7 +147,7 @@ def _sums_by_origin(terms: list[Term]) -> dict[tuple[int, int], torch.Tensor]:
 
 def _sums(terms: list[Term], num_tokens: list[int], width: int) -> list[torch.Tensor]:
     """Of each rank, `[T_r, width]` float32: terms added in the order given."""
-    outs = [torch.zeros((n, width)) for n in num_tokens]
+    outs = [torch.zeros((n, width), dtype=torch.float32) for n in num_tokens]
     for (src_rank, token), total in _sums_by_origin(terms).items():
         outs[src_rank][token] = total
     return outs

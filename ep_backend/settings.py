@@ -59,6 +59,9 @@ two H200s over NVLink, 16.0 instead of 17.1 between four; with hooks 12.8 instea
 instead of 18.8. Of 64 tokens it would gain 0.9 us and, with hooks, lose 0.9 and 2.4. Other rows
 have not been timed."""
 
+MAX_TIMEOUT_SECS = 1e6
+MAX_SPIN_US = 1e5
+
 CUDA_ROW_ALIGNMENT = 16
 """Bytes: the CUDA kernels move rows in vectors of this size."""
 MAX_TAGGED_ROW_BYTES = 32 << 10
@@ -436,7 +439,11 @@ def check_num_sms(num_sms: int | None, device: torch.device) -> None:
 
 
 def check_waits(timeout_secs: float, spin_us: float | None) -> None:
-    if timeout_secs <= 0:
-        raise ValueError(f"timeout_secs is {timeout_secs}, expected more than 0.")
-    if spin_us is not None and spin_us < 0:
-        raise ValueError(f"spin_us is {spin_us}, expected 0 or more.")
+    if not 0 < timeout_secs <= MAX_TIMEOUT_SECS:
+        raise ValueError(
+            f"timeout_secs is {timeout_secs}, expected more than 0, at most {MAX_TIMEOUT_SECS:.0f}."
+        )
+    if spin_us is not None and not 0 <= spin_us <= MAX_SPIN_US:
+        raise ValueError(
+            f"spin_us is {spin_us}, expected 0 to {MAX_SPIN_US:.0f}: who spins hears no Ctrl-C."
+        )

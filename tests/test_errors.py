@@ -295,6 +295,8 @@ BAD_SETTINGS: list[tuple[str, Any, str]] = [
     ("device", "meta", "device is 'meta', expected 'cpu' or a CUDA device"),
     ("device", "no such device", "no such device"),
     ("timeout_secs", 0, "timeout_secs is 0, expected more than 0"),
+    ("timeout_secs", float("inf"), "timeout_secs is inf, expected more than 0, at most 1000000"),
+    ("spin_us", 1e6, "spin_us is 1000000.0, expected 0 to 100000"),
     ("timeout_secs", None, "not supported between"),
 ]
 

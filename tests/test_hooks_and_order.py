@@ -185,7 +185,7 @@ class TestExchange:
     def test_it_counts_as_a_send_and_its_hook(self) -> None:
         order = PhaseOrder("dispatch", num_banks=2)
         assert [order.exchange(lambda epoch: epoch) for _ in range(3)] == [1, 2, 3]
-        assert order.send(lambda: None) == 4
+        assert order.send(lambda epoch: epoch) == 4
         order.hook(4, lambda: None)
 
     def test_it_has_not_happened_if_it_raises(self) -> None:
@@ -196,7 +196,7 @@ class TestExchange:
 
     def test_it_waits_for_no_hook(self) -> None:
         order = PhaseOrder("combine", num_banks=2)
-        order.send(lambda: None)
+        order.send(lambda _: None)
         with pytest.raises(OrderError, match="combine_and_receive was called while combine 1"):
             order.exchange(lambda epoch: epoch)
         order.hook(1, lambda: None)
@@ -210,7 +210,7 @@ class TestExchange:
             with pytest.raises(OrderError, match=f"a dispatch {half} is running"):
                 order.exchange(lambda epoch: epoch)
 
-        order.send(exchange_within if half == "send" else lambda: None)
+        order.send((lambda _: exchange_within()) if half == "send" else lambda _: None)
         order.hook(1, exchange_within if half == "hook" else lambda: None)
 
 

@@ -5,6 +5,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <climits>
 #include <ctime>
 
@@ -62,7 +63,8 @@ Status Deadline::wait_until(uint64_t* word, bool (*arrived)(uint64_t, uint64_t),
     return Status::kOk;
   }
   const uint64_t wait_begin_ns = now_ns();
-  while (now_ns() - wait_begin_ns < policy_.spin_ns) {
+  const uint64_t spin_ns = std::min(policy_.spin_ns, policy_.timeout_ns);
+  while (now_ns() - wait_begin_ns < spin_ns) {
     for (int poll = 0; poll < kPollsPerClockRead; ++poll) {
       cpu_pause();
       *seen = ld_acquire(word);

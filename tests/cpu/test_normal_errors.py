@@ -233,6 +233,12 @@ def create_on_threads(settings_of_rank: list[dict[str, Any]]) -> list[Answer]:
         ("scale_format", "fp4", "scale_format is 'fp4', expected 'float32' or 'power_of_two' or"),
         ("device", "meta", "device is 'meta', expected 'cpu' or a CUDA device"),
         ("timeout_secs", 0, "timeout_secs is 0, expected more than 0"),
+        (
+            "timeout_secs",
+            float("inf"),
+            "timeout_secs is inf, expected more than 0, at most 1000000",
+        ),
+        ("spin_us", 1e6, "spin_us is 1000000.0, expected 0 to 100000"),
     ],
 )
 def test_a_bad_setting_on_one_rank_is_told_to_all(setting: str, value: Any, message: str) -> None:
