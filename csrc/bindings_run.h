@@ -8,8 +8,8 @@
 
 namespace ep {
 
-// Where Python is at its end, this thread, a daemon, stays here until the process is: asking for the
-// GIL would unwind it, through frames that must not be unwound.
+// Where Python is at its end, this thread, a daemon, stays here until the process is: asking for
+// the GIL would unwind it, through frames that must not be unwound.
 inline void stay_if_python_ends() {
 #if PY_VERSION_HEX >= 0x030d0000
   while (Py_IsFinalizing()) pause();

@@ -131,3 +131,10 @@ def check_int(name: str, value: int, low: int, high: int, why: str = "") -> None
         raise ValueError(
             f"{name} is {value!r}, expected an integer in {low}..{high}. {why}".strip()
         )
+
+
+def check_type(name: str, value: object, expected: type, remedy: str) -> None:
+    """Raises `TypeError` unless `value` is one of those."""
+    if not isinstance(value, expected):
+        got, wanted = type(value).__name__, expected.__name__
+        raise TypeError(f"{name} is a {got}, expected a {wanted}. {remedy}")

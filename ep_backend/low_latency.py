@@ -25,6 +25,7 @@ from ep_backend.checks import (
     check_alignment,
     check_tensor,
     check_topk_weights,
+    check_type,
     check_x_scales,
 )
 from ep_backend.errors import OrderError
@@ -598,7 +599,8 @@ class LowLatencyBuffer:
         topk_weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Checks the arguments; gives the rows to send, and the tensor for the result."""
-        if handle.buffer is not self:
+        if getattr(handle, "buffer", None) is not self:
+            check_type("handle", handle, DispatchHandle, "Pass a result's handle.")
             raise ValueError("handle is of another buffer. Combine on the buffer that dispatched.")
         if not handle.is_received:
             raise OrderError(

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ep_backend.normal import NormalBuffer
 from ep_backend.normal_handles import NormalDispatchHandle, NormalDispatchResult
@@ -50,17 +51,17 @@ def dispatch(
 
 
 def combine(
-    buffer: NormalBuffer, x: torch.Tensor, handle: NormalDispatchHandle, **options: Any
+    buffer: NormalBuffer,
+    x: torch.Tensor,
+    handle: NormalDispatchHandle,
+    num_sms: int | None = None,
 ) -> torch.Tensor:
-    """`buffer.combine`, through which the gradient of `x` flows.
-
-    Args:
-        options: `num_sms`.
+    """`buffer.combine`, through which the gradient of `x` flows, once: it has none itself.
 
     Returns:
         `[T, H]`.
     """
-    combined: torch.Tensor = _Combine.apply(x, buffer, handle, options)
+    combined: torch.Tensor = _Combine.apply(x, buffer, handle, num_sms)
     return combined
 
 
@@ -79,6 +80,7 @@ class _Dispatch(torch.autograd.Function):
         return result.recv_x.view_as(result.recv_x), result.recv_topk_weights.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_rows, of_weights = grads
         # Places that list no expert of this rank are 0 whatever the weights.
@@ -96,13 +98,14 @@ class _Combine(torch.autograd.Function):
         x: torch.Tensor,
         buffer: NormalBuffer,
         handle: NormalDispatchHandle,
-        options: dict[str, Any],
+        num_sms: int | None,
     ) -> torch.Tensor:
         ctx.buffer, ctx.handle = buffer, handle
-        combined: torch.Tensor = buffer.combine(x, handle, **options)
+        combined: torch.Tensor = buffer.combine(x, handle, num_sms=num_sms)
         return combined
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (of_combined,) = grads
         of_x = ctx.buffer.dispatch(of_combined.contiguous(), handle=ctx.handle, copy=True).recv_x

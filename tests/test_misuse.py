@@ -260,6 +260,18 @@ def test_errors_come_home_from_other_processes(error: Exception) -> None:
     assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
+@both_kinds
+def test_a_result_in_place_of_its_handle_is_named(kind: Kind) -> None:
+    buffer = make(kind)
+    x, topk_idx, topk_weights = batch(1.0)
+    if kind is LowLatencyBuffer:
+        result = buffer.dispatch_and_receive(x, topk_idx, topk_weights)
+    else:
+        result = buffer.dispatch(x, topk_idx, topk_weights)
+    with pytest.raises(TypeError, match=r"handle is a \w*DispatchResult, .*Pass a result's handle"):
+        buffer.combine(result.recv_x, result)
+
+
 def test_a_failed_buffer_does_not_gather_tracebacks() -> None:
     buffer = make_two(timeout_secs=0.01)[0]
     _, hook = buffer.dispatch(*batch(1.0))

@@ -11,7 +11,8 @@ import torch
 from ep_backend import _native
 from ep_backend.doctor.checks import Check, Level, Machine
 
-MIN_CAPABILITY = (9, 0)
+CAPABILITY = (9, 0)
+"""Of Hopper. Code for `sm_90a` runs on no other GPU, newer ones included."""
 
 
 @dataclass(frozen=True)
@@ -114,15 +115,15 @@ def check_cards(gpus: Gpus) -> list[Check]:
     checks = []
     for i, (name, capability) in enumerate(zip(gpus.names, gpus.capabilities, strict=True)):
         number = ".".join(map(str, capability))
-        if capability >= MIN_CAPABILITY:
+        if capability == CAPABILITY:
             checks.append(Check(f"GPU {i}", Level.OK, f"{name}, compute capability {number}"))
             continue
         checks.append(
             Check(
                 f"GPU {i}",
                 Level.MISSING,
-                f"{name}, compute capability {number}: the kernels need 9.0",
-                "Use a Hopper GPU or a newer one.",
+                f"{name}, compute capability {number}: the kernels are compiled for 9.0",
+                "Use a Hopper GPU: H100, H200, H20, GH200.",
             )
         )
     return checks

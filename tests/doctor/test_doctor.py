@@ -157,15 +157,18 @@ def test_limits_wheels_and_ports(tmp_path: Path) -> None:
     assert cards.found == "no port is active: mlx5_0, mlx5_1"
 
 
-def test_gpus_that_are_old_or_apart(tmp_path: Path) -> None:
+def test_gpus_of_another_generation_or_apart(tmp_path: Path) -> None:
     machine = Machine(tmp_path, {}, WHEELS.get)
-    old = Gpus(("A100", HOPPER[0]), ((8, 0), (9, 0)), ("", ""), lambda _a, _b: False)
-    checks = by_name(check_gpus(machine, old, False))
+    cards = ("A100", HOPPER[0], "B200")
+    gpus = Gpus(cards, ((8, 0), (9, 0), (10, 0)), ("", "", ""), lambda _a, _b: False)
+    checks = by_name(check_gpus(machine, gpus, False))
     assert checks["CUDA kernels"].level is Level.MISSING
     assert checks["NVIDIA driver"].level is Level.MISSING
-    assert "compute capability 8.0: the kernels need 9.0" in checks["GPU 0"].found
+    for i, number in ((0, "8.0"), (2, "10.0")):
+        found = checks[f"GPU {i}"].found
+        assert f"compute capability {number}: the kernels are compiled for 9.0" in found
     assert checks["GPU 1"].level is Level.OK
-    assert "0 -> 1, 1 -> 0" in checks["peer access"].found
+    assert "0 -> 1, 0 -> 2, 1 -> 0" in checks["peer access"].found
     assert by_name(check_gpus(machine, Gpus(), True))["GPUs"].found == "torch sees none"
 
 
