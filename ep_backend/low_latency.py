@@ -418,7 +418,8 @@ class LowLatencyBuffer:
         topk_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RecvHook]:
         """Sends the weighted sum of a token's expert rows home, one row a (token, rank); or, with
-        reduction "source", every row, of which the hook makes the weighted sum.
+        reduction "source", every row, of which the hook makes the weighted sum. All ranks combine
+        their dispatches in the same order.
 
         Args:
             expert_out: of the buffer's dtype, in the layout of `recv_x`. Expert-major
@@ -439,6 +440,8 @@ class LowLatencyBuffer:
             OrderError: the handle's dispatch hook was not called, or `num_banks` combines are
                 waiting for their hooks.
             PeerTimeout: a peer did not free the bank in time.
+            ProtocolError: from the hook, on the CPU: a peer has answered another dispatch, with
+                other numbers of tokens.
         """
         expert_out, out = self._prepare_combine(expert_out, handle, out, topk_weights)
         num_tokens = handle.num_tokens

@@ -43,9 +43,15 @@ def make(kind: Kind, **settings: Any) -> Any:
     return kind(virtual_world(1).groups[0], **settings)
 
 
-def make_two(timeout_secs: float) -> list[LowLatencyBuffer]:
+def make_two(timeout_secs: float, reduction: str = "rank") -> list[LowLatencyBuffer]:
     shape = Shape(
-        2, num_max_tokens_per_rank=64, hidden=256, num_experts=4, top_k=2, dtype=torch.float32
+        2,
+        num_max_tokens_per_rank=64,
+        hidden=256,
+        num_experts=4,
+        top_k=2,
+        dtype=torch.float32,
+        reduction=reduction,
     )
     return shape.virtual_buffers(timeout_secs=timeout_secs)
 
@@ -210,6 +216,28 @@ def test_a_thread_that_waits_does_not_abort_a_process_that_ends() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "ends\n"), done.stderr
+
+
+@pytest.mark.parametrize("reduction", ["rank", "source"])
+def test_combines_in_another_order_than_the_peers_are_refused(reduction: str) -> None:
+    """Where sizes differ: the peer answers another number of tokens than were sent to it."""
+    buffers = make_two(timeout_secs=20.0, reduction=reduction)
+    results = []
+    for num_tokens in (3, 5):
+        x, topk_idx, topk_weights = batch(1.0, num_tokens)
+        at_home = topk_weights if reduction == "source" else None
+        of_experts = topk_weights if reduction == "rank" else None
+        sent = [buffer.dispatch(x, topk_idx, of_experts) for buffer in buffers]
+        for _, hook in sent:
+            hook()
+        results.append([(result, at_home) for result, _ in sent])
+    hooks = []
+    for rank, order in ((0, (0, 1)), (1, (1, 0))):
+        for result, at_home in (results[op][rank] for op in order):
+            _, hook = buffers[rank].combine(result.recv_x.clone(), result.handle, None, at_home)
+            hooks.append(hook)
+    with pytest.raises(ProtocolError, match=r"rank 1 contradicts .*expected 3, saw 5.*different"):
+        hooks[0]()
 
 
 # --- memory ----------------------------------------------------------------------------------

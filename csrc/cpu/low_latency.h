@@ -117,6 +117,7 @@ class LowLatencyRank {
                  const DispatchRecvParams& params) const;
   Store store_for(uint32_t src_rank, uint64_t num_rows) const;
   uint32_t find_messages(const CombineSendParams& params);
+  void count_due(const CombineRecvParams& params);
   void write_sum(SumScratch& scratch, std::byte* out, protocol::DType dtype,
                  const std::byte* const* rows, const float* weights, uint32_t num_rows,
                  Store store) const;
@@ -149,6 +150,9 @@ class LowLatencyRank {
   uint32_t next_entry_ = 0;
   // Scratch of combine_send: where each source's messages begin in the handle.
   std::vector<uint32_t> first_message_of_;
+  // Scratch of combine_recv: messages that each rank answers, the last token that had one to it.
+  std::vector<uint32_t> num_due_;
+  std::vector<uint32_t> last_token_of_;
   SumScratch sum_scratch_;
 };
 

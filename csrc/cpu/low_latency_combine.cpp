@@ -130,14 +130,34 @@ uint64_t LowLatencyRank::send_rows(Op& op, uint32_t src_rank, const CombineSendP
   return num_rows;
 }
 
+// Of each rank, how many messages of this batch it has to answer -> num_due_.
+void LowLatencyRank::count_due(const CombineRecvParams& params) {
+  std::fill(num_due_.begin(), num_due_.end(), 0);
+  std::fill(last_token_of_.begin(), last_token_of_.end(), params.num_tokens);
+  for (uint32_t token = 0; token < params.num_tokens; ++token) {
+    const uint32_t* answers = params.answers + uint64_t{token} * layout_.num_outcome_columns();
+    for (uint32_t i = 0; i < params.num_partials[token]; ++i) {
+      const uint32_t rank = answers[i] >> 16;
+      num_due_[rank] += last_token_of_[rank] != token;  // rows of one message count once
+      last_token_of_[rank] = token;
+    }
+  }
+}
+
 OpResult LowLatencyRank::combine_recv(const CombineRecvParams& params) {
   Op op(*this, Phase::kCombine, Half::kRecv);
   if (!op.ok()) return op.result();
+  count_due(params);
   // Every rank, contributing or not: a credit must never run ahead of a late sender.
   uint64_t num_rows = 0;
   for (uint32_t src_rank = 0; src_rank < layout_.config().num_ranks; ++src_rank) {
     uint64_t count;
     if (!op.wait_for_signal(src_rank, &count)) return op.result();
+    // As where ranks combine two dispatches in different orders.
+    if (count != num_due_[src_rank]) {
+      op.fail(Status::kCorrupt, src_rank, num_due_[src_rank], count);
+      return op.result();
+    }
     num_rows += count;
   }
 

@@ -23,6 +23,8 @@ LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_
       outgoing_(config.dtype, config.dispatch_dtype, config.scale_format, config.hidden),
       next_row_(layout_.partition().num_local_experts(self_rank)),
       first_message_of_(config.num_ranks),
+      num_due_(config.num_ranks),
+      last_token_of_(config.num_ranks),
       sum_scratch_(layout_) {
   for (uint32_t rank = 0; rank < config.num_ranks; ++rank) peers_.push_back(rank);
 }
