@@ -7,6 +7,7 @@ a token.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from ep_backend.virtual_network import VirtualNetwork
 T = TypeVar("T")
 
 DEFAULT_RENDEZVOUS_SECS = 120.0
+RENDEZVOUS_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class _Exchange(Protocol):
@@ -145,9 +147,20 @@ class Group:
     @classmethod
     def from_env(cls, timeout_secs: float = DEFAULT_RENDEZVOUS_SECS) -> Group:
         """Initialises torch.distributed from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as
-        torchrun sets them, and takes its world. Collective."""
+        torchrun sets them, and takes its world. Collective.
+
+        Raises:
+            RendezvousError: not all ranks came in time.
+        """
         if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_secs))
+            try:
+                dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_secs))
+            except dist.DistError as e:
+                world = {name: os.environ.get(name) for name in RENDEZVOUS_VARIABLES}
+                raise RendezvousError(
+                    f"not all ranks came within {timeout_secs} s: {e}. Start WORLD_SIZE processes, "
+                    f"each with its RANK and the same address; here {world}."
+                ) from e
         return cls.from_process_group(timeout_secs=timeout_secs)
 
     def all_gather(self, value: T) -> list[T]:

@@ -69,6 +69,13 @@ def test_ranks_of_two_hosts_are_refused_on_both() -> None:
             assert "rank 1 is on another host than rank 0" in answer.error
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 RANK_OF_ENVIRONMENT = """
 from ep_backend import Group
 group = Group.from_env(timeout_secs=30)
@@ -76,10 +83,18 @@ print(group.self_rank, group.num_ranks, group.all_gather("rank %d" % group.self_
 """
 
 
+def test_a_rank_that_does_not_come_is_told_by_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    with pytest.raises(RendezvousError, match=r"within 1 s: .*'RANK': '1', 'WORLD_SIZE': '2'"):
+        Group.from_env(timeout_secs=1)
+
+
 def test_the_environment_of_torchrun_makes_a_world() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK_OF_ENVIRONMENT],
