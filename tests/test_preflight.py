@@ -62,7 +62,9 @@ def test_too_few_gpus_old_ones_and_gpus_apart_are_named(monkeypatch: pytest.Monk
     monkeypatch.setattr("ep_backend.preflight._check_exchange", lambda *_: None)
     with pytest.raises(NotDeployable, match="8 GPUs are needed, but torch sees 5"):
         check(device="cuda", num_gpus=8)
-    with pytest.raises(NotDeployable, match=r"GPU 4: NVIDIA A100, .* the kernels need 9\.0"):
+    with pytest.raises(
+        NotDeployable, match=r"GPU 4: NVIDIA A100, .* the kernels are compiled for 9\.0"
+    ):
         check(device="cuda", num_gpus=5)
     with pytest.raises(NotDeployable, match=r"reach each other's memory: 1 -> 3, 3 -> 1\. .*RDMA"):
         check(device="cuda", num_gpus=4)
