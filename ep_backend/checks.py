@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -133,8 +135,12 @@ def check_int(name: str, value: int, low: int, high: int, why: str = "") -> None
         )
 
 
-def check_type(name: str, value: object, expected: type, remedy: str) -> None:
-    """Raises `TypeError` unless `value` is one of those."""
-    if not isinstance(value, expected):
-        got, wanted = type(value).__name__, expected.__name__
-        raise TypeError(f"{name} is a {got}, expected a {wanted}. {remedy}")
+def check_handle(handle: Any, kind: type, buffer: object, elsewhere: str) -> None:
+    """Raises `TypeError` unless `handle` is of that kind, and `ValueError`, which says
+    `elsewhere`, unless it is of `buffer`."""
+    if getattr(handle, "buffer", None) is buffer:
+        return
+    if not isinstance(handle, kind):
+        got = type(handle).__name__
+        raise TypeError(f"handle is a {got}, expected a {kind.__name__}. Pass a result's handle.")
+    raise ValueError(elsewhere)

@@ -66,7 +66,8 @@ class KernelCalls:
             else:
                 result = kernel(*args)
             self._raise_unless_ok(result)
-            self._num_done[kind] += 1
+            if self._statistics is not None:
+                self._num_done[kind] += 1
         except BaseException as error:
             self._fail_if_done(kind, error)
             raise

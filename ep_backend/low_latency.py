@@ -23,9 +23,9 @@ from ep_backend import _native, faults
 from ep_backend.checks import (
     AtMost,
     check_alignment,
+    check_handle,
     check_tensor,
     check_topk_weights,
-    check_type,
     check_x_scales,
 )
 from ep_backend.errors import OrderError
@@ -602,9 +602,8 @@ class LowLatencyBuffer:
         topk_weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Checks the arguments; gives the rows to send, and the tensor for the result."""
-        if getattr(handle, "buffer", None) is not self:
-            check_type("handle", handle, DispatchHandle, "Pass a result's handle.")
-            raise ValueError("handle is of another buffer. Combine on the buffer that dispatched.")
+        elsewhere = "handle is of another buffer. Combine on the buffer that dispatched."
+        check_handle(handle, DispatchHandle, self, elsewhere)
         if not handle.is_received:
             raise OrderError(
                 f"combine was called with the handle of dispatch {handle.epoch}, whose hook has "

@@ -453,12 +453,12 @@ class NormalBuffer(ArgumentChecks):
             OrderError: an operation of this buffer is running in another thread.
         """
         with self._exclusive("close"):
-            self._close()
+            if self._calls.close():
+                self._streams.close()
+                self._give_memory_back()
 
-    def _close(self) -> None:
-        if self._calls.close():
-            self._streams.close()
-            self._memory.close()
+    def _give_memory_back(self) -> None:
+        self._memory.close()
 
     def __enter__(self) -> NormalBuffer:
         return self

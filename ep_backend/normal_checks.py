@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ep_backend.checks import AtMost, check_int, check_tensor, check_type, check_x_scales
+from ep_backend.checks import AtMost, check_handle, check_int, check_tensor, check_x_scales
 from ep_backend.low_latency import INDEX_DTYPES
 from ep_backend.normal_handles import NormalDispatchHandle
 
@@ -109,8 +109,7 @@ class ArgumentChecks:
         return list(pair)
 
     def _check_handle(self, handle: NormalDispatchHandle) -> None:
-        if getattr(handle, "buffer", None) is not self:
-            check_type("handle", handle, NormalDispatchHandle, "Pass a result's handle.")
-            raise ValueError(
-                "the handle comes from another buffer. Use the buffer that dispatched the tokens."
-            )
+        elsewhere = (
+            "the handle comes from another buffer. Use the buffer that dispatched the tokens."
+        )
+        check_handle(handle, NormalDispatchHandle, self, elsewhere)

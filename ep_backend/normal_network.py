@@ -130,12 +130,10 @@ class NetworkNormalBuffer(CudaNormalBuffer):
         self._check_handle(handle)
         return NormalBuffer.combine_input(self, handle)
 
-    def close(self) -> None:
-        """As `NormalBuffer.close`. Memory that late puts may reach is not used again."""
-        if self._calls.close():
-            self._streams.close()
-            calls = self._calls  # the memory, which is kept, must not keep the buffer's tensors
-            self._memory.close(has_failed=lambda: calls.has_failed)
+    def _give_memory_back(self) -> None:
+        """That late puts may reach is not used again."""
+        calls = self._calls  # the memory, which is kept, must not keep the buffer's tensors
+        self._memory.close(has_failed=lambda: calls.has_failed)
 
     def _new_handle(self, num_tokens: int) -> CudaNormalDispatchHandle:
         return NetworkNormalDispatchHandle(self, num_tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 
 from ep_backend import Group, RendezvousError, virtual_world
 from ep_backend import group as group_module
+from tests.support.ports import free_ports
 from tests.support.processes import Rank, RankProcesses
 from tests.support.programs import PROGRAMS, Interpreter
 from tests.support.scenario import Scenario, mixed_scenario
@@ -69,13 +69,6 @@ def test_ranks_of_two_hosts_are_refused_on_both() -> None:
             assert "rank 1 is on another host than rank 0" in answer.error
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 RANK_OF_ENVIRONMENT = """
 from ep_backend import Group
 group = Group.from_env(timeout_secs=30)
@@ -88,13 +81,13 @@ def test_a_rank_that_does_not_come_is_told_by_the_environment(
 ) -> None:
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setenv("MASTER_PORT", str(free_ports(1)))
     with pytest.raises(RendezvousError, match=r"within 1 s: .*'RANK': '1', 'WORLD_SIZE': '2'"):
         Group.from_env(timeout_secs=1)
 
 
 def test_the_environment_of_torchrun_makes_a_world() -> None:
-    port = free_port()
+    port = free_ports(1)
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK_OF_ENVIRONMENT],

@@ -293,13 +293,9 @@ class DispatchReceiver {
                               const Items& items, const Place& place, uint32_t lanes) const {
 #pragma unroll 1
     for (uint32_t part = items.first_part(); part < end_of_row(items); ++part) {
-      const bool ok = poll_tagged(
-          true, [&] { tagged.begin(row, shape_.num_vectors, part, op_.tag()); },
-          [&] { return tagged.is_here(op_.tag()); },
-          [&] {
-            return wait_for_part(rank_, op_.receiving(), src_rank, row, shape_.num_vectors, part);
-          });
-      if (!ok) return false;
+      if (!poll_part(rank_, op_.receiving(), src_rank, row, shape_.num_vectors, part, &tagged)) {
+        return false;
+      }
       const Part p = tagged.part();
       if (part + 1 < end_of_row(items)) {
         tagged.begin(row, shape_.num_vectors, part + 1, op_.tag());

@@ -183,6 +183,17 @@ __device__ __forceinline__ bool poll_tagged(bool has_asked, Ask ask, AreHere are
   }
 }
 
+// The same for a part that has been asked for.
+__device__ __forceinline__ bool poll_part(const RankView& rank, OpId id, uint32_t src_rank,
+                                          std::byte* row, uint32_t num_vectors, uint32_t part,
+                                          TaggedPart* tagged) {
+  const auto tag = static_cast<uint32_t>(id.epoch);
+  return poll_tagged(
+      true, [&] { tagged->begin(row, num_vectors, part, tag); },
+      [&] { return tagged->is_here(tag); },
+      [&] { return wait_for_part(rank, id, src_rank, row, num_vectors, part); });
+}
+
 // --- a token's row, on its way out -----------------------------------------------------------
 //
 // fetch() asks for a part, finish() makes of it what travels: several may be on their way at once.

@@ -267,13 +267,9 @@ class RankMajorReceiver {
       }
 #pragma unroll 1
       for (uint32_t part = items.first_part(); part < end_of_row; ++part) {
-        const bool ok = poll_tagged(
-            true, [&] { tagged.begin(row, num_vectors_, part, op.tag()); },
-            [&] { return tagged.is_here(op.tag()); },
-            [&] {
-              return wait_for_part(rank_, op.receiving(), src_rank, row, num_vectors_, part);
-            });
-        if (!ok) return false;
+        if (!poll_part(rank_, op.receiving(), src_rank, row, num_vectors_, part, &tagged)) {
+          return false;
+        }
         const Part p = tagged.part();
         if (part + 1 < end_of_row) tagged.begin(row, num_vectors_, part + 1, op.tag());
         store_vectors(p, op.self() + layout_.workspace_row(workspace_, place), num_vectors_, part);

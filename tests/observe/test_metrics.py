@@ -23,6 +23,7 @@ from ep_backend.cli import app
 from ep_backend.handles import KernelStatistics
 from ep_backend.observe import counts, metrics, scrape
 from ep_backend.observe.metrics import DIRECTORY_VARIABLE, PORT_VARIABLE, Collector, Exporter
+from tests.support.ports import free_ports
 from tests.support.processes import Answer, Rank, RankProcesses
 from tests.support.programs import PROGRAMS, Interpreter
 from tests.support.scenario import Scenario, mixed_scenario
@@ -32,19 +33,6 @@ pytest.importorskip("prometheus_client")
 SHAPE = Shape(2)
 NUM_OPS = 5
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` free ports that follow each other."""
-    for first in range(20000, 60000, 97):
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-            return first
-        except OSError:
-            continue
-    raise AssertionError("no free ports")
 
 
 def samples_of(text: str) -> Samples:
