@@ -2,6 +2,7 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "protocol/op.h"
@@ -18,9 +19,10 @@ inline void stay_if_python_ends() {
 #endif
 }
 
-// Lets Ctrl-C and other Python signal handlers run while a kernel sleeps.
+// Lets Ctrl-C and other Python signal handlers run while a kernel sleeps. They run in the main
+// thread alone; another one must not wait for the GIL here, which Python may end meanwhile.
 inline bool python_interrupted() {
-  stay_if_python_ends();
+  if (syscall(SYS_gettid) != getpid()) return false;
   pybind11::gil_scoped_acquire gil;
   return PyErr_CheckSignals() != 0;
 }

@@ -195,6 +195,24 @@ class DispatchResult:
     _num_rows_per_expert: torch.Tensor | None
     """As the kernels have counted them; None: they have not."""
 
+    @classmethod
+    def over(
+        cls,
+        handle: DispatchHandle,
+        recv_x: torch.Tensor,
+        recv_scales: torch.Tensor | None,
+        recv_topk_idx: torch.Tensor | None,
+        recv_topk_weights: torch.Tensor | None,
+        num_rows_per_expert: torch.Tensor | None,
+    ) -> DispatchResult:
+        """Over tensors that later dispatches fill, too. The result has tensors of its own on their
+        memory: whoever is done with them may take that away (`recv_x.set_(torch.empty(0))`, as
+        SGLang does to free memory)."""
+        kept = (recv_x, recv_scales, recv_topk_idx, recv_topk_weights)
+        own_x, *own = (None if tensor is None else tensor.detach() for tensor in kept)
+        assert own_x is not None
+        return cls(handle, own_x, *own, num_rows_per_expert)
+
     @property
     def num_recv_tokens_per_expert(self) -> torch.Tensor:
         """`[L]` int32. In both layouts; rank-major, the rows that each expert has to compute. Of a

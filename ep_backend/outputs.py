@@ -89,14 +89,8 @@ class RecvBank:
     def result(self, handle: DispatchHandle) -> DispatchResult:
         """Of a dispatch that will fill this bank."""
         counts = torch.empty(self._num_local_experts, dtype=torch.int32, device=self._device)
-        return DispatchResult(
-            handle,
-            self.recv_x,
-            self.recv_scales,
-            self.recv_topk_idx,
-            self.recv_topk_weights,
-            counts,
-        )
+        tensors = (self.recv_x, self.recv_scales, self.recv_topk_idx, self.recv_topk_weights)
+        return DispatchResult.over(handle, *tensors, counts)
 
     def arguments(self, result: DispatchResult) -> tuple[_native.OutputLayout | int, ...]:
         """Of the native dispatch_recv, for a result of this bank."""

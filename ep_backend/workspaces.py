@@ -70,14 +70,8 @@ class Workspace:
         if not self._shape.is_rank_major:
             size = self._shape.num_local_experts
             counts = torch.empty(size, dtype=torch.int32, device=self._device)
-        return DispatchResult(
-            handle,
-            self.recv_x,
-            self.recv_scales,
-            self.recv_topk_idx,
-            self.recv_topk_weights,
-            counts,
-        )
+        tensors = (self.recv_x, self.recv_scales, self.recv_topk_idx, self.recv_topk_weights)
+        return DispatchResult.over(handle, *tensors, counts)
 
     def arguments(self, result: DispatchResult) -> tuple[_native.OutputLayout | int, ...]:
         """Of the native dispatch_recv."""

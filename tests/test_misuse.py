@@ -252,6 +252,21 @@ def test_received_rows_may_be_moved_to_shared_memory() -> None:
         result.recv_x.share_memory_()
 
 
+@pytest.mark.parametrize("layout, weight", [("expert_major", 0.75), ("rank_major", 1.0)])
+def test_received_tensors_may_be_given_up(layout: str, weight: float) -> None:
+    """As SGLang does between the experts' GEMMs, to free memory that is not its own here."""
+    buffer = make(LowLatencyBuffer, output_layout=layout)
+    for value in range(1, 8):
+        with torch.inference_mode(value % 2 == 0):
+            result = buffer.dispatch_and_receive(*batch(float(value)))
+            rows = result.recv_x.clone()
+            for tensor in (result.recv_x, result.recv_topk_idx, result.recv_topk_weights):
+                if tensor is not None:
+                    tensor.set_(torch.empty((0,), dtype=tensor.dtype))
+            combined = buffer.combine_and_receive(rows, result.handle)
+            assert (combined == weight * value).all()
+
+
 def test_a_dispatch_without_memory_for_its_rows_sends_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
