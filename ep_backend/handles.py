@@ -208,10 +208,14 @@ class DispatchResult:
         """Over tensors that later dispatches fill, too. The result has tensors of its own on their
         memory: whoever is done with them may take that away (`recv_x.set_(torch.empty(0))`, as
         SGLang does to free memory)."""
-        kept = (recv_x, recv_scales, recv_topk_idx, recv_topk_weights)
-        own_x, *own = (None if tensor is None else tensor.detach() for tensor in kept)
-        assert own_x is not None
-        return cls(handle, own_x, *own, num_rows_per_expert)
+        return cls(
+            handle,
+            recv_x.detach(),
+            None if recv_scales is None else recv_scales.detach(),
+            None if recv_topk_idx is None else recv_topk_idx.detach(),
+            None if recv_topk_weights is None else recv_topk_weights.detach(),
+            num_rows_per_expert,
+        )
 
     @property
     def num_recv_tokens_per_expert(self) -> torch.Tensor:

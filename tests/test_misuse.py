@@ -252,7 +252,7 @@ def test_received_rows_may_be_moved_to_shared_memory() -> None:
         result.recv_x.share_memory_()
 
 
-@pytest.mark.parametrize("layout, weight", [("expert_major", 0.75), ("rank_major", 1.0)])
+@pytest.mark.parametrize(("layout", "weight"), [("expert_major", 0.75), ("rank_major", 1.0)])
 def test_received_tensors_may_be_given_up(layout: str, weight: float) -> None:
     """As SGLang does between the experts' GEMMs, to free memory that is not its own here."""
     buffer = make(LowLatencyBuffer, output_layout=layout)

@@ -31,8 +31,8 @@ CLIENT = "sglang.bench_serving"
 OURS = OURS_OF["sglang"]
 NO_EXCHANGE = "none"
 """What SGLang calls its own: all ranks' tokens go everywhere."""
-GPU_BATCHED_TOKENS = 512
-"""Of a rank's step: with ours, prefill goes through the low-latency kernels, too."""
+GPU_BATCHED_TOKENS = 2048
+"""Of a rank's prefill step."""
 METRICS = {
     **{f"{name}_mean_ms": f"mean_{name}_ms" for name in ("tpot", "itl")},
     **{f"{name}_p50_ms": f"median_{name}_ms" for name in ("tpot", "itl", "ttft")},
@@ -60,13 +60,16 @@ def server_command(options: Options, model: Path, backend: str) -> list[str]:
         *("--max-running-requests", str(NUM_MAX_SEQS * num_ranks)),
         *("--cuda-graph-bs-decode", *map(str, GRAPH_SIZES)),
         # Shared by the ranks of data-parallel attention.
-        *("--chunked-prefill-size", str(_gpu_tokens(options) * num_ranks)),
+        *(
+            "--chunked-prefill-size",
+            str((options.max_num_batched_tokens or GPU_BATCHED_TOKENS) * num_ranks),
+        ),
         "--disable-radix-cache",  # prompts are random, but a repeat's are not to be found
     ]
     if num_ranks > 1:
         command += sglang_ranks(num_ranks, exchange)
     if backend == OURS:
-        command += ["--deepep-mode", "low_latency"]  # on GPUs there are no normal kernels yet
+        command += ["--deepep-mode", "auto"]
         # For bfloat16 rows by expert SGLang has these experts alone, and does not choose them.
         command += ["--deepep-dispatcher-output-dtype", "bf16"]
         command += ["--moe-runner-backend", "deep_gemm"]
@@ -83,11 +86,8 @@ def server_environment(options: Options, backend: str) -> dict[str, str]:
             environment["EP_BACKEND_SGLANG_CPU_DEFAULT"] = "1"
         return environment
     assert ON_CPU.num_tokens_variable is not None
-    return {ON_CPU.num_tokens_variable: str(_gpu_tokens(options))} if backend == OURS else {}
-
-
-def _gpu_tokens(options: Options) -> int:
-    return options.max_num_batched_tokens or GPU_BATCHED_TOKENS
+    # Of a decode step; prefill goes through normal kernels.
+    return {ON_CPU.num_tokens_variable: str(NUM_MAX_SEQS)} if backend == OURS else {}
 
 
 def bench_arguments(options: Options, target: Target, of_round: Round) -> list[str]:

@@ -24,10 +24,12 @@ from ep_backend_sglang import (
     cpu_experts,
     cpu_only,
     dispatcher,
+    idle_ranks,
     tracing,
 )
 from ep_backend_sglang.patching import UnsupportedSGLang
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.logits_processor import LogitsMetadata
 from sglang.srt.layers.moe import utils
 from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE
 from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
@@ -156,6 +158,36 @@ def test_the_experts_gemm_leaves_what_normal_kernels_take(
     is_taken = has_gpu and deepep_mode != "low_latency"
     assert deepep.Buffer.num_sms == (24 if is_taken else 0)
     assert deepep.DeepEPConfig().num_sms == deepep.Buffer.num_sms
+
+
+OF_EACH_RANK = {"enable_dp_attention": True, "enable_dp_lm_head": True, "moe_dense_tp_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("has_defect", "fields", "backend"),
+    [
+        (True, {}, "disabled"),
+        (False, {}, None),
+        (True, {"cuda_graph_backend_prefill": "breakable"}, "breakable"),
+        (True, {"enable_dp_lm_head": False}, None),
+        (True, {"moe_dense_tp_size": None}, None),
+    ],
+)
+def test_prefill_graphs_are_left_out_where_sglang_would_end(
+    has_defect: bool, fields: dict[str, Any], backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_only, "is_active", lambda: False)
+    monkeypatch.setattr(choice, "make_ours", lambda: None)
+    monkeypatch.setattr(idle_ranks, "has_defect", lambda: has_defect)
+    record = arguments_of(**(OF_EACH_RANK | fields), dp_size=2, tp_size=2)
+    arguments._choose(record)
+    assert record.cuda_graph_backend_prefill == backend
+
+
+def test_a_sglang_that_asks_who_was_idle_has_no_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not idle_ranks.has_defect()
+    monkeypatch.setattr(LogitsMetadata, "from_forward_batch", lambda batch: batch.forward_mode)
+    assert idle_ranks.has_defect()
 
 
 def test_deepep_after_ours_in_one_process_is_refused() -> None:

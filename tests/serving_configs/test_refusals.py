@@ -206,6 +206,7 @@ def test_sglang_over_two_hosts_has_queue_pairs_for_all_that_a_process_runs(
         nnodes=num_hosts,
         deepep_mode=mode,
         enable_single_batch_overlap=False,
+        enable_dp_attention=False,
         **dict.fromkeys(arguments.FIELDS, choice.NAME),
     )
     arguments._choose(record)
