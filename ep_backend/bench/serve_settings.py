@@ -203,8 +203,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--engine",
         choices=ENGINES,
-        help="Measured by its own benchmark: `vllm bench serve`, `sglang.bench_serving`. SGLang's "
-        "flags for GPUs have not been run yet. [default: vllm]",
+        help="Measured by its own benchmark: `vllm bench serve`, `sglang.bench_serving`. "
+        "[default: vllm]",
     )
     add("--device", choices=DEVICES, help="[default: cuda]")
     add("--ranks", dest="num_ranks", type=int, help="Data-parallel ranks. [default: 2]")

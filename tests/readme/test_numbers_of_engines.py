@@ -155,3 +155,32 @@ def test_numbers_served_on_a_cpu_are_those_of_the_results(engine: str) -> None:
         ) in PAGES
     assert f"load {measured['load_average_before']:.0f} at the start" in PAGES
     assert [gate["good"] for gate in measured["gates"]] == [True] * 4
+
+
+def test_numbers_of_sglang_on_two_gpus_are_those_of_the_results() -> None:
+    measured = results("serve-sglang-2-h200.json")
+    assert measured["settings"]["backends"] == ["default", "ep_backend"]
+    assert all(gate["good"] for gate in measured["gates"])
+    assert len(runs_of(measured)) == 5
+    slower = []
+    for concurrency, (theirs, ours) in runs_of(measured).items():
+        assert (theirs["num_runs"], ours["num_runs"]) == (2, 1)
+        ms = theirs["tpot_mean_ms"]
+        tpot, first, rate = (
+            [median(run, metric) for run in (theirs, ours)]
+            for metric in ("tpot_mean_ms", "ttft_p50_ms", "output_tokens_per_sec")
+        )
+        slower.append(first[1] / first[0])
+        assert (
+            f"| {concurrency} | {tpot[0]:.2f} ({ms['min']:.2f}-{ms['max']:.2f}) | {tpot[1]:.2f} "
+            f"| {tpot[1] / tpot[0]:.2f} | {first[0]:.0f} | {first[1]:.0f} "
+            f"| {rate[0]:.0f} | {rate[1]:.0f} |"
+        ) in PAGES
+    assert f"First tokens take {min(slower):.1f} to {max(slower):.1f} times as long" in FLOWING
+    own, versus = measured["gates"][:2]
+    told = (
+        f"differ from SGLang's by {versus['mean']:.3f} in the mean and {versus['max']:.3f} at most"
+    )
+    assert told in FLOWING
+    told = f"by up to {own['again']['max']:.3f}, ours by {versus['again']['max']:.3f}"
+    assert told in FLOWING
