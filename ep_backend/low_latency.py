@@ -104,7 +104,8 @@ class LowLatencyBuffer:
             16 bytes, so that a receiver need not wait for a signal. Default: 256 / ranks,
             and 0 where a row has more than 32 KiB. In rank-major workspaces dispatches of up to so
             many `num_slots`; default: as many as are 352 KiB, with the epochs, 32 of hidden 7168 in
-            float8, 56 of hidden 2048 in bfloat16. Not in expert-major ones.
+            float8, 56 of hidden 2048 in bfloat16; with more than four ranks 200 KiB, 18 and 32. Not
+            in expert-major ones.
         num_workspaces: CUDA, rank-major, or expert-major with reduction "source": if not 0, every
             exchange is in one of so many workspaces, sets of tensors in symmetric memory. Rows are
             sent straight to the `recv_*` tensors of their receiver, and fetched straight from its

@@ -64,7 +64,7 @@ class Case:
             return 0
         if self.has_workspace:
             row_bytes = hidden * TRAVELLING_DTYPES[self.dispatch_dtype].itemsize
-            return tagged_tokens_in_workspaces(row_bytes, top_k)
+            return tagged_tokens_in_workspaces(row_bytes, top_k, self.num_ranks)
         return default_tagged_tokens(self.num_ranks)
 
 

@@ -72,9 +72,16 @@ def test_copies_between_nodes_are_those_of_the_results() -> None:
 
 
 def test_sizes_are_those_of_the_code() -> None:
-    most = [tagged_tokens_in_workspaces(row_bytes, 8) for row_bytes in (7168, 2 * 2048)]
-    told = "up to {} tokens of 7168 channels in float8 or {} of 2048".format(*most)
-    assert told in README_FLOWING
+    most = [
+        tagged_tokens_in_workspaces(row_bytes, 8, num_ranks)
+        for num_ranks in (4, 5)
+        for row_bytes in (7168, 2 * 2048)
+    ]
+    told = (
+        "up to {} tokens of 7168 channels in float8 or {} of 2048 in bfloat16, with more than four "
+        "ranks {} and {}"
+    )
+    assert told.format(*most) in README_FLOWING
     at_home, on_ranks = (num_bytes_over_network(r) >> 20 for r in ("source", "rank"))
     assert f"{at_home} MiB instead of {on_ranks}" in README_FLOWING
 
