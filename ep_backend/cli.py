@@ -175,7 +175,7 @@ def check_command(
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of this host, with --device cuda.")] = 1,
     kernels: Annotated[str, typer.Option(help=", ".join(KERNELS))] = KERNELS[0],
     reduction: Annotated[
-        str, typer.Option(help="Where rows are added up: rank (vLLM) or source (SGLang).")
+        str, typer.Option(help="Where rows are added up: rank (engines) or source (DeepEP).")
     ] = REDUCTIONS[0],
 ) -> None:
     """Whether this machine can do what a deployment will ask of it; deployments run it first."""

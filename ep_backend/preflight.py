@@ -22,7 +22,7 @@ from ep_backend.network import VARIABLE
 
 KERNELS = ("low-latency", "normal")
 REDUCTIONS = ("rank", "source")
-"""Of low-latency kernels: vLLM's plug-in uses the first, DeepEP's API, and so SGLang, the other."""
+"""Of low-latency kernels: our plug-ins use the first, DeepEP's API by itself the other."""
 
 NUM_TOKENS, HIDDEN, NUM_EXPERTS, TOP_K = 4, 128, 4, 2
 TIMEOUT_SECS = 30.0

@@ -90,6 +90,8 @@ def test_by_expert_they_are_what_a_masked_gemm_takes(monkeypatch: pytest.MonkeyP
         output_layout, *arguments = workspace.arguments(result)
         assert output_layout == _native.OutputLayout.EXPERT_MAJOR
         assert arguments == [0, 0, counts.data_ptr(), 0, 0, 3, 4, 5, idx, num_slots]
+        result.recv_x.set_(torch.empty(0, dtype=result.recv_x.dtype))  # the caller's own
+        assert workspace.recv_x.shape == (3, rows, 256)
 
 
 def handle_of(epoch: int, workspace: int, num_slots: int) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +43,17 @@ class Buffer(deep_ep.Buffer):
     def __init__(self, group: dist.ProcessGroup, *arguments: Any, **options: Any) -> None:
         group = gloo_group_of(group)
         super().__init__(group, *arguments, timeout_secs=plugins.timeout_secs(), **options)
+        self._weights_at_dispatch: torch.Tensor | None = None
+
+    @contextmanager
+    def weights_at_dispatch(self, topk_weights: torch.Tensor) -> Iterator[None]:
+        """Low-latency dispatches meanwhile send these, `[T, K]` float32: rows are weighted and
+        added up where the experts are. Their combines are given the same tensor, as SGLang does."""
+        self._weights_at_dispatch = topk_weights
+        try:
+            yield
+        finally:
+            self._weights_at_dispatch = None
 
     def low_latency_dispatch(
         self,
@@ -76,6 +89,7 @@ class Buffer(deep_ep.Buffer):
                 f"{MOST_TOKENS_LIMIT}), or make steps smaller: --chunked-prefill-size for prefill, "
                 "--max-running-requests for decode."
             )
+        options.setdefault("topk_weights", self._weights_at_dispatch)
         return super().low_latency_dispatch(x, topk_idx, most, num_experts, *arguments, **options)
 
 

@@ -3,9 +3,15 @@
 The dispatcher stays SGLang's: its two-batch overlap, graph capture and expert statistics with it.
 Only the names that its module imports from `deep_ep` are replaced, in that module; the package
 `deep_ep`, installed or not, is left alone.
+
+And low-latency dispatches are given the weights that SGLang keeps for combine: so one row a rank
+goes home, not one for each expert.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 from ep_backend_sglang.patching import require, require_global, require_parameters
 
@@ -33,6 +39,14 @@ def check() -> None:
         user = getattr(getattr(deepep, cls, None), function, None)
         require(user is not None, place, "does not exist")
         require_global(user, place, name)
+    low_latency = deepep._DeepEPDispatcherImplLowLatency
+    place = f"{PLACE}._DeepEPDispatcherImplLowLatency"
+    require_parameters(
+        low_latency._dispatch_core,
+        f"{place}._dispatch_core",
+        *("self", "hidden_states", "topk_ids", "topk_weights"),
+    )
+    require(hasattr(low_latency, "_get_buffer"), place, "has no _get_buffer")
     require_parameters(
         deepep.DeepEPBuffer.get_deepep_buffer,
         f"{PLACE}.DeepEPBuffer.get_deepep_buffer",
@@ -57,3 +71,15 @@ def install() -> None:
     deepep.Buffer = Buffer
     deepep.Config = deep_ep.Config
     deepep.use_deepep = True
+    _send_weights_with_tokens(deepep._DeepEPDispatcherImplLowLatency)
+
+
+def _send_weights_with_tokens(low_latency: Any) -> None:
+    original = low_latency._dispatch_core
+
+    @functools.wraps(original)
+    def dispatch_core(self: Any, hidden_states: Any, topk_ids: Any, topk_weights: Any) -> Any:
+        with self._get_buffer().weights_at_dispatch(topk_weights):
+            return original(self, hidden_states, topk_ids, topk_weights)
+
+    low_latency._dispatch_core = dispatch_core

@@ -68,7 +68,7 @@ LOW_LATENCY_SHAPES = {
 def test_low_latency_equals_the_reference(
     ranks: dict[int, RankProcesses], kind: str, num_ranks: int
 ) -> None:
-    shape = Shape(num_ranks, reduction="source", **LOW_LATENCY_SHAPES[kind])
+    shape = Shape(num_ranks, **LOW_LATENCY_SHAPES[kind])
     steps = low_latency_steps(shape)
     for step in steps[1:]:  # in this mode prefills go the same way
         step.is_extend = True
@@ -81,7 +81,7 @@ def test_low_latency_equals_the_reference(
 def test_normal_equals_the_reference(
     ranks: dict[int, RankProcesses], kind: str, num_ranks: int
 ) -> None:
-    shape = Shape(num_ranks, reduction="source", **LOW_LATENCY_SHAPES[kind])
+    shape = Shape(num_ranks, **LOW_LATENCY_SHAPES[kind])
     steps = normal_steps(shape)
     steps[1].is_extend = False  # in this mode decode goes the same way
     logs = ranks[num_ranks].run(sglang_ranks.exchange, Plan(shape, "normal", steps))
@@ -93,7 +93,7 @@ def test_normal_equals_the_reference(
 def test_auto_prefills_with_one_and_decodes_with_the_other(
     ranks: dict[int, RankProcesses], kind: str, num_ranks: int
 ) -> None:
-    shape = Shape(num_ranks, reduction="source", **LOW_LATENCY_SHAPES[kind])
+    shape = Shape(num_ranks, **LOW_LATENCY_SHAPES[kind])
     pairs = zip(normal_steps(shape), low_latency_steps(shape), strict=True)
     steps = [step for pair in pairs for step in pair]
     logs = ranks[num_ranks].run(sglang_ranks.exchange, Plan(shape, "auto", steps))
@@ -102,7 +102,7 @@ def test_auto_prefills_with_one_and_decodes_with_the_other(
 
 
 def test_deepep_config_is_read(ranks: dict[int, RankProcesses]) -> None:
-    shape = Shape(2, reduction="source")
+    shape = Shape(2)
     tuned = {"num_sms": 4, "num_max_nvl_chunked_recv_tokens": 128}
     config = json.dumps({"normal_dispatch": tuned, "normal_combine": {"num_sms": 4}})
     plan = Plan(shape, "normal", normal_steps(shape), config)
@@ -111,7 +111,7 @@ def test_deepep_config_is_read(ranks: dict[int, RankProcesses]) -> None:
 
 
 def test_a_step_with_too_many_tokens_says_what_to_set(ranks: dict[int, RankProcesses]) -> None:
-    shape = Shape(2, reduction="source")
+    shape = Shape(2)
     plan = Plan(shape, "low_latency", low_latency_steps(shape))
     ranks[2].start(sglang_ranks.too_many_tokens, plan)
     for answer in ranks[2].answers():
@@ -132,7 +132,7 @@ def most_in_flight(log: list[str], operation: str) -> int:
 def test_two_batch_overlap_in_the_order_of_sglang(
     ranks: dict[int, RankProcesses], deepep_mode: str, is_decode: bool, most: int
 ) -> None:
-    shape = Shape(2, reduction="source")
+    shape = Shape(2)
     steps = (low_latency_steps if deepep_mode == "low_latency" else normal_steps)(shape)
     plan = Plan(shape, deepep_mode, steps)
     logs = ranks[2].run(sglang_ranks.overlap_two_batches, plan, is_decode)
