@@ -14,6 +14,7 @@ from ep_backend_sglang import cpu_only
 
 MOST_TOKENS_VARIABLE = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
 MOST_TOKENS_LIMIT = 1024  # SGLang's
+WAYS = ("previous_event", "async_finish", "allocate_on_comm_stream", "return_recv_hook")
 
 
 class _NumSms:
@@ -44,6 +45,7 @@ class Buffer(deep_ep.Buffer):
         group = gloo_group_of(group)
         super().__init__(group, *arguments, timeout_secs=plugins.timeout_secs(), **options)
         self._weights_at_dispatch: torch.Tensor | None = None
+        self._is_at_once = False
 
     @contextmanager
     def weights_at_dispatch(self, topk_weights: torch.Tensor) -> Iterator[None]:
@@ -54,6 +56,16 @@ class Buffer(deep_ep.Buffer):
             yield
         finally:
             self._weights_at_dispatch = None
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Calls meanwhile send and receive on the current stream, whatever way they are asked for:
+        their hooks do nothing, and there is nothing to wait for in their events."""
+        self._is_at_once = True
+        try:
+            yield
+        finally:
+            self._is_at_once = False
 
     def low_latency_dispatch(
         self,
@@ -90,7 +102,26 @@ class Buffer(deep_ep.Buffer):
                 "--max-running-requests for decode."
             )
         options.setdefault("topk_weights", self._weights_at_dispatch)
+        options = self._options(options)
         return super().low_latency_dispatch(x, topk_idx, most, num_experts, *arguments, **options)
+
+    def low_latency_combine(self, *arguments: Any, **options: Any) -> Any:
+        return super().low_latency_combine(*arguments, **self._options(options))
+
+    def get_dispatch_layout(self, *arguments: Any, **options: Any) -> Any:
+        return super().get_dispatch_layout(*arguments, **self._options(options))
+
+    def dispatch(self, *arguments: Any, **options: Any) -> Any:
+        return super().dispatch(*arguments, **self._options(options))
+
+    def combine(self, *arguments: Any, **options: Any) -> Any:
+        return super().combine(*arguments, **self._options(options))
+
+    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Of a call; SGLang names those that say where it runs."""
+        if not self._is_at_once:
+            return options
+        return {name: value for name, value in options.items() if name not in WAYS}
 
 
 def gloo_group_of(group: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -6,11 +6,13 @@ compared with the reference, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import ep_backend_sglang
 import torch
@@ -29,7 +31,7 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.models.deepseek_v2 import DeepseekV2MoE
 from sglang.srt.server_args import ServerArgs
 
-from ep_backend import deep_ep
+from ep_backend import LowLatencyBuffer, deep_ep
 from tests.integrations.sglang_steps import Step
 from tests.support.processes import Rank
 from tests.support.shapes import Shape
@@ -43,6 +45,8 @@ class Plan:
     deepep_mode: str
     steps: list[Step]
     deepep_config: str | None = None
+    has_hook: bool = True
+    """One of SGLang's between a dispatch and its receive."""
 
 
 def start(rank: Rank, plan: Plan, has_two_batches: bool = False) -> MaybeTboDeepEPDispatcher:
@@ -104,7 +108,8 @@ def exchange(rank: Rank, plan: Plan) -> list[str]:
     class."""
     log: list[str] = []
     dispatcher, self_rank = start(rank, plan), rank.group.self_rank
-    dispatcher.register_deepep_dispatch_hook(lambda _: log.append("sent"))
+    if plan.has_hook:
+        dispatcher.register_deepep_dispatch_hook(lambda _: log.append("sent"))
     dispatcher.register_post_dispatch_hook(
         lambda _, output: log.append(output.format.value)  # type: ignore[func-returns-value]
     )
@@ -117,6 +122,18 @@ def exchange(rank: Rank, plan: Plan) -> list[str]:
         combined = dispatcher.combine(combine_input=experts.run_moe_core(output))
         step.check_combined(combined, self_rank)
     return [*log, _class_of_the_buffer()]
+
+
+def received_at_once(rank: Rank, plan: Plan) -> list[int]:
+    """How many dispatches and combines our low-latency buffer received by what sent them."""
+    with contextlib.ExitStack() as patches:
+        spies = []
+        for name in ("dispatch_and_receive", "combine_and_receive"):
+            original = getattr(LowLatencyBuffer, name)
+            spy = mock.patch.object(LowLatencyBuffer, name, autospec=True, side_effect=original)
+            spies.append(patches.enter_context(spy))
+        exchange(rank, plan)
+    return [spy.call_count for spy in spies]
 
 
 def config_of_dispatch(rank: Rank, plan: Plan) -> deep_ep.Config:

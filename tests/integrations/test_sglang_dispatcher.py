@@ -101,6 +101,15 @@ def test_auto_prefills_with_one_and_decodes_with_the_other(
     assert logs == [expected] * num_ranks
 
 
+@pytest.mark.parametrize(("has_hook", "num_dispatches"), [(True, 0), (False, 6)])
+def test_what_is_received_behind_its_send_goes_through_one_kernel(
+    ranks: dict[int, RankProcesses], has_hook: bool, num_dispatches: int
+) -> None:
+    shape = Shape(2)
+    plan = Plan(shape, "low_latency", low_latency_steps(shape), has_hook=has_hook)
+    assert ranks[2].run(sglang_ranks.received_at_once, plan) == [[num_dispatches, 6]] * 2
+
+
 def test_deepep_config_is_read(ranks: dict[int, RankProcesses]) -> None:
     shape = Shape(2)
     tuned = {"num_sms": 4, "num_max_nvl_chunked_recv_tokens": 128}
