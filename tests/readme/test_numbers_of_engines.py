@@ -162,7 +162,7 @@ def test_numbers_of_sglang_on_two_gpus_are_those_of_the_results() -> None:
     assert measured["settings"]["backends"] == ["default", "ep_backend"]
     assert all(gate["good"] for gate in measured["gates"])
     assert len(runs_of(measured)) == 5
-    slower = []
+    slower, ratios = [], []
     for concurrency, (theirs, ours) in runs_of(measured).items():
         assert (theirs["num_runs"], ours["num_runs"]) == (2, 1)
         ms = theirs["tpot_mean_ms"]
@@ -171,11 +171,14 @@ def test_numbers_of_sglang_on_two_gpus_are_those_of_the_results() -> None:
             for metric in ("tpot_mean_ms", "ttft_p50_ms", "output_tokens_per_sec")
         )
         slower.append(first[1] / first[0])
+        ratios.append(tpot[1] / tpot[0])
         assert (
             f"| {concurrency} | {tpot[0]:.2f} ({ms['min']:.2f}-{ms['max']:.2f}) | {tpot[1]:.2f} "
             f"| {tpot[1] / tpot[0]:.2f} | {first[0]:.0f} | {first[1]:.0f} "
             f"| {rate[0]:.0f} | {rate[1]:.0f} |"
         ) in PAGES
+    told = f"a token takes {min(ratios):.2f} to {max(ratios):.2f} times as long as with its own"
+    assert told in FLOWING
     assert f"First tokens take {min(slower):.1f} to {max(slower):.1f} times as long" in FLOWING
     own, versus = measured["gates"][:2]
     told = (
