@@ -86,17 +86,21 @@ class RecvBank:
             self.recv_topk_idx = torch.empty(size, dtype=torch.int32, device=device)
             self.recv_topk_weights = torch.empty(size, dtype=torch.float32, device=device)
 
+    @property
+    def _tensors(
+        self,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        return self.recv_x, self.recv_scales, self.recv_topk_idx, self.recv_topk_weights
+
     def result(self, handle: DispatchHandle) -> DispatchResult:
         """Of a dispatch that will fill this bank."""
         counts = torch.empty(self._num_local_experts, dtype=torch.int32, device=self._device)
-        tensors = (self.recv_x, self.recv_scales, self.recv_topk_idx, self.recv_topk_weights)
-        return DispatchResult.over(handle, *tensors, counts)
+        return DispatchResult.over(handle, *self._tensors, counts)
 
     def arguments(self, result: DispatchResult) -> tuple[_native.OutputLayout | int, ...]:
         """Of the native dispatch_recv, for a result of this bank."""
         # Looked up each time: share_memory_(), as by a queue to another process, moves a tensor.
-        tensors = (self.recv_x, self.recv_scales, self.recv_topk_idx, self.recv_topk_weights)
-        recv_x, recv_scales, recv_topk_idx, recv_topk_weights = map(address_of, tensors)
+        recv_x, recv_scales, recv_topk_idx, recv_topk_weights = map(address_of, self._tensors)
         counts = result.num_recv_tokens_per_expert.data_ptr()
         _, _, *received = result.handle.pointers()
         return (

@@ -55,16 +55,14 @@ def server_command(options: Options, model: Path, backend: str) -> list[str]:
             backend=exchange,
         )
         return [*PROGRAM, *command[2:], *options.server_arguments]
+    num_batched_tokens = options.max_num_batched_tokens or GPU_BATCHED_TOKENS
     command = [
         *(*PROGRAM, "--model-path", str(model)),
         *("--context-length", str(MAX_MODEL_TOKENS)),
         *("--max-running-requests", str(NUM_MAX_SEQS * num_ranks)),
         *("--cuda-graph-bs-decode", *map(str, GRAPH_SIZES)),
         # Shared by the ranks of data-parallel attention.
-        *(
-            "--chunked-prefill-size",
-            str((options.max_num_batched_tokens or GPU_BATCHED_TOKENS) * num_ranks),
-        ),
+        *("--chunked-prefill-size", str(num_batched_tokens * num_ranks)),
         "--disable-radix-cache",  # prompts are random, but a repeat's are not to be found
     ]
     if num_ranks > 1:

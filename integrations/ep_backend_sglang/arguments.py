@@ -27,9 +27,8 @@ def check() -> None:
         require(hasattr(ServerArgs, name), PLACE, f"lacks {name!r}")
     require_parameters(ServerArgs.add_cli_args, f"{PLACE}.add_cli_args", "parser")
     require_parameters(ServerArgs.resolve_once, f"{PLACE}.resolve_once", "self")
-    for name in ("nnodes", "deepep_mode"):
+    for name in ("nnodes", "deepep_mode", *idle_ranks.FIELDS):
         require(hasattr(ServerArgs, name), PLACE, f"lacks {name!r}")
-    idle_ranks.check()
 
 
 def install() -> None:

@@ -12,20 +12,12 @@ import inspect
 import logging
 from typing import Any
 
-from ep_backend_sglang.patching import require
-
 logger = logging.getLogger(__name__)
 DISABLED = "disabled"
-PLACE = "sglang.srt.server_args.ServerArgs"
-# Of a command line that decides on prefill's graphs itself.
 CHOICES = ("cuda_graph_backend_prefill", "cuda_graph_config")
-
-
-def check() -> None:
-    from sglang.srt.server_args import ServerArgs
-
-    for name in (*CHOICES, "enable_dp_attention", "enable_dp_lm_head", "moe_dense_tp_size"):
-        require(hasattr(ServerArgs, name), PLACE, f"lacks {name!r}")
+"""Of a command line that decides on prefill's graphs itself."""
+FIELDS = (*CHOICES, "enable_dp_attention", "enable_dp_lm_head", "moe_dense_tp_size")
+"""Of the arguments, that are read here."""
 
 
 def avoid_crash(record: Any) -> None:

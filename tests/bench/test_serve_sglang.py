@@ -46,10 +46,12 @@ def test_sglangs_servers_differ_in_their_exchange_alone(device: str) -> None:
     assert (needs_help in server_environment(options, "default")) == (device == "cpu")
     environment = server_environment(options, "ep_backend")
     assert needs_help not in environment
-    # A rank's decode step must fit what its low-latency buffer was made for.
+    # What goes through a rank's low-latency buffer must fit it: on a GPU decode steps alone.
     num_most = int(environment["SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"])
-    steps = "--cuda-graph-bs-decode" if device == "cuda" else "--chunked-prefill-size"
-    assert max(map(int, values_of(ours, steps))) <= num_most * (1 if device == "cuda" else 2)
+    of_both = "--max-running-requests" if device == "cuda" else "--chunked-prefill-size"
+    assert int(values_of(ours, of_both)[0]) == 2 * num_most
+    if device == "cuda":
+        assert max(map(int, values_of(ours, "--cuda-graph-bs-decode"))) <= num_most
 
 
 def test_sglang_takes_these_arguments_and_its_result_is_read(
