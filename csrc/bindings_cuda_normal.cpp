@@ -7,6 +7,7 @@
 
 #include "bindings.h"
 #include "bindings_run.h"
+#include "cuda/dispatch_layout.h"
 #include "cuda/normal.h"
 #include "cuda/yardstick.h"
 
@@ -126,6 +127,23 @@ void bind_rank(py::module_& m) {
            [](const NormalRank& self) { return reinterpret_cast<uintptr_t>(self.epochs()); });
 }
 
+void bind_dispatch_layout(py::module_& m) {
+  m.def("cuda_dispatch_layout",
+        [](uintptr_t topk_idx, bool topk_idx_is_int64, uint32_t num_tokens, uint32_t top_k,
+           const protocol::ExpertPartition& partition, uintptr_t num_tokens_per_rank,
+           uintptr_t num_tokens_per_expert, uintptr_t is_token_in_rank, uintptr_t stream) {
+          const cuda::DispatchLayout layout{pointer<void>(topk_idx),
+                                            topk_idx_is_int64,
+                                            num_tokens,
+                                            top_k,
+                                            partition,
+                                            pointer<int32_t>(num_tokens_per_rank),
+                                            pointer<int32_t>(num_tokens_per_expert),
+                                            pointer<bool>(is_token_in_rank)};
+          cuda::dispatch_layout(layout, pointer<void>(stream));
+        });
+}
+
 void bind_yardsticks(py::module_& m) {
   m.def("cuda_copy_on_sms",
         [](uintptr_t dst, uintptr_t src, uint64_t num_bytes, uint32_t num_sms, uintptr_t stream) {
@@ -146,5 +164,6 @@ void bind_yardsticks(py::module_& m) {
 
 void bind_cuda_normal(py::module_& m) {
   bind_rank(m);
+  bind_dispatch_layout(m);
   bind_yardsticks(m);
 }

@@ -75,12 +75,14 @@ class NormalCalls(BufferBase):
 
         Raises:
             ValueError: wrong shape or dtype; on a CPU also a wrong expert.
+            EPBackendError: `topk_idx` is on another GPU than the thread's current one.
         """
         self._check_call(previous_event, async_finish, allocate_on_comm_stream)
         streams = self._streams_of(topk_idx.device)
         with streams.operation(previous_event, async_finish) as operation:
             operation.reads(topk_idx)
-            layout = layout_of(topk_idx, num_experts, self._group.num_ranks)
+            num_ranks = self._group.num_ranks
+            layout = layout_of(topk_idx, num_experts, num_ranks, operation.stream)
             tensors = (
                 layout.num_tokens_per_rank,
                 layout.num_tokens_per_expert,

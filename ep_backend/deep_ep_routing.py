@@ -12,6 +12,7 @@ import torch
 from ep_backend import _native
 from ep_backend.checks import check_int, check_tensor
 from ep_backend.group import Group
+from ep_backend.kernels import check_current
 from ep_backend.low_latency import INDEX_DTYPES
 
 
@@ -27,19 +28,22 @@ class Layout:
     """`[T, R]` bool."""
 
 
-def layout_of(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layout:
+def layout_of(topk_idx: torch.Tensor, num_experts: int, num_ranks: int, stream: int = 0) -> Layout:
     """
     Args:
         topk_idx: `[T, K]` int64 or int32, global expert, -1 = not routed.
+        stream: of a GPU, where one kernel counts.
 
     Raises:
         ValueError: wrong shape or dtype; on a CPU also a wrong expert. On a GPU, where looking for
             one would wait, it counts as the nearest: dispatch will say.
+        EPBackendError: `topk_idx` is on another GPU than the thread's current one.
     """
     check_int("num_experts", num_experts, 1, _native.MAX_EXPERTS)
     check_topk_idx(topk_idx)
-    if topk_idx.device.type == "cpu":
-        _check_experts(topk_idx, num_experts)
+    if topk_idx.device.type != "cpu":
+        return _layout_on_gpu(topk_idx, num_experts, num_ranks, stream)
+    _check_experts(topk_idx, num_experts)
     of_expert = _experts_listed(topk_idx, num_experts)
     is_token_in_rank = _ranks_listed(of_expert, num_ranks)
     return Layout(
@@ -47,6 +51,28 @@ def layout_of(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> Layou
         of_expert.sum(0, dtype=torch.int32),
         is_token_in_rank,
     )
+
+
+def _layout_on_gpu(topk_idx: torch.Tensor, num_experts: int, num_ranks: int, stream: int) -> Layout:
+    device, (num_tokens, top_k) = topk_idx.device, topk_idx.shape
+    check_current(device)
+    layout = Layout(
+        torch.empty(num_ranks, dtype=torch.int32, device=device),
+        torch.empty(num_experts, dtype=torch.int32, device=device),
+        torch.empty((num_tokens, num_ranks), dtype=torch.bool, device=device),
+    )
+    _native.cuda_dispatch_layout(
+        topk_idx.data_ptr(),
+        topk_idx.dtype == torch.int64,
+        num_tokens,
+        top_k,
+        _native.ExpertPartition(num_experts, num_ranks),
+        layout.num_tokens_per_rank.data_ptr(),
+        layout.num_tokens_per_expert.data_ptr(),
+        layout.is_token_in_rank.data_ptr(),
+        stream,
+    )
+    return layout
 
 
 def _check_experts(topk_idx: torch.Tensor, num_experts: int) -> None:
@@ -70,10 +96,9 @@ def ranks_of(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> torch.
     return _ranks_listed(_experts_listed(topk_idx, num_experts), num_ranks)
 
 
-# On a GPU the host's time counts, which is that of a few kernels: none is there to be tidy.
 def _experts_listed(topk_idx: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """`[T, E]` bool: which experts a token lists; one that does not exist is the nearest."""
-    columns = topk_idx.long().clamp(-1, num_experts - 1) + 1  # the first is for -1
+    """`[T, E]` bool: which experts a token lists."""
+    columns = topk_idx.long() + 1  # the first is for -1
     shape = (len(topk_idx), 1 + num_experts)
     is_listed = torch.zeros(shape, dtype=torch.bool, device=topk_idx.device)
     return is_listed.scatter_(1, columns, True)[:, 1:]
