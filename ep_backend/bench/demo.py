@@ -73,6 +73,13 @@ class DemoSettings:
         return ENGINES[self.engine_name]
 
     @property
+    def max_num_low_latency_tokens(self) -> int:
+        """Of a rank's step. In mode `auto` not the longest prompts: normal kernels prefill them."""
+        if self.mode != "auto":
+            return self.max_num_batched_tokens
+        return max(self.num_prompts, max(map(len, self.prompts)) - 1)
+
+    @property
     def prompts(self) -> list[str]:
         return [
             f"{i}: tell me about the {SUBJECTS[i % len(SUBJECTS)]}" for i in range(self.num_prompts)
@@ -214,7 +221,7 @@ async def _serve(
     async with running_server(
         command,
         log,
-        environment=engine.environment_of(ranks, settings.max_num_batched_tokens) | environment,
+        environment=engine.environment_of(ranks, settings.max_num_low_latency_tokens) | environment,
         on_wait=lambda seconds: progress.update(f"{seconds:.0f} s"),
     ) as server:
         return await _stream(settings, server, str(model), ranks, name, progress, trace_dir)

@@ -25,18 +25,18 @@ class Engine:
     binding_variable: str
     """Which takes a core for each rank, `0|1`."""
     num_tokens_variable: str | None = None
-    """Which takes the tokens of a rank's step at most, where the command line does not say all."""
+    """Which takes the tokens of a rank's low-latency step at most, where no command line does."""
     metrics_path: str | None = None
     """Where it shows the metrics of its processes, ours among them."""
     shares_kv_heads: bool = False
     """On a CPU, ranks must divide the model's key heads, although each computes all of them."""
 
-    def environment_of(self, num_ranks: int, max_num_batched_tokens: int) -> dict[str, str]:
+    def environment_of(self, num_ranks: int, max_num_low_latency_tokens: int) -> dict[str, str]:
         environment = dict(self.environment)
         if num_ranks > 1:
             environment[self.binding_variable] = core_binding(num_ranks)
             if self.num_tokens_variable is not None:
-                environment[self.num_tokens_variable] = str(max_num_batched_tokens)
+                environment[self.num_tokens_variable] = str(max_num_low_latency_tokens)
         return environment
 
 

@@ -33,6 +33,8 @@ class RankExchange:
     num_dispatches: int
     num_normal_dispatches: int
     """Of those, the ones by normal kernels."""
+    num_low_latency_prefills: int
+    """Dispatches within the window, by low-latency kernels, of more tokens than a decode step."""
     span_us: dict[str, float]
     wait_us: dict[str, float]
     """Of the buffer's spans."""
@@ -123,6 +125,7 @@ def _read_rank(path: Path, window_ns: tuple[int, int]) -> RankExchange:
         num_forwards=int(np.count_nonzero(kinds == b"forward")),
         num_dispatches=num_dispatches(LOW_LATENCY_SPANS) + num_normal,
         num_normal_dispatches=num_normal,
+        num_low_latency_prefills=num_dispatches(LOW_LATENCY_SPANS, in_window & ~is_decode),
         span_us={kind: median_us(kind, "duration_ns") for kind in ADAPTER_SPANS + buffer_spans},
         wait_us={kind: median_us(kind, "wait_ns") for kind in buffer_spans},
         forward_us=median_us("forward", "duration_ns"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from ep_backend.memory import nvshmem
 from ep_backend.network import VARIABLE, NetworkConfig
-from ep_backend_sglang import choice, cpu_only, idle_ranks
+from ep_backend_sglang import choice, cpu_only
 from ep_backend_sglang.patching import require, require_parameters
 
 FIELDS = ("moe_a2a_backend", "speculative_moe_a2a_backend")
@@ -27,7 +27,7 @@ def check() -> None:
         require(hasattr(ServerArgs, name), PLACE, f"lacks {name!r}")
     require_parameters(ServerArgs.add_cli_args, f"{PLACE}.add_cli_args", "parser")
     require_parameters(ServerArgs.resolve_once, f"{PLACE}.resolve_once", "self")
-    for name in ("nnodes", "deepep_mode", *idle_ranks.FIELDS):
+    for name in ("nnodes", "deepep_mode"):
         require(hasattr(ServerArgs, name), PLACE, f"lacks {name!r}")
 
 
@@ -91,8 +91,6 @@ def _choose(record: Any) -> None:
     if record.nnodes > 1 and record.deepep_mode == "auto":
         _share_queue_pairs()
     choice.make_ours()
-    if not cpu_only.is_active():  # there are no graphs
-        idle_ranks.avoid_crash(record)
     for field, backend in zip(FIELDS, backends, strict=True):
         if backend == choice.NAME:
             setattr(record, field, choice.BUILT_IN)

@@ -17,12 +17,16 @@ from unittest import mock
 import ep_backend_sglang
 import torch
 import torch.distributed as dist
+from ep_backend_sglang import small_prefill
 from ep_backend_sglang.buffer import MOST_TOKENS_VARIABLE, Buffer
 from sglang.srt import runtime_context
 from sglang.srt.batch_overlap.operations import execute_overlapped_operations
 from sglang.srt.batch_overlap.operations_strategy import OperationsStrategy
 from sglang.srt.batch_overlap.two_batch_overlap import MaybeTboDeepEPDispatcher
-from sglang.srt.layers.dp_attention import set_is_extend_in_batch
+from sglang.srt.layers.dp_attention import (
+    get_is_extend_in_batch,
+    set_is_extend_in_batch,
+)
 from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPBuffer, DeepEPConfig
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.moe.utils import get_deepep_mode, initialize_moe_config
@@ -47,6 +51,8 @@ class Plan:
     deepep_config: str | None = None
     has_hook: bool = True
     """One of SGLang's between a dispatch and its receive."""
+    knows_counts: bool = False
+    """A step knows the most tokens of any rank, as with data-parallel attention."""
 
 
 def start(rank: Rank, plan: Plan, has_two_batches: bool = False) -> MaybeTboDeepEPDispatcher:
@@ -115,12 +121,15 @@ def exchange(rank: Rank, plan: Plan) -> list[str]:
     )
     for step in plan.steps * 2:
         set_is_extend_in_batch(step.is_extend)
+        most = max(len(step.x(r)) for r in range(plan.shape.num_ranks))
+        small_prefill._most_rows = most if plan.knows_counts else None
         experts = Experts(dispatcher, self_rank, [step])
         output = dispatcher.dispatch(
             hidden_states=step.x(self_rank), topk_output=step.topk(self_rank)
         )
         combined = dispatcher.combine(combine_input=experts.run_moe_core(output))
         step.check_combined(combined, self_rank)
+        assert get_is_extend_in_batch() == step.is_extend
     return [*log, _class_of_the_buffer()]
 
 

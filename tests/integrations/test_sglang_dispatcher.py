@@ -101,6 +101,23 @@ def test_auto_prefills_with_one_and_decodes_with_the_other(
     assert logs == [expected] * num_ranks
 
 
+@pytest.mark.parametrize("knows_counts", [False, True])
+def test_auto_prefills_few_tokens_as_it_decodes(
+    ranks: dict[int, RankProcesses], knows_counts: bool
+) -> None:
+    """Few on every rank: of the last of the larger steps, one rank has a single token."""
+    shape = Shape(2)
+    small, large = low_latency_steps(shape), normal_steps(shape)
+    for step in small:
+        step.is_extend = True
+    plan = Plan(
+        shape, "auto", [*small, *large] if knows_counts else large, knows_counts=knows_counts
+    )
+    logs = ranks[2].run(sglang_ranks.exchange, plan)
+    expected = ["sent", "deepep_ll"] * 3 * knows_counts + ["sent", "deepep_normal"] * 3
+    assert logs == [expected * 2 + [BUFFER]] * 2
+
+
 @pytest.mark.parametrize(("has_hook", "num_dispatches"), [(True, 0), (False, 6)])
 def test_what_is_received_behind_its_send_goes_through_one_kernel(
     ranks: dict[int, RankProcesses], has_hook: bool, num_dispatches: int

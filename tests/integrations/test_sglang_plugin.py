@@ -8,6 +8,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from ep_backend_sglang import (
     cpu_only,
     dispatcher,
     idle_ranks,
+    small_prefill,
     tracing,
 )
 from ep_backend_sglang.patching import UnsupportedSGLang
@@ -39,7 +41,10 @@ from sglang.srt.layers.moe.token_dispatcher import (
     deepep,
 )
 from sglang.srt.layers.moe.topk import StandardTopKOutput
+from sglang.srt.managers.scheduler_components import dp_attn
 from sglang.srt.model_executor import forward_batch_info
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.server_args import ServerArgs
 
 from ep_backend import Group, deep_ep, virtual_world
@@ -160,34 +165,71 @@ def test_the_experts_gemm_leaves_what_normal_kernels_take(
     assert deepep.DeepEPConfig().num_sms == deepep.Buffer.num_sms
 
 
-OF_EACH_RANK = {"enable_dp_attention": True, "enable_dp_lm_head": True, "moe_dense_tp_size": 1}
+class Batch(SimpleNamespace):
+    """What SGLang makes of a rank without a request where another prefills through a graph."""
+
+    forward_mode = ForwardMode.EXTEND
+    _original_forward_mode: ForwardMode | None = ForwardMode.IDLE
+
+
+def forward_mode_of(forward_batch: Batch) -> ForwardMode:
+    """A SGLang that does not ask who was idle, where it reads the logits' metadata."""
+    return forward_batch.forward_mode
+
+
+def test_a_rank_that_was_idle_looks_for_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not idle_ranks.has_defect()
+    monkeypatch.setattr(LogitsMetadata, "from_forward_batch", staticmethod(forward_mode_of))
+    idle_ranks.check()
+    idle_ranks.install()
+    batch = Batch()
+    assert LogitsMetadata.from_forward_batch(batch) == ForwardMode.IDLE
+    assert batch.forward_mode == ForwardMode.EXTEND
+    batch._original_forward_mode = ForwardMode.DECODE
+    assert LogitsMetadata.from_forward_batch(batch) == ForwardMode.EXTEND
+
+
+def test_a_sglang_that_asks_who_was_idle_is_left_alone() -> None:
+    before = LogitsMetadata.from_forward_batch
+    idle_ranks.install()
+    assert LogitsMetadata.from_forward_batch == before
 
 
 @pytest.mark.parametrize(
-    ("has_defect", "fields", "backend"),
+    ("tokens", "is_speculative", "sizes", "most_rows"),
     [
-        (True, {}, "disabled"),
-        (False, {}, None),
-        (True, {"cuda_graph_backend_prefill": "breakable"}, "breakable"),
-        (True, {"enable_dp_lm_head": False}, None),
-        (True, {"moe_dense_tp_size": None}, None),
+        ([3, 17, 0], False, None, 17),
+        ([3, 17, 0], False, [8, 16, 24, 32], 24),
+        ([3, 40, 0], False, [8, 16, 24, 32], 40),  # no graph takes so many
+        ([3, 17, 0], True, [8, 16, 24, 32], None),
+        (None, False, [8, 16, 24, 32], None),
     ],
 )
-def test_prefill_graphs_are_left_out_where_sglang_would_end(
-    has_defect: bool, fields: dict[str, Any], backend: str | None, monkeypatch: pytest.MonkeyPatch
+def test_a_step_knows_the_most_tokens_of_any_rank(
+    tokens: list[int] | None,
+    is_speculative: bool,
+    sizes: list[int] | None,
+    most_rows: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cpu_only, "is_active", lambda: False)
-    monkeypatch.setattr(choice, "make_ours", lambda: None)
-    monkeypatch.setattr(idle_ranks, "has_defect", lambda: has_defect)
-    record = arguments_of(**(OF_EACH_RANK | fields), dp_size=2, tp_size=2)
-    arguments._choose(record)
-    assert record.cuda_graph_backend_prefill == backend
-
-
-def test_a_sglang_that_asks_who_was_idle_has_no_defect(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not idle_ranks.has_defect()
-    monkeypatch.setattr(LogitsMetadata, "from_forward_batch", lambda batch: batch.forward_mode)
-    assert idle_ranks.has_defect()
+    seen = []
+    monkeypatch.setattr(
+        forward_batch_info.ForwardBatch, "init_new", lambda batch: SimpleNamespace()
+    )
+    monkeypatch.setattr(
+        ModelRunner, "forward", lambda self, forward_batch: seen.append(small_prefill._most_rows)
+    )
+    monkeypatch.setattr(dp_attn, "_update_gather_batch", dp_attn._update_gather_batch)
+    small_prefill.install()
+    batch = SimpleNamespace(spec_algorithm=SimpleNamespace(is_none=lambda: not is_speculative))
+    info = Mock(num_tokens=3, global_num_tokens=tokens)
+    dp_attn._update_gather_batch(batch, info, False, skip_global_metadata=True)
+    assert batch.global_num_tokens == [3], "SGLang keeps this rank's alone"
+    graphs = None if sizes is None else SimpleNamespace(capture_num_tokens=sizes)
+    runner: Any = SimpleNamespace(prefill_cuda_graph_runner=graphs)
+    ModelRunner.forward(runner, forward_batch_info.ForwardBatch.init_new(batch))
+    assert seen == [most_rows]
+    assert small_prefill._most_rows is None
 
 
 def test_deepep_after_ours_in_one_process_is_refused() -> None:
@@ -205,6 +247,8 @@ def test_deepep_after_ours_in_one_process_is_refused() -> None:
         (dispatcher, f"{dispatcher.PLACE}.DeepEPConfig.__init__"),
         (dispatcher, f"{dispatcher.PLACE}._DeepEPDispatcherImplBase.__init__"),
         (dispatcher, f"{dispatcher.PLACE}._DeepEPDispatcherImplLowLatency"),
+        (small_prefill, f"{small_prefill.SCHEDULER}.prepare_mlp_sync_batch_raw"),
+        (small_prefill, f"{small_prefill.DISPATCHER}.DeepEPLLCombineInput"),
         (cpu_only, f"{dispatcher.PLACE}.DeepEPBuffer.get_deepep_buffer"),
         (cpu_only, f"{dispatcher.PLACE}._DeepEPDispatcherImplNormal.combine_a"),
         (cpu_only, f"{cpu_only.MOE}.ep_moe.layer.DeepEPMoE.run_moe_core"),

@@ -48,6 +48,8 @@ async def test_auto_prefills_with_one_and_decodes_with_the_other(sglang_auto: De
     for rank in ranks_of(sglang_auto):
         assert 0 < rank.num_normal_dispatches < rank.num_dispatches / 2, "most steps are decode"
         assert "dispatch_send" in rank.span_us, "which goes through low-latency kernels"
+    num_prefills = sum(rank.num_low_latency_prefills for rank in ranks_of(sglang_auto))
+    assert num_prefills > 0, "of the shorter prompts"
 
 
 async def test_a_broken_combine_is_noticed(
