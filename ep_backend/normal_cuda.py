@@ -212,17 +212,15 @@ class CudaNormalBuffer(NormalBuffer):
                     received = self._dispatch_exact(rows, routing, handle, copy, num_blocks)
                 operation.writes(*handle.tensors())
             self.counters.dispatched(handle, is_cached)
-            counts = handle.expert_counts
-            if expert_alignment > 1:
-                counts = (-(-counts // expert_alignment) * expert_alignment).to(counts.dtype)
-                if not handle.is_exact:
-                    operation.writes(counts)
+            counts = _aligned_counts(handle, expert_alignment)
+            if isinstance(counts, torch.Tensor):
+                operation.writes(counts)
             operation.writes(*received)
         return NormalDispatchResult(
             *received,
             handle.recv_topk_idx,
             handle.recv_topk_weights,
-            counts.tolist() if handle.is_exact else counts,
+            counts,
             handle,
             operation.event,
         )
@@ -451,3 +449,13 @@ class CudaNormalBuffer(NormalBuffer):
         why = f"{self.device} has so many for a rank."
         check_int("num_sms", num_sms, 1, self.num_max_sms, why)
         return num_sms
+
+
+def _aligned_counts(handle: CudaNormalDispatchHandle, alignment: int) -> list[int] | torch.Tensor:
+    """Of each local expert, rounded up; a list where the host knows."""
+    if handle.host_expert_counts is not None:
+        return [-(-count // alignment) * alignment for count in handle.host_expert_counts]
+    counts = handle.expert_counts
+    if alignment == 1:
+        return counts
+    return (-(-counts // alignment) * alignment).to(counts.dtype)

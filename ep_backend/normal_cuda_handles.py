@@ -73,7 +73,8 @@ class CudaNormalDispatchHandle(NormalDispatchHandle):
     not waited for counts.
 
     Attributes:
-        is_exact: the host knows N, I and `expert_counts`, a CPU tensor; else that is on the GPU.
+        expert_counts: `[L]` int32, rows that list each local expert.
+        host_expert_counts: the same, where the host has waited for it, and for N and I; else None.
     """
 
     buffer: CudaNormalBuffer
@@ -82,7 +83,7 @@ class CudaNormalDispatchHandle(NormalDispatchHandle):
         num_ranks, device = buffer.group.num_ranks, buffer.device
         self.buffer = buffer
         self.num_tokens = num_tokens
-        self.is_exact = False
+        self.host_expert_counts: list[int] | None = None
         self.num_rounds: int | None = None  # type: ignore[assignment]
         # All that routes a batch is one tensor: each takes the host ten microseconds.
         num_rounds = -(-num_tokens // buffer.num_tokens_per_round)
@@ -129,8 +130,7 @@ class CudaNormalDispatchHandle(NormalDispatchHandle):
         """What the host has waited for."""
         self.num_rows = num_rows
         self.num_rounds = num_rounds
-        self.expert_counts = torch.tensor(expert_counts, device="cpu")
-        self.is_exact = True
+        self.host_expert_counts = expert_counts
 
     def allocate(self, num_rows: int) -> None:
         """Takes memory for what comes with the rows."""

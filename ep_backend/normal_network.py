@@ -256,7 +256,7 @@ class NetworkNormalDispatchHandle(CudaNormalDispatchHandle):
         num_targets = num_ranks + num_ranks // buffer.ranks_per_node - 1
         self.buffer = buffer
         self.num_tokens = num_tokens
-        self.is_exact = False
+        self.host_expert_counts = None
         self.num_rounds = None
         new = partial(torch.empty, dtype=torch.int32, device=buffer.device)
         self.ranks = new(num_tokens, dtype=torch.int64)
@@ -300,7 +300,7 @@ class NetworkNormalDispatchHandle(CudaNormalDispatchHandle):
             self.node_slots,
             self.round_counts,
             self.sources,
-            *(() if self.is_exact else (self.expert_counts,)),
+            self.expert_counts,
             self.recv_topk_idx,
             self.recv_topk_weights,
             self.recv_src_tokens,
