@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ def check_tensor(
     device: torch.device,
     remedy: str = "",
 ) -> None:
-    """Raises `ValueError` unless `tensor` is contiguous and has this shape, dtype and device.
+    """Raises `ValueError` unless `tensor` is contiguous, as its memory says, and has this shape,
+    dtype and device.
 
     Args:
         shape: one entry a dimension; an `AtMost` allows fewer.
@@ -32,6 +34,7 @@ def check_tensor(
         and tensor.device.type == device.type
         and (tensor.shape == shape or _fits(tensor.shape, shape))
         and tensor.is_contiguous()
+        and not tensor.is_neg()
     ):
         return
     raise ValueError(f"{_mismatch(name, tensor, shape, dtypes, device)} {remedy}".strip())
@@ -63,10 +66,27 @@ def _mismatch(
     if not _fits(tensor.shape, shape):
         wanted = ", ".join(f"<={int(n)}" if isinstance(n, AtMost) else str(n) for n in shape)
         return f"{name} has shape {got}, expected [{wanted}]."
+    if tensor.is_neg():
+        return (
+            f"{name} of shape {got} is the negative of what its memory holds, as is the imaginary "
+            f"part of a conjugate. Pass {name}.resolve_neg()."
+        )
     return (
         f"{name} of shape {got} has strides {list(tensor.stride())}, expected a contiguous tensor. "
         f"Pass {name}.contiguous()."
     )
+
+
+def warn_of_gradients(operation: str, *tensors: torch.Tensor | None) -> None:
+    """Where one of them requires a gradient, which would end here."""
+    if not torch.is_grad_enabled():
+        return
+    if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        warnings.warn(
+            f"{operation} was given a tensor that requires a gradient, but hands none on. For "
+            "training use ep_backend.normal_autograd; else call it under torch.no_grad().",
+            stacklevel=4,
+        )
 
 
 def check_alignment(name: str, tensor: torch.Tensor, alignment: int) -> None:

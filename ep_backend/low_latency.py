@@ -27,6 +27,7 @@ from ep_backend.checks import (
     check_tensor,
     check_topk_weights,
     check_x_scales,
+    warn_of_gradients,
 )
 from ep_backend.errors import OrderError
 from ep_backend.group import Group
@@ -578,6 +579,7 @@ class LowLatencyBuffer:
         check_alignment("x", x, self._row_alignment)
         if x_scales is not None or x.dtype != self.dtype:
             check_x_scales(x, x_scales, self.num_scales, self.device)
+        warn_of_gradients("dispatch", x, topk_weights)
         place = self._workspaces.place(num_tokens, workspace, num_slots)
         handle = DispatchHandle(self, num_tokens, *place)
         num_partials, answers, *_ = handle.pointers()
@@ -615,6 +617,7 @@ class LowLatencyBuffer:
             shape = self.combine_input(handle.workspace, handle.num_slots).shape
         check_tensor("expert_out", expert_out, shape, (self.dtype,), self.device)
         check_alignment("expert_out", expert_out, self._row_alignment)
+        warn_of_gradients("combine", expert_out, topk_weights)
         if handle.workspace >= 0:
             self._workspaces.check(expert_out, handle)
         shape = (handle.num_tokens, self.hidden)

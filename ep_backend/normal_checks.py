@@ -7,7 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from ep_backend.checks import AtMost, check_handle, check_int, check_tensor, check_x_scales
+from ep_backend.checks import (
+    AtMost,
+    check_handle,
+    check_int,
+    check_tensor,
+    check_x_scales,
+    warn_of_gradients,
+)
 from ep_backend.low_latency import INDEX_DTYPES
 from ep_backend.normal_handles import NormalDispatchHandle
 
@@ -37,6 +44,7 @@ class ArgumentChecks:
         check_tensor("x", x, (AtMost(MAX_TOKENS), self.hidden), self._x_dtypes, self.device)
         if x_scales is not None or x.dtype != self.dtype:
             check_x_scales(x, x_scales, self.num_scales, self.device)
+        warn_of_gradients("dispatch", x)
         check_int("num_worst_tokens", num_worst_tokens, 0, MAX_TOKENS)
         check_int("expert_alignment", expert_alignment, 1, MAX_TOKENS)
 
@@ -52,6 +60,7 @@ class ArgumentChecks:
         shape = (num_tokens, self.top_k)
         check_tensor("topk_idx", topk_idx, shape, INDEX_DTYPES, self.device)
         check_tensor("topk_weights", topk_weights, shape, (torch.float32,), self.device)
+        warn_of_gradients("dispatch", topk_weights)
 
     def _check_cached(
         self,
@@ -96,7 +105,9 @@ class ArgumentChecks:
         if topk_weights is not None:
             shape = (handle.num_rows, self.top_k)
             check_tensor("topk_weights", topk_weights, shape, (torch.float32,), self.device)
-        return self._check_bias(bias, home)
+        biases = self._check_bias(bias, home)
+        warn_of_gradients("combine", x, topk_weights, *biases)
+        return biases
 
     def _check_bias(self, bias: Bias, home: tuple[int, int]) -> list[torch.Tensor | None]:
         """Both of a pair, or what stands for them."""

@@ -446,11 +446,14 @@ def check_num_sms(num_sms: int | None, device: torch.device) -> None:
 
 
 def check_waits(timeout_secs: float, spin_us: float | None) -> None:
-    if not 0 < timeout_secs <= MAX_TIMEOUT_SECS:
+    if not isinstance(timeout_secs, (int, float)) or not 0 < timeout_secs <= MAX_TIMEOUT_SECS:
         raise ValueError(
-            f"timeout_secs is {timeout_secs}, expected more than 0, at most {MAX_TIMEOUT_SECS:.0f}."
+            f"timeout_secs is {timeout_secs!r}, expected more than 0, at most "
+            f"{MAX_TIMEOUT_SECS:.0f}."
         )
-    if spin_us is not None and not 0 <= spin_us <= MAX_SPIN_US:
+    if spin_us is None:
+        return
+    if not isinstance(spin_us, (int, float)) or not 0 <= spin_us <= MAX_SPIN_US:
         raise ValueError(
-            f"spin_us is {spin_us}, expected 0 to {MAX_SPIN_US:.0f}: who spins hears no Ctrl-C."
+            f"spin_us is {spin_us!r}, expected 0 to {MAX_SPIN_US:.0f}: who spins hears no Ctrl-C."
         )

@@ -112,6 +112,37 @@ def test_a_first_call_in_inference_mode_leaves_no_inference_tensors(kind: Kind) 
     round_trip(buffer, 2.0)
 
 
+@both_kinds
+def test_a_negative_that_memory_does_not_hold_is_refused(kind: Kind) -> None:
+    """Kernels read memory: they would send the opposite."""
+    x, topk_idx, topk_weights = batch(1.0)
+    negative = torch._neg_view(x)
+    with pytest.raises(ValueError, match=r"x of shape \[3, 256\] .* Pass x\.resolve_neg\(\)"):
+        make(kind).dispatch(negative, topk_idx, topk_weights)
+
+
+@both_kinds
+def test_a_gradient_that_ends_is_told(kind: Kind) -> None:
+    buffer = make(kind)
+    x, topk_idx, topk_weights = batch(1.0)
+    needs_gradient = x.clone().requires_grad_()
+    with pytest.warns(UserWarning, match=r"dispatch was given .* ep_backend\.normal_autograd"):
+        dispatched = buffer.dispatch(needs_gradient, topk_idx, topk_weights)
+    result, hook = dispatched if kind is LowLatencyBuffer else (dispatched, lambda: None)
+    hook()
+    rows = result.recv_x.clone().requires_grad_()
+    with pytest.warns(UserWarning, match="combine was given"):
+        buffer.combine(rows, result.handle)
+
+
+@both_kinds
+@pytest.mark.filterwarnings("error")
+def test_where_no_gradients_are_recorded_none_is_missed(kind: Kind) -> None:
+    x, topk_idx, topk_weights = batch(1.0)
+    with torch.no_grad():
+        make(kind).dispatch(x.requires_grad_(), topk_idx, topk_weights)
+
+
 # --- signals ---------------------------------------------------------------------------------
 
 
