@@ -196,7 +196,7 @@ class Run:
             return attached_server(url, min(START_TIMEOUT_SECS, self.options.limit_secs))
         command = server_command(self.options, model, visit.backend)
         if profile_dir is not None:
-            command += serve_profile.profiler_arguments(profile_dir)
+            command += self.engine.profiler_arguments(profile_dir.resolve())
         log = self.options.log(visit.name)
         entry |= {"command": self._shown(command, model), "environment": environment.copy()}
         entry["log"] = log.name
@@ -262,7 +262,8 @@ class Run:
         profile = {"server": visit.name, "backend": visit.backend, "concurrency": concurrency}
         requests = asyncio.ensure_future(self._bench(client, target, concurrency, 0))
         try:
-            traces = await serve_profile.record(target.base_url, profile_dir)
+            request = self.engine.profiler_request(profile_dir.resolve())
+            traces = await serve_profile.record(target.base_url, profile_dir, request)
             profile["ranks"] = serve_profile.profile_of(traces)
         except (RuntimeError, httpx.HTTPError) as e:
             profile["error"] = f"{type(e).__name__}: {e}"

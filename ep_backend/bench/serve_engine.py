@@ -67,6 +67,10 @@ class ServedEngine:
     read_answer: Callable[[dict[str, Any], list[int]], tuple[list[float], int]]
     """Those of `prompt[1:]`, and the greedy token that follows. Raises RuntimeError where one is
     missing."""
+    profiler_arguments: Callable[[Path], list[str]]
+    """Of a server that will be told to record its kernels there."""
+    profiler_request: Callable[[Path], dict[str, Any] | None]
+    """What it is told then."""
     cpu_default_note: str
     """What a report says of the engine's own exchange on a CPU."""
 

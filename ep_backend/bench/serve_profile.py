@@ -1,4 +1,4 @@
-"""Where a served step's time goes on a GPU, kernel by kernel: vLLM's own switch for PyTorch's
+"""Where a served step's time goes on a GPU, kernel by kernel: the engine's own switch for PyTorch's
 profiler, pressed while requests are in flight, and what its traces say."""
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ STOP_TIMEOUT_SECS = 120.0
 """Workers write their traces before they answer."""
 # The first that matches a kernel's name decides. Ours in two halves, where a hook separates them.
 KINDS = {
-    "dispatch": r"ep::cuda::.*(dispatch|unpack)_kernel|AllGather",
-    "combine": r"ep::cuda::.*combine_kernel|ReduceScatter",
+    "dispatch": r"ep::cuda::.*(dispatch|dispatch_layout|unpack)_kernel|AllGather",
+    # SGLang reduces to one rank after the other.
+    "combine": r"ep::cuda::.*combine_kernel|ReduceScatter|ncclDevKernel_Reduce_",
     "other collectives": r"nccl",
-    "experts": r"moe|topk|act_and_mul|group.*gemm|grouped",
-    "attention": r"flash|fmha|attention|attn|reshape_and_cache|rotary",
+    "experts": r"moe|topk|router|(act|silu)_and_mul|group.*gemm|deep_gemm|_ep_(scatter|gather)",
+    "attention": r"_fwd_(grouped_)?kernel|flash|fmha|attention|attn|reshape_and_cache|rotary|rope",
 }
 OTHER, IDLE = "other", "idle"
 HEADS = (
@@ -41,17 +42,13 @@ CAPTION = (
 )
 
 
-def profiler_arguments(trace_dir: Path) -> list[str]:
-    """Of `vllm serve`: nothing is recorded before it is told to."""
-    return [
-        *("--profiler-config.profiler", "torch"),
-        *("--profiler-config.torch_profiler_dir", str(trace_dir.resolve())),
-        "--profiler-config.torch_profiler_with_stack=false",
-    ]
-
-
-async def record(base_url: str, trace_dir: Path) -> list[Path]:
+async def record(
+    base_url: str, trace_dir: Path, request: dict[str, Any] | None = None
+) -> list[Path]:
     """Has the server record a moment; returns the new traces, one a worker.
+
+    Args:
+        request: what it is told, where it was not told at its start.
 
     Raises:
         RuntimeError: it did not.
@@ -61,8 +58,11 @@ async def record(base_url: str, trace_dir: Path) -> list[Path]:
     async with httpx.AsyncClient(
         base_url=base_url, timeout=STOP_TIMEOUT_SECS, trust_env=False
     ) as client:
-        for path, secs in (("/start_profile", PROFILED_SECS), ("/stop_profile", 0.0)):
-            answer = await client.post(path)
+        for path, body, secs in (
+            ("/start_profile", request, PROFILED_SECS),
+            ("/stop_profile", None, 0.0),
+        ):
+            answer = await client.post(path, json=body)
             if answer.status_code != 200:
                 raise RuntimeError(f"{path} answered {answer.status_code}: {answer.text[:200]}")
             await asyncio.sleep(secs)
@@ -74,7 +74,7 @@ async def record(base_url: str, trace_dir: Path) -> list[Path]:
 
 def _traces(trace_dir: Path) -> Iterator[Path]:
     # The front end's own, without GPU events, are not of a rank.
-    return (p for p in trace_dir.rglob("*.pt.trace.json*") if "async_llm" not in p.name)
+    return (p for p in trace_dir.rglob("*.trace.json*") if "async_llm" not in p.name)
 
 
 @dataclass(frozen=True)

@@ -152,14 +152,14 @@ def _check(parser: argparse.ArgumentParser, options: Options) -> None:
             parser.error(f"{flag} must be at least {least}")
     if len(set(options.backends)) != len(options.backends):
         parser.error(f"--backends names one twice: {','.join(options.backends)}")
-    if options.profile and (options.device, options.engine) != ("cuda", "vllm"):
-        parser.error("--profile looks at kernels on a GPU, and needs vLLM to record them")
+    if options.profile and options.device != "cuda":
+        parser.error("--profile looks at kernels on a GPU")
     if options.model is not None and not (options.model / "config.json").exists():
         parser.error(f"--model {options.model} has no config.json")
     if options.urls and options.model is None:
         parser.error("--url needs --model: the checkpoint that the running servers have loaded")
-    if options.urls and options.profile:
-        parser.error("--profile starts its servers: only those are told where traces go; no --url")
+    if options.urls and options.profile and options.engine == "vllm":
+        parser.error("--profile starts its servers: vLLM's are told then where traces go; no --url")
     if stray := set(options.urls) - set(options.backends):
         parser.error(f"--url is given for {', '.join(sorted(stray))}, not among --backends")
     num_heads, num_ranks = TinyMoE().num_kv_heads, options.num_ranks

@@ -85,7 +85,7 @@ def server_environment(options: Options, backend: str) -> dict[str, str]:
             environment["EP_BACKEND_SGLANG_CPU_DEFAULT"] = "1"
         return environment
     assert ON_CPU.num_tokens_variable is not None
-    # Of a decode step; prefill goes through normal kernels.
+    # Of a step through low-latency kernels: more are prefilled through normal ones.
     return {ON_CPU.num_tokens_variable: str(NUM_MAX_SEQS)} if backend == OURS else {}
 
 
@@ -141,6 +141,15 @@ def read_answer(answer: dict[str, Any], prompt: list[int]) -> tuple[list[float],
     return logprobs, answer["output_ids"][0]
 
 
+def profiler_request(trace_dir: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(trace_dir),
+        "activities": ["CPU", "GPU"],
+        "with_stack": False,
+        "record_shapes": False,
+    }
+
+
 SGLANG = ServedEngine(
     title="SGLang",
     package="sglang",
@@ -152,6 +161,8 @@ SGLANG = ServedEngine(
     metrics=METRICS,
     question=question,
     read_answer=read_answer,
+    profiler_arguments=lambda trace_dir: [],
+    profiler_request=profiler_request,
     cpu_default_note=(
         "default, on a CPU: SGLang's own exchange (--moe-a2a-backend none, as many parts of the "
         "experts as ranks): every rank gathers all ranks' tokens and gets the sums of its own by a "

@@ -129,6 +129,15 @@ def read_answer(answer: dict[str, Any], prompt: list[int]) -> tuple[list[float],
         raise RuntimeError(f"an answer lacks a log-probability or its token: {e!r}") from e
 
 
+def profiler_arguments(trace_dir: Path) -> list[str]:
+    """Nothing is recorded before the server is told to."""
+    return [
+        *("--profiler-config.profiler", "torch"),
+        *("--profiler-config.torch_profiler_dir", str(trace_dir)),
+        "--profiler-config.torch_profiler_with_stack=false",
+    ]
+
+
 VLLM = ServedEngine(
     title="vLLM",
     package="vllm",
@@ -140,6 +149,8 @@ VLLM = ServedEngine(
     metrics=METRICS,
     question=question,
     read_answer=read_answer,
+    profiler_arguments=profiler_arguments,
+    profiler_request=lambda trace_dir: None,
     cpu_default_note=(
         "default, on a CPU: vLLM's allgather_reducescatter with its own experts. Alone, vLLM fails "
         "there at the first request; ep_backend's plug-in supplies gathers of uneven sizes over "

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from ep_backend.bench import serve, serve_profile
+from ep_backend.bench.serve_engines import ENGINES
 from ep_backend.bench.serve_profile import HEADS, Kernel, RankProfile, record, table_cells
 from ep_backend.bench.serve_report import has_failed, print_results
 from ep_backend.bench.serve_settings import OURS, parse_arguments
@@ -59,6 +60,27 @@ def test_gathers_of_several_tensors_are_one_dispatch() -> None:
     assert profile.shares["other collectives"] > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "dispatch"),
+        ("ncclDevKernel_Reduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "combine"),
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(Args)", "other collectives"),
+        ("void ep::cuda::(anonymous namespace)::dispatch_layout_kernel<long>(L)", "dispatch"),
+        ("void deep_gemm::sm90_bf16_gemm_impl<(cute::UMMA::Major)0>(int*)", "experts"),
+        ("_silu_and_mul_kernel", "experts"),
+        ("_fwd_kernel_ep_scatter_2", "experts"),
+        ("_router_triton_kernel", "experts"),
+        ("_fwd_grouped_kernel_stage1", "attention"),
+        ("_fwd_kernel", "attention"),
+        ("void sglang::fused_rope_store_kernel<true, 128l>(long)", "attention"),
+        ("nvjet_sm90_tst_64x8_64x16_4x1_v_bz_TNT", "other"),
+    ],
+)
+def test_kernels_that_sglang_runs_are_known(name: str, kind: str) -> None:
+    assert Kernel(name, 0.0, 1.0).kind == kind
+
+
 def test_kernels_without_an_exchange_are_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"no dispatch and combine .*fused_moe_kernel"):
         RankProfile.of([Kernel("fused_moe_kernel", 0.0, 1.0)])
@@ -72,6 +94,9 @@ def recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if body:
+                (Path(json.loads(body)["output_dir"]) / "told.json").write_bytes(body)
             if self.path == "/stop_profile":
                 for rank in (0, 1):
                     kernels = layers([(SEND, 3.0), (HOOK, 2.0), (COMBINE, 4.0)], 3)
@@ -108,6 +133,17 @@ def test_a_moment_is_recorded(recording: tuple[str, Path]) -> None:
     ]
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_server_is_told_where_traces_go(recording: tuple[str, Path], engine: str) -> None:
+    """At its start, or when it is to record."""
+    url, directory = recording
+    served = ENGINES[engine]
+    at_start, request = served.profiler_arguments(directory), served.profiler_request(directory)
+    assert asyncio.run(record(url, directory, request))
+    assert (str(directory) in at_start) == (engine == "vllm")
+    assert (directory / "told.json").exists() == (engine == "sglang")
+
+
 def test_no_trace_is_an_error(recording: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_profile, "_traces", lambda trace_dir: iter(()))
     with pytest.raises(RuntimeError, match="left no trace in"):
@@ -134,7 +170,7 @@ def test_profiles_that_are_missing_are_made_when_a_sweep_goes_on(
     monkeypatch.setattr(serve_profile, "profile_of", lambda traces: [row] * len(traces))
     is_broken = True
 
-    async def recorded(_url: str, profile_dir: Path) -> list[Path]:
+    async def recorded(_url: str, profile_dir: Path, _request: None) -> list[Path]:
         if is_broken and "ep_backend" in profile_dir.name:
             raise RuntimeError("no trace")
         return [profile_dir]
@@ -174,7 +210,7 @@ def test_a_server_that_cannot_be_profiled_fails_the_run(
     monkeypatch.setattr(serve.serve_gate, "probe", engine.probe)
     asked: list[Path] = []
 
-    async def no_answer(_url: str, profile_dir: Path) -> list[Path]:
+    async def no_answer(_url: str, profile_dir: Path, _request: None) -> list[Path]:
         asked.append(profile_dir)
         raise httpx.ConnectError("nobody there")
 
@@ -202,6 +238,17 @@ def test_somebody_must_be_in_flight(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_arguments(["--profile", "8,0"])
     assert "--profile must be at least 1" in capsys.readouterr().err
+
+
+def test_running_servers_are_profiled_where_they_can_be_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    arguments = ["--profile", "2", "--model", str(tmp_path), "--url", "default=http://a:1"]
+    assert parse_arguments([*arguments, "--engine", "sglang"]).profile == (2,)
+    with pytest.raises(SystemExit):
+        parse_arguments(arguments)
+    assert "vLLM's are told then where traces go" in capsys.readouterr().err
 
 
 def test_kernels_are_a_gpus(capsys: pytest.CaptureFixture[str]) -> None:
