@@ -58,11 +58,8 @@ def _check_dispatcher() -> None:
         require(hasattr(dp_attention, name), dp_attention.__name__, f"lacks {name!r}")
     place = f"{DISPATCHER}.DeepEPDispatcher"
     dispatcher = deepep.DeepEPDispatcher
-    for name, parameters in (
-        ("dispatch", ("hidden_states", "topk_output")),
-        ("combine", ("combine_input",)),
-    ):
-        require_parameters(getattr(dispatcher, name), f"{place}.{name}", *parameters)
+    require(hasattr(dispatcher, "dispatch"), place, "has no dispatch")
+    require_parameters(dispatcher.combine, f"{place}.combine", "combine_input")
     require_global(dispatcher._get_impl, f"{place}._get_impl", "get_is_extend_in_batch")
     require(hasattr(deepep, "DeepEPLLCombineInput"), DISPATCHER, "lacks 'DeepEPLLCombineInput'")
     require(hasattr(DeepEPMode, "AUTO"), DeepEPMode.__qualname__, "lacks 'AUTO'")
@@ -87,7 +84,8 @@ def _note_when_scheduled(dp_attn: Any) -> None:
     def update(batch: Any, mlp_sync_info: Any, *args: Any, **kwargs: Any) -> None:
         original(batch, mlp_sync_info, *args, **kwargs)
         of_each_rank = mlp_sync_info.global_num_tokens
-        is_known = of_each_rank is not None and batch.spec_algorithm.is_none()
+        algorithm = batch.spec_algorithm
+        is_known = of_each_rank is not None and (algorithm is None or algorithm.is_none())
         setattr(batch, MOST_TOKENS, max(of_each_rank) if is_known else None)
 
     dp_attn._update_gather_batch = update
@@ -136,14 +134,14 @@ def _choose_by_size(dispatcher: Any) -> None:
     dispatch, combine = dispatcher.dispatch, dispatcher.combine
 
     @functools.wraps(dispatch)
-    def dispatch_by_size(self: Any, hidden_states: Any, topk_output: Any) -> Any:
+    def dispatch_by_size(self: Any, *args: Any, **kwargs: Any) -> Any:
         with _like_decode(_is_small(self)):
-            return dispatch(self, hidden_states=hidden_states, topk_output=topk_output)
+            return dispatch(self, *args, **kwargs)
 
     @functools.wraps(combine)
-    def combine_as_dispatched(self: Any, combine_input: Any) -> Any:
+    def combine_as_dispatched(self: Any, combine_input: Any, **kwargs: Any) -> Any:
         with _like_decode(isinstance(combine_input, DeepEPLLCombineInput)):
-            return combine(self, combine_input=combine_input)
+            return combine(self, combine_input, **kwargs)
 
     dispatcher.dispatch = dispatch_by_size
     dispatcher.combine = combine_as_dispatched
