@@ -20,7 +20,11 @@ from tests.bench.pages import check_self_contained
 pytest.importorskip("sglang", reason="SGLang is not installed")
 pytestmark = pytest.mark.engine
 
-SIZES = "--concurrency 2 --repeats 1 --prompts-per-slot 1 --input-tokens 16 --output-tokens 8"
+SIZES = (
+    "--concurrency 2 --repeats 1 --prompts-per-slot 1 --input-tokens 16 --output-tokens 8 "
+    # More than those prompts, and fewer than those that are asked for log-probabilities.
+    "--env SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK=24"
+)
 NUM_LAYERS = 2
 
 
