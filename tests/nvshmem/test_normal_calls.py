@@ -135,6 +135,9 @@ def test_kernels_are_called_in_their_order_with_what_they_take() -> None:
             assert cached[3:7] == (True, 0, False, 0)
             assert cached[-6:] == (0, 0, 0, 0, 5, 3)  # no scales, nothing beside the rows
 
+            aligned = buffer.dispatch(*inputs, expert_alignment=2)
+            assert aligned.num_recv_tokens_per_expert == [2, 2, 4]
+
             kernels.calls.clear()
             worst = buffer.dispatch(*inputs, num_worst_tokens=9)
             assert [name for name, _ in kernels.calls] == ["normal_route", "normal_dispatch"]
