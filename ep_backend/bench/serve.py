@@ -196,7 +196,7 @@ class Run:
             return attached_server(url, min(START_TIMEOUT_SECS, self.options.limit_secs))
         command = server_command(self.options, model, visit.backend)
         if profile_dir is not None:
-            command += self.engine.profiler_arguments(profile_dir.resolve())
+            command += self.engine.profiler_arguments(profile_dir)
         log = self.options.log(visit.name)
         entry |= {"command": self._shown(command, model), "environment": environment.copy()}
         entry["log"] = log.name
@@ -262,7 +262,7 @@ class Run:
         profile = {"server": visit.name, "backend": visit.backend, "concurrency": concurrency}
         requests = asyncio.ensure_future(self._bench(client, target, concurrency, 0))
         try:
-            request = self.engine.profiler_request(profile_dir.resolve())
+            request = self.engine.profiler_request(profile_dir)
             traces = await serve_profile.record(target.base_url, profile_dir, request)
             profile["ranks"] = serve_profile.profile_of(traces)
         except (RuntimeError, httpx.HTTPError) as e:
@@ -316,7 +316,7 @@ class Run:
     def _profile_dir(self, visit: Visit) -> Path | None:
         if not self.options.profile or visit.number > 0:
             return None
-        profile_dir = self.options.beside(f"{visit.name}-profile")
+        profile_dir = self.options.beside(f"{visit.name}-profile").resolve()
         shutil.rmtree(profile_dir, ignore_errors=True)
         profile_dir.mkdir(parents=True)
         return profile_dir

@@ -16,12 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ep_backend_sglang import cpu_only, dispatcher, tracing
 from ep_backend_sglang.patching import require, require_global, require_parameters
-from ep_backend_sglang.tracing import RUNNER
 
-DISPATCHER = "sglang.srt.layers.moe.token_dispatcher.deepep"
 SCHEDULER = "sglang.srt.managers.scheduler_components.dp_attn"
-BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
 GRAPHS = "sglang.srt.model_executor.runner.PrefillCudaGraphRunner"
 MOST_TOKENS = "ep_backend_most_tokens"
 """Of batches: of all ranks' the largest number of tokens, or None."""
@@ -43,8 +41,9 @@ def check() -> None:
     require_parameters(dp_attn._update_gather_batch, place, "batch", "mlp_sync_info")
     has_counts = "global_num_tokens" in dp_attn.MLPSyncBatchInfo.__annotations__
     require(has_counts, f"{SCHEDULER}.MLPSyncBatchInfo", "lacks 'global_num_tokens'")
-    require_parameters(ForwardBatch.init_new, f"{BATCH}.init_new", "batch")
-    require_parameters(ModelRunner.forward, f"{RUNNER}.forward", "forward_batch")
+    place = f"{cpu_only.BATCH}.ForwardBatch.init_new"
+    require_parameters(ForwardBatch.init_new, place, "batch")
+    require_parameters(ModelRunner.forward, f"{tracing.RUNNER}.forward", "forward_batch")
     require_global(PrefillCudaGraphRunner.__init__, f"{GRAPHS}.__init__", "capture_num_tokens")
     _check_dispatcher()
 
@@ -56,13 +55,13 @@ def _check_dispatcher() -> None:
 
     for name in ("get_is_extend_in_batch", "set_is_extend_in_batch"):
         require(hasattr(dp_attention, name), dp_attention.__name__, f"lacks {name!r}")
-    place = f"{DISPATCHER}.DeepEPDispatcher"
-    dispatcher = deepep.DeepEPDispatcher
-    require(hasattr(dispatcher, "dispatch"), place, "has no dispatch")
-    require_parameters(dispatcher.combine, f"{place}.combine", "combine_input")
-    require_global(dispatcher._get_impl, f"{place}._get_impl", "get_is_extend_in_batch")
-    require(hasattr(deepep, "DeepEPLLCombineInput"), DISPATCHER, "lacks 'DeepEPLLCombineInput'")
-    require(hasattr(DeepEPMode, "AUTO"), DeepEPMode.__qualname__, "lacks 'AUTO'")
+    # That they are there at all, `dispatcher` has checked.
+    place, cls = tracing.DISPATCHER, deepep.DeepEPDispatcher
+    require_parameters(cls.combine, f"{place}.combine", "combine_input")
+    require_global(cls._get_impl, f"{place}._get_impl", "get_is_extend_in_batch")
+    has_input = hasattr(deepep, "DeepEPLLCombineInput")
+    require(has_input, dispatcher.PLACE, "lacks 'DeepEPLLCombineInput'")
+    require(hasattr(DeepEPMode, "is_auto"), DeepEPMode.__qualname__, "lacks 'is_auto'")
 
 
 def install() -> None:
@@ -128,45 +127,40 @@ def _padded(model_runner: Any, num_tokens: int | None) -> int | None:
     return min((size for size in sizes if size >= num_tokens), default=num_tokens)
 
 
-def _choose_by_size(dispatcher: Any) -> None:
+def _choose_by_size(cls: Any) -> None:
+    from sglang.srt.layers import dp_attention
     from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPLLCombineInput
 
-    dispatch, combine = dispatcher.dispatch, dispatcher.combine
+    dispatch, combine = cls.dispatch, cls.combine
 
     @functools.wraps(dispatch)
     def dispatch_by_size(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _like_decode(_is_small(self)):
+        with _like_decode(dp_attention, _is_small(self)):
             return dispatch(self, *args, **kwargs)
 
     @functools.wraps(combine)
     def combine_as_dispatched(self: Any, combine_input: Any, **kwargs: Any) -> Any:
-        with _like_decode(isinstance(combine_input, DeepEPLLCombineInput)):
+        with _like_decode(dp_attention, isinstance(combine_input, DeepEPLLCombineInput)):
             return combine(self, combine_input, **kwargs)
 
-    dispatcher.dispatch = dispatch_by_size
-    dispatcher.combine = combine_as_dispatched
+    cls.dispatch = dispatch_by_size
+    cls.combine = combine_as_dispatched
 
 
-def _is_small(dispatcher: Any) -> bool:
+def _is_small(of_layer: Any) -> bool:
     """Whether low-latency kernels can take the step that runs, on every rank."""
-    from sglang.srt.layers.moe.utils import DeepEPMode
-
-    if _most_rows is None or dispatcher.deepep_mode != DeepEPMode.AUTO:
+    if _most_rows is None or not of_layer.deepep_mode.is_auto():
         return False
-    most: int = dispatcher._low_latency_dispatcher.num_max_dispatch_tokens_per_rank
+    most: int = of_layer._low_latency_dispatcher.num_max_dispatch_tokens_per_rank
     return _most_rows <= most
 
 
 @contextmanager
-def _like_decode(is_so: bool) -> Iterator[None]:
+def _like_decode(dp_attention: Any, is_so: bool) -> Iterator[None]:
     """Meanwhile SGLang's dispatcher chooses as for a step that only decodes."""
-    from sglang.srt.layers.dp_attention import get_is_extend_in_batch, set_is_extend_in_batch
-
-    if not (is_so and get_is_extend_in_batch()):
-        yield
-        return
-    set_is_extend_in_batch(False)
+    is_extend = dp_attention.get_is_extend_in_batch()
+    dp_attention.set_is_extend_in_batch(is_extend and not is_so)
     try:
         yield
     finally:
-        set_is_extend_in_batch(True)
+        dp_attention.set_is_extend_in_batch(is_extend)

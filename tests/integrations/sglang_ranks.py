@@ -23,10 +23,7 @@ from sglang.srt import runtime_context
 from sglang.srt.batch_overlap.operations import execute_overlapped_operations
 from sglang.srt.batch_overlap.operations_strategy import OperationsStrategy
 from sglang.srt.batch_overlap.two_batch_overlap import MaybeTboDeepEPDispatcher
-from sglang.srt.layers.dp_attention import (
-    get_is_extend_in_batch,
-    set_is_extend_in_batch,
-)
+from sglang.srt.layers.dp_attention import get_is_extend_in_batch, set_is_extend_in_batch
 from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPBuffer, DeepEPConfig
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.moe.utils import get_deepep_mode, initialize_moe_config

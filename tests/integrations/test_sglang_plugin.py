@@ -248,7 +248,7 @@ def test_deepep_after_ours_in_one_process_is_refused() -> None:
         (dispatcher, f"{dispatcher.PLACE}._DeepEPDispatcherImplBase.__init__"),
         (dispatcher, f"{dispatcher.PLACE}._DeepEPDispatcherImplLowLatency"),
         (small_prefill, f"{small_prefill.SCHEDULER}.prepare_mlp_sync_batch_raw"),
-        (small_prefill, f"{small_prefill.DISPATCHER}.DeepEPLLCombineInput"),
+        (small_prefill, f"{dispatcher.PLACE}.DeepEPLLCombineInput"),
         (cpu_only, f"{dispatcher.PLACE}.DeepEPBuffer.get_deepep_buffer"),
         (cpu_only, f"{dispatcher.PLACE}._DeepEPDispatcherImplNormal.combine_a"),
         (cpu_only, f"{cpu_only.MOE}.ep_moe.layer.DeepEPMoE.run_moe_core"),
