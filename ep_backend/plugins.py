@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,3 +69,17 @@ class Guard:
         parameters = inspect.signature(function).parameters
         for name in names:
             self.require(name in parameters, place, f"has no parameter {name!r}")
+
+    def rebind_everywhere(self, original: Any, replacement: Any) -> None:
+        """Replaces a function in its home module and wherever the engine has imported it by name.
+
+        Modules imported later find the replacement in the home module.
+        """
+        for module in list(sys.modules.values()):
+            names = getattr(module, "__dict__", None)
+            package = getattr(module, "__name__", "").partition(".")[0]
+            if not names or package != self.engine.lower():
+                continue
+            for name, value in list(names.items()):
+                if value is original:
+                    setattr(module, name, replacement)

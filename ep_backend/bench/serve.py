@@ -106,7 +106,7 @@ class Run:
             or lacks_profiles(self.document, visit, options)
         ]
         self._display = Display(
-            Plan([s for v, cells in self._visits for s in stages(v, cells, options.profile)])
+            Plan([s for v, cells in self._visits for s in stages(v, cells, options)])
         )
 
     def measure(self) -> None:
@@ -314,7 +314,7 @@ class Run:
         return trace_dir
 
     def _profile_dir(self, visit: Visit) -> Path | None:
-        if not self.options.profile or visit.number > 0:
+        if not self.options.is_profiled(visit):
             return None
         profile_dir = self.options.beside(f"{visit.name}-profile").resolve()
         shutil.rmtree(profile_dir, ignore_errors=True)
@@ -347,12 +347,12 @@ def profile_name(concurrency: int) -> str:
     return f"profile of {concurrency} in flight"
 
 
-def stages(visit: Visit, cells: Cells, profile: tuple[int, ...] = ()) -> list[Stage]:
+def stages(visit: Visit, cells: Cells, options: Options) -> list[Stage]:
     """Of one server, as `Run` begins them."""
     named = [(name, name, visit.backend) for name in ("start-up", "warm-up", "correctness")]
     named += [(cell_name(r, c), "cell", f"{visit.backend} {c}") for r, c in cells]
-    if visit.number == 0:
-        named += [(profile_name(c), "profile", f"{visit.backend} {c}") for c in profile]
+    if options.is_profiled(visit):
+        named += [(profile_name(c), "profile", f"{visit.backend} {c}") for c in options.profile]
     return [Stage(f"{visit.name}, {name}", kind, variant) for name, kind, variant in named]
 
 

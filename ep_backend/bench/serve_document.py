@@ -108,7 +108,7 @@ def lacks_profiles(document: Document, visit: Visit, options: Options) -> bool:
         for profile in document.get("profiles", [])
         if profile["server"] == visit.name and "ranks" in profile
     }
-    return visit.number == 0 and not made.issuperset(options.profile)
+    return options.is_profiled(visit) and not made.issuperset(options.profile)
 
 
 def _was_checked(document: Document) -> bool:

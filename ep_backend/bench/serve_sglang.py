@@ -69,9 +69,6 @@ def server_command(options: Options, model: Path, backend: str) -> list[str]:
         command += sglang_ranks(num_ranks, exchange)
     if backend == OURS:
         command += ["--deepep-mode", "auto"]
-        # For bfloat16 rows by expert SGLang has these experts alone, and does not choose them.
-        command += ["--deepep-dispatcher-output-dtype", "bf16"]
-        command += ["--moe-runner-backend", "deep_gemm"]
     return command + list(options.server_arguments)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ep_backend import deep_ep, plugins
+from ep_backend import LowLatencyBuffer, deep_ep, plugins
+from ep_backend.network import NetworkConfig
 from ep_backend_sglang import cpu_only
 
 MOST_TOKENS_VARIABLE = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
@@ -93,14 +94,8 @@ class Buffer(deep_ep.Buffer):
                 "experts want nvfp4 rows, but dispatch sends bfloat16 or float8. Pass "
                 "--deepep-dispatcher-output-dtype bf16, if these experts take that."
             )
-        num_tokens, most = x.shape[0], num_max_dispatch_tokens_per_rank
-        if num_tokens > most:
-            raise ValueError(
-                f"a step has {num_tokens} tokens on this rank, but dispatch takes at most {most}, "
-                f"as {MOST_TOKENS_VARIABLE} says. Set it to {num_tokens} or more (SGLang allows "
-                f"{MOST_TOKENS_LIMIT}), or make steps smaller: --chunked-prefill-size for prefill, "
-                "--max-running-requests for decode."
-            )
+        most = num_max_dispatch_tokens_per_rank
+        require_room(x.shape[0], most)
         options.setdefault("topk_weights", self._weights_at_dispatch)
         options = self._options(options)
         return super().low_latency_dispatch(x, topk_idx, most, num_experts, *arguments, **options)
@@ -117,11 +112,58 @@ class Buffer(deep_ep.Buffer):
     def combine(self, *arguments: Any, **options: Any) -> Any:
         return super().combine(*arguments, **self._options(options))
 
+    @property
+    def is_at_once(self) -> bool:
+        """See `at_once`."""
+        return self._is_at_once
+
+    def low_latency_by_token(
+        self, x: torch.Tensor, topk_idx: torch.Tensor, num_max_tokens: int, num_experts: int
+    ) -> LowLatencyBuffer:
+        """Rank-major, for dispatches of such `x` `[T, H]` with `topk_idx` `[T, K]`. In workspaces,
+        one for each half of a batch, where `has_workspaces`."""
+        from sglang.srt.layers.moe.utils import is_tbo_enabled
+
+        return self._buffer_for(
+            LowLatencyBuffer,
+            x.device,
+            num_max_tokens_per_rank=num_max_tokens,
+            hidden=x.shape[1],
+            num_experts=num_experts,
+            top_k=topk_idx.shape[1],
+            dtype=x.dtype,
+            output_layout="rank_major",
+            num_workspaces=(2 if is_tbo_enabled() else 1) if has_workspaces() else 0,
+        )
+
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
         """Of a call; SGLang names those that say where it runs."""
         if not self._is_at_once:
             return options
         return {name: value for name, value in options.items() if name not in WAYS}
+
+
+def has_workspaces() -> bool:
+    """Whether ranks see each other's memory: on the GPUs of one host."""
+    from sglang.srt.runtime_context import get_server_args
+
+    is_one_host = get_server_args().nnodes == 1 and NetworkConfig.from_env() is None
+    return is_one_host and not cpu_only.is_active()
+
+
+def require_room(num_tokens: int, most: int) -> None:
+    """Raises for a step with more tokens on a rank than low-latency kernels were given room for.
+
+    Raises:
+        ValueError: it has.
+    """
+    if num_tokens > most:
+        raise ValueError(
+            f"a step has {num_tokens} tokens on this rank, but dispatch takes at most {most}, "
+            f"as {MOST_TOKENS_VARIABLE} says. Set it to {num_tokens} or more (SGLang allows "
+            f"{MOST_TOKENS_LIMIT}), or make steps smaller: --chunked-prefill-size for prefill, "
+            "--max-running-requests for decode."
+        )
 
 
 def gloo_group_of(group: dist.ProcessGroup) -> dist.ProcessGroup:

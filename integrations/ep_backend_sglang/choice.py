@@ -33,9 +33,9 @@ def install() -> None:
     global _is_installed
     if _is_installed:
         return
-    from ep_backend_sglang import cpu_only, dispatcher, idle_ranks, small_prefill, tracing
+    from ep_backend_sglang import cpu_only, dispatcher, idle_ranks, small_prefill, standard, tracing
 
-    parts = (dispatcher, small_prefill, idle_ranks, cpu_only, tracing)
+    parts = (dispatcher, small_prefill, idle_ranks, cpu_only, standard, tracing)
     for part in parts:  # all first: a half-applied plugin would be worse than none
         part.check()
     for part in parts:

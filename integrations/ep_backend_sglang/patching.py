@@ -32,10 +32,16 @@ _guard = Guard(
 )
 require = _guard.require
 require_parameters = _guard.require_parameters
+rebind_everywhere = _guard.rebind_everywhere
 
 
 def require_global(function: Any, place: str, name: str) -> None:
     """Requires that `function` looks `name` up when it runs: only then does it see a module global
     that was replaced."""
+    require(uses_global(function, name), place, f"does not use the global {name!r}")
+
+
+def uses_global(function: Any, name: str) -> bool:
+    """See `require_global`."""
     code = getattr(inspect.unwrap(function), "__code__", None)
-    require(code is not None and name in code.co_names, place, f"does not use the global {name!r}")
+    return code is not None and name in code.co_names

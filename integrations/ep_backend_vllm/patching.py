@@ -6,9 +6,6 @@ fails stops the process with a text that names the place.
 
 from __future__ import annotations
 
-import sys
-from typing import Any
-
 from ep_backend.plugins import Guard
 
 
@@ -32,17 +29,4 @@ _guard = Guard(
 )
 require = _guard.require
 require_parameters = _guard.require_parameters
-
-
-def rebind_everywhere(original: Any, replacement: Any) -> None:
-    """Replaces a function in its home module and wherever it was imported by name.
-
-    Modules imported later find the replacement in the home module.
-    """
-    for module in list(sys.modules.values()):
-        names = getattr(module, "__dict__", None)
-        if not names or not getattr(module, "__name__", "").startswith("vllm"):
-            continue
-        for name, value in list(names.items()):
-            if value is original:
-                setattr(module, name, replacement)
+rebind_everywhere = _guard.rebind_everywhere

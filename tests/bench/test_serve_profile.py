@@ -7,7 +7,7 @@ import gzip
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,19 @@ def test_profiles_that_are_missing_are_made_when_a_sweep_goes_on(
     ]
     assert resumed["cells"] == cut["cells"]
     assert measured("--resume")[1] == []
+
+
+def test_servers_that_run_on_are_profiled_when_all_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    arguments = f"--engine sglang --device cuda --profile 2 --repeats 3 --model {tmp_path}"
+    options = parse_arguments([*arguments.split(), "--url", "default=http://a:1"])
+    profiled = [visit.name for visit in options.visits() if options.is_profiled(visit)]
+    assert profiled == ["default-2"]
+    both = replace(options, backends=("default", OURS))
+    profiled = [visit.name for visit in both.visits() if both.is_profiled(visit)]
+    assert profiled == [f"{OURS}-0", "default-2"]
+    unprofiled = replace(both, profile=())
+    assert not any(unprofiled.is_profiled(visit) for visit in unprofiled.visits())
 
 
 def test_a_server_that_cannot_be_profiled_fails_the_run(

@@ -6,13 +6,14 @@ import pytest
 
 from ep_backend.bench.serve import stages
 from ep_backend.bench.serve_progress import Display, Plan, Stage
-from ep_backend.bench.serve_settings import Visit
+from ep_backend.bench.serve_settings import Visit, parse_arguments
 
+OPTIONS = parse_arguments([])
 STAGES = [
     stage
     for number in (0, 1)
     for backend in ("a", "b")
-    for stage in stages(Visit(backend, number, (number,)), [(number, 1), (number, 4)])
+    for stage in stages(Visit(backend, number, (number,)), [(number, 1), (number, 4)], OPTIONS)
 ]
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from ep_backend import Group, LowLatencyBuffer
-from tests.integrations.vllm_layer import HIDDEN, MAX_TOKENS, NUM_EXPERTS
 
 
 @dataclass
@@ -17,6 +16,7 @@ class PlayedWorkspaces:
     """A CPU buffer, rank-major, with the calls and the tensors of one that has workspaces."""
 
     inner: LowLatencyBuffer
+    expert_ids: str = "global"
     inputs: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -27,6 +27,10 @@ class PlayedWorkspaces:
     def num_max_tokens_per_rank(self) -> int:
         return self.inner.num_max_tokens_per_rank
 
+    @property
+    def num_workspaces(self) -> int:
+        return 2
+
     def dispatch_and_receive(self, *args: Any, **place: int) -> Any:
         result, hook = self.dispatch(*args, **place)
         hook()
@@ -35,7 +39,7 @@ class PlayedWorkspaces:
     def dispatch(self, *args: Any, workspace: int, num_slots: int) -> Any:
         result, inner_hook = self.inner.dispatch(*args)
         first = self.inner.first_expert
-        foreign = NUM_EXPERTS - 1 if first == 0 else 0
+        foreign = self.inner.num_experts - 1 if first == 0 else 0
         received = SimpleNamespace(
             handle=SimpleNamespace(
                 inner=result.handle,
@@ -55,20 +59,27 @@ class PlayedWorkspaces:
             for name in names:
                 getattr(received, name).copy_(getattr(result, name)[:, :num_slots])
             idx = received.recv_topk_idx
-            idx.copy_(torch.where(idx < 0, foreign, idx + first))
+            if self.expert_ids == "global":
+                idx.copy_(torch.where(idx < 0, foreign, idx + first))
 
         return received, hook
 
     def combine_input(self, workspace: int, num_slots: int) -> torch.Tensor:
-        size = (self.group.num_ranks, num_slots, HIDDEN)
-        return self.inputs.setdefault((workspace, num_slots), torch.empty(size))
+        size = (self.group.num_ranks, num_slots, self.inner.hidden)
+        fresh = torch.empty(size, dtype=self.inner.dtype)
+        return self.inputs.setdefault((workspace, num_slots), fresh)
 
-    def combine_and_receive(self, rows: torch.Tensor, handle: Any, out: torch.Tensor) -> None:
-        _, hook = self.combine(rows, handle, out)
+    def combine_and_receive(
+        self, rows: torch.Tensor, handle: Any, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        combined, hook = self.combine(rows, handle, out)
         hook()
+        return combined
 
-    def combine(self, rows: torch.Tensor, handle: Any, out: torch.Tensor) -> Any:
+    def combine(self, rows: torch.Tensor, handle: Any, out: torch.Tensor | None = None) -> Any:
         assert rows is self.combine_input(handle.workspace, handle.num_slots)
-        full = torch.zeros(self.group.num_ranks, MAX_TOKENS, HIDDEN)
+        inner = self.inner
+        shape = (self.group.num_ranks, inner.num_max_tokens_per_rank, inner.hidden)
+        full = torch.zeros(shape, dtype=inner.dtype)
         full[:, : handle.num_slots] = rows
         return self.inner.combine(full, handle.inner, out)

@@ -17,13 +17,17 @@ from unittest import mock
 import ep_backend_sglang
 import torch
 import torch.distributed as dist
-from ep_backend_sglang import small_prefill
+from ep_backend_sglang import small_prefill, standard, standard_exchange
 from ep_backend_sglang.buffer import MOST_TOKENS_VARIABLE, Buffer
 from sglang.srt import runtime_context
 from sglang.srt.batch_overlap.operations import execute_overlapped_operations
 from sglang.srt.batch_overlap.operations_strategy import OperationsStrategy
 from sglang.srt.batch_overlap.two_batch_overlap import MaybeTboDeepEPDispatcher
-from sglang.srt.layers.dp_attention import get_is_extend_in_batch, set_is_extend_in_batch
+from sglang.srt.layers.dp_attention import (
+    get_is_extend_in_batch,
+    set_dp_buffer_len,
+    set_is_extend_in_batch,
+)
 from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPBuffer, DeepEPConfig
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.moe.utils import get_deepep_mode, initialize_moe_config
@@ -33,6 +37,7 @@ from sglang.srt.models.deepseek_v2 import DeepseekV2MoE
 from sglang.srt.server_args import ServerArgs
 
 from ep_backend import LowLatencyBuffer, deep_ep
+from tests.integrations.played_workspaces import PlayedWorkspaces
 from tests.integrations.sglang_steps import Step
 from tests.support.processes import Rank
 from tests.support.shapes import Shape
@@ -50,6 +55,8 @@ class Plan:
     """One of SGLang's between a dispatch and its receive."""
     knows_counts: bool = False
     """A step knows the most tokens of any rank, as with data-parallel attention."""
+    is_standard: bool = False
+    """For experts that take SGLang's standard format."""
 
 
 def start(rank: Rank, plan: Plan, has_two_batches: bool = False) -> MaybeTboDeepEPDispatcher:
@@ -69,7 +76,7 @@ def start(rank: Rank, plan: Plan, has_two_batches: bool = False) -> MaybeTboDeep
     publish_as_rank(arguments, rank.group.self_rank)
     initialize_moe_config()
     DeepEPConfig._instance = None  # an earlier plan's
-    return MaybeTboDeepEPDispatcher(
+    dispatcher = MaybeTboDeepEPDispatcher(
         group=dist.group.WORLD,
         router_topk=shape.top_k,
         permute_fusion=True,
@@ -81,6 +88,9 @@ def start(rank: Rank, plan: Plan, has_two_batches: bool = False) -> MaybeTboDeep
         async_finish=True,
         return_recv_hook=True,
     )
+    if plan.is_standard:
+        standard.convert_dispatcher(dispatcher)
+    return dispatcher
 
 
 def publish_as_rank(arguments: ServerArgs, self_rank: int) -> None:
@@ -118,8 +128,9 @@ def exchange(rank: Rank, plan: Plan) -> list[str]:
     )
     for step in plan.steps * 2:
         set_is_extend_in_batch(step.is_extend)
-        most = max(len(step.x(r)) for r in range(plan.shape.num_ranks))
-        small_prefill._most_rows = most if plan.knows_counts else None
+        sizes = [len(step.x(r)) for r in range(plan.shape.num_ranks)]
+        small_prefill._most_rows = max(sizes) if plan.knows_counts else None
+        set_dp_buffer_len(sum(sizes), sizes[self_rank], False, sizes)
         experts = Experts(dispatcher, self_rank, [step])
         output = dispatcher.dispatch(
             hidden_states=step.x(self_rank), topk_output=step.topk(self_rank)
@@ -128,6 +139,28 @@ def exchange(rank: Rank, plan: Plan) -> list[str]:
         step.check_combined(combined, self_rank)
         assert get_is_extend_in_batch() == step.is_extend
     return [*log, _class_of_the_buffer()]
+
+
+def exchange_in_workspaces(rank: Rank, plan: Plan) -> list[tuple[int, int]]:
+    """`exchange`; returns the workspaces and numbers of slots that were used."""
+    by_token = Buffer.low_latency_by_token
+    played: list[PlayedWorkspaces] = []
+
+    def in_workspaces(*args: Any) -> PlayedWorkspaces:
+        inner = by_token(*args)
+        if not played:
+            played.append(PlayedWorkspaces(inner, "local"))
+        return played[0]
+
+    parallel = SimpleNamespace(attn_tp_size=1)
+    with (
+        mock.patch.object(Buffer, "low_latency_by_token", in_workspaces),
+        mock.patch.object(standard_exchange, "get_parallel", return_value=parallel),
+        mock.patch.object(standard_exchange, "has_workspaces", return_value=True),
+    ):
+        exchange(rank, plan)
+    assert played[0].num_max_tokens_per_rank == standard_exchange.MOST_SMALL_TOKENS
+    return list(played[0].inputs)
 
 
 def received_at_once(rank: Rank, plan: Plan) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,6 +102,30 @@ def test_auto_prefills_with_one_and_decodes_with_the_other(
     assert logs == [expected] * num_ranks
 
 
+@pytest.mark.parametrize("num_ranks", NUM_RANKS)
+@pytest.mark.parametrize("kind", ["bf16", "float32"])
+def test_experts_of_the_standard_format_get_rows_by_token(
+    ranks: dict[int, RankProcesses], kind: str, num_ranks: int
+) -> None:
+    shape = Shape(num_ranks, **LOW_LATENCY_SHAPES[kind], output_layout="rank_major")
+    pairs = zip(normal_steps(shape), low_latency_steps(shape), strict=True)
+    steps = [step for pair in pairs for step in pair]
+    plan = Plan(shape, "auto", steps, is_standard=True)
+    logs = ranks[num_ranks].run(sglang_ranks.exchange, plan)
+    assert logs == [["sent", "standard"] * 12 + [BUFFER]] * num_ranks
+
+
+@pytest.mark.parametrize("has_hook", [False, True])
+def test_in_workspaces_ranks_have_as_many_slots_as_the_largest_has_tokens(
+    ranks: dict[int, RankProcesses], has_hook: bool
+) -> None:
+    shape = Shape(2, output_layout="rank_major")
+    steps = low_latency_steps(shape)
+    plan = Plan(shape, "low_latency", steps, has_hook=has_hook, is_standard=True)
+    used = ranks[2].run(sglang_ranks.exchange_in_workspaces, plan)
+    assert used == [[(0, 6), (0, 5)]] * 2, "the largest has 6, 5 and 6 tokens"
+
+
 @pytest.mark.parametrize("knows_counts", [False, True])
 def test_auto_prefills_few_tokens_as_it_decodes(
     ranks: dict[int, RankProcesses], knows_counts: bool
@@ -123,8 +148,17 @@ def test_what_is_received_behind_its_send_goes_through_one_kernel(
     ranks: dict[int, RankProcesses], has_hook: bool, num_dispatches: int
 ) -> None:
     shape = Shape(2)
-    plan = Plan(shape, "low_latency", low_latency_steps(shape), has_hook=has_hook)
-    assert ranks[2].run(sglang_ranks.received_at_once, plan) == [[num_dispatches, 6]] * 2
+    for is_standard in (False, True):
+        layout = {"output_layout": "rank_major"} if is_standard else {}
+        of_layout = replace(shape, **layout)
+        plan = Plan(
+            of_layout,
+            "low_latency",
+            low_latency_steps(of_layout),
+            has_hook=has_hook,
+            is_standard=is_standard,
+        )
+        assert ranks[2].run(sglang_ranks.received_at_once, plan) == [[num_dispatches, 6]] * 2
 
 
 def test_deepep_config_is_read(ranks: dict[int, RankProcesses]) -> None:
@@ -151,16 +185,17 @@ def most_in_flight(log: list[str], operation: str) -> int:
     return max(itertools.accumulate(1 if is_send else -1 for is_send in sends))
 
 
+@pytest.mark.parametrize("is_standard", [False, True])
 @pytest.mark.parametrize(
     ("deepep_mode", "is_decode", "most"),
     [("low_latency", False, 2), ("low_latency", True, 1), ("normal", False, 2), ("auto", False, 2)],
 )
 def test_two_batch_overlap_in_the_order_of_sglang(
-    ranks: dict[int, RankProcesses], deepep_mode: str, is_decode: bool, most: int
+    ranks: dict[int, RankProcesses], deepep_mode: str, is_decode: bool, most: int, is_standard: bool
 ) -> None:
-    shape = Shape(2)
+    shape = Shape(2, output_layout="rank_major") if is_standard else Shape(2)
     steps = (low_latency_steps if deepep_mode == "low_latency" else normal_steps)(shape)
-    plan = Plan(shape, deepep_mode, steps)
+    plan = Plan(shape, deepep_mode, steps, is_standard=is_standard)
     logs = ranks[2].run(sglang_ranks.overlap_two_batches, plan, is_decode)
     assert logs[0] == logs[1]
     for operation in ("dispatch", "combine"):

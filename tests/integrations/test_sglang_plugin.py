@@ -27,6 +27,7 @@ from ep_backend_sglang import (
     dispatcher,
     idle_ranks,
     small_prefill,
+    standard,
     tracing,
 )
 from ep_backend_sglang.patching import UnsupportedSGLang
@@ -259,6 +260,10 @@ def test_deepep_after_ours_in_one_process_is_refused() -> None:
         (cpu_default, f"{cpu_default.GROUP}.reduce_scatterv"),
         (cpu_default, f"{cpu_default.LAYER}.run_moe_core"),
         (cpu_default, f"{tracing.RUNNER}.forward"),
+        (standard, f"{standard.LAYER}.forward_impl"),
+        (standard, f"{standard.RUNNER}.base.FusedOpPool"),
+        (standard, f"{standard.COMMON}.require_mlp_tp_gather"),
+        (standard, "sglang.srt.layers.dp_attention.get_dp_global_num_tokens"),
         (tracing, f"{tracing.RUNNER}.forward"),
         (tracing, f"{tracing.DISPATCHER}.combine"),
     ],
@@ -322,6 +327,7 @@ def test_cpu_patches_are_for_cpus_alone(
     has_accelerator: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = replaced_on_a_cpu()
+    monkeypatch.setattr(standard, "install", lambda: None)  # around `run_moe_core` anywhere
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
     arguments_of().resolve_once()
     are_same = [a is b for a, b in zip(before, replaced_on_a_cpu(), strict=True)]

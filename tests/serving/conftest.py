@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import pytest_asyncio
@@ -20,6 +21,7 @@ from ep_backend.bench.demo import (
 )
 from ep_backend.faults import Fault
 
+FORMAT_VARIABLE = "EP_BACKEND_SGLANG_FORMAT"
 DROP = Fault.DROP_REMOTE_CONTRIBUTIONS.value
 session_fixture = pytest_asyncio.fixture(scope="session", loop_scope="session")
 
@@ -96,6 +98,13 @@ async def sglang_normal(output: Path, sglang_reference: Run) -> DemoResult:
 @session_fixture
 async def sglang_auto(output: Path, sglang_reference: Run) -> DemoResult:
     return await _served(output, sglang_reference, engine_name="sglang", mode="auto")
+
+
+@session_fixture
+async def sglang_auto_by_expert(output: Path, sglang_reference: Run) -> DemoResult:
+    """With the formats that DeepEP's experts take."""
+    with mock.patch.dict(os.environ, {FORMAT_VARIABLE: "deepep"}):
+        return await _served(output, sglang_reference, engine_name="sglang", mode="auto")
 
 
 @session_fixture

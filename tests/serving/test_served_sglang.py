@@ -43,13 +43,16 @@ async def test_normal_gives_the_tokens_of_one_rank(sglang_normal: DemoResult) ->
     assert all(rank.num_normal_dispatches == rank.num_dispatches for rank in ranks)
 
 
-async def test_auto_prefills_with_one_and_decodes_with_the_other(sglang_auto: DemoResult) -> None:
-    check_tokens_and_steps(sglang_auto)
-    for rank in ranks_of(sglang_auto):
-        assert 0 < rank.num_normal_dispatches < rank.num_dispatches / 2, "most steps are decode"
-        assert "dispatch_send" in rank.span_us, "which goes through low-latency kernels"
-    num_prefills = sum(rank.num_low_latency_prefills for rank in ranks_of(sglang_auto))
-    assert num_prefills > 0, "of the shorter prompts"
+async def test_auto_prefills_with_one_and_decodes_with_the_other(
+    sglang_auto: DemoResult, sglang_auto_by_expert: DemoResult
+) -> None:
+    for result in (sglang_auto, sglang_auto_by_expert):
+        check_tokens_and_steps(result)
+        for rank in ranks_of(result):
+            assert 0 < rank.num_normal_dispatches < rank.num_dispatches / 2, "most steps are decode"
+            assert "dispatch_send" in rank.span_us, "which goes through low-latency kernels"
+        num_prefills = sum(rank.num_low_latency_prefills for rank in ranks_of(result))
+        assert num_prefills > 0, "of the shorter prompts"
 
 
 async def test_a_broken_combine_is_noticed(
