@@ -95,6 +95,21 @@ def test_numbers_of_transfers_are_those_of_the_results() -> None:
     assert f"{(sizes[1] - sizes[0]) / 2**20:.1f} MiB more" in FLOWING
 
 
+def test_what_order_costs_is_as_measured() -> None:
+    ordered, unordered = (
+        {
+            case["num_tokens"]: case["dispatch"]["median_us"]
+            for case in results(f"multi-gpu-2-h100-{name}.json")["cases"]
+        }
+        for name in ("ordered", "unordered")
+    )
+    assert list(ordered) == list(unordered) == [1, 16, 64, 128]
+    told = "{:.1f}, {:.1f}, {:.1f} and {:.1f} us, and {:.1f}, {:.1f}, {:.1f} and {:.1f} in a build"
+    assert told.format(*ordered.values(), *unordered.values()) in FLOWING
+    most = max(us - unordered[num_tokens] for num_tokens, us in ordered.items())
+    assert f"the order costs at most {most:.1f} us" in FLOWING
+
+
 def test_prefill_numbers_over_nvlink_are_those_of_the_results() -> None:
     for num_gpus, between in ((2, "two"), (4, "four")):
         measured = results(f"multi-gpu-{num_gpus}-h200-normal.json")
