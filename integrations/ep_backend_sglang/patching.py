@@ -42,6 +42,6 @@ def require_global(function: Any, place: str, name: str) -> None:
 
 
 def uses_global(function: Any, name: str) -> bool:
-    """See `require_global`."""
+    """See `require_global`. Also whether it asks for an attribute of that name."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return code is not None and name in code.co_names

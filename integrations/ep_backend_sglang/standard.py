@@ -1,8 +1,8 @@
 """Experts that take SGLang's standard format, which its Triton kernels do: a row a token, with the
 local experts and weights beside it, in place of the formats of DeepEP, which only DeepGEMM's take.
 
-Such layers keep SGLang's dispatcher for DeepEP, its stages and two-batch overlap; what sends and
-receives within it are `LowLatency` and `Normal` (`standard_exchange`). On the GPUs of one host,
+Such layers keep SGLang's dispatcher for DeepEP, its stages and two-batch overlap; within it
+`LowLatency` and `Normal` (`standard_exchange`) send and receive. On the GPUs of one host,
 low-latency rows arrive where the experts read them, and the experts' sums are left where the
 sources fetch them (`sums`).
 
@@ -44,7 +44,7 @@ _has_layers = False
 def check() -> None:
     from sglang.srt.layers import dp_attention
     from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE
-    from sglang.srt.layers.moe.moe_runner import base, triton
+    from sglang.srt.layers.moe.moe_runner import base
     from sglang.srt.layers.moe.moe_runner.runner import MoeRunner
     from sglang.srt.utils import common
 
@@ -52,17 +52,13 @@ def check() -> None:
     require_global(DeepEPMoE.forward, f"{LAYER}.forward", "is_in_breakable_cuda_graph")
     for name in ("__init__", "forward_impl", "run_moe_core"):
         require(name in vars(DeepEPMoE), LAYER, f"lacks {name!r}")
-    place = f"{LAYER}.run_moe_core"
-    uses_flag = uses_global(DeepEPMoE.run_moe_core, "deprecate_flag")  # an attribute
-    require(uses_flag, place, "does not ask for 'deprecate_flag'")
-    place = f"{RUNNER}.runner.MoeRunner.__init__"
-    require_global(MoeRunner.__init__, place, "FusedOpPool")
+    has_flag = uses_global(DeepEPMoE.run_moe_core, "deprecate_flag")  # an attribute, of layers
+    require(has_flag, f"{LAYER}.run_moe_core", "does not ask for 'deprecate_flag'")
+    require_global(MoeRunner.__init__, f"{RUNNER}.runner.MoeRunner.__init__", "FusedOpPool")
     place = f"{RUNNER}.base.FusedOpPool"
     require(hasattr(base, "FusedOpPool"), place, "does not exist")
     require(base.FusedOpPool.get_fused_func("none", "triton") is not None, place, "lacks Triton's")
-    require(hasattr(triton, "TritonRunnerCore"), triton.__name__, "lacks 'TritonRunnerCore'")
-    names = ("get_dp_global_num_tokens", "is_dp_attention_enabled")
-    for name in names:
+    for name in ("get_dp_global_num_tokens", "is_dp_attention_enabled"):
         require(hasattr(dp_attention, name), dp_attention.__name__, f"lacks {name!r}")
     place = f"{COMMON}.require_mlp_tp_gather"
     require(hasattr(common, "require_mlp_tp_gather"), place, "does not exist")

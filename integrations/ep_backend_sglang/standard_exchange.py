@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
-from sglang.srt.layers.dp_attention import get_dp_global_num_tokens
+from sglang.srt.layers.dp_attention import get_dp_global_num_tokens, is_dp_attention_enabled
 from sglang.srt.layers.moe.token_dispatcher import deepep
 from sglang.srt.layers.moe.token_dispatcher.base import DispatchOutputFormat
 from sglang.srt.layers.moe.token_dispatcher.deepep import (
@@ -152,8 +152,23 @@ class LowLatency(deepep._DeepEPDispatcherImplLowLatency):
         those that share attention has its part; or as many as all others, those that a graph pads
         among them."""
         sizes = get_dp_global_num_tokens() or ()
-        largest = -(-max(sizes, default=0) // get_parallel().attn_tp_size) if len(sizes) > 1 else 0
-        return max(1, largest, len(hidden_states))
+        if len(sizes) <= 1:
+            self._require_same_batch()
+            return max(1, len(hidden_states))
+        return max(1, -(-max(sizes) // get_parallel().attn_tp_size), len(hidden_states))
+
+    def _require_same_batch(self) -> None:
+        """Of all ranks, where they have not said how many tokens each has.
+
+        Raises:
+            RuntimeError: attention is data-parallel: they need not have as many.
+        """
+        if is_dp_attention_enabled() and self.group.size() > 1 and has_workspaces():
+            raise RuntimeError(
+                "with data-parallel attention ranks must know how many tokens each has, but SGLang "
+                "has not asked them. Leave SGLANG_SCHEDULER_SKIP_ALL_GATHER out; or, with experts "
+                "that take DeepEP's formats, set EP_BACKEND_SGLANG_FORMAT=deepep."
+            )
 
 
 class Normal(deepep._DeepEPDispatcherImplNormal):

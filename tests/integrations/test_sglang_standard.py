@@ -219,8 +219,53 @@ def test_slots_are_as_many_on_every_rank(
     num_slots: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    of_two_ranks = low_latency(monkeypatch, sizes, attn_tp_size)
+    assert of_two_ranks._slots_for(torch.empty(num_rows, 3)) == num_slots
+
+
+def low_latency(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[int] | None, attn_tp_size: int = 1
+) -> LowLatency:
+    """Of two ranks, which have said that they have so many tokens."""
     monkeypatch.setattr(standard_exchange, "get_dp_global_num_tokens", lambda: sizes)
     parallel = SimpleNamespace(attn_tp_size=attn_tp_size)
     monkeypatch.setattr(standard_exchange, "get_parallel", lambda: parallel)
-    rows = torch.empty(num_rows, 3)
-    assert LowLatency._slots_for(None, rows) == num_slots  # type: ignore[arg-type]
+    monkeypatch.setattr(standard_exchange, "is_dp_attention_enabled", lambda: False)
+    exchange = LowLatency.__new__(LowLatency)
+    exchange.group = SimpleNamespace(size=lambda: 2)
+    return exchange
+
+
+def test_ranks_that_do_not_know_of_each_other_have_no_slots(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exchange = low_latency(monkeypatch, [3])
+    monkeypatch.setattr(standard_exchange, "is_dp_attention_enabled", lambda: True)
+    monkeypatch.setattr(standard_exchange, "has_workspaces", lambda: True)
+    with pytest.raises(RuntimeError, match="SGLANG_SCHEDULER_SKIP_ALL_GATHER"):
+        exchange._slots_for(torch.empty(3, 3))
+
+
+@pytest.mark.parametrize("mode", [None, "stat"])
+def test_rows_of_experts_are_counted_where_they_are_recorded(
+    mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SimpleNamespace(moe=SimpleNamespace(expert_distribution_recorder_mode=mode))
+    recorder = Mock()
+    monkeypatch.setattr(standard_exchange, "get_exec", lambda: settings)
+    monkeypatch.setattr(
+        standard_exchange, "get_global_expert_distribution_recorder", lambda: recorder
+    )
+    exchange = low_latency(monkeypatch, [3])
+    counts = torch.tensor([2, 0])
+    result: Any = SimpleNamespace(
+        recv_x=torch.ones(2, 3, 4),
+        recv_topk_idx=torch.zeros(2, 3, 1, dtype=torch.int32),
+        recv_topk_weights=torch.ones(2, 3, 1),
+        num_recv_tokens_per_expert=counts,
+    )
+    exchange._in_flight = standard_exchange._InFlight(Mock(), result, None)
+    received_rows = exchange.dispatch_b(topk_of(3), lambda: None)
+    assert received_rows.hidden_states.shape == (6, 4)
+    asked = recorder.on_deepep_dispatch_low_latency.call_args_list
+    assert [call.args[0] is counts for call in asked] == ([True] if mode else [])
