@@ -89,6 +89,15 @@ def warn_of_gradients(operation: str, *tensors: torch.Tensor | None) -> None:
         )
 
 
+def note_overwritten(*tensors: torch.Tensor | None) -> None:
+    """Tells autograd, as PyTorch's own operations in place do, that kernels write to these: the
+    backward of whatever has kept one for a gradient raises, rather than compute with other rows."""
+    # Of an inference tensor nothing is kept, and before PyTorch 2.13 it must not be counted.
+    known = [tensor for tensor in tensors if tensor is not None and not tensor.is_inference()]
+    if known:
+        torch.autograd.graph.increment_version(known)
+
+
 def check_alignment(name: str, tensor: torch.Tensor, alignment: int) -> None:
     """Raises `ValueError` unless the tensor starts at a multiple of `alignment` bytes."""
     if alignment > 1 and tensor.data_ptr() % alignment != 0:

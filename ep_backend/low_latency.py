@@ -27,6 +27,7 @@ from ep_backend.checks import (
     check_tensor,
     check_topk_weights,
     check_x_scales,
+    note_overwritten,
     warn_of_gradients,
 )
 from ep_backend.errors import OrderError
@@ -617,7 +618,7 @@ class LowLatencyBuffer:
             shape = self.combine_input(handle.workspace, handle.num_slots).shape
         check_tensor("expert_out", expert_out, shape, (self.dtype,), self.device)
         check_alignment("expert_out", expert_out, self._row_alignment)
-        warn_of_gradients("combine", expert_out, topk_weights)
+        warn_of_gradients("combine", expert_out, topk_weights, out)
         if handle.workspace >= 0:
             self._workspaces.check(expert_out, handle)
         shape = (handle.num_tokens, self.hidden)
@@ -626,6 +627,7 @@ class LowLatencyBuffer:
         else:
             check_tensor("out", out, shape, (self.dtype,), self.device)
             check_alignment("out", out, self._row_alignment)
+            note_overwritten(out)
         if self.reduction == "source":
             shape = (handle.num_tokens, self.top_k)
             check_topk_weights(topk_weights, shape, self.device, "combine", self.reduction)

@@ -13,6 +13,7 @@ from ep_backend.checks import (
     check_int,
     check_tensor,
     check_x_scales,
+    note_overwritten,
     warn_of_gradients,
 )
 from ep_backend.low_latency import INDEX_DTYPES
@@ -102,11 +103,12 @@ class ArgumentChecks:
         home = (handle.num_tokens, self.hidden)
         if out is not None:
             check_tensor("out", out, home, dtypes, self.device)
+            note_overwritten(out)
         if topk_weights is not None:
             shape = (handle.num_rows, self.top_k)
             check_tensor("topk_weights", topk_weights, shape, (torch.float32,), self.device)
         biases = self._check_bias(bias, home)
-        warn_of_gradients("combine", x, topk_weights, *biases)
+        warn_of_gradients("combine", x, topk_weights, out, *biases)
         return biases
 
     def _check_bias(self, bias: Bias, home: tuple[int, int]) -> list[torch.Tensor | None]:

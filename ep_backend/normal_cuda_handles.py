@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ep_backend import _native
+from ep_backend.checks import note_overwritten
 from ep_backend.memory.cuda import tensor_at
 from ep_backend.normal_handles import NormalDispatchHandle
 
@@ -56,7 +57,8 @@ class SymmetricRows:
         return self._begin <= tensor.data_ptr() < self._end
 
     def first(self, num_rows: int) -> Rows:
-        """Views of the first received rows."""
+        """Views of the first received rows, which a dispatch has just been told to write."""
+        note_overwritten(self.received, self.scales)
         return self.received[:num_rows], None if self.scales is None else self.scales[:num_rows]
 
     def like(self, num_rows: int) -> Rows:

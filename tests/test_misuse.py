@@ -143,6 +143,44 @@ def test_where_no_gradients_are_recorded_none_is_missed(kind: Kind) -> None:
         make(kind).dispatch(x.requires_grad_(), topk_idx, topk_weights)
 
 
+OVERWRITTEN = "modified by an inplace operation"
+
+
+def test_received_rows_that_a_gradient_needs_are_not_overwritten_unnoticed() -> None:
+    buffer = make(LowLatencyBuffer)
+    weight = torch.ones((), requires_grad=True)
+
+    def product() -> torch.Tensor:
+        result, hook = buffer.dispatch(*batch(1.0))
+        hook()
+        return (result.recv_x * weight).sum()  # keeps the rows
+
+    first, second = product(), product()
+    first.backward()  # of the other bank
+    product()
+    second.backward()
+    overwritten = product()
+    for _ in range(buffer.num_banks):
+        product()
+    with pytest.raises(RuntimeError, match=OVERWRITTEN):
+        overwritten.backward()
+
+
+@both_kinds
+def test_a_result_that_a_gradient_needs_is_not_overwritten_unnoticed(kind: Kind) -> None:
+    buffer = make(kind)
+    weight, out = torch.ones((), requires_grad=True), torch.ones(3, 256)
+    dispatched = buffer.dispatch(*batch(1.0))
+    result, hook = dispatched if kind is LowLatencyBuffer else (dispatched, lambda: None)
+    hook()
+    kept = (out * weight).sum()
+    buffer.combine(result.recv_x, result.handle, out=out)
+    with pytest.raises(RuntimeError, match=OVERWRITTEN):
+        kept.backward()
+    with torch.inference_mode():  # whose tensors have no such count
+        buffer.combine(result.recv_x, result.handle, out=torch.empty(3, 256))
+
+
 # --- signals ---------------------------------------------------------------------------------
 
 
