@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sglang.srt.layers.moe.token_dispatcher import DispatchOutputChecker, StandardCombineInput
+from sglang.srt.layers.moe.token_dispatcher import (
+    DispatchOutputChecker,
+    StandardCombineInput,
+    StandardDispatchOutput,
+)
 from sglang.srt.layers.moe.token_dispatcher.deepep import (
     DeepEPLLCombineInput,
     DeepEPNormalCombineInput,
@@ -27,7 +31,7 @@ PLAIN = {
 }
 """What SGLang says of experts that are SwiGLU and nothing else."""
 PLAIN_STANDARD = {"no_combine": False, "routed_scaling_factor": None}
-"""What else kernels of the standard format would have to do."""
+"""What else kernels of SGLang's own exchange would have to do."""
 
 
 def run_experts(layer: Any, dispatch_output: Any) -> Any:
@@ -38,7 +42,8 @@ def run_experts(layer: Any, dispatch_output: Any) -> Any:
     """
     _check(layer, PLAIN)
     if DispatchOutputChecker.format_is_standard(dispatch_output):
-        _check(layer, PLAIN_STANDARD)
+        if isinstance(dispatch_output, StandardDispatchOutput):  # with ours the model scales
+            _check(layer, PLAIN_STANDARD)
         topk = dispatch_output.topk_output
         return StandardCombineInput(
             _weigh_and_add(layer, dispatch_output.hidden_states, topk.topk_ids, topk.topk_weights)

@@ -31,6 +31,7 @@ from ep_backend_sglang import (
     tracing,
 )
 from ep_backend_sglang.patching import UnsupportedSGLang
+from ep_backend_sglang.standard_exchange import Received
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.logits_processor import LogitsMetadata
 from sglang.srt.layers.moe import utils
@@ -377,6 +378,10 @@ def test_experts_on_a_cpu_weigh_and_add_for_sglangs_own_exchange() -> None:
     layer.moe_runner_config = MoeRunnerConfig(routed_scaling_factor=2.5)
     with pytest.raises(NotImplementedError, match=r"routed_scaling_factor 2\.5, but on a CPU only"):
         cpu_experts.run_experts(layer, output)
+    topk = output.topk_output
+    by_ours = Received(x, topk, topk, deepep.DeepEPLLCombineInput)  # whose sums the model scales
+    scaled_later = cpu_experts.run_experts(layer, by_ours)
+    assert torch.equal(scaled_later.hidden_states, result.hidden_states)
 
 
 def test_experts_on_a_cpu_leave_rows_that_did_not_arrive() -> None:
