@@ -187,6 +187,12 @@ def test_numbers_of_sglang_on_two_gpus_are_those_of_the_results() -> None:
                 f"| {rate[0]:.0f} | {rate[1]:.0f} |"
             ) in PAGES
         told.append(f"{min(later):.1f} to {max(later):.1f}")
+        if card == "h100":
+            a_token = (
+                f"{min(ratios):.2f} to {max(ratios):.2f} times as long as with its own exchange"
+            )
+            a_first = f"at 1 to 128 in flight, a first token {told[0]} times"
+            assert f"a token takes {a_token} {a_first}" in FLOWING
         assert f"{limit} tokens a rank on the H100s" in FLOWING or f"of {limit} on" in FLOWING
     first_tokens = "First tokens take {} times as long where 2048 tokens are few, {} where 512 are"
     assert first_tokens.format(*told) in FLOWING
