@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ep_backend import _native
+from ep_backend.checks import note_overwritten
 from ep_backend.errors import OrderError
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ class DispatchResult:
         """Over tensors that later dispatches fill, too. The result has tensors of its own on their
         memory: whoever is done with them may take that away (`recv_x.set_(torch.empty(0))`, as
         SGLang does to free memory)."""
+        note_overwritten(recv_x, recv_scales, recv_topk_idx, recv_topk_weights)
         return cls(
             handle,
             recv_x.detach(),

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from ep_backend import _native
-from ep_backend.checks import note_overwritten
 from ep_backend.group import Group
 from ep_backend.handles import DispatchHandle, DispatchResult, address_of
 from ep_backend.settings import OUTPUT_LAYOUTS, BufferSettings
@@ -96,7 +95,6 @@ class RecvBank:
     def result(self, handle: DispatchHandle) -> DispatchResult:
         """Of a dispatch that will fill this bank."""
         counts = torch.empty(self._num_local_experts, dtype=torch.int32, device=self._device)
-        note_overwritten(*self._tensors)
         return DispatchResult.over(handle, *self._tensors, counts)
 
     def arguments(self, result: DispatchResult) -> tuple[_native.OutputLayout | int, ...]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from ep_backend import _native
-from ep_backend.checks import check_int, note_overwritten
+from ep_backend.checks import check_int
 from ep_backend.errors import OrderError
 from ep_backend.handles import DispatchHandle, DispatchResult, address_of
 from ep_backend.memory import cuda
@@ -71,7 +71,6 @@ class Workspace:
             size = self._shape.num_local_experts
             counts = torch.empty(size, dtype=torch.int32, device=self._device)
         tensors = (self.recv_x, self.recv_scales, self.recv_topk_idx, self.recv_topk_weights)
-        note_overwritten(*tensors)
         return DispatchResult.over(handle, *tensors, counts)
 
     def arguments(self, result: DispatchResult) -> tuple[_native.OutputLayout | int, ...]:

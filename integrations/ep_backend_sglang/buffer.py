@@ -46,7 +46,8 @@ class Buffer(deep_ep.Buffer):
         group = gloo_group_of(group)
         super().__init__(group, *arguments, timeout_secs=plugins.timeout_secs(), **options)
         self._weights_at_dispatch: torch.Tensor | None = None
-        self._is_at_once = False
+        self.is_at_once = False
+        """See `at_once`."""
 
     @contextmanager
     def weights_at_dispatch(self, topk_weights: torch.Tensor) -> Iterator[None]:
@@ -62,11 +63,11 @@ class Buffer(deep_ep.Buffer):
     def at_once(self) -> Iterator[None]:
         """Calls meanwhile send and receive on the current stream, whatever way they are asked for:
         their hooks do nothing, and there is nothing to wait for in their events."""
-        self._is_at_once = True
+        self.is_at_once = True
         try:
             yield
         finally:
-            self._is_at_once = False
+            self.is_at_once = False
 
     def low_latency_dispatch(
         self,
@@ -112,18 +113,15 @@ class Buffer(deep_ep.Buffer):
     def combine(self, *arguments: Any, **options: Any) -> Any:
         return super().combine(*arguments, **self._options(options))
 
-    @property
-    def is_at_once(self) -> bool:
-        """See `at_once`."""
-        return self._is_at_once
-
     def low_latency_by_token(
-        self, x: torch.Tensor, topk_idx: torch.Tensor, num_max_tokens: int, num_experts: int
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        num_max_tokens: int,
+        num_experts: int,
+        num_workspaces: int,
     ) -> LowLatencyBuffer:
-        """Rank-major, for dispatches of such `x` `[T, H]` with `topk_idx` `[T, K]`. In workspaces,
-        one for each half of a batch, where `has_workspaces`."""
-        from sglang.srt.layers.moe.utils import is_tbo_enabled
-
+        """Rank-major, for dispatches of such `x` `[T, H]` with `topk_idx` `[T, K]`."""
         return self._buffer_for(
             LowLatencyBuffer,
             x.device,
@@ -133,12 +131,12 @@ class Buffer(deep_ep.Buffer):
             top_k=topk_idx.shape[1],
             dtype=x.dtype,
             output_layout="rank_major",
-            num_workspaces=(2 if is_tbo_enabled() else 1) if has_workspaces() else 0,
+            num_workspaces=num_workspaces,
         )
 
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
         """Of a call; SGLang names those that say where it runs."""
-        if not self._is_at_once:
+        if not self.is_at_once:
             return options
         return {name: value for name, value in options.items() if name not in WAYS}
 

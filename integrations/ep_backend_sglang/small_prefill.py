@@ -128,18 +128,19 @@ def _padded(model_runner: Any, num_tokens: int | None) -> int | None:
 
 
 def _choose_by_size(cls: Any) -> None:
+    from sglang.srt.layers import dp_attention
     from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPLLCombineInput
 
     dispatch, combine = cls.dispatch, cls.combine
 
     @functools.wraps(dispatch)
     def dispatch_by_size(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with like_decode(_most_rows is not None and fits(self, _most_rows)):
+        with like_decode(dp_attention, _most_rows is not None and fits(self, _most_rows)):
             return dispatch(self, *args, **kwargs)
 
     @functools.wraps(combine)
     def combine_as_dispatched(self: Any, combine_input: Any, **kwargs: Any) -> Any:
-        with like_decode(isinstance(combine_input, DeepEPLLCombineInput)):
+        with like_decode(dp_attention, isinstance(combine_input, DeepEPLLCombineInput)):
             return combine(self, combine_input, **kwargs)
 
     cls.dispatch = dispatch_by_size
@@ -155,10 +156,8 @@ def fits(of_layer: Any, num_rows: int) -> bool:
 
 
 @contextmanager
-def like_decode(is_so: bool) -> Iterator[None]:
+def like_decode(dp_attention: Any, is_so: bool = True) -> Iterator[None]:
     """Meanwhile SGLang's dispatcher chooses as for a step that only decodes."""
-    from sglang.srt.layers import dp_attention
-
     is_extend = dp_attention.get_is_extend_in_batch()
     dp_attention.set_is_extend_in_batch(is_extend and not is_so)
     try:

@@ -91,6 +91,11 @@ def is_chosen() -> bool:
 
 
 def _convert_layers(moe: Any) -> None:
+    from sglang.srt.layers import dp_attention
+    from sglang.srt.layers.moe.ep_moe import layer
+
+    from ep_backend_sglang.standard_exchange import LowLatency, Received
+
     init, run_moe_core, forward = moe.__init__, moe.run_moe_core, moe.forward
 
     @functools.wraps(init)
@@ -102,8 +107,6 @@ def _convert_layers(moe: Any) -> None:
 
     @functools.wraps(run_moe_core)
     def run_experts(self: Any, dispatch_output: Any) -> Any:
-        from ep_backend_sglang.standard_exchange import Received
-
         if not isinstance(dispatch_output, Received):
             return run_moe_core(self, dispatch_output)
         with sums.into(dispatch_output.combine_input) as target:
@@ -114,12 +117,12 @@ def _convert_layers(moe: Any) -> None:
 
     @functools.wraps(forward)
     def forward_in_graph(self: Any, hidden_states: Any, topk_output: Any) -> Any:
-        from sglang.srt.layers.moe.ep_moe.layer import is_in_breakable_cuda_graph
-
-        holds_exchange = _is_converted(self) and is_in_breakable_cuda_graph()
-        if holds_exchange and small_prefill.fits(self.dispatcher._inners[0], len(hidden_states)):
-            with small_prefill.like_decode(True):
-                return self.forward_impl(hidden_states, topk_output)
+        if layer.is_in_breakable_cuda_graph():
+            inner = self.dispatcher._inners[0]
+            is_ours = isinstance(getattr(inner, "_low_latency_dispatcher", None), LowLatency)
+            if is_ours and small_prefill.fits(inner, len(hidden_states)):
+                with small_prefill.like_decode(dp_attention):
+                    return self.forward_impl(hidden_states, topk_output)
         return forward(self, hidden_states, topk_output)
 
     moe.__init__, moe.run_moe_core, moe.forward = init_and_convert, run_experts, forward_in_graph
@@ -145,13 +148,6 @@ def convert_dispatcher(dispatcher: Any) -> None:
         for name, cls in (("_low_latency_dispatcher", LowLatency), ("_normal_dispatcher", Normal)):
             if hasattr(inner, name):
                 setattr(inner, name, cls.like(getattr(inner, name), idx))
-
-
-def _is_converted(layer: Any) -> bool:
-    from ep_backend_sglang.standard_exchange import LowLatency
-
-    inner = layer.dispatcher._inners[0]
-    return isinstance(getattr(inner, "_low_latency_dispatcher", None), LowLatency)
 
 
 def _keep_counts_of_all_ranks(original: Any) -> None:

@@ -19,6 +19,7 @@ from sglang.srt.layers.moe.token_dispatcher.deepep import (
     DeepEPNormalCombineInput,
 )
 from sglang.srt.layers.moe.topk import StandardTopKOutput
+from sglang.srt.layers.moe.utils import is_tbo_enabled
 from sglang.srt.runtime_context import get_exec, get_parallel
 
 from ep_backend import DispatchResult, LowLatencyBuffer
@@ -26,8 +27,8 @@ from ep_backend_sglang.buffer import has_workspaces, require_room
 
 MOST_SMALL_TOKENS = 2048
 """Of a rank, that low-latency kernels take in workspaces, if SGLang does not say more. With normal
-ones a prefill step waits for the host in each layer, and no graph holds its exchange: between two
-H200s first tokens of 4 prompts a rank came after 85 ms, and after 38 once these took them."""
+ones a prefill step waits for the host in each layer, and no graph holds its exchange: first tokens
+come later, as `NUMBERS.md` says of 512."""
 
 WORKSPACE_BYTES = 256 << 20
 """Of rows and of their sums, in the workspace of as many tokens at most: of 8 ranks with rows of
@@ -80,7 +81,9 @@ class LowLatency(deepep._DeepEPDispatcherImplLowLatency):
 
     def __init__(self, workspace: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._num_workspaces = 0
         if has_workspaces():
+            self._num_workspaces = 2 if is_tbo_enabled() else 1  # one for each half of a batch
             self.num_max_dispatch_tokens_per_rank = max(
                 self.num_max_dispatch_tokens_per_rank,
                 most_small_tokens(self.group.size(), self.hidden_size * self.params_dtype.itemsize),
@@ -97,13 +100,17 @@ class LowLatency(deepep._DeepEPDispatcherImplLowLatency):
         ours = self._get_buffer()
         weights, ids = topk_output.topk_weights, topk_output.topk_ids
         buffer = ours.low_latency_by_token(
-            hidden_states, ids, self.num_max_dispatch_tokens_per_rank, self.num_experts
+            hidden_states,
+            ids,
+            self.num_max_dispatch_tokens_per_rank,
+            self.num_experts,
+            self._num_workspaces,
         )
         num_slots = self._slots_for(hidden_states)
         require_room(num_slots, buffer.num_max_tokens_per_rank)
-        place = {"workspace": self._workspace, "num_slots": num_slots}
-        if buffer.num_workspaces == 0:
-            place = {}
+        place = {}
+        if self._num_workspaces > 0:
+            place = {"workspace": self._workspace, "num_slots": num_slots}
         call = (hidden_states.contiguous(), ids, weights)
         hook: Callable[[], None] = _do_nothing
         if ours.is_at_once:
@@ -163,7 +170,7 @@ class LowLatency(deepep._DeepEPDispatcherImplLowLatency):
         Raises:
             RuntimeError: attention is data-parallel: they need not have as many.
         """
-        if is_dp_attention_enabled() and self.group.size() > 1 and has_workspaces():
+        if is_dp_attention_enabled() and self.group.size() > 1 and self._num_workspaces > 0:
             raise RuntimeError(
                 "with data-parallel attention ranks must know how many tokens each has, but SGLang "
                 "has not asked them. Leave SGLANG_SCHEDULER_SKIP_ALL_GATHER out; or, with experts "

@@ -67,10 +67,9 @@ def install() -> None:
 def into(rows: torch.Tensor | None) -> Iterator[Target]:
     """The experts that run meanwhile, of one layer, leave their sums there."""
     global _current
-    target = Target(rows)
-    _current = None if rows is None else target
+    _current = Target(rows)
     try:
-        yield target
+        yield _current
     finally:
         _current = None
 
@@ -78,8 +77,7 @@ def into(rows: torch.Tensor | None) -> Iterator[Target]:
 def _redirected(kernel: Any) -> Any:
     @functools.wraps(kernel)
     def into_target(rows: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
-        if _current is not None:
-            assert _current.rows is not None
+        if _current is not None and _current.rows is not None:
             output, _current.is_written = _current.rows, True
         return kernel(rows, output, *args, **kwargs)
 

@@ -27,10 +27,6 @@ class PlayedWorkspaces:
     def num_max_tokens_per_rank(self) -> int:
         return self.inner.num_max_tokens_per_rank
 
-    @property
-    def num_workspaces(self) -> int:
-        return 2
-
     def dispatch_and_receive(self, *args: Any, **place: int) -> Any:
         result, hook = self.dispatch(*args, **place)
         hook()

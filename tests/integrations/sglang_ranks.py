@@ -147,7 +147,9 @@ def exchange_in_workspaces(rank: Rank, plan: Plan) -> list[tuple[int, int]]:
     played: list[PlayedWorkspaces] = []
 
     def in_workspaces(*args: Any) -> PlayedWorkspaces:
-        inner = by_token(*args)
+        *of_shape, num_workspaces = args
+        assert num_workspaces == 1
+        inner = by_token(*of_shape, 0)
         if not played:
             played.append(PlayedWorkspaces(inner, "local"))
         return played[0]

@@ -233,6 +233,7 @@ def low_latency(
     monkeypatch.setattr(standard_exchange, "is_dp_attention_enabled", lambda: False)
     exchange = LowLatency.__new__(LowLatency)
     exchange.group = SimpleNamespace(size=lambda: 2)
+    exchange._num_workspaces = 0
     return exchange
 
 
@@ -241,7 +242,7 @@ def test_ranks_that_do_not_know_of_each_other_have_no_slots(
 ) -> None:
     exchange = low_latency(monkeypatch, [3])
     monkeypatch.setattr(standard_exchange, "is_dp_attention_enabled", lambda: True)
-    monkeypatch.setattr(standard_exchange, "has_workspaces", lambda: True)
+    exchange._num_workspaces = 1
     with pytest.raises(RuntimeError, match="SGLANG_SCHEDULER_SKIP_ALL_GATHER"):
         exchange._slots_for(torch.empty(3, 3))
 
