@@ -52,6 +52,8 @@ extern Block block;
 // one polls.
 void meet(Barrier& barrier);
 void poll();
+// Once in so many calls, hold all threads of the block up: others, which then are early, must wait.
+void be_late(uint32_t once_in, uint32_t max_us);
 
 }  // namespace gpu_on_cpu
 

@@ -197,6 +197,10 @@ inline void Turns::run_one() {
 }
 void meet(Barrier& barrier) { turns->meet(barrier); }
 void poll() { turns->poll(); }
+void be_late(uint32_t once_in, uint32_t max_us) {
+  if (static_cast<uint32_t>(rand()) / 64 % once_in != 0) return;
+  usleep(static_cast<uint32_t>(rand()) % max_us);
+}
 
 // `body(rank)` by every thread of every block of every rank. Returns whether all have ended well.
 template <typename Body>

@@ -47,6 +47,7 @@ inline uint4 ld_relaxed_sys_b128(const uint4* word) {
   return {v[0], v[1], v[2], v[3]};
 }
 inline void st_relaxed_sys_b128(uint4* word, uint4 value) {
+  gpu_on_cpu::be_late(64, 300);
   *reinterpret_cast<volatile WholeVector*>(word) = WholeVector{value.x, value.y, value.z, value.w};
 }
 inline uint4 ld_row(const uint4* vector) { return load_vector(vector); }
