@@ -336,8 +336,8 @@ class LowLatencyBuffer:
             workspace: where there are several, the one to use; the same on every rank. What is in
                 it from the dispatch before need not have been combined, but must have been read.
             num_slots: in a workspace, rows that each source has in `recv_*` and `combine_input`,
-                in place of M (expert-major, for every expert); T of every rank at most, and the
-                same on every rank.
+                in place of M (expert-major, for every expert); no rank's T may be more. The same on
+                every rank: where it is not, rows are lost, and the combine raises ProtocolError.
 
         Returns:
             The result, and the hook that fills it.
@@ -444,7 +444,7 @@ class LowLatencyBuffer:
                 waiting for their hooks.
             PeerTimeout: a peer did not free the bank in time.
             ProtocolError: from the hook, on the CPU: a peer has answered another dispatch, with
-                other numbers of tokens.
+                other numbers of tokens. In a workspace: a peer was given another `num_slots`.
         """
         expert_out, out = self._prepare_combine(expert_out, handle, out, topk_weights)
         num_tokens = handle.num_tokens

@@ -66,10 +66,10 @@ struct RankView {
   RankState* state;
   uint64_t* wait_ns;          // [phase][half][R]: waited for each peer so far
   uint64_t* num_expert_rows;  // [L]: received so far
-  // [W]: the last dispatch into each workspace; [W][R + 1]: its messages from each source, and its
-  // slots for each.
+  // Of the last dispatch into each workspace, [W]; [W][R]: its messages from each source; [W].
   uint64_t* workspace_epochs;
   uint32_t* workspace_counts;
+  uint32_t* workspace_slots;
   HostReport* report;
   uint64_t timeout_ns;
   Owners owners;

@@ -60,6 +60,11 @@ __device__ void share_lanes(uint32_t n, Each each) {
   }
 }
 
+// Of signals: any is right.
+struct Always {
+  __device__ bool operator()(uint32_t, uint32_t) const { return true; }
+};
+
 // A block's view of a running operation, the same in all its threads. `View`: what the kernels of
 // a rank are given, RankView, or one derived from it where some peers are reached over a network:
 // kHasNetwork, and reaches(), is_peer(), store(), add(), has_arrived(), note_arrived() and
@@ -158,12 +163,13 @@ class OpOf {
   }
 
   // Waits for the signal of every source but `skip_rank` for this epoch; `sources[r]`, where
-  // wanted, is what it carries, {is_tagged 1, count 15}; `skipped()` is that of skip_rank. Whole
-  // block, a barrier behind it. False, on some threads, as in `start_send`. A replayed graph runs
-  // no Python, so both check the order.
-  template <typename Skipped>
+  // wanted, is what it carries, {is_tagged 1, count 15}; `skipped()` is that of skip_rank.
+  // `is_right(r, it)`: whether to go on; else it has said why not. Whole block, a barrier behind
+  // it. False, on some threads, as in `start_send`. A replayed graph runs no Python, so both check
+  // the order.
+  template <typename Skipped, typename IsRight = Always>
   __device__ bool start_recv(uint32_t skip_rank, uint32_t* sources, Skipped skipped,
-                             bool speaks = blockIdx.x == 0) const {
+                             bool speaks = blockIdx.x == 0, IsRight is_right = {}) const {
     bool ok = may_receive();
 #pragma unroll 1
     for (uint32_t r = threadIdx.x; r < num_ranks() && ok; r += blockDim.x) {
@@ -181,6 +187,7 @@ class OpOf {
                rank_.has_arrived(receiving(), bank_, r, protocol::signal_count(source), speaks);
         }
       }
+      ok = ok && is_right(r, source);
       if (ok && sources != nullptr) sources[r] = source;
     }
     return ok;

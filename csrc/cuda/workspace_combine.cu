@@ -14,7 +14,8 @@ using protocol::CombineRecvParams;
 using protocol::CombineSendParams;
 
 // Tells every peer that this rank's rows are there, and that it is done with what the dispatch has
-// brought. By then earlier kernels have ended that wrote the ones and read the others.
+// brought. By then earlier kernels have ended that wrote the ones and read the others. A signal's
+// count is that of a source's slots: a peer that was told of others would look elsewhere.
 class WorkspacePublisher {
  public:
   __device__ WorkspacePublisher(const RankView& rank, int32_t workspace)
@@ -24,6 +25,7 @@ class WorkspacePublisher {
   __device__ void fetch() {
     if (threadIdx.x >= rank_.layout.config().num_ranks) return;
     epoch_ = ptx::ld_relaxed_gpu(rank_.workspace_epochs + workspace_);
+    num_slots_ = rank_.workspace_slots[workspace_];
   }
   // Without a fence: the rows are in this GPU's own memory, where every GPU reads them, since the
   // kernels that wrote them have ended. (PyTorch's symmetric memory starts its collectives so.)
@@ -32,7 +34,7 @@ class WorkspacePublisher {
       if (r == rank_.self_rank) continue;
       // First, because the signal lets the peer go on to where it looks for the credit.
       op.publish_workspace_credit(r, workspace_, epoch_);
-      op.publish_signal(r, 0);
+      op.publish_signal(r, num_slots_);
     }
   }
 
@@ -40,6 +42,7 @@ class WorkspacePublisher {
   const RankView& rank_;
   uint32_t workspace_;
   uint64_t epoch_ = 0;
+  uint32_t num_slots_ = 0;
 };
 
 // Where the rows of a token are: rank-major, a row for each rank that has answered, of weight 1; by
@@ -130,7 +133,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     if (blockIdx.x == 0) publisher.run(op);
   }
   if (kReceives) {
-    const bool ok = op.start_recv(rank.self_rank, nullptr, [] { return 0u; });
+    const bool ok = op.start_recv(
+        rank.self_rank, nullptr, [] { return 0u; }, blockIdx.x == 0,
+        [&](uint32_t r, uint32_t num_slots) {
+          return num_slots == recv.num_slots || op.corrupt(r, recv.num_slots, num_slots);
+        });
     if (!__syncthreads_and(ok)) return;
     while (items.more()) {
       const uint32_t token = items.row(), first_part = items.first_part();

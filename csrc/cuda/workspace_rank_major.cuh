@@ -212,10 +212,10 @@ class RankMajorReceiver {
   // some threads: they gave up.
   __device__ bool run(const Op& op, uint32_t skip_rank, const TokenSets& sets,
                       uint32_t num_taken) const {
-    uint32_t* counted = rank_.workspace_counts + workspace_ * (num_ranks_ + 1);
+    uint32_t* counted = rank_.workspace_counts + workspace_ * num_ranks_;
     const bool is_clerk = !kTagged || Op::is_clerk();
     if (is_clerk) {
-      const bool is_alike = counted[num_ranks_] == params_.num_slots;
+      const bool is_alike = rank_.workspace_slots[workspace_] == params_.num_slots;
       for (uint32_t r = threadIdx.x; r < num_ranks_; r += blockDim.x) {
         old_counts_[r] = is_alike ? counted[r] : params_.num_slots;
       }
@@ -241,7 +241,7 @@ class RankMajorReceiver {
     for (uint32_t r = threadIdx.x; r < num_ranks_; r += blockDim.x) {
       params_.handle.num_messages[r] = counted[r] = sources_.count(r);
     }
-    if (threadIdx.x == 0) counted[num_ranks_] = params_.num_slots;
+    if (threadIdx.x == 0) rank_.workspace_slots[workspace_] = params_.num_slots;
     for (uint32_t r = threadIdx.x / kWarp; r < num_ranks_; r += kWarps) clear(r);
     return ok;
   }

@@ -13,7 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ep_backend import DispatchResult, LowLatencyBuffer, OrderError, PeerTimeout, reference
+from ep_backend import (
+    DispatchResult,
+    LowLatencyBuffer,
+    OrderError,
+    PeerTimeout,
+    ProtocolError,
+    reference,
+)
 from ep_backend.kernels import current_stream
 from tests.cuda.streams import exchange
 from tests.support.programs import STEPWISE_PROGRAMS, Interpreter
@@ -289,6 +296,31 @@ def test_kernels_are_launched_on_the_current_stream() -> None:
     for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
         with torch.cuda.stream(stream):
             assert current_stream(device) == stream.cuda_stream
+
+
+@pytest.mark.parametrize("kind", ["workspaces", "tagged_workspaces"])
+def test_ranks_that_were_told_of_other_slots_are_noticed(kind: str) -> None:
+    shape = replace(CUDA_SHAPE, **SETTINGS[kind])
+    buffers = shape.virtual_buffers()
+    variant = Scenario(shape).add("uniform", [2, 2], seed=0).variant(0)
+    hooks, results = [], []
+    for rank, buffer in enumerate(buffers):
+        inputs = [t.cuda() for t in variant.inputs(rank)]
+        result, hook = buffer.dispatch(*inputs, num_slots=4 + rank)
+        results.append(result)
+        hooks.append(hook)
+    for hook in hooks:
+        hook()
+    hooks = []
+    for rank, (buffer, result) in enumerate(zip(buffers, results, strict=True)):
+        rows = buffer.combine_input(num_slots=4 + rank).zero_()
+        hooks.append(buffer.combine(rows, result.handle)[1])
+    for hook in hooks:
+        hook()
+    torch.cuda.synchronize()
+    for buffer in buffers:
+        with pytest.raises(ProtocolError):
+            buffer.raise_if_failed()
 
 
 def test_a_workspace_holds_one_dispatch_at_a_time() -> None:

@@ -49,7 +49,7 @@ const Program kAlone{{Step::kDispatch, 0},   {Step::kHook, 0},     {Step::kDispa
                      {Step::kDispatch, 3},   {Step::kHook, 3},     {Step::kCombine, 3},
                      {Step::kCombineHook, 3}};
 
-// By GPUs only: an error ends it.
+// By GPUs only.
 const Program kDamaged{{Step::kDispatch, 0}, {Step::kDamage, 0}, {Step::kHook, 0}};
 
 enum class Kind : uint32_t { kFlat, kHierarchical, kOneHost, kWorkspaces };
@@ -65,6 +65,7 @@ struct Shape {
   const Program* program;
   uint32_t num_steps_of_first = ~0u;  // then rank 0 ends
   uint64_t timeout_ns = kTimeoutNs;
+  Status status = Status::kOk;  // that all ranks report, but one that ends
 
   static Shape draw(Random& random, Kind kind) {
     const uint32_t per_node = random.one_of({1, 2, 2, 3});

@@ -7,6 +7,7 @@
 //   stress_low_latency_gpu FIRST_SEED NUM_SEEDS
 //   stress_low_latency_gpu damage     a message that names a place far behind all others is refused
 //   stress_low_latency_gpu stop       a rank ends before each step; the others give up, none hangs
+//   stress_low_latency_gpu slots      ranks that do not agree on a workspace's slots are told
 #include <algorithm>
 #include <memory>
 #include <string>
@@ -151,12 +152,10 @@ bool run_on_gpu(const Shape& shape, uint64_t num_bytes, const Operations& operat
   if (!ok) std::fprintf(stderr, "stress: a block was ended by a signal\n");
   for (uint32_t r = 0; r < num_ranks; ++r) {
     const OpResult& result = views[r].report->result;
-    if (shape.num_steps_of_first != ~0u) {
-      ok &= r == 0 || result.status == Status::kTimeout;
-    } else if (shape.program == &kDamaged) {
-      ok &= result.status == Status::kCorrupt;
-    } else {
+    if (shape.status == Status::kOk) {
       ok &= report("the GPU's", r, result);
+    } else if (r > 0 || shape.num_steps_of_first == ~0u) {
+      ok &= result.status == shape.status;
     }
   }
   return ok;
@@ -182,14 +181,15 @@ bool run_on_one_host(const Shape& shape, const Operations& operations, uint32_t 
                      uint64_t seed) {
   const protocol::LowLatencyLayout layout(shape.config);
   const uint32_t num_workspaces = shape.config.num_workspaces, num_ranks = shape.config.num_ranks;
-  return run_on_gpu(
-      shape, layout.num_bytes(), operations, num_blocks, seed,
-      [&](uint32_t rank, const std::vector<std::byte*>& bases) {
-        OneHostView view = {base_view(shape, layout, rank, bases, num_blocks), shape.is_fused};
-        view.workspace_epochs = shared_array<uint64_t>(num_workspaces);
-        view.workspace_counts = shared_array<uint32_t>(num_workspaces * (num_ranks + 1));
-        return view;
-      });
+  return run_on_gpu(shape, layout.num_bytes(), operations, num_blocks, seed,
+                    [&](uint32_t rank, const std::vector<std::byte*>& bases) {
+                      OneHostView view = {base_view(shape, layout, rank, bases, num_blocks),
+                                          shape.is_fused};
+                      view.workspace_epochs = shared_array<uint64_t>(num_workspaces);
+                      view.workspace_counts = shared_array<uint32_t>(num_workspaces * num_ranks);
+                      view.workspace_slots = shared_array<uint32_t>(num_workspaces);
+                      return view;
+                    });
 }
 
 bool run_hierarchical(const Shape& shape, const Operations& operations, uint32_t num_blocks,
@@ -265,7 +265,7 @@ bool run_damaged(Reduction reduction) {
   Random random(1);
   Shape shape = Shape::draw(random, Kind::kFlat);
   shape.config.num_ranks = 2, shape.config.num_experts = 2, shape.config.reduction = reduction;
-  shape.ranks_per_node = 1, shape.program = &kDamaged;
+  shape.ranks_per_node = 1, shape.program = &kDamaged, shape.status = Status::kCorrupt;
   shape.output = OutputLayout::kExpertMajor;
   const protocol::LowLatencyLayout layout(shape.config);
   Operations operations(1);
@@ -288,12 +288,34 @@ bool run_stopped(Kind kind) {
     Random random(num_steps);
     Shape shape = Shape::draw(random, kind);
     shape.config.num_ranks = 4, shape.ranks_per_node = shape.is_one_host() ? 4 : 2;
-    shape.program = &kLoop;
+    shape.program = &kLoop, shape.status = Status::kTimeout;
     shape.num_steps_of_first = num_steps, shape.timeout_ns = 300'000'000, shape.is_fused = false;
     ok = run_kind(shape, draw_operations(random, shape), 2, num_steps);
     if (!ok) std::fprintf(stderr, "stress: rank 0 took %u steps\n", num_steps);
   }
   return ok;
+}
+
+// Two ranks that were told of other slots of a workspace, of which both have enough. (Of one kernel
+// each way, one may be told and end before it has told the other.)
+bool run_of_other_slots(OutputLayout output, uint32_t num_max_tagged_tokens) {
+  Random random(1);
+  Shape shape = Shape::draw(random, Kind::kWorkspaces);
+  shape.config.num_ranks = shape.ranks_per_node = 2, shape.config.num_workspaces = 1;
+  shape.config.num_max_tokens_per_rank = 7;
+  shape.config.num_max_tagged_tokens = num_max_tagged_tokens;
+  shape.output = output;
+  shape.config.reduction =
+      output == OutputLayout::kRankMajor ? Reduction::kRank : Reduction::kSource;
+  shape.program = &kLoop, shape.is_fused = false, shape.status = Status::kCorrupt;
+  Operations operations = draw_operations(random, shape);
+  for (const auto& operation : operations) {
+    for (uint32_t r = 0; r < 2; ++r) {
+      operation[r]->num_tokens = std::min(operation[r]->num_tokens, 6u);
+      operation[r]->seen.num_slots = 6 + r;
+    }
+  }
+  return run_kind(shape, operations, 2, 1);
 }
 
 }  // namespace
@@ -306,6 +328,13 @@ int main(int argc, char** argv) {
   if (what == "stop") {
     const Kind kinds[] = {Kind::kFlat, Kind::kHierarchical, Kind::kWorkspaces};
     return std::all_of(std::begin(kinds), std::end(kinds), run_stopped) ? 0 : 1;
+  }
+  if (what == "slots") {
+    return run_of_other_slots(OutputLayout::kRankMajor, 0) &&
+                   run_of_other_slots(OutputLayout::kRankMajor, 7) &&
+                   run_of_other_slots(OutputLayout::kExpertMajor, 0)
+               ? 0
+               : 1;
   }
   return run_seeds("stress_low_latency_gpu", argc, argv, run_seed);
 }
