@@ -4,6 +4,7 @@ step went through it."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ DECODE_MAX_TOKENS = 1
 
 @dataclass
 class RankExchange:
-    """One rank's share. Times are medians of decode steps within the window, in microseconds."""
+    """One rank's share. Times are medians of decode steps within the window, in microseconds; NaN
+    where there were none."""
 
     name: str
     num_forwards: int
@@ -118,7 +120,8 @@ def _read_rank(path: Path, window_ns: tuple[int, int]) -> RankExchange:
     num_normal = num_dispatches(NORMAL_SPANS)
 
     def median_us(kind: str, column: str) -> float:
-        return float(np.median(spans[column][is_decode & (kinds == kind.encode())])) / 1e3
+        of_kind = spans[column][is_decode & (kinds == kind.encode())]
+        return float(np.median(of_kind)) / 1e3 if len(of_kind) > 0 else math.nan
 
     return RankExchange(
         name=path.name.split("-")[0],

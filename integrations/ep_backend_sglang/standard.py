@@ -36,12 +36,14 @@ FORMATS = ("standard", "deepep")
 LAYER = f"{cpu_only.MOE}.ep_moe.layer.DeepEPMoE"
 RUNNER = f"{cpu_only.MOE}.moe_runner"
 COMMON = "sglang.srt.utils.common"
+OVERLAP = "sglang.srt.batch_overlap.operations"
 
 _has_layers = False
 """Whether this process has a layer whose experts take the standard format."""
 
 
 def check() -> None:
+    from sglang.srt.batch_overlap import operations
     from sglang.srt.layers import dp_attention
     from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE
     from sglang.srt.layers.moe.moe_runner import base
@@ -60,15 +62,20 @@ def check() -> None:
     require(base.FusedOpPool.get_fused_func("none", "triton") is not None, place, "lacks Triton's")
     for name in ("get_dp_global_num_tokens", "is_dp_attention_enabled"):
         require(hasattr(dp_attention, name), dp_attention.__name__, f"lacks {name!r}")
+    place = f"{OVERLAP}._StageExecutor.next"
+    require_global(operations._StageExecutor.next, place, "set_dp_buffer_len")
     place = f"{COMMON}.require_mlp_tp_gather"
     require(hasattr(common, "require_mlp_tp_gather"), place, "does not exist")
     sums.check()
 
 
 def install() -> None:
+    from sglang.srt.batch_overlap import operations
     from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE
     from sglang.srt.layers.moe.moe_runner.base import FusedOpPool
     from sglang.srt.utils.common import require_mlp_tp_gather
+
+    from ep_backend_sglang.standard_exchange import keep_sizes_of_whole
 
     if FusedOpPool.get_fused_func(choice.BUILT_IN, "triton") is None:
         run = FusedOpPool.get_fused_func("none", "triton")
@@ -76,6 +83,7 @@ def install() -> None:
     sums.install()
     _convert_layers(DeepEPMoE)
     _keep_counts_of_all_ranks(require_mlp_tp_gather)
+    operations.set_dp_buffer_len = keep_sizes_of_whole(operations.set_dp_buffer_len)
 
 
 def is_chosen() -> bool:

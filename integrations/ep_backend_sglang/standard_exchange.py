@@ -5,6 +5,7 @@ T tokens of this rank, R ranks, S slots of each, K top_k, H hidden.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,6 +34,9 @@ come later, as `NUMBERS.md` says of 512."""
 WORKSPACE_BYTES = 256 << 20
 """Of rows and of their sums, in the workspace of as many tokens at most: of 8 ranks with rows of
 7168 bfloat16 1152."""
+
+_sizes_of_whole: tuple[int, ...] = ()
+"""In two-batch overlap: tokens of each rank, of the batch whose halves run."""
 
 CombineInput = type[DeepEPLLCombineInput] | type[DeepEPNormalCombineInput]
 
@@ -98,6 +102,7 @@ class LowLatency(deepep._DeepEPDispatcherImplLowLatency):
 
     def dispatch_a(self, hidden_states: torch.Tensor, topk_output: Any) -> tuple[Any, ...]:
         ours = self._get_buffer()
+        topk_output = _routes_of_all(hidden_states, topk_output)
         weights, ids = topk_output.topk_weights, topk_output.topk_ids
         buffer = ours.low_latency_by_token(
             hidden_states,
@@ -157,8 +162,8 @@ class LowLatency(deepep._DeepEPDispatcherImplLowLatency):
     def _slots_for(self, hidden_states: torch.Tensor) -> int:
         """S, the same on all ranks. Ranks have as many tokens as they have said, of which each of
         those that share attention has its part; or as many as all others, those that a graph pads
-        among them."""
-        sizes = get_dp_global_num_tokens() or ()
+        among them. How large the halves of a batch are, ranks do not say: no larger than it."""
+        sizes = get_dp_global_num_tokens() or _sizes_of_whole
         if len(sizes) <= 1:
             self._require_same_batch()
             return max(1, len(hidden_states))
@@ -186,7 +191,7 @@ class Normal(deepep._DeepEPDispatcherImplNormal):
         return cls(async_finish=other.async_finish, **_common(other))
 
     def dispatch_a(self, hidden_states: torch.Tensor, topk_output: Any) -> tuple[Any, ...]:
-        return hidden_states, topk_output, self._event()
+        return hidden_states, _routes_of_all(hidden_states, topk_output), self._event()
 
     def dispatch_b(self, hidden_states: torch.Tensor, topk_output: Any, event: Any) -> Received:
         weights, ids = topk_output.topk_weights, topk_output.topk_ids
@@ -203,6 +208,28 @@ class Normal(deepep._DeepEPDispatcherImplNormal):
 
     def _event(self) -> Any:
         return deepep.Buffer.capture() if self.async_finish else None
+
+
+def keep_sizes_of_whole(set_dp_buffer_len: Callable[..., None]) -> Callable[..., None]:
+    """That of SGLang's two-batch overlap, which forgets the batch's sizes: its halves have none."""
+
+    @functools.wraps(set_dp_buffer_len)
+    def keep_and_set(*args: Any, **kwargs: Any) -> None:
+        global _sizes_of_whole
+        _sizes_of_whole = tuple(get_dp_global_num_tokens() or _sizes_of_whole)
+        set_dp_buffer_len(*args, **kwargs)
+
+    return keep_and_set
+
+
+def _routes_of_all(hidden_states: torch.Tensor, topk_output: Any) -> Any:
+    """`[T, K]`. In two-batch overlap SGLang gives ranks without requests as many rows as the others
+    have, but lists no experts for them: they have none."""
+    weights, ids, *_ = topk_output
+    if len(ids) == len(hidden_states):
+        return topk_output
+    shape = len(hidden_states), ids.shape[1]
+    return StandardTopKOutput(weights.new_zeros(shape), ids.new_full(shape, -1), None)
 
 
 def most_small_tokens(num_ranks: int, row_bytes: int) -> int:

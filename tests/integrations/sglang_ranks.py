@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -141,14 +142,15 @@ def exchange(rank: Rank, plan: Plan) -> list[str]:
     return [*log, _class_of_the_buffer()]
 
 
-def exchange_in_workspaces(rank: Rank, plan: Plan) -> list[tuple[int, int]]:
-    """`exchange`; returns the workspaces and numbers of slots that were used."""
+@contextlib.contextmanager
+def playing_workspaces(num_workspaces: int) -> Iterator[list[PlayedWorkspaces]]:
+    """Meanwhile the dispatcher has so many of a buffer, which is then in the list."""
     by_token = Buffer.low_latency_by_token
     played: list[PlayedWorkspaces] = []
 
     def in_workspaces(*args: Any) -> PlayedWorkspaces:
-        *of_shape, num_workspaces = args
-        assert num_workspaces == 1
+        *of_shape, num_wanted = args
+        assert num_wanted == num_workspaces
         inner = by_token(*of_shape, 0)
         if not played:
             played.append(PlayedWorkspaces(inner, "local"))
@@ -160,6 +162,12 @@ def exchange_in_workspaces(rank: Rank, plan: Plan) -> list[tuple[int, int]]:
         mock.patch.object(standard_exchange, "get_parallel", return_value=parallel),
         mock.patch.object(standard_exchange, "has_workspaces", return_value=True),
     ):
+        yield played
+
+
+def exchange_in_workspaces(rank: Rank, plan: Plan) -> list[tuple[int, int]]:
+    """`exchange`; returns the workspaces and numbers of slots that were used."""
+    with playing_workspaces(1) as played:
         exchange(rank, plan)
     assert played[0].num_max_tokens_per_rank == standard_exchange.MOST_SMALL_TOKENS
     return list(played[0].inputs)
@@ -280,7 +288,7 @@ def overlap_two_batches(rank: Rank, plan: Plan, is_decode: bool) -> list[str]:
         moe_num_token_non_padded=None,
         global_dp_buffer_len=0,
         tbo_padded_len=0,
-        global_num_tokens_cpu=[0] * plan.shape.num_ranks,
+        global_num_tokens_cpu=None,
         dp_padding_mode=SimpleNamespace(is_max_len=lambda: False),
     )
     with forward_context(ForwardContext(attn_backend=None)):
@@ -291,6 +299,16 @@ def overlap_two_batches(rank: Rank, plan: Plan, is_decode: bool) -> list[str]:
         )
     assert _class_of_the_buffer() == f"{Buffer.__module__}.Buffer"
     return log
+
+
+def overlap_in_workspaces(rank: Rank, plan: Plan, is_decode: bool) -> list[tuple[int, int]]:
+    """`overlap_two_batches`, with data-parallel attention; returns the workspaces and numbers of
+    slots that were used."""
+    sizes = [sum(len(step.x(r)) for step in plan.steps[:2]) for r in range(plan.shape.num_ranks)]
+    set_dp_buffer_len(sum(sizes), sizes[rank.group.self_rank], False, sizes)
+    with playing_workspaces(2) as played:
+        overlap_two_batches(rank, plan, is_decode)
+    return list(played[0].inputs)
 
 
 def _class_of_the_buffer() -> str:

@@ -203,3 +203,14 @@ def test_two_batch_overlap_in_the_order_of_sglang(
         for half in "ab":
             parts = [line for line in logs[0] if operation in line and line.endswith(half)]
             assert parts == [f"{operation}_a {half}", f"{operation}_b {half}"] * 2, "two layers"
+
+
+@pytest.mark.parametrize("is_decode", [False, True])
+def test_halves_have_a_workspace_each_of_as_many_slots_as_their_batch_has_tokens(
+    ranks: dict[int, RankProcesses], is_decode: bool
+) -> None:
+    shape = Shape(2, output_layout="rank_major")
+    plan = Plan(shape, "low_latency", low_latency_steps(shape), is_standard=True)
+    most = max(sum(len(step.x(r)) for step in plan.steps[:2]) for r in range(2))
+    used = ranks[2].run(sglang_ranks.overlap_in_workspaces, plan, is_decode)
+    assert used == [[(0, most), (1, most)]] * 2

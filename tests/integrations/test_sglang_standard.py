@@ -120,6 +120,14 @@ def test_a_rank_that_received_nothing_runs_no_experts(moe: type[Moe]) -> None:
     assert combine_input.hidden_states.shape == (0, 3)
 
 
+def test_rows_without_routes_have_no_experts() -> None:
+    rows, routes = torch.ones(3, 4), topk_of(3)
+    assert standard_exchange._routes_of_all(rows, routes) is routes
+    of_all = standard_exchange._routes_of_all(rows, topk_of(0))
+    assert of_all.topk_ids.tolist() == [[-1]] * 3
+    assert of_all.topk_weights.tolist() == [[0.0]] * 3
+
+
 def test_the_last_kernel_of_experts_is_given_the_workspace() -> None:
     written: list[torch.Tensor] = []
     kernel = sums._redirected(lambda rows, output, scale: written.append(output))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ from ep_backend.bench.demo import (
     serve_ours,
     serve_reference,
 )
+from ep_backend.bench.demo_engines import ENGINES, SGLANG
 from ep_backend.faults import Fault
 
 FORMAT_VARIABLE = "EP_BACKEND_SGLANG_FORMAT"
@@ -104,6 +106,17 @@ async def sglang_auto(output: Path, sglang_reference: Run) -> DemoResult:
 async def sglang_auto_by_expert(output: Path, sglang_reference: Run) -> DemoResult:
     """With the formats that DeepEP's experts take."""
     with mock.patch.dict(os.environ, {FORMAT_VARIABLE: "deepep"}):
+        return await _served(output, sglang_reference, engine_name="sglang", mode="auto")
+
+
+@session_fixture
+async def sglang_in_halves(output: Path, sglang_reference: Run) -> DemoResult:
+    """With two-batch overlap."""
+
+    def command(*args: Any, **kwargs: Any) -> list[str]:
+        return [*SGLANG.command(*args, **kwargs), "--enable-two-batch-overlap"]
+
+    with mock.patch.dict(ENGINES, sglang=replace(SGLANG, command=command)):
         return await _served(output, sglang_reference, engine_name="sglang", mode="auto")
 
 

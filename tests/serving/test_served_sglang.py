@@ -55,6 +55,19 @@ async def test_auto_prefills_with_one_and_decodes_with_the_other(
         assert num_prefills > 0, "of the shorter prompts"
 
 
+async def test_two_batch_overlap_gives_the_tokens_of_one_rank(
+    sglang_in_halves: DemoResult,
+) -> None:
+    assert sglang_in_halves.tokens_equal("sequential")
+    assert sglang_in_halves.tokens_equal("concurrent")
+    assert sglang_in_halves.ours.exchange is not None
+    num_layers = sglang_in_halves.ours.exchange.num_layers
+    for rank in ranks_of(sglang_in_halves):
+        assert 0 < rank.num_normal_dispatches < rank.num_dispatches / 2, "most steps are decode"
+        in_halves = 2 * num_layers * rank.num_forwards
+        assert in_halves * 0.9 < rank.num_dispatches <= in_halves, "almost every step is split"
+
+
 async def test_a_broken_combine_is_noticed(
     sglang_broken: DemoResult, sglang_broken_normal: DemoResult
 ) -> None:
