@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import secrets
 import signal
 import socket
@@ -20,6 +21,9 @@ import httpx
 RUN_VARIABLE = "EP_BACKEND_RUN_ID"
 """Marks the processes of a server that leave its session."""
 SHM_DIR = Path("/dev/shm")
+PORTS = range(20_000, 32_000)
+"""Below those that Linux gives to connections: SGLang listens at its port + 233, too, and a
+connection of its own could have that."""
 START_TIMEOUT_SECS = 300.0
 STOP_TIMEOUT_SECS = 20.0
 LOG_TAIL_LINES = 40
@@ -193,9 +197,11 @@ def _processes_of_run(run_id: str, session: int) -> list[int]:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    for port in random.sample(PORTS, 100):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"of 100 ports between {PORTS.start} and {PORTS.stop} none is free on this host.")
 
 
 def _tail(log: Path | None) -> str:

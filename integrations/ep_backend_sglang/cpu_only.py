@@ -18,6 +18,7 @@ from ep_backend_sglang.patching import require, require_global
 MOE = "sglang.srt.layers.moe"
 DISPATCHER = f"{MOE}.token_dispatcher.deepep"
 BATCH = "sglang.srt.model_executor.forward_batch_info"
+LOADS = "sglang.srt.eplb.expert_distribution"
 ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 
 
@@ -28,6 +29,7 @@ def is_active() -> bool:
 def check() -> None:
     if not is_active():
         return
+    from sglang.srt.eplb import expert_distribution
     from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE
     from sglang.srt.layers.moe.token_dispatcher import deepep
 
@@ -39,6 +41,8 @@ def check() -> None:
     require("combine_a" in vars(normal), place, "does not exist")
     place = f"{MOE}.ep_moe.layer.DeepEPMoE.run_moe_core"
     require("run_moe_core" in vars(DeepEPMoE), place, "does not exist")
+    place = f"{LOADS}.get_device"
+    require(hasattr(expert_distribution, "get_device"), place, "does not exist")
     check_padding()
 
 
@@ -59,6 +63,7 @@ def install() -> None:
     from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE
 
     _describe_a_device()
+    _rebalance_without_a_gpu()
     compute_experts_in_torch(DeepEPMoE)
     pad_batches_without_a_gpu()
     _combine_without_deep_gemm()
@@ -72,6 +77,15 @@ def _describe_a_device() -> None:
         return SimpleNamespace(multi_processor_count=1)
 
     torch.cuda.get_device_properties = get_device_properties
+
+
+def _rebalance_without_a_gpu() -> None:
+    """Who counts the experts' loads asks which accelerator there is; who moves experts empties its
+    cache."""
+    from sglang.srt.eplb import expert_distribution
+
+    expert_distribution.get_device = lambda *args: "cpu"
+    torch.cpu.empty_cache = lambda: None  # type: ignore[attr-defined]
 
 
 def compute_experts_in_torch(moe: Any) -> None:

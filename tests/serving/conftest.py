@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,17 @@ async def sglang_reference(output: Path, sglang_segments: Callable[[], set[str]]
     return await serve_reference(DemoSettings(output, "sglang"), Progress())
 
 
+@contextmanager
+def sglang_with(*arguments: str) -> Iterator[None]:
+    """Meanwhile servers get these, too."""
+
+    def command(*args: Any, **kwargs: Any) -> list[str]:
+        return [*SGLANG.command(*args, **kwargs), *arguments]
+
+    with mock.patch.dict(ENGINES, sglang=replace(SGLANG, command=command)):
+        yield
+
+
 @session_fixture
 async def sglang_low_latency(output: Path, sglang_reference: Run) -> DemoResult:
     return await _served(output, sglang_reference, engine_name="sglang")
@@ -113,11 +125,17 @@ async def sglang_auto_by_expert(output: Path, sglang_reference: Run) -> DemoResu
 async def sglang_in_halves(output: Path, sglang_reference: Run) -> DemoResult:
     """With two-batch overlap."""
 
-    def command(*args: Any, **kwargs: Any) -> list[str]:
-        return [*SGLANG.command(*args, **kwargs), "--enable-two-batch-overlap"]
-
-    with mock.patch.dict(ENGINES, sglang=replace(SGLANG, command=command)):
+    with sglang_with("--enable-two-batch-overlap"):
         return await _served(output, sglang_reference, engine_name="sglang", mode="auto")
+
+
+@session_fixture
+async def sglang_rebalanced(output: Path, sglang_reference: Run) -> DemoResult:
+    """Some experts are there twice, and all are moved every 40 steps."""
+    often = ("--eplb-rebalance-num-iterations", "40")
+    recorded = ("--expert-distribution-recorder-buffer-size", "40")
+    with sglang_with("--enable-eplb", "--ep-num-redundant-experts", "4", *often, *recorded):
+        return await _served(output, sglang_reference, engine_name="sglang")
 
 
 @session_fixture

@@ -68,6 +68,13 @@ async def test_two_batch_overlap_gives_the_tokens_of_one_rank(
         assert in_halves * 0.9 < rank.num_dispatches <= in_halves, "almost every step is split"
 
 
+async def test_rebalanced_experts_give_the_tokens_of_one_rank(
+    sglang_rebalanced: DemoResult, output: Path
+) -> None:
+    check_tokens_and_steps(sglang_rebalanced)
+    assert (output / "sglang-2-ranks.log").read_text().count("rebalance end") > 2
+
+
 async def test_a_broken_combine_is_noticed(
     sglang_broken: DemoResult, sglang_broken_normal: DemoResult
 ) -> None:
