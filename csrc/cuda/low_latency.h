@@ -66,7 +66,8 @@ struct RankView {
   RankState* state;
   uint64_t* wait_ns;          // [phase][half][R]: waited for each peer so far
   uint64_t* num_expert_rows;  // [L]: received so far
-  // Of the last dispatch into each workspace, [W]; [W][R]: its messages from each source; [W].
+  // Of the last dispatch into each workspace: its epoch, [W]; messages from each source, [W][R];
+  // slots of a source, [W].
   uint64_t* workspace_epochs;
   uint32_t* workspace_counts;
   uint32_t* workspace_slots;
