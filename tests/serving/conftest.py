@@ -124,7 +124,6 @@ async def sglang_auto_by_expert(output: Path, sglang_reference: Run) -> DemoResu
 @session_fixture
 async def sglang_in_halves(output: Path, sglang_reference: Run) -> DemoResult:
     """With two-batch overlap."""
-
     with sglang_with("--enable-two-batch-overlap"):
         return await _served(output, sglang_reference, engine_name="sglang", mode="auto")
 
