@@ -111,7 +111,7 @@ class LowLatency(deepep._DeepEPDispatcherImplLowLatency):
             self.num_experts,
             self._num_workspaces,
         )
-        num_slots = self._slots_for(hidden_states)
+        num_slots = self._slots_for(hidden_states, buffer.num_max_tokens_per_rank)
         require_room(num_slots, buffer.num_max_tokens_per_rank)
         place = {}
         if self._num_workspaces > 0:
@@ -159,15 +159,19 @@ class LowLatency(deepep._DeepEPDispatcherImplLowLatency):
         hook()
         return hidden_states
 
-    def _slots_for(self, hidden_states: torch.Tensor) -> int:
+    def _slots_for(self, hidden_states: torch.Tensor, most: int) -> int:
         """S, the same on all ranks. Ranks have as many tokens as they have said, of which each of
         those that share attention has its part; or as many as all others, those that a graph pads
-        among them. How large the halves of a batch are, ranks do not say: no larger than it."""
-        sizes = get_dp_global_num_tokens() or _sizes_of_whole
+        among them. How large the halves of a batch are, they do not say: no larger than it, and
+        no larger than what a dispatch takes, `most`."""
+        sizes = get_dp_global_num_tokens()
+        is_half = not sizes
+        sizes = sizes or _sizes_of_whole
         if len(sizes) <= 1:
             self._require_same_batch()
             return max(1, len(hidden_states))
-        return max(1, -(-max(sizes) // get_parallel().attn_tp_size), len(hidden_states))
+        largest = -(-max(sizes) // get_parallel().attn_tp_size)
+        return max(1, min(largest, most) if is_half else largest, len(hidden_states))
 
     def _require_same_batch(self) -> None:
         """Of all ranks, where they have not said how many tokens each has.

@@ -228,13 +228,23 @@ def test_slots_are_as_many_on_every_rank(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     of_two_ranks = low_latency(monkeypatch, sizes, attn_tp_size)
-    assert of_two_ranks._slots_for(torch.empty(num_rows, 3)) == num_slots
+    assert of_two_ranks._slots_for(torch.empty(num_rows, 3), most=6) == num_slots
+
+
+@pytest.mark.parametrize(("sizes", "num_slots"), [((3, 5), 5), ((3, 15), 6), ((9,), 2), ((), 2)])
+def test_halves_have_as_many_as_their_batch_or_as_a_dispatch_takes(
+    sizes: tuple[int, ...], num_slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_two_ranks = low_latency(monkeypatch, None)
+    monkeypatch.setattr(standard_exchange, "_sizes_of_whole", sizes)
+    assert of_two_ranks._slots_for(torch.empty(2, 3), most=6) == num_slots
 
 
 def low_latency(
     monkeypatch: pytest.MonkeyPatch, sizes: list[int] | None, attn_tp_size: int = 1
 ) -> LowLatency:
     """Of two ranks, which have said that they have so many tokens."""
+    monkeypatch.setattr(standard_exchange, "_sizes_of_whole", ())
     monkeypatch.setattr(standard_exchange, "get_dp_global_num_tokens", lambda: sizes)
     parallel = SimpleNamespace(attn_tp_size=attn_tp_size)
     monkeypatch.setattr(standard_exchange, "get_parallel", lambda: parallel)
@@ -252,7 +262,7 @@ def test_ranks_that_do_not_know_of_each_other_have_no_slots(
     monkeypatch.setattr(standard_exchange, "is_dp_attention_enabled", lambda: True)
     exchange._num_workspaces = 1
     with pytest.raises(RuntimeError, match="SGLANG_SCHEDULER_SKIP_ALL_GATHER"):
-        exchange._slots_for(torch.empty(3, 3))
+        exchange._slots_for(torch.empty(3, 3), most=6)
 
 
 @pytest.mark.parametrize("mode", [None, "stat"])
