@@ -18,7 +18,7 @@ from tests.native.test_sanitizers import CSRC, SeededBug
 HERE = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-Wno-unknown-pragmas"]
 NUM_SEEDS = int(os.environ.get("EP_BACKEND_STRESS_SEEDS", "10"))
-NUM_SEEDS_FOR_A_BUG = 400  # few are run: one in 40 or more finds it
+NUM_SEEDS_FOR_A_BUG = 400  # until one finds it; of the rarest bug two in a hundred do
 
 Edit = tuple[str, str, str]
 """A file of csrc, a text that is there, and what becomes of it."""
