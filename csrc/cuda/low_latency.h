@@ -66,11 +66,11 @@ struct RankView {
   RankState* state;
   uint64_t* wait_ns;          // [phase][half][R]: waited for each peer so far
   uint64_t* num_expert_rows;  // [L]: received so far
-  // Of the last dispatch into each workspace: its epoch, [W]; messages from each source, [W][R];
-  // slots of a source, [W].
-  uint64_t* workspace_epochs;
+  // Of the last dispatch into each workspace. [W]: its epoch and a source's slots, packed like a
+  // signal, as the combine that answers it reads both and waits for one load. [W][R + 1]: for the
+  // next hook, its messages from each source, and a source's slots again.
+  uint64_t* workspace_dispatches;
   uint32_t* workspace_counts;
-  uint32_t* workspace_slots;
   HostReport* report;
   uint64_t timeout_ns;
   Owners owners;

@@ -21,9 +21,8 @@ RankHost::RankHost(const protocol::LowLatencyConfig& config, uint32_t self_rank,
   view_.num_expert_rows =
       zeroed_device_array<uint64_t>(view_.layout.partition().num_max_local_experts());
   const uint32_t num_workspaces = config.num_workspaces;
-  view_.workspace_epochs = zeroed_device_array<uint64_t>(num_workspaces);
-  view_.workspace_counts = zeroed_device_array<uint32_t>(num_workspaces * num_ranks);
-  view_.workspace_slots = zeroed_device_array<uint32_t>(num_workspaces);
+  view_.workspace_dispatches = zeroed_device_array<uint64_t>(num_workspaces);
+  view_.workspace_counts = zeroed_device_array<uint32_t>(num_workspaces * (num_ranks + 1));
   check(cudaHostAlloc(&view_.report, sizeof(HostReport), cudaHostAllocMapped),
         "allocating a rank's report");
   view_.report->result = {};
@@ -41,9 +40,8 @@ RankHost::~RankHost() {
   cudaFree(view_.state);
   cudaFree(view_.wait_ns);
   cudaFree(view_.num_expert_rows);
-  cudaFree(view_.workspace_epochs);
+  cudaFree(view_.workspace_dispatches);
   cudaFree(view_.workspace_counts);
-  cudaFree(view_.workspace_slots);
   cudaFreeHost(view_.report);
 }
 

@@ -24,8 +24,7 @@ class WorkspacePublisher {
   // While the epochs are on their way.
   __device__ void fetch() {
     if (threadIdx.x >= rank_.layout.config().num_ranks) return;
-    epoch_ = ptx::ld_relaxed_gpu(rank_.workspace_epochs + workspace_);
-    num_slots_ = rank_.workspace_slots[workspace_];
+    dispatch_ = ptx::ld_relaxed_gpu(rank_.workspace_dispatches + workspace_);
   }
   // Without a fence: the rows are in this GPU's own memory, where every GPU reads them, since the
   // kernels that wrote them have ended. (PyTorch's symmetric memory starts its collectives so.)
@@ -33,16 +32,15 @@ class WorkspacePublisher {
     for (uint32_t r = threadIdx.x; r < rank_.layout.config().num_ranks; r += blockDim.x) {
       if (r == rank_.self_rank) continue;
       // First, because the signal lets the peer go on to where it looks for the credit.
-      op.publish_workspace_credit(r, workspace_, epoch_);
-      op.publish_signal(r, num_slots_);
+      op.publish_workspace_credit(r, workspace_, protocol::signal_epoch(dispatch_));
+      op.publish_signal(r, static_cast<uint32_t>(protocol::signal_count(dispatch_)));
     }
   }
 
  private:
   const RankView& rank_;
   uint32_t workspace_;
-  uint64_t epoch_ = 0;
-  uint32_t num_slots_ = 0;
+  uint64_t dispatch_ = 0;
 };
 
 // Where the rows of a token are: rank-major, a row for each rank that has answered, of weight 1; by

@@ -36,7 +36,8 @@ class WorkspaceCredits {
   // While the epochs are on their way.
   __device__ void fetch() {
     if (threadIdx.x >= num_ranks()) return;
-    last_epoch_ = ptx::ld_relaxed_gpu(rank_.workspace_epochs + workspace_);
+    last_epoch_ =
+        protocol::signal_epoch(ptx::ld_relaxed_gpu(rank_.workspace_dispatches + workspace_));
     credit_ = ptx::ld_relaxed_sys(word(threadIdx.x));
   }
   // Gives this rank's own credit, which a combine has given already if there was one: earlier
@@ -105,13 +106,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
                       &places[threadIdx.x / kWarp], is_alone && kReceives);
   Receiver receiver(rank, recv, behind_sets + (kSends ? Sender::num_words(config) : 0));
   const uint32_t skip_rank = kSends && kReceives ? rank.self_rank : kNoRank;
+  // For what comes after this dispatch; one thread.
+  const auto note = [&] {
+    rank.workspace_dispatches[send.workspace] = protocol::pack_signal(op.epoch(), send.num_slots);
+  };
   if constexpr (Format::kTagged) {
     if (kSends) {
       if (Op::is_clerk()) {
         for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
           if (r != skip_rank) op.publish_signal(r, sets.tokens_of_rank(r) | protocol::kTaggedBit);
         }
-        if (threadIdx.x == 0) rank.workspace_epochs[send.workspace] = op.epoch();
+        if (threadIdx.x == 0) note();
       }
       sender.run(items, fetched);
     }
@@ -134,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     } else if (!kReceives && speaks && threadIdx.x == 0) {
       op.publish_signal(0, sets.tokens_of_rank(0));
     }
-    if (speaks && threadIdx.x == 0) rank.workspace_epochs[send.workspace] = op.epoch();
+    if (speaks && threadIdx.x == 0) note();
   }
   bool ok = true;
   if (kReceives && (speaks || !kSends)) ok = receiver.run(op, skip_rank, sets, 0);

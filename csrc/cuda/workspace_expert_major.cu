@@ -231,7 +231,6 @@ class ExpertMajorReceiver {
     for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
       params_.handle.num_messages[r] = num_messages_[r];
     }
-    if (threadIdx.x == 0) rank_.workspace_slots[params_.workspace] = params_.num_slots;
     return true;
   }
 

@@ -212,25 +212,23 @@ class RankMajorReceiver {
   // some threads: they gave up.
   __device__ bool run(const Op& op, uint32_t skip_rank, const TokenSets& sets,
                       uint32_t num_taken) const {
-    uint32_t* counted = rank_.workspace_counts + workspace_ * num_ranks_;
+    uint32_t* counted = rank_.workspace_counts + workspace_ * (num_ranks_ + 1);
     const bool is_clerk = !kTagged || Op::is_clerk();
     if (is_clerk) {
-      const bool is_alike = rank_.workspace_slots[workspace_] == params_.num_slots;
+      const bool is_alike = counted[num_ranks_] == params_.num_slots;
       for (uint32_t r = threadIdx.x; r < num_ranks_; r += blockDim.x) {
         old_counts_[r] = is_alike ? counted[r] : params_.num_slots;
       }
     }
     bool ok = op.start_recv(
         skip_rank, sources_.words, [&] { return sets.tokens_of_rank(skip_rank); },
-        !kTagged || blockIdx.x == 0);
-#pragma unroll 1
-    for (uint32_t r = threadIdx.x; r < num_ranks_ && ok; r += blockDim.x) {
-      // A source that was told of other slots has written elsewhere.
-      const bool is_alike = r == skip_rank || sources_.is_tagged(r) == kTagged;
-      if (!is_alike || sources_.count(r) > params_.num_slots) {
-        ok = op.corrupt(r, params_.num_slots, sources_.words[r]);
-      }
-    }
+        !kTagged || blockIdx.x == 0,
+        [&](uint32_t r, uint32_t source) {
+          // A source that was told of other slots has written elsewhere.
+          return (protocol::signal_is_tagged(source) == kTagged &&
+                  protocol::signal_count(source) <= params_.num_slots) ||
+                 op.corrupt(r, params_.num_slots, source);
+        });
     if (!__syncthreads_and(ok)) return false;
     if (kTagged) {
       sources_.count_up();
@@ -241,7 +239,7 @@ class RankMajorReceiver {
     for (uint32_t r = threadIdx.x; r < num_ranks_; r += blockDim.x) {
       params_.handle.num_messages[r] = counted[r] = sources_.count(r);
     }
-    if (threadIdx.x == 0) rank_.workspace_slots[workspace_] = params_.num_slots;
+    if (threadIdx.x == 0) counted[num_ranks_] = params_.num_slots;
     for (uint32_t r = threadIdx.x / kWarp; r < num_ranks_; r += kWarps) clear(r);
     return ok;
   }

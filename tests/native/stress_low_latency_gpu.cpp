@@ -180,14 +180,14 @@ bool run_flat(const Shape& shape, const Operations& operations, uint32_t num_blo
 bool run_on_one_host(const Shape& shape, const Operations& operations, uint32_t num_blocks,
                      uint64_t seed) {
   const protocol::LowLatencyLayout layout(shape.config);
-  const uint32_t num_workspaces = shape.config.num_workspaces, num_ranks = shape.config.num_ranks;
+  const uint32_t num_workspaces = shape.config.num_workspaces;
+  const uint32_t num_counts = num_workspaces * (shape.config.num_ranks + 1);
   return run_on_gpu(shape, layout.num_bytes(), operations, num_blocks, seed,
                     [&](uint32_t rank, const std::vector<std::byte*>& bases) {
                       OneHostView view = {base_view(shape, layout, rank, bases, num_blocks),
                                           shape.is_fused};
-                      view.workspace_epochs = shared_array<uint64_t>(num_workspaces);
-                      view.workspace_counts = shared_array<uint32_t>(num_workspaces * num_ranks);
-                      view.workspace_slots = shared_array<uint32_t>(num_workspaces);
+                      view.workspace_dispatches = shared_array<uint64_t>(num_workspaces);
+                      view.workspace_counts = shared_array<uint32_t>(num_counts);
                       return view;
                     });
 }
