@@ -203,6 +203,28 @@ def test_numbers_of_sglang_on_two_gpus_are_those_of_the_results() -> None:
     assert a_token in FLOWING
 
 
+def test_numbers_of_sglangs_overlap_and_eplb_are_those_of_the_results() -> None:
+    measured = results("serve-sglang-2-h200-tbo-eplb.json")
+    assert measured["settings"]["backends"] == ["plain", "tbo", "eplb"]
+    assert all(gate["good"] for gate in measured["gates"])
+    assert len(runs_of(measured)) == 3
+    slower = []
+    for concurrency, runs in runs_of(measured).items():
+        tpot, first = (
+            [median(run, metric) for run in runs] for metric in ("tpot_mean_ms", "ttft_p50_ms")
+        )
+        slower.append(tpot[1] / tpot[0])
+        row = [f"{ms:.2f}" for ms in tpot] + [f"{ms:.0f}" for ms in first]
+        assert f"| {concurrency} | {' | '.join(row)} |" in PAGES
+    assert f"{min(slower):.1f} to {max(slower):.1f} times as slow there as without" in README
+    plain, tbo, eplb = measured["gates"]
+    told = (
+        f"by {tbo['mean']:.4f} and {eplb['mean']:.4f} (its own, asked twice, by "
+        f"{plain['again']['mean']:.4f}), by {tbo['max']:.3f} and {eplb['max']:.3f} at most"
+    )
+    assert told in FLOWING
+
+
 def test_profiled_numbers_of_sglang_are_those_of_the_results() -> None:
     shortest = {
         (profile["backend"], profile["concurrency"]): [
