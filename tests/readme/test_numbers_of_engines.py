@@ -157,6 +157,28 @@ def test_numbers_served_on_a_cpu_are_those_of_the_results(engine: str) -> None:
     assert [gate["good"] for gate in measured["gates"]] == [True] * 4
 
 
+def test_numbers_of_vllm_with_eplb_are_those_of_the_results() -> None:
+    measured = results("serve-vllm-2-h200-eplb.json")
+    assert measured["settings"]["backends"] == ["default", "ep_backend_low_latency", "eplb"]
+    assert all(gate["good"] for gate in measured["gates"])
+    assert len(runs_of(measured)) == 3
+    for concurrency, runs in runs_of(measured).items():
+        tpot, first = (
+            [median(run, metric) for run in runs] for metric in ("tpot_mean_ms", "ttft_p50_ms")
+        )
+        row = [f"{ms:.2f}" for ms in (*tpot, tpot[1] / tpot[0], tpot[2] / tpot[0])]
+        row += [f"{ms:.0f}" for ms in first]
+        assert f"| {concurrency} | {' | '.join(row)} |" in PAGES
+    _, ours, eplb = measured["gates"]
+    assert (ours["max"], ours["again"]["max"]) == (0.0, 0.0)
+    again = eplb["again"]
+    told = (
+        f"they differ by {eplb['mean']:.3f} in the mean and {eplb['max']:.3f} at most, and when "
+        f"asked twice by {again['mean']:.3f} and {again['max']:.3f}:"
+    )
+    assert told in FLOWING
+
+
 def test_numbers_of_sglang_on_two_gpus_are_those_of_the_results() -> None:
     ratios, told = [], []
     for card, small in (
