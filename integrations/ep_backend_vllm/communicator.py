@@ -7,6 +7,7 @@ from typing import Any
 
 from ep_backend import Group, LowLatencyBuffer, NormalBuffer, plugins
 from ep_backend.memory import nvshmem
+from ep_backend_vllm import cpu
 from ep_backend_vllm.backends import BACKENDS, FORMAT_VARIABLE, LOW_LATENCY, uses_batched_format
 from ep_backend_vllm.patching import require, require_parameters
 
@@ -105,14 +106,18 @@ def make_manager(cpu_group: Any, backend: str) -> Any:
     Raises:
         RendezvousError: a rank is on another host, and this backend does not reach it.
         ValueError, ImportError, SettingsMismatch: it might, but for the format, or for the build.
+        UnsupportedVLLM: this vLLM cannot exchange rows on a CPU.
     """
     from vllm.distributed.device_communicators.base_device_communicator import All2AllManagerBase
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
+    # Now, not after a model was loaded.
+    if current_platform.is_cpu():
+        cpu.require_router()
     logger = init_logger("vllm.ep_backend")
     group = Group.from_process_group(cpu_group)
-    _require_reachable(group, backend)  # now, not after a model was loaded
+    _require_reachable(group, backend)
 
     class EPBackendManager(All2AllManagerBase):
         def __init__(self) -> None:

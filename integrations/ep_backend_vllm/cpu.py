@@ -7,6 +7,7 @@ to the classes that vLLM chooses from; its own filter then picks by format.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import time
 from typing import Any
@@ -15,6 +16,7 @@ from ep_backend_vllm.backends import BACKENDS
 from ep_backend_vllm.patching import rebind_everywhere, require
 
 ORACLE = "vllm.model_executor.layers.fused_moe.oracle.unquantized"
+ROUTER = "vllm.model_executor.layers.fused_moe.router.cpu_router"
 QUEUES = "vllm.distributed.device_communicators.shm_broadcast"
 POLL_VARIABLE = "EP_BACKEND_VLLM_POLL_US"
 RUNNER = "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner"
@@ -36,6 +38,17 @@ def check() -> None:
         from vllm.distributed.device_communicators import shm_broadcast
 
         require(hasattr(shm_broadcast, "sched_yield"), QUEUES, "lacks sched_yield")
+
+
+def require_router() -> None:
+    """A CPU's own. Before there was one, experts on a CPU took no rows of others (vLLM 0.26, 0.27)
+    or had a GPU's router called (0.28, 0.29).
+
+    Raises:
+        UnsupportedVLLM: this vLLM has none.
+    """
+    has_router = importlib.util.find_spec(ROUTER) is not None
+    require(has_router, ROUTER, "does not exist: 0.30 is the first to exchange rows on a CPU")
 
 
 def install() -> None:

@@ -23,7 +23,7 @@ _guard = Guard(
     engine="vLLM",
     installed_version=_version,
     supported="0.26 to 0.33",
-    tested="0.26.0, 0.32.0",
+    tested="0.26.0, 0.30.0, 0.31.0, 0.32.0",
     plugins_variable="VLLM_PLUGINS",
     error=UnsupportedVLLM,
 )

@@ -136,6 +136,14 @@ def test_a_vanished_target_stops_the_plugin_with_the_supported_versions(
     assert target.rsplit(".", 1)[1] in str(caught.value)
 
 
+def test_a_vllm_that_cannot_exchange_rows_on_a_cpu_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "ROUTER", "vllm.no_such_router")
+    with pytest.raises(UnsupportedVLLM, match=r"no_such_router does not exist: 0\.30"):
+        communicator.make_manager(None, LOW_LATENCY)
+
+
 def test_adapter_implements_all_that_vllm_declares_abstract() -> None:
     from ep_backend_vllm.cpu_experts import BatchedCPUExperts
     from ep_backend_vllm.low_latency import LowLatencyPrepareAndFinalize
