@@ -26,7 +26,7 @@ _guard = Guard(
     engine="SGLang",
     installed_version=_version,
     supported="0.5.19 to 0.5.23",
-    tested="0.5.19, 0.5.23",
+    tested="0.5.19 to 0.5.23",
     plugins_variable="SGLANG_PLUGINS",
     error=UnsupportedSGLang,
 )
