@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +38,11 @@ def pairs_us(name: str) -> dict[tuple[int, str], float]:
 
 def median(run: dict, metric: str) -> float:
     return run[metric]["median"]
+
+
+def medians(runs: Sequence[dict], *metrics: str) -> list[list[float]]:
+    """Of each metric, of each run."""
+    return [[median(run, metric) for run in runs] for metric in metrics]
 
 
 def runs_of(measured: dict) -> dict[int, list[dict]]:

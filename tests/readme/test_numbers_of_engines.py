@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tests.readme.pages import FLOWING, PAGES, README, in_words, median, results, runs_of
+from tests.readme.pages import FLOWING, PAGES, README, in_words, median, medians, results, runs_of
 
 
 def test_served_numbers_are_those_of_the_results() -> None:
@@ -163,9 +163,7 @@ def test_numbers_of_vllm_with_eplb_are_those_of_the_results() -> None:
     assert all(gate["good"] for gate in measured["gates"])
     assert len(runs_of(measured)) == 3
     for concurrency, runs in runs_of(measured).items():
-        tpot, first = (
-            [median(run, metric) for run in runs] for metric in ("tpot_mean_ms", "ttft_p50_ms")
-        )
+        tpot, first = medians(runs, "tpot_mean_ms", "ttft_p50_ms")
         row = [f"{ms:.2f}" for ms in (*tpot, tpot[1] / tpot[0], tpot[2] / tpot[0])]
         row += [f"{ms:.0f}" for ms in first]
         assert f"| {concurrency} | {' | '.join(row)} |" in PAGES
@@ -200,9 +198,8 @@ def test_numbers_of_sglang_on_two_gpus_are_those_of_the_results() -> None:
                 f"{ms['median']:.2f} ({ms['min']:.2f}-{ms['max']:.2f})"
                 for ms in (theirs["tpot_mean_ms"], ours["tpot_mean_ms"])
             ]
-            tpot, first, rate = (
-                [median(run, metric) for run in (theirs, ours)]
-                for metric in ("tpot_mean_ms", "ttft_p50_ms", "output_tokens_per_sec")
+            tpot, first, rate = medians(
+                (theirs, ours), "tpot_mean_ms", "ttft_p50_ms", "output_tokens_per_sec"
             )
             later.append(first[1] / first[0])
             ratios.append(tpot[1] / tpot[0])
@@ -232,9 +229,7 @@ def test_numbers_of_sglangs_overlap_and_eplb_are_those_of_the_results() -> None:
     assert len(runs_of(measured)) == 3
     slower = []
     for concurrency, runs in runs_of(measured).items():
-        tpot, first = (
-            [median(run, metric) for run in runs] for metric in ("tpot_mean_ms", "ttft_p50_ms")
-        )
+        tpot, first = medians(runs, "tpot_mean_ms", "ttft_p50_ms")
         slower.append(tpot[1] / tpot[0])
         row = [f"{ms:.2f}" for ms in tpot] + [f"{ms:.0f}" for ms in first]
         assert f"| {concurrency} | {' | '.join(row)} |" in PAGES
