@@ -12,6 +12,19 @@ using protocol::HandleEntry;
 using protocol::HandleMessage;
 using protocol::Reduction;
 
+// What a rank has noted of a token of its own: how many rows come home and, a lane a column, whose.
+struct Noted {
+  uint32_t num_columns = 0, answer = 0;
+
+  // Together, whether they are used or not. One warp.
+  __device__ void fetch(const LowLatencyLayout& layout, const CombineRecvParams& recv,
+                        uint32_t token) {
+    const uint32_t lane = threadIdx.x % kWarp, most = layout.num_outcome_columns();
+    num_columns = recv.num_partials[token];
+    if (lane < most) answer = recv.answers[token * most + lane];
+  }
+};
+
 // `Rows`: PlainRows or Float8Rows.
 template <typename Rows, typename View = RankView>
 class Combiner {
@@ -66,22 +79,23 @@ class Combiner {
     if (!all_tagged && op_.is_last_block()) publish(false);
   }
 
-  // Adds up the partial rows of every token of this rank. False, on all lanes of a warp: it gave
-  // up.
-  __device__ bool receive(const CombineRecvParams& recv) const {
+  // Adds up the partial rows of every token of this rank. `items`, `noted`: those of the kernel's
+  // tokens, and what is noted of the first. False, on all lanes of a warp: it gave up.
+  __device__ bool receive(const CombineRecvParams& recv, Items items, Noted noted) const {
     const bool is_tagged = is_batch_tagged(rank_, recv.num_tokens);
-    for (Items items(recv.num_tokens, num_parts_); items.more(); items.next()) {
-      const uint32_t token = items.row(), lane = threadIdx.x % kWarp;
+    while (items.more()) {
+      const Items item = items;
+      const uint32_t token = item.row(), lane = threadIdx.x % kWarp;
+      const uint32_t num_columns = noted.num_columns;
       const uint32_t first_column = token * layout_.num_outcome_columns();
       std::byte* out = recv.out + token * layout_.row_bytes();
-      // Together, whether they are used or not.
-      const uint32_t num_columns = recv.num_partials[token];
-      uint32_t answer = 0;
-      if (lane < layout_.num_outcome_columns()) answer = recv.answers[first_column + lane];
-      if (!make_own(recv, first_column, num_columns, answer, out, items)) continue;
+      uint32_t answer = noted.answer;
+      items.next();
+      if (items.more()) noted.fetch(layout_, recv, items.row());
+      if (!make_own(recv, first_column, num_columns, answer, out, item)) continue;
       if constexpr (!View::kHasNetwork) {  // there nothing is
         if (is_tagged) {
-          if (!add_tagged(recv, first_column, num_columns, out, items)) return false;
+          if (!add_tagged(recv, first_column, num_columns, out, item)) return false;
           continue;
         }
       }
@@ -98,7 +112,7 @@ class Combiner {
         plan_->weights[c] = is_source_ ? recv.topk_weights[first_column + lower] : 1.0f;
       });
       __syncwarp();
-      rows_.add_up(*plan_, num_columns, items.first_part(), items.end_part(), out);
+      rows_.add_up(*plan_, num_columns, item.first_part(), item.end_part(), out);
     }
     return true;
   }

@@ -230,13 +230,30 @@ __device__ inline void widen(const uint4& vector, float (&out)[4]) {
 // Channels of a vector of float8. Eight lanes hold those that share a scale.
 constexpr uint32_t kChannelsPerVector = 16;
 
-// Of the channels that eight lanes hold together; `amax`: of this lane's, NaN left out.
-__device__ inline protocol::Scale scale_of_lanes(float amax, protocol::ScaleFormat format) {
+// Of kCount sets of channels that eight lanes hold together; `amax`: of this lane's, NaN left out.
+// A division takes as long as all else, so each lane makes one of those that are wanted.
+template <uint32_t kCount>
+__device__ inline void scales_of_lanes(const float (&amax)[kCount], protocol::ScaleFormat format,
+                                       protocol::Scale (&scales)[kCount]) {
+  const uint32_t lane = threadIdx.x % kWarp;
+  float own = 0.0f;
 #pragma unroll
-  for (uint32_t step = 1; step < 8; step *= 2) {
-    amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, step));
+  for (uint32_t i = 0; i < kCount; ++i) {
+    float largest = amax[i];
+#pragma unroll
+    for (uint32_t step = 1; step < 8; step *= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, step));
+    }
+    if (lane / 2 % kCount == i) own = protocol::clamped_amax(largest);
   }
-  return protocol::scale_for(amax, format);
+  const bool is_inverse = lane % 2 != 0;
+  const float quotient =
+      (is_inverse ? protocol::kMaxE4M3 : own) / (is_inverse ? own : protocol::kMaxE4M3);
+#pragma unroll
+  for (uint32_t i = 0; i < kCount; ++i) {
+    scales[i] = protocol::scale_of(__shfl_sync(kAllLanes, quotient, 2 * i, 2 * kCount),
+                                   __shfl_sync(kAllLanes, quotient, 2 * i + 1, 2 * kCount), format);
+  }
 }
 
 __device__ inline uint4 quantized(const float (&values)[kChannelsPerVector],
@@ -281,26 +298,23 @@ struct QuantizeRow {
     }
     return out;
   }
+  // Whole warp.
   __device__ Part finish(const Fetched& fetched) const {
+    const float amax[2] = {largest(fetched.inputs[0]), largest(fetched.inputs[1])};
+    protocol::Scale scales[2];
+    scales_of_lanes(amax, format, scales);
     Part out;
-    uint32_t scales[2];
 #pragma unroll
     for (uint32_t i = 0; i < 2; ++i) {
-      out.vectors[i] = quantize(fetched.inputs[i], format, &scales[i]);
-    }
-    out.scale = threadIdx.x % 8 == 1 ? scales[1] : scales[0];
-    return out;
-  }
-
-  // 16 values, of a group that eight lanes hold. Whole warp.
-  __device__ static uint4 quantize(const uint4 (&inputs)[kInputs], protocol::ScaleFormat format,
-                                   uint32_t* scale_bits) {
-    const protocol::Scale scale = scale_of_lanes(largest(inputs), format);
-    *scale_bits = __float_as_uint(scale.scale);
-    float values[kInputs][kWidth];
+      float values[kInputs][kWidth];
 #pragma unroll
-    for (uint32_t j = 0; j < kInputs; ++j) widen(inputs[j], values[j]);
-    return quantized(reinterpret_cast<const float (&)[kChannelsPerVector]>(values), scale);
+      for (uint32_t j = 0; j < kInputs; ++j) widen(fetched.inputs[i][j], values[j]);
+      out.vectors[i] =
+          quantized(reinterpret_cast<const float (&)[kChannelsPerVector]>(values), scales[i]);
+    }
+    const float first = scales[0].scale, second = scales[1].scale;
+    out.scale = __float_as_uint(threadIdx.x % 8 == 1 ? second : first);
+    return out;
   }
 
   // Of this lane's elements, NaN left out.

@@ -76,10 +76,14 @@ __device__ void sum_some_parts(const SumPlan& plan, uint32_t num_rows, uint32_t 
 #pragma unroll 1
     for (uint32_t first = 0; first < num_rows; first += kRows) {
       uint4 vectors[kRows][kParts][2];
+      const uint4* rows[kRows];  // all, before the first load of a row would hold up the others
+#pragma unroll
+      for (uint32_t r = 0; r < kRows; ++r) {
+        rows[r] = reinterpret_cast<const uint4*>(plan.rows[first + r < num_rows ? first + r : 0]);
+      }
 #pragma unroll
       for (uint32_t r = 0; r < kRows; ++r) {
         const bool has_row = first + r < num_rows;
-        const auto* row = reinterpret_cast<const uint4*>(plan.rows[has_row ? first + r : 0]);
 #pragma unroll
         for (uint32_t p = 0; p < kParts; ++p) {
 #pragma unroll
@@ -87,7 +91,7 @@ __device__ void sum_some_parts(const SumPlan& plan, uint32_t num_rows, uint32_t 
             const uint32_t vector = lane.vector(part + p, i);
             vectors[r][p][i] = {};
             if (has_row && part + p < end_part && vector < num_vectors) {
-              vectors[r][p][i] = ptx::ld_row(row + vector);
+              vectors[r][p][i] = ptx::ld_row(rows[r] + vector);
             }
           }
         }

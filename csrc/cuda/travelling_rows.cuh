@@ -96,12 +96,13 @@ class ChannelSum {
   }
   // With the scale of the channels that eight lanes hold together.
   __device__ uint4 to_float8(uint32_t* scale_bits) const {
-    float amax = 0.0f;
+    float amax[1] = {0.0f};
 #pragma unroll
-    for (uint32_t c = 0; c < kChannelsPerVector; ++c) amax = fmaxf(amax, fabsf(acc_[c]));
-    const protocol::Scale scale = scale_of_lanes(amax, protocol::ScaleFormat::kFloat32);
-    *scale_bits = __float_as_uint(scale.scale);
-    return quantized(acc_, scale);
+    for (uint32_t c = 0; c < kChannelsPerVector; ++c) amax[0] = fmaxf(amax[0], fabsf(acc_[c]));
+    protocol::Scale scales[1];
+    scales_of_lanes(amax, protocol::ScaleFormat::kFloat32, scales);
+    *scale_bits = __float_as_uint(scales[0].scale);
+    return quantized(acc_, scales[0]);
   }
   // `vector`: counted in vectors of float8.
   __device__ void store(std::byte* out, uint32_t vector) const {

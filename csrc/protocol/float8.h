@@ -34,16 +34,20 @@ EP_HOST_DEVICE inline float float_of(uint32_t bits) {
 #endif
 }
 
-// `amax`: largest magnitude of the channels, NaN left out. Divisions are IEEE: compile device code
-// without fast math.
-EP_HOST_DEVICE inline Scale scale_for(float amax, ScaleFormat format) {
-  if (!(amax >= kMinAmax)) amax = kMinAmax;
-  const float exact = amax / kMaxE4M3;
-  if (format == ScaleFormat::kFloat32) return {exact, kMaxE4M3 / amax};
-  const uint32_t bits = bits_of(exact);
+// `amax`: largest magnitude of the channels, NaN left out.
+EP_HOST_DEVICE inline float clamped_amax(float amax) { return amax >= kMinAmax ? amax : kMinAmax; }
+
+// From both quotients of the clamped amax, as IEEE divides: compile device code without fast math.
+EP_HOST_DEVICE inline Scale scale_of(float amax_by_max, float max_by_amax, ScaleFormat format) {
+  if (format == ScaleFormat::kFloat32) return {amax_by_max, max_by_amax};
+  const uint32_t bits = bits_of(amax_by_max);
   uint32_t exponent = (bits >> 23) + ((bits & 0x7fffff) != 0 ? 1 : 0);
   if (exponent > 253) exponent = 253;  // an infinite amax
   return {float_of(exponent << 23), float_of((254 - exponent) << 23)};
+}
+EP_HOST_DEVICE inline Scale scale_for(float amax, ScaleFormat format) {
+  amax = clamped_amax(amax);
+  return scale_of(amax / kMaxE4M3, kMaxE4M3 / amax, format);
 }
 
 // The exponent byte of a power of two.
