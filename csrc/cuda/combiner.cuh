@@ -79,8 +79,12 @@ class Combiner {
     if (!all_tagged && op_.is_last_block()) publish(false);
   }
 
-  // Adds up the partial rows of every token of this rank. `items`, `noted`: those of the kernel's
-  // tokens, and what is noted of the first. False, on all lanes of a warp: it gave up.
+  // How the rows of all tokens of this rank are shared out.
+  __device__ static Items items(const View& rank, uint32_t num_tokens) {
+    return Items(num_tokens, protocol::parts_for(rank.layout.combine_row_bytes()));
+  }
+  // Adds up the partial rows of every token. `items`: see above; `noted`: of the first of them.
+  // False, on all lanes of a warp: it gave up.
   __device__ bool receive(const CombineRecvParams& recv, Items items, Noted noted) const {
     const bool is_tagged = is_batch_tagged(rank_, recv.num_tokens);
     while (items.more()) {

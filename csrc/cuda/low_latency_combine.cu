@@ -23,14 +23,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   const bool keeps_own = !is_source(rank) && !sends_to_self(rank, recv.num_tokens);
   const uint32_t skip_rank = kSends && kReceives && keeps_own ? rank.self_rank : kNoRank;
   const Sources received(shared, rank.layout.config().num_ranks);
-  const Items tokens(kReceives ? recv.num_tokens : 0,
-                     protocol::parts_for(rank.layout.combine_row_bytes()));
+  const Items items = Combiner<Rows, View>::items(rank, kReceives ? recv.num_tokens : 0);
   Noted noted;
   ptx::touch(rank);
   if (kSends) ptx::touch(send);
   if (kReceives) ptx::touch(recv);
   const OpOf<View> op(rank, Phase::kCombine, kSends, kReceives, [&] {
-    if (tokens.more()) noted.fetch(rank.layout, recv, tokens.row());
+    if (items.more()) noted.fetch(rank.layout, recv, items.row());
     if (kSends) received.read(send.handle.num_messages);
   });
   const Combiner<Rows, View> combiner(rank, op, send, received, skip_rank,
@@ -44,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   if (kReceives) {
     ok = op.start_recv(skip_rank, nullptr, [] { return 0u; });
     if (!__syncthreads_and(ok)) return;
-    ok = combiner.receive(recv, tokens, noted);
+    ok = combiner.receive(recv, items, noted);
   }
   op.complete(ok);
 }

@@ -231,7 +231,8 @@ __device__ inline void widen(const uint4& vector, float (&out)[4]) {
 constexpr uint32_t kChannelsPerVector = 16;
 
 // Of kCount sets of channels that eight lanes hold together; `amax`: of this lane's, NaN left out.
-// A division takes as long as all else, so each lane makes one of those that are wanted.
+// Each lane makes one of the divisions, not all. (No array is indexed by a lane: it would go to
+// memory.)
 template <uint32_t kCount>
 __device__ inline void scales_of_lanes(const float (&amax)[kCount], protocol::ScaleFormat format,
                                        protocol::Scale (&scales)[kCount]) {

@@ -35,18 +35,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   __shared__ SumPlan plans[kWarps];
   const Sources nothing(nullptr, 0);
   const CombineSendParams no_send = {};
-  const Items tokens(recv.num_tokens, protocol::parts_for(rank.layout.combine_row_bytes()));
+  const Items items = Combiner<Rows, View>::items(rank, recv.num_tokens);
   Noted noted;
   ptx::touch(rank);
   ptx::touch(recv);
   const OpOf<View> op(rank, Phase::kCombine, false, true, [&] {
-    if (tokens.more()) noted.fetch(rank.layout, recv, tokens.row());
+    if (items.more()) noted.fetch(rank.layout, recv, items.row());
   });
   const Combiner<Rows, View> combiner(rank, op, no_send, nothing, kNoRank,
                                       &plans[threadIdx.x / kWarp]);
   const bool ok = op.start_recv(kNoRank, nullptr, [] { return 0u; });
   if (!__syncthreads_and(ok)) return;
-  op.complete(combiner.receive(recv, tokens, noted));
+  op.complete(combiner.receive(recv, items, noted));
 }
 
 template <typename Rows>
