@@ -57,8 +57,9 @@ inline protocol::DispatchRecvParams make_dispatch_recv(
 
 inline protocol::CombineSendParams make_combine_send(uintptr_t expert_out, uintptr_t num_messages,
                                                      uintptr_t messages, uintptr_t entries,
-                                                     int32_t workspace) {
-  return {pointer<std::byte>(expert_out), handle_view(num_messages, messages, entries), workspace};
+                                                     int32_t workspace, uint32_t num_slots) {
+  return {pointer<std::byte>(expert_out), handle_view(num_messages, messages, entries), workspace,
+          num_slots};
 }
 
 inline protocol::CombineRecvParams make_combine_recv(uintptr_t out, uint32_t num_tokens,

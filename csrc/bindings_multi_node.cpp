@@ -153,11 +153,12 @@ void bind_rank(py::module_& m) {
            })
       .def("combine_send",
            [](MultiNodeRank& self, uintptr_t expert_out, uintptr_t num_messages, uintptr_t messages,
-              uintptr_t entries, uintptr_t num_forwarded, uintptr_t forwarded, int32_t workspace) {
+              uintptr_t entries, uintptr_t num_forwarded, uintptr_t forwarded, int32_t workspace,
+              uint32_t num_slots) {
              return run([&] {
-               return self.combine_send(
-                   make_combine_send(expert_out, num_messages, messages, entries, workspace),
-                   forwarded_at(num_forwarded, forwarded));
+               return self.combine_send(make_combine_send(expert_out, num_messages, messages,
+                                                          entries, workspace, num_slots),
+                                        forwarded_at(num_forwarded, forwarded));
              });
            })
       .def("combine_recv",

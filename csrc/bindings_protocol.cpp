@@ -5,6 +5,7 @@
 #include <optional>
 #include <utility>
 
+#include "protocol/blanks.h"
 #include "protocol/layout.h"
 #include "protocol/network_layout.h"
 #include "protocol/op.h"
@@ -132,7 +133,10 @@ void bind_layout(py::module_& m) {
       .def_property_readonly("tagged_row_in_message", &LowLatencyLayout::tagged_row_in_message)
       .def_property_readonly("tagged_message_bytes", &LowLatencyLayout::tagged_message_bytes)
       .def("tagged_outcome", &LowLatencyLayout::tagged_outcome)
+      .def_property_readonly("tagged_outcome_stride", &LowLatencyLayout::tagged_outcome_stride)
+      .def("answering_row", &LowLatencyLayout::answering_row)
       .def("workspace_credit", &LowLatencyLayout::workspace_credit)
+      .def("workspace_arrivals", &LowLatencyLayout::workspace_arrivals)
       .def("workspace_row", &LowLatencyLayout::workspace_row)
       .def("workspace_scales", &LowLatencyLayout::workspace_scales)
       .def("workspace_topk_idx", &LowLatencyLayout::workspace_topk_idx)
@@ -142,6 +146,8 @@ void bind_layout(py::module_& m) {
       .def_property_readonly("credits_offset", &LowLatencyLayout::credits_offset)
       .def_property_readonly("workspace_credits_offset",
                              &LowLatencyLayout::workspace_credits_offset)
+      .def_property_readonly("workspace_arrivals_offset",
+                             &LowLatencyLayout::workspace_arrivals_offset)
       .def_property_readonly("sleepers_offset", &LowLatencyLayout::sleepers_offset)
       .def_property_readonly("counts_offset", &LowLatencyLayout::counts_offset)
       .def_property_readonly("headers_offset", &LowLatencyLayout::headers_offset)
@@ -189,4 +195,6 @@ void bind_protocol(py::module_& m) {
   });
   m.def("tagged_header_bytes", &tagged_header_bytes);
   m.def("tagged_row_bytes", &tagged_row_bytes);
+  m.def("filling", &filling);
+  m.def("filled", &filled);
 }

@@ -100,14 +100,16 @@ class LowLatencyBuffer:
             dispatch need not wait for the weights. Expert-major only.
         transfer: CUDA: "pull", the receiver fetches rows; "push", the sender writes them into its
             peers' memory; "pull_push", dispatch's rows are fetched and combine's written. Default:
-            "pull_push" between GPUs, "pull" in workspaces and between virtual ranks. The CPU always
-            pushes; so does a combine with reduction "source".
+            "pull_push" between GPUs, "pull" in expert-major workspaces and between virtual ranks.
+            The CPU always pushes; so does a combine with reduction "source". In workspaces
+            dispatch's rows are written, and so are combine's of a tagged batch with "pull_push";
+            all others are fetched.
         num_max_tagged_tokens: CUDA: batches of up to so many tokens travel with an epoch in every
-            16 bytes, so that a receiver need not wait for a signal. Default: 256 / ranks,
-            and 0 where a row has more than 32 KiB. In rank-major workspaces dispatches of up to so
-            many `num_slots`; default: as many as are 352 KiB, with the epochs, 32 of hidden 7168 in
-            float8, 56 of hidden 2048 in bfloat16; with more than four ranks 200 KiB, 18 and 32. Not
-            in expert-major ones.
+            16 bytes, so that a receiver need not wait for a signal, and their rows come back so
+            that it can see them come. Default: 256 / ranks, and 0 where a row has more than 32 KiB.
+            In rank-major workspaces dispatches of up to so many `num_slots`; default: as many as
+            are 352 KiB, with the epochs, 32 of hidden 7168 in float8, 56 of hidden 2048 in
+            bfloat16; with more than four ranks 200 KiB, 18 and 32. Not in expert-major ones.
         num_workspaces: CUDA, rank-major, or expert-major with reduction "source": if not 0, every
             exchange is in one of so many workspaces, sets of tensors in symmetric memory. Rows are
             sent straight to the `recv_*` tensors of their receiver, and fetched straight from its
@@ -173,7 +175,9 @@ class LowLatencyBuffer:
         network: NetworkConfig | None = None,
     ) -> None:
         by_default = default_transfer(
-            group.num_ranks, has_workspaces=num_workspaces > 0, is_virtual=group.is_virtual
+            group.num_ranks,
+            has_expert_workspaces=num_workspaces > 0 and output_layout == "expert_major",
+            is_virtual=group.is_virtual,
         )
         settings = BufferSettings(
             num_max_tokens_per_rank=num_max_tokens_per_rank,
@@ -644,7 +648,7 @@ class LowLatencyBuffer:
 def _combine_send_arguments(expert_out: torch.Tensor, handle: DispatchHandle) -> tuple[int, ...]:
     """Of the native combine_send."""
     _, _, *received = handle.pointers()
-    return (expert_out.data_ptr(), *received, handle.workspace)
+    return (expert_out.data_ptr(), *received, handle.workspace, handle.num_slots)
 
 
 def _combine_recv_arguments(

@@ -45,11 +45,15 @@ NETWORK_REMEDY = (
     "host."
 )
 # What goes with workspaces. (Rank-major, rows are reduced on their rank in any case.)
-WORKSPACE_SETTINGS = {"device": "cuda", "transfer": "pull"}
+WORKSPACE_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "device": ("cuda",),
+    "transfer": ("pull", "pull_push"),
+}
 EXPERT_WORKSPACE_SETTINGS = WORKSPACE_SETTINGS | {
-    "reduction": "source",
-    "expert_ids": "local",
-    "num_max_tagged_tokens": 0,
+    "transfer": ("pull",),
+    "reduction": ("source",),
+    "expert_ids": ("local",),
+    "num_max_tagged_tokens": (None, 0),
 }
 TAGGED_BYTES_IN_WORKSPACES = 352 << 10
 """Of the messages of a batch, up to which tagged words are worth their bytes and a copy: what they
@@ -234,13 +238,14 @@ class BufferSettings:
             )
         is_by_expert = self.output_layout == "expert_major"
         settings = EXPERT_WORKSPACE_SETTINGS if is_by_expert else WORKSPACE_SETTINGS
-        for name, needed in settings.items():
+        for name, allowed in settings.items():
             value = getattr(self, name)
-            if value not in (needed, None):
+            if value not in allowed:
+                needed = " or ".join(repr(a) for a in allowed if a is not None)
                 raise ValueError(
                     f"num_workspaces is {self.num_workspaces}, output_layout "
                     f"{self.output_layout!r} and {name} {value!r}, but in such workspaces it is "
-                    f"{needed!r}. Pass that, or leave num_workspaces out."
+                    f"{needed}. Pass that, or leave num_workspaces out."
                 )
 
     def _check_network(self) -> None:
@@ -339,14 +344,14 @@ class BufferSettings:
         return min(self.num_max_tokens_per_rank, default_tagged_tokens(num_ranks))
 
 
-def default_transfer(num_ranks: int, *, has_workspaces: bool, is_virtual: bool) -> str:
+def default_transfer(num_ranks: int, *, has_expert_workspaces: bool, is_virtual: bool) -> str:
     """Between GPUs combine's rows are pushed: requests would be in the way of others' rows. A pair
     of 64 and 128 tokens a rank (hidden 7168, float8, top-8, untagged) between four H200s over
     NVLink takes 34.9 and 53.1 us all pulled, 29.9 and 46.7 all pushed, 4.2 and 5.3 us of that in
     combine; between two 22.9 and 30.6 pulled, 22.1 and 30.0 with combine's alone pushed. Not
     timed between more. Dispatches, which gain less, would need memory for every rank's rows;
     combine does either way."""
-    return "pull_push" if num_ranks > 1 and not (has_workspaces or is_virtual) else "pull"
+    return "pull_push" if num_ranks > 1 and not (has_expert_workspaces or is_virtual) else "pull"
 
 
 def default_tagged_tokens(num_ranks: int) -> int:

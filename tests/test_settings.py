@@ -24,10 +24,10 @@ def test_the_cpu_pushes_and_tags_nothing_whatever_it_is_told() -> None:
 
 
 def test_combine_is_pushed_between_gpus() -> None:
-    own_gpus = {"has_workspaces": False, "is_virtual": False}
+    own_gpus = {"has_expert_workspaces": False, "is_virtual": False}
     by_ranks = [default_transfer(n, **own_gpus) for n in (1, 2, 8)]
     assert by_ranks == ["pull", "pull_push", "pull_push"]
-    for there in ("has_workspaces", "is_virtual"):
+    for there in ("has_expert_workspaces", "is_virtual"):
         assert default_transfer(8, **(own_gpus | {there: True})) == "pull"
 
 

@@ -227,7 +227,8 @@ class Combiner {
   __device__ bool add_tagged(const CombineRecvParams& recv, uint32_t first_column,
                              uint32_t num_columns, std::byte* out, const Items& items) const {
     constexpr uint32_t kBatch = Rows::kTaggedBatch;
-    const uint64_t row_bytes = protocol::tagged_row_bytes(layout_.combine_row_bytes());
+    using Coming = typename Rows::Coming;
+    const uint64_t row_bytes = layout_.tagged_outcome_stride();
     const uint32_t num_vectors = rows_.num_vectors();
     std::byte* rows = op_.self() + layout_.tagged_outcome(op_.bank(), first_column);
     const uint32_t* answers = recv.answers + first_column;
@@ -238,7 +239,7 @@ class Combiner {
       typename Rows::PartSum sum(num_columns);
 #pragma unroll 1
       for (uint32_t first = 0; first < num_columns; first += kBatch) {
-        TaggedPart batch[kBatch];
+        Coming batch[kBatch];
         auto ask = [&] {
 #pragma unroll
           for (uint32_t i = 0; i < kBatch; ++i) {
@@ -257,8 +258,8 @@ class Combiner {
           bool ok = true;
 #pragma unroll 1
           for (uint32_t c = first; c < min(first + kBatch, num_columns) && ok; ++c) {
-            ok = wait_for_part(rank_, op_.receiving(), answers[c] >> 16,
-                               rows + column_of(c) * row_bytes, num_vectors, part);
+            ok = Coming::wait(rank_, op_.receiving(), answers[c] >> 16,
+                              rows + column_of(c) * row_bytes, num_vectors, part);
           }
           return ok;
         };
@@ -266,6 +267,9 @@ class Combiner {
 #pragma unroll
         for (uint32_t i = 0; i < kBatch; ++i) {
           if (first + i < num_columns) {
+            if constexpr (Coming::kMakesBlanks) {
+              Coming::clear(rows + column_of(first + i) * row_bytes, num_vectors, part);
+            }
             const float weight =
                 is_source_ ? recv.topk_weights[first_column + column_of(first + i)] : 1.0f;
             sum.add(batch[i].part(), weight, first + i == 0);

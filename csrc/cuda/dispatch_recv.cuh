@@ -260,8 +260,8 @@ class DispatchReceiver {
         auto wait = [&] {
           return op_.have_tag(words, src_rank, &header) &&
                  (!is_there() || op_.have_tag(words + 1 + j, src_rank, &entry)) &&
-                 wait_for_part(rank_, op_.receiving(), src_rank, tagged_row, shape_.num_vectors,
-                               items.first_part());
+                 TaggedPart::wait(rank_, op_.receiving(), src_rank, tagged_row, shape_.num_vectors,
+                                  items.first_part());
         };
         if (!poll_tagged(false, ask, are_here, wait)) return false;
       } else {

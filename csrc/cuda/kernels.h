@@ -20,7 +20,6 @@ inline bool has_usual_shape(const protocol::LowLatencyConfig& config) {
 // Of the kernels of a file that such a rank may launch, or of all, see Launch::prepare.
 void prepare_dispatch(const protocol::LowLatencyConfig& config);
 void prepare_combine(const protocol::LowLatencyConfig& config);
-void prepare_workspace_combine();
 
 // Shared memory of a dispatch: a bit for each token, under every expert and rank, and what arrives.
 uint64_t dispatch_shared_bytes(const protocol::LowLatencyLayout& layout, uint32_t self_rank,
@@ -56,16 +55,26 @@ extern const WorkspaceDispatch kTaggedWorkspaceDispatch[2];  // rank-major, too
 inline const WorkspaceDispatch& workspace_dispatch(const protocol::LowLatencyLayout& layout,
                                                    uint32_t num_slots) {
   if (layout.has_expert_workspaces()) return kExpertWorkspaceDispatch;
-  const bool is_tagged = num_slots <= layout.config().num_max_tagged_tokens;
-  return (is_tagged ? kTaggedWorkspaceDispatch
-                    : kRankMajorWorkspaceDispatch)[has_usual_shape(layout.config())];
+  return (layout.is_tagged_in_workspace(num_slots)
+              ? kTaggedWorkspaceDispatch
+              : kRankMajorWorkspaceDispatch)[has_usual_shape(layout.config())];
 }
 
-void launch_workspace_combine_send(const RankView& rank, const CombineSendParams& send,
-                                   const Launch& launch);
-void launch_workspace_combine_recv(const RankView& rank, const CombineRecvParams& recv,
-                                   const Launch& launch);
-void launch_workspace_combine(const RankView& rank, const CombineSendParams& send,
-                              const CombineRecvParams& recv, const Launch& launch);
+// Combine from workspaces.
+struct WorkspaceCombine {
+  void (*prepare)();
+  void (*send)(const RankView& rank, const CombineSendParams& send, const Launch& launch);
+  void (*recv)(const RankView& rank, const CombineRecvParams& recv, const Launch& launch);
+  void (*both)(const RankView& rank, const CombineSendParams& send, const CombineRecvParams& recv,
+               const Launch& launch);
+};
+extern const WorkspaceCombine kWorkspaceCombine;        // sources fetch rows
+extern const WorkspaceCombine kTaggedWorkspaceCombine;  // rows come to them
+
+// As above.
+inline const WorkspaceCombine& workspace_combine(const protocol::LowLatencyLayout& layout,
+                                                 uint32_t num_slots) {
+  return layout.brings_from_workspace(num_slots) ? kTaggedWorkspaceCombine : kWorkspaceCombine;
+}
 
 }  // namespace ep::cuda

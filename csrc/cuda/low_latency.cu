@@ -54,7 +54,8 @@ void prepare_kernels(const LowLatencyLayout& layout) {
       workspace_dispatch(layout, layout.config().num_max_tokens_per_rank);
   of_few.prepare();
   if (&of_many != &of_few) of_many.prepare();
-  prepare_workspace_combine();
+  workspace_combine(layout, 1).prepare();
+  kWorkspaceCombine.prepare();
 }
 
 }  // namespace
@@ -98,31 +99,40 @@ LowLatencyRank::Plan LowLatencyRank::plan(uint64_t num_items, void* stream, uint
   return plan;
 }
 
-// Of a dispatch into a workspace. With peers, blocks of as many items as they have warps: fewer
-// have to find together at the end. Tagged, nothing has to, and all blocks receive.
+// Of a dispatch into a workspace. With peers, and more to do than half of the SMs have blocks,
+// blocks of as many items as they have warps: each has a fence and a word to every peer at its end.
+// Tagged, none has, and all blocks receive.
 LowLatencyRank::Plan LowLatencyRank::plan_workspace(uint32_t num_tokens, uint32_t num_slots,
                                                     void* stream) {
   const LowLatencyLayout& layout = view_.layout;
   const uint32_t num_columns = layout.num_outcome_columns();
   const uint32_t num_parts =
       protocol::parts_for(layout.dispatch_row_bytes()) + (layout.has_expert_workspaces() ? 0 : 1);
-  if (num_slots <= layout.config().num_max_tagged_tokens) {
+  if (layout.is_tagged_in_workspace(num_slots)) {
     const uint64_t num_items = uint64_t{num_slots} * num_columns * num_parts;
     return plan(num_items, stream, 2 * num_items);
   }
   const uint64_t num_items = uint64_t{num_tokens} * num_parts;
   const uint64_t num_read = uint64_t{num_tokens} * protocol::parts_for(layout.row_bytes());
-  const bool spreads = layout.config().num_ranks == 1;
-  const bool has_much = num_items > uint64_t{num_sms_} * kWarps;
-  return plan(spreads || has_much ? num_items : (num_items + kWarps - 1) / kWarps, stream,
-              num_read + num_items * num_columns);
+  const bool spreads = layout.config().num_ranks == 1 || num_items > uint64_t{num_sms_} * kWarps;
+  const uint64_t num_filled = (num_items + kWarps - 1) / kWarps;
+  const uint64_t num_used = std::max(num_filled, std::min<uint64_t>(num_items, half_of_sms_));
+  return plan(spreads ? num_items : num_used, stream, num_read + num_items * num_columns);
 }
 
-// Of the half of a combine that fetches rows from workspaces.
-LowLatencyRank::Plan LowLatencyRank::plan_workspace_combine(uint32_t num_tokens, void* stream) {
+// Of a combine from workspaces, or of the half that adds up `num_tokens` rows; of the half that
+// tells or brings others theirs, 0. (A signal is little to do.)
+LowLatencyRank::Plan LowLatencyRank::plan_workspace_combine(uint32_t num_tokens, uint32_t num_slots,
+                                                            bool sends, void* stream) {
   const LowLatencyLayout& layout = view_.layout;
-  const uint64_t num_items = uint64_t{num_tokens} * protocol::parts_for(layout.row_bytes());
-  return plan(num_items, stream, num_items * (1 + layout.num_outcome_columns()));
+  const uint32_t num_parts = protocol::parts_for(layout.row_bytes());
+  const uint64_t num_added = uint64_t{num_tokens} * num_parts;
+  const uint64_t num_read = num_added * (1 + layout.num_outcome_columns());
+  if (!sends || !layout.brings_from_workspace(num_slots)) {
+    return plan(std::max<uint64_t>(num_added, 1), stream, num_read);
+  }
+  const uint64_t num_sent = uint64_t{num_slots} * (layout.num_outcome_columns() - 1) * num_parts;
+  return plan(num_added + num_sent, stream, num_read + 2 * num_sent);
 }
 
 uint64_t LowLatencyRank::num_parts_received() const {
@@ -150,7 +160,7 @@ OpResult LowLatencyRank::dispatch_send(const DispatchSendParams& send, void* str
 
 OpResult LowLatencyRank::dispatch_recv(const DispatchRecvParams& recv, void* stream) {
   if (recv.workspace >= 0) {
-    const bool is_tagged = recv.num_slots <= view_.layout.config().num_max_tagged_tokens;
+    const bool is_tagged = view_.layout.is_tagged_in_workspace(recv.num_slots);
     const Plan p = is_tagged ? plan_workspace(0, recv.num_slots, stream) : plan(1, stream);
     workspace_dispatch(view_.layout, recv.num_slots).recv(p.view, recv, p.launch);
   } else {
@@ -175,8 +185,8 @@ OpResult LowLatencyRank::dispatch(const DispatchSendParams& send, const Dispatch
 
 OpResult LowLatencyRank::combine_send(const CombineSendParams& send, void* stream) {
   if (send.workspace >= 0) {
-    const Plan p = plan(1, stream);
-    launch_workspace_combine_send(p.view, send, p.launch);
+    const Plan p = plan_workspace_combine(0, send.num_slots, true, stream);
+    workspace_combine(view_.layout, send.num_slots).send(p.view, send, p.launch);
   } else {
     const Plan p = plan(num_parts_answered(), stream);
     launch_combine_send(p.view, send, p.launch);
@@ -186,8 +196,8 @@ OpResult LowLatencyRank::combine_send(const CombineSendParams& send, void* strea
 
 OpResult LowLatencyRank::combine_recv(const CombineRecvParams& recv, void* stream) {
   if (recv.workspace >= 0) {
-    const Plan p = plan_workspace_combine(recv.num_tokens, stream);
-    launch_workspace_combine_recv(p.view, recv, p.launch);
+    const Plan p = plan_workspace_combine(recv.num_tokens, recv.num_slots, false, stream);
+    workspace_combine(view_.layout, recv.num_slots).recv(p.view, recv, p.launch);
   } else {
     const uint64_t num_parts = protocol::parts_for(view_.layout.combine_row_bytes());
     const Plan p = plan(recv.num_tokens * num_parts, stream);
@@ -199,8 +209,8 @@ OpResult LowLatencyRank::combine_recv(const CombineRecvParams& recv, void* strea
 OpResult LowLatencyRank::combine(const CombineSendParams& send, const CombineRecvParams& recv,
                                  void* stream) {
   if (send.workspace >= 0) {
-    const Plan p = plan_workspace_combine(recv.num_tokens, stream);
-    launch_workspace_combine(p.view, send, recv, p.launch);
+    const Plan p = plan_workspace_combine(recv.num_tokens, recv.num_slots, true, stream);
+    workspace_combine(view_.layout, recv.num_slots).both(p.view, send, recv, p.launch);
   } else {
     const Plan p = plan(num_parts_answered(), stream);
     launch_combine(p.view, send, recv, p.launch);

@@ -143,7 +143,7 @@ class LowLatencyRank : public RankHost {
   struct Plan;
   Plan plan(uint64_t num_items, void* stream, uint64_t num_parts = ~uint64_t{0});
   Plan plan_workspace(uint32_t num_tokens, uint32_t num_slots, void* stream);
-  Plan plan_workspace_combine(uint32_t num_tokens, void* stream);
+  Plan plan_workspace_combine(uint32_t num_tokens, uint32_t num_slots, bool sends, void* stream);
   // Parts of rows that the latest dispatch brings, and that its combine sends, at most.
   uint64_t num_parts_received() const;
   uint64_t num_parts_answered() const;

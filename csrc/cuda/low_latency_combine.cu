@@ -41,11 +41,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   }
   bool ok = true;
   if (kReceives) {
-    ok = op.start_recv(skip_rank, nullptr, [] { return 0u; });
-    if (!__syncthreads_and(ok)) return;
-    ok = combiner.receive(recv, items, noted);
+    if (View::kBatch == Batch::kTagged) {
+      if (!op.may_receive()) return;
+      const bool takes = OpOf<View>::is_clerk() && threadIdx.x / kWarp == kWarps - 1;
+      if (takes) ok = op.take_signals(skip_rank, nullptr, [] { return 0u; });
+    } else {
+      ok = op.start_recv(skip_rank, nullptr, [] { return 0u; });
+      if (!__syncthreads_and(ok)) return;
+    }
+    ok = combiner.receive(recv, items, noted) && ok;
   }
-  op.complete(ok);
+  op.complete(ok, false, Rows::Coming::kMakesBlanks && is_batch_tagged(rank, recv.num_tokens));
 }
 
 uint64_t shared_bytes(const LowLatencyLayout& layout) {

@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 
 #include "cuda/rank.cuh"
+#include "protocol/blanks.h"
 #include "protocol/float8.h"
 #include "protocol/tagged.h"
 #include "ptx/float8.cuh"
@@ -133,6 +134,7 @@ __device__ inline void store_tagged(const Part& p, std::byte* row, uint32_t num_
 // come. If not, begin again: nothing needs to be kept.
 class TaggedPart {
  public:
+  static constexpr bool kMakesBlanks = false;
   // Lanes with nothing to read say that all is here.
   __device__ void begin(std::byte* row, uint32_t num_vectors, uint32_t part, uint32_t tag) {
     const uint4* address = tagged_words(row, part);
@@ -145,6 +147,17 @@ class TaggedPart {
   __device__ bool is_here(uint32_t tag) const {
     return words_[0].w == tag && words_[1].w == tag && words_[2].w == tag;
   }
+  // Waits for this lane's words. False: the wait was given up.
+  __device__ static bool wait(const RankView& rank, OpId id, uint32_t src_rank, std::byte* row,
+                              uint32_t num_vectors, uint32_t part) {
+    const uint4* address = tagged_words(row, part);
+    bool ok = true;
+    for (uint32_t i = 0; i < 3 && ok && has_words(num_vectors, part); ++i) {
+      const uint4 word = wait_for_tag(rank, id, src_rank, address + i * kWarp);
+      ok = word.w == static_cast<uint32_t>(id.epoch);
+    }
+    return ok;
+  }
   __device__ Part part() const {
     return {{{words_[0].x, words_[0].y, words_[0].z, words_[1].x},
              {words_[1].y, words_[1].z, words_[2].x, words_[2].y}},
@@ -154,18 +167,6 @@ class TaggedPart {
  private:
   uint4 words_[3];
 };
-
-// Waits for this lane's words of a part. False: the wait was given up.
-__device__ inline bool wait_for_part(const RankView& rank, OpId id, uint32_t src_rank,
-                                     std::byte* row, uint32_t num_vectors, uint32_t part) {
-  const uint4* address = tagged_words(row, part);
-  bool ok = true;
-  for (uint32_t i = 0; i < 3 && ok && has_words(num_vectors, part); ++i) {
-    const uint4 word = wait_for_tag(rank, id, src_rank, address + i * kWarp);
-    ok = word.w == static_cast<uint32_t>(id.epoch);
-  }
-  return ok;
-}
 
 // Until all tagged words that a warp needs are here: `ask()` has them on their way together, which
 // the caller may have done once (`has_asked`), and `are_here()` is about those of this lane. Waited
@@ -191,8 +192,75 @@ __device__ __forceinline__ bool poll_part(const RankView& rank, OpId id, uint32_
   return poll_tagged(
       true, [&] { tagged->begin(row, num_vectors, part, tag); },
       [&] { return tagged->is_here(tag); },
-      [&] { return wait_for_part(rank, id, src_rank, row, num_vectors, part); });
+      [&] { return TaggedPart::wait(rank, id, src_rank, row, num_vectors, part); });
 }
+
+// --- into blanks -----------------------------------------------------------------------------
+
+__device__ inline void fill_blanks(const Part& p, std::byte* row, uint32_t num_vectors,
+                                   uint32_t part) {
+  const Lane lane;
+#pragma unroll
+  for (uint32_t i = 0; i < 2; ++i) {
+    const uint32_t vector = lane.vector(part, i);
+    uint4 word = p.vectors[i];
+    word.w = protocol::filling(word.w);
+    if (vector < num_vectors) {
+      ptx::st_relaxed_sys_b128(reinterpret_cast<uint4*>(row) + vector, word);
+    }
+  }
+}
+
+// A part on its way into blanks, as TaggedPart above.
+class FilledPart {
+ public:
+  __device__ void begin(const std::byte* row, uint32_t num_vectors, uint32_t part, uint32_t) {
+    const Lane lane;
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+      const uint32_t vector = lane.vector(part, i);
+      words_[i] = {0, 0, 0, ~0u};
+      if (vector < num_vectors) {
+        words_[i] = ptx::ld_relaxed_sys_b128(reinterpret_cast<const uint4*>(row) + vector);
+      }
+    }
+  }
+  // A part that has not travelled.
+  __device__ void take(const Part& p) {
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+      words_[i] = p.vectors[i];
+      words_[i].w = protocol::filling(words_[i].w);
+    }
+  }
+  __device__ bool is_here(uint32_t) const { return words_[0].w != 0 && words_[1].w != 0; }
+  static constexpr bool kMakesBlanks = true;
+  // Makes blanks of the words again.
+  __device__ static void clear(std::byte* row, uint32_t num_vectors, uint32_t part) {
+    store_vectors({}, row, num_vectors, part);
+  }
+  // Waits for this lane's words. False: the wait was given up.
+  __device__ static bool wait(const RankView& rank, OpId id, uint32_t src_rank,
+                              const std::byte* row, uint32_t num_vectors, uint32_t part) {
+    const Lane lane;
+    bool ok = true;
+    for (uint32_t i = 0; i < 2 && ok; ++i) {
+      const uint32_t vector = lane.vector(part, i);
+      if (vector >= num_vectors) continue;
+      ok = wait_for_filling(rank, id, src_rank, reinterpret_cast<const uint4*>(row) + vector);
+    }
+    return ok;
+  }
+  __device__ Part part() const {
+    Part p = {{words_[0], words_[1]}, 0};
+    p.vectors[0].w = protocol::filled(words_[0].w);
+    p.vectors[1].w = protocol::filled(words_[1].w);
+    return p;
+  }
+
+ private:
+  uint4 words_[2];
+};
 
 // --- a token's row, on its way out -----------------------------------------------------------
 //

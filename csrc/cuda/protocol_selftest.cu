@@ -31,11 +31,11 @@ EP_HOST_DEVICE void evaluate(const protocol::LowLatencyConfig& config, uint32_t 
   words[6] = layout.staged_scales(bank, token);
   words[7] = layout.outbox(bank, rank, token);
   words[8] = layout.tagged_message(bank, rank, token);
-  words[9] = layout.tagged_outcome(bank, token);
+  words[9] = layout.tagged_outcome(bank, token) + layout.answering_row(bank, rank, token);
   words[10] = layout.partition().owner(case_idx % config.num_experts);
   const uint32_t workspace = case_idx % (config.num_workspaces + 1);
   words[11] = layout.num_bytes() + layout.workspace_credit(workspace, rank) +
-              layout.workspace_topk_weights(workspace, token) +
+              layout.workspace_arrivals(rank) + layout.workspace_topk_weights(workspace, token) +
               layout.combine_input(workspace, layout.message_in_workspace(
                                                   config.num_max_tokens_per_rank, rank, token));
   words[13] = layout.outcome(bank, token) + layout.combine_scales_in_row();

@@ -92,7 +92,7 @@ class OpOf {
       const uint64_t sent = ptx::ld_relaxed_gpu(progress(Half::kSend));
       const uint64_t hooked = ptx::ld_relaxed_gpu(progress(Half::kRecv));
       const uint64_t hooked_of_other =
-          sends ? ptx::ld_relaxed_gpu(progress(other_phase(), Half::kRecv)) : 0;
+          gives_other_credit() ? ptx::ld_relaxed_gpu(progress(other_phase(), Half::kRecv)) : 0;
       const uint32_t failed = ptx::ld_relaxed_gpu(&rank.state->failed);
       num_sent = sent >> kProgressShift;
       num_hooked = hooked >> kProgressShift;
@@ -153,7 +153,7 @@ class OpOf {
       // Over a network every hook gives its own, once.
       if (!kHasNetwork && blockIdx.x == 0) {
         publish_credit(r, phase_, num_hooked_);
-        publish_credit(r, other_phase(), num_hooked_of_other_);
+        if (gives_other_credit()) publish_credit(r, other_phase(), num_hooked_of_other_);
       }
       if (r == threadIdx.x && credit_ >= expected) continue;
       const OpId id = {phase_, Half::kSend, epoch_};
@@ -193,6 +193,26 @@ class OpOf {
       ok = ok && is_right(r, source);
       if (ok && sources != nullptr) sources[r] = source;
     }
+    return ok;
+  }
+  // The same where rows say themselves that they are there: one warp waits for signals. False, on
+  // some lanes, as in `start_send`.
+  template <typename Skipped, typename IsRight = Always>
+  __device__ bool take_signals(uint32_t skip_rank, uint32_t* sources, Skipped skipped,
+                               IsRight is_right = {}) const {
+    bool ok = true;
+#pragma unroll 1
+    for (uint32_t r = threadIdx.x % kWarp; r < num_ranks() && ok; r += kWarp) {
+      uint32_t source;
+      if (r == skip_rank) {
+        source = skipped();
+      } else {
+        const auto* word = at<uint64_t>(self(), rank_.layout.signal(bank_, phase_, r));
+        ok = take_signal(word, r, true, &source) && is_right(r, source);
+      }
+      if (sources != nullptr) sources[r] = source;
+    }
+    __syncwarp();
     return ok;
   }
   // Whether a hook may go on: the order is right, and the buffer has not failed.
@@ -259,6 +279,15 @@ class OpOf {
     return is_last;
   }
 
+  // On one thread a block: whether all others have come here. Of what they have written that says
+  // nothing.
+  __device__ bool is_last_to_come() const {
+    uint32_t* num_arrived = &rank_.state->num_arrived[static_cast<uint32_t>(phase_)];
+    const bool is_last = ptx::atom_add_relaxed_gpu(num_arrived, 1) == gridDim.x - 1;
+    if (is_last) *num_arrived = 0;
+    return is_last;
+  }
+
   // Whether this block does what one block does for all: the last one has the fewest items.
   __device__ static bool is_clerk() { return blockIdx.x == gridDim.x - 1; }
 
@@ -282,14 +311,15 @@ class OpOf {
   // completes a hook of its own gives every peer its credit: by then every block has used what it
   // has read. A kernel that has sent, too, leaves that to the next one that sends: it need not stay
   // until its stores have reached the peers. `speaks_for_all`: the others end without a word.
-  __device__ void complete(bool ok, bool speaks_for_all = false) const {
+  // `makes_blanks`: before peers have the credit, what it has written must be there; after a kernel
+  // that has sent, too, the next one gives it when this one has ended.
+  __device__ void complete(bool ok, bool speaks_for_all = false, bool makes_blanks = false) const {
     if (!rank_.next_starts_early) ptx::let_next_kernel_start();
     if (!__syncthreads_and(ok) || threadIdx.x >= kWarp) return;
-    const uint32_t share = speaks_for_all    ? kProgressPerOp
-                           : blockIdx.x == 0 ? rank_.first_share
-                                             : rank_.share;
+    const uint32_t share = speaks_for_all ? kProgressPerOp : this->share();
     bool is_last = false;
     if (threadIdx.x == 0) {
+      if (makes_blanks && half_ == Half::kRecv) ptx::fence_acq_rel_gpu();
       if (half_ == Half::kSend) {
         ptx::red_add_relaxed_gpu(progress(Half::kSend), share);
         if (receives_) ptx::red_add_relaxed_gpu(progress(Half::kRecv), share);
@@ -308,14 +338,49 @@ class OpOf {
     }
   }
 
+  // To all peers: the rows of this block are in their workspaces, or, tagged, those of all blocks
+  // say so themselves. Whole block, untagged a barrier before it.
+  template <bool kTagged>
+  __device__ void publish_arrivals() const {
+#pragma unroll 1
+    for (uint32_t r = threadIdx.x; r < num_ranks(); r += blockDim.x) {
+      if (r == rank_.self_rank) continue;
+      // In every publishing thread: a release is a fence and its own addition.
+      if (!kTagged) ptx::fence_acq_rel_sys();
+      auto* word = at<uint64_t>(peer(r), rank_.layout.workspace_arrivals(rank_.self_rank));
+      ptx::red_add_relaxed_sys(word, kTagged ? kProgressPerOp : share());
+    }
+  }
+  // Waits until all that peers have sent is in this rank's workspace. That wait is counted, and not
+  // the one for their signals. False on threads that gave up.
+  __device__ bool wait_for_arrivals() const {
+    const uint64_t minimum = epoch_ << kProgressShift;
+    bool ok = true;
+    // From the last thread on: the first ones wait for signals.
+#pragma unroll 1
+    for (uint32_t r = blockDim.x - 1 - threadIdx.x; r < num_ranks() && ok; r += blockDim.x) {
+      if (r == rank_.self_rank) continue;
+      const auto* word = at<uint64_t>(self(), rank_.layout.workspace_arrivals(r));
+      if (ptx::ld_acquire_sys(word) >= minimum) continue;
+      ok = wait_for_word(rank_, receiving(), r, word, minimum, kProgressShift, true) >= minimum;
+    }
+    return ok;
+  }
   __device__ bool corrupt(uint32_t src_rank, uint64_t expected, uint64_t seen) const {
     return fail(rank_, receiving(), Status::kCorrupt, src_rank, expected, seen, 0);
   }
 
  private:
   __device__ uint32_t num_ranks() const { return rank_.layout.config().num_ranks; }
+  // Of the operation's progress: this block's.
+  __device__ uint32_t share() const { return blockIdx.x == 0 ? rank_.first_share : rank_.share; }
   __device__ Phase other_phase() const {
     return phase_ == Phase::kDispatch ? Phase::kCombine : Phase::kDispatch;
+  }
+  // A combine's send gives dispatch's credits, too. A dispatch does not give combine's: in another
+  // stream, a kernel that has made blanks may have counted itself before they are there.
+  __device__ bool gives_other_credit() const {
+    return half_ == Half::kSend && phase_ == Phase::kCombine;
   }
   __device__ uint64_t* progress(Phase phase, Half half) const {
     return &rank_.state->progress[static_cast<uint32_t>(phase)][static_cast<uint32_t>(half)];
@@ -440,6 +505,28 @@ __device__ void prefix_sum(uint32_t num_ranks, uint32_t* prefix, Count count) {
   }
   if (threadIdx.x == 0) prefix[num_ranks] = before;
 }
+
+// What peers may have in a workspace, or this rank for them: slot by slot, of each the next rank's
+// first, and so on, so that ranks do not all begin with the same peer.
+class PeerSlots {
+ public:
+  struct Slot {
+    uint32_t rank, slot;
+  };
+  template <typename View>
+  __device__ explicit PeerSlots(const View& rank)
+      : self_rank_(rank.self_rank), num_peers_(rank.layout.config().num_ranks - 1) {}
+  // `num_slots`: of each of them.
+  __device__ uint32_t size(uint32_t num_slots) const { return num_peers_ * num_slots; }
+  __device__ Slot operator[](uint32_t i) const {
+    const uint32_t slot = num_peers_ > 1 ? i / num_peers_ : i;
+    const uint32_t r = self_rank_ + 1 + i - slot * num_peers_;
+    return {r <= num_peers_ ? r : r - num_peers_ - 1, slot};
+  }
+
+ private:
+  uint32_t self_rank_, num_peers_;
+};
 
 // In shared memory: how many messages this rank has from each source, and so whose message is
 // which.

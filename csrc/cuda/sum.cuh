@@ -50,7 +50,7 @@ struct SumPlan {
   float weights[kMaxTopK];
 };
 
-// Where a sum goes: a row, or the parts of a tagged one.
+// Where a sum goes: a row, or one of a tagged batch, which says of itself that it is there.
 struct Sink {
   std::byte* row;
   bool is_tagged;
@@ -58,7 +58,7 @@ struct Sink {
 
   __device__ void store(const Part& p, uint32_t num_vectors, uint32_t part) const {
     if (is_tagged) {
-      store_tagged(p, row, num_vectors, part, tag);
+      fill_blanks(p, row, num_vectors, part);
     } else {
       store_vectors(p, row, num_vectors, part);
     }

@@ -15,7 +15,8 @@ class PlainRows {
   static constexpr bool kAreUsual = sizeof(T) == 2;  // see usual.cuh
   // A partial row to which nothing is added is the token's row.
   static constexpr bool kLonePartialIsResult = true;
-  // Tagged rows on their way at the same time.
+  // How rows of a tagged batch come, and how many are on their way at the same time.
+  using Coming = FilledPart;
   static constexpr uint32_t kTaggedBatch = 4;
 
   __device__ explicit PlainRows(const LowLatencyLayout& layout)
@@ -267,6 +268,7 @@ class Float8Rows {
   static constexpr bool kAreUsual = sizeof(T) == 2;
   // It has to be quantised as if it had travelled.
   static constexpr bool kLonePartialIsResult = false;
+  using Coming = TaggedPart;
   // With two, whose code is twice as long, a pair of 16 tokens takes 0.9 us more (as above).
   static constexpr uint32_t kTaggedBatch = 1;
 

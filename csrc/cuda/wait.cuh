@@ -26,7 +26,7 @@ struct RankState {
   uint32_t failed;                             // 1: a kernel gave up; later ones end at once
   uint32_t num_arrived[protocol::kNumPhases];  // blocks of a running send whose rows are written
 };
-constexpr uint32_t kProgressShift = 20;  // more blocks than a grid has
+constexpr uint32_t kProgressShift = protocol::kArrivalsShift;  // arrivals are told by its shares
 constexpr uint32_t kProgressPerOp = 1u << kProgressShift;
 
 struct HostReport {
@@ -161,6 +161,19 @@ __device__ __noinline__ inline uint4 wait_for_tag(const RankView& rank, OpId id,
       if (word.w == tag) return word;
     }
     if (!may_wait(rank, id, peer_rank, begin_ns, tag, word.w)) return word;
+  }
+}
+
+// Until the word is no blank; false where the wait was given up.
+__device__ __noinline__ inline bool wait_for_filling(const RankView& rank, OpId id,
+                                                     uint32_t peer_rank, const uint4* address) {
+  const uint64_t begin_ns = ptx::globaltimer_ns();
+  while (true) {
+#pragma unroll 1
+    for (uint32_t poll = 0; poll < kPollsPerLook; ++poll) {
+      if (ptx::ld_relaxed_sys_b128(address).w != 0) return true;
+    }
+    if (!may_wait(rank, id, peer_rank, begin_ns, id.epoch, 0)) return false;
   }
 }
 

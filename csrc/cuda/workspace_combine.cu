@@ -5,43 +5,10 @@
 // One kernel, three forms, as in low_latency_combine.cu.
 
 #include "cuda/launch.cuh"
-#include "cuda/sum.cuh"
+#include "cuda/workspace_combine.cuh"
 
 namespace ep::cuda {
 namespace {
-
-using protocol::CombineRecvParams;
-using protocol::CombineSendParams;
-
-// Tells every peer that this rank's rows are there, and that it is done with what the dispatch has
-// brought. By then earlier kernels have ended that wrote the ones and read the others. A signal's
-// count is that of a source's slots: a peer that was told of others would look elsewhere.
-class WorkspacePublisher {
- public:
-  __device__ WorkspacePublisher(const RankView& rank, int32_t workspace)
-      : rank_(rank), workspace_(static_cast<uint32_t>(workspace)) {}
-
-  // While the epochs are on their way.
-  __device__ void fetch() {
-    if (threadIdx.x >= rank_.layout.config().num_ranks) return;
-    dispatch_ = ptx::ld_relaxed_gpu(rank_.workspace_dispatches + workspace_);
-  }
-  // Without a fence: the rows are in this GPU's own memory, where every GPU reads them, since the
-  // kernels that wrote them have ended. (PyTorch's symmetric memory starts its collectives so.)
-  __device__ void run(const Op& op) const {
-    for (uint32_t r = threadIdx.x; r < rank_.layout.config().num_ranks; r += blockDim.x) {
-      if (r == rank_.self_rank) continue;
-      // First, because the signal lets the peer go on to where it looks for the credit.
-      op.publish_workspace_credit(r, workspace_, protocol::signal_epoch(dispatch_));
-      op.publish_signal(r, static_cast<uint32_t>(protocol::signal_count(dispatch_)));
-    }
-  }
-
- private:
-  const RankView& rank_;
-  uint32_t workspace_;
-  uint64_t dispatch_ = 0;
-};
 
 // Where the rows of a token are: rank-major, a row for each rank that has answered, of weight 1; by
 // expert, a row for each k that is routed. A lane a column, as far as there are lanes; usually,
@@ -183,22 +150,18 @@ void with_types(const LowLatencyLayout& layout, Function&& launch) {
   });
 }
 
-}  // namespace
-
-void prepare_workspace_combine() {
+void prepare() {
   Launch::prepare(workspace_combine_kernel<float, NoAnswers, true, false>);
   prepare_forms<__nv_bfloat16>();
   prepare_forms<float>();
 }
 
-void launch_workspace_combine_send(const RankView& rank, const CombineSendParams& send,
-                                   const Launch& launch) {
+void send(const RankView& rank, const CombineSendParams& send, const Launch& launch) {
   launch.run(workspace_combine_kernel<float, NoAnswers, true, false>, 0, rank, send,
              CombineRecvParams{});
 }
 
-void launch_workspace_combine_recv(const RankView& rank, const CombineRecvParams& recv,
-                                   const Launch& launch) {
+void receive(const RankView& rank, const CombineRecvParams& recv, const Launch& launch) {
   with_types(rank.layout, [&](auto type, auto answers) {
     using T = typename decltype(type)::type;
     launch.run(workspace_combine_kernel<T, typename decltype(answers)::type, false, true>, 0, rank,
@@ -206,13 +169,17 @@ void launch_workspace_combine_recv(const RankView& rank, const CombineRecvParams
   });
 }
 
-void launch_workspace_combine(const RankView& rank, const CombineSendParams& send,
-                              const CombineRecvParams& recv, const Launch& launch) {
+void send_and_receive(const RankView& rank, const CombineSendParams& send,
+                      const CombineRecvParams& recv, const Launch& launch) {
   with_types(rank.layout, [&](auto type, auto answers) {
     using T = typename decltype(type)::type;
     launch.run(workspace_combine_kernel<T, typename decltype(answers)::type, true, true>, 0, rank,
                send, recv);
   });
 }
+
+}  // namespace
+
+const WorkspaceCombine kWorkspaceCombine = {prepare, send, receive, send_and_receive};
 
 }  // namespace ep::cuda

@@ -2,8 +2,9 @@
 // where the receiver's experts read them. Nothing is left to unpack: the hook waits, and counts.
 //
 // One kernel, three forms, as in low_latency_dispatch.cu. A warp moves some parts of a token's row
-// to all its places. The block that finishes last speaks for the rank: it signals, and waits for
-// the others' signals. What a `Format` is, workspace_rank_major.cu shows.
+// to all its places. Signals go ahead, and each block says for itself when its rows are there: a
+// word between blocks first would be waited for, too. One block waits for the peers. What a
+// `Format` is, workspace_rank_major.cuh shows.
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -116,6 +117,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
         for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
           if (r != skip_rank) op.publish_signal(r, sets.tokens_of_rank(r) | protocol::kTaggedBit);
         }
+        op.publish_arrivals<true>();
         if (threadIdx.x == 0) note();
       }
       sender.run(items, fetched);
@@ -123,27 +125,28 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     op.complete(!kReceives || receiver.run(op, skip_rank, sets, items.size()));
     return;
   }
-  bool speaks = is_alone && blockIdx.x == 0;
   if (kSends) {
     if (!sender.agree()) return;
+    if (Op::is_clerk()) {
+      for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
+        if (r != skip_rank) op.publish_signal(r, sets.tokens_of_rank(r));
+      }
+      if (is_alone && threadIdx.x == 0) note();
+    }
     sender.run(items, fetched);
     if (!is_alone) {
-      if (!op.is_last_block()) return;
-      speaks = true;
-      for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
-        if (r == skip_rank) continue;
-        // In every publishing thread: a release is a fence and its own store.
-        ptx::fence_acq_rel_sys();
-        op.publish_signal(r, sets.tokens_of_rank(r));
-      }
-    } else if (!kReceives && speaks && threadIdx.x == 0) {
-      op.publish_signal(0, sets.tokens_of_rank(0));
+      __syncthreads();
+      // All blocks have read the last note.
+      if (threadIdx.x == kWarp && op.is_last_to_come()) note();
+      op.publish_arrivals<false>();
     }
-    if (speaks && threadIdx.x == 0) note();
   }
   bool ok = true;
-  if (kReceives && (speaks || !kSends)) ok = receiver.run(op, skip_rank, sets, 0);
-  op.complete(ok, !is_alone || !kSends);
+  if (kReceives && (is_alone ? blockIdx.x == 0 : Op::is_clerk())) {
+    const bool is_all_here = op.wait_for_arrivals();
+    ok = receiver.run(op, skip_rank, sets, 0) && is_all_here;
+  }
+  op.complete(ok, !kSends);
 }
 
 // --- on the host -----------------------------------------------------------------------------

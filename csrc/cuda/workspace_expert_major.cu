@@ -225,7 +225,7 @@ class ExpertMajorReceiver {
       ptx::red_add_relaxed_gpu(rank_.num_expert_rows + e, num_rows);
     }
     ok = op.start_recv(
-             skip_rank, num_messages_, [&] { return sets.tokens_of_rank(skip_rank); }, true) &&
+             skip_rank, num_messages_, [&] { return sets.tokens_of_rank(skip_rank); }, false) &&
          ok;
     if (!__syncthreads_and(ok)) return false;
     for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {

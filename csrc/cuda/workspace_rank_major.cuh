@@ -212,60 +212,78 @@ class RankMajorReceiver {
   // some threads: they gave up.
   __device__ bool run(const Op& op, uint32_t skip_rank, const TokenSets& sets,
                       uint32_t num_taken) const {
-    uint32_t* counted = rank_.workspace_counts + workspace_ * (num_ranks_ + 1);
-    const bool is_clerk = !kTagged || Op::is_clerk();
-    if (is_clerk) {
-      const bool is_alike = counted[num_ranks_] == params_.num_slots;
-      for (uint32_t r = threadIdx.x; r < num_ranks_; r += blockDim.x) {
-        old_counts_[r] = is_alike ? counted[r] : params_.num_slots;
-      }
-    }
-    bool ok = op.start_recv(
-        skip_rank, sources_.words, [&] { return sets.tokens_of_rank(skip_rank); },
-        !kTagged || blockIdx.x == 0,
-        [&](uint32_t r, uint32_t source) {
-          // A source that was told of other slots has written elsewhere.
-          return (protocol::signal_is_tagged(source) == kTagged &&
-                  protocol::signal_count(source) <= params_.num_slots) ||
-                 op.corrupt(r, params_.num_slots, source);
-        });
-    if (!__syncthreads_and(ok)) return false;
-    if (kTagged) {
-      sources_.count_up();
-      __syncthreads();
-      ok = receive(op, num_taken);
-    }
-    if (!is_clerk) return ok;
-    for (uint32_t r = threadIdx.x; r < num_ranks_; r += blockDim.x) {
-      params_.handle.num_messages[r] = counted[r] = sources_.count(r);
-    }
-    if (threadIdx.x == 0) counted[num_ranks_] = params_.num_slots;
-    for (uint32_t r = threadIdx.x / kWarp; r < num_ranks_; r += kWarps) clear(r);
-    return ok;
+    if (!kTagged) return count_messages(op, skip_rank, sets);
+    if (!op.may_receive()) return false;
+    // The last warp of the last block has the fewest items.
+    const bool counts = Op::is_clerk() && threadIdx.x / kWarp == kWarps - 1;
+    const bool ok = !counts || count_messages(op, skip_rank, sets);
+    return receive(op, num_taken) && ok;
   }
 
  private:
-  // The peers' messages to their places. Warps that have sent nothing begin, and so receive while
-  // others send: of one or two tokens a rank a pair takes 0.5 us less (two H200s, NVLink). False,
-  // on all lanes of a warp: it gave up.
+  // Waits for all signals, and notes what they say. Whole block; tagged, one warp.
+  __device__ bool count_messages(const Op& op, uint32_t skip_rank, const TokenSets& sets) const {
+    const uint32_t first = kTagged ? threadIdx.x % kWarp : threadIdx.x;
+    const uint32_t step = kTagged ? kWarp : blockDim.x;
+    uint32_t* counted = rank_.workspace_counts + workspace_ * (num_ranks_ + 1);
+    const bool is_alike = counted[num_ranks_] == params_.num_slots;
+    for (uint32_t r = first; r < num_ranks_; r += step) {
+      old_counts_[r] = is_alike ? counted[r] : params_.num_slots;
+    }
+    const auto is_right = [&](uint32_t r, uint32_t source) {
+      // A source that was told of other slots has written elsewhere.
+      return (protocol::signal_is_tagged(source) == kTagged &&
+              protocol::signal_count(source) <= params_.num_slots) ||
+             op.corrupt(r, params_.num_slots, source);
+    };
+    const auto own = [&] { return sets.tokens_of_rank(skip_rank); };
+    if (kTagged) {
+      const bool ok = op.take_signals(skip_rank, sources_.words, own, is_right);
+      if (!__all_sync(kAllLanes, ok)) return false;
+    } else {
+      const bool ok = op.start_recv(skip_rank, sources_.words, own, false, is_right);
+      if (!__syncthreads_and(ok)) return false;
+    }
+    for (uint32_t r = first; r < num_ranks_; r += step) {
+      params_.handle.num_messages[r] = counted[r] = sources_.count(r);
+    }
+    if (first == 0) counted[num_ranks_] = params_.num_slots;
+    for (uint32_t r = first / kWarp; r < num_ranks_; r += step / kWarp) clear(r);
+    return true;
+  }
+
+  // The peers' messages to their places. Nobody waits to learn how many there are: a message says
+  // itself that it is there, and only where none comes somebody asks whether one will. Warps that
+  // have sent nothing begin, and so receive while others send: of one or two tokens a rank a pair
+  // takes 0.5 us less (two H200s, NVLink). False, on all lanes of a warp: it gave up.
   __device__ bool receive(const Op& op, uint32_t num_taken) const {
-    const OtherMessages messages(sources_, rank_.self_rank);
-    for (Items items(messages.size, num_parts_ + 1, num_taken); items.more(); items.next()) {
-      const uint32_t m = messages[items.row()];
-      const uint32_t src_rank = source_of(sources_.prefix, num_ranks_, m);
-      const uint32_t slot = m - sources_.prefix[src_rank];
-      std::byte* message = op.self() + layout_.tagged_message(op.bank(), src_rank, slot);
+    const PeerSlots slots(rank_);
+    for (Items items(slots.size(params_.num_slots), num_parts_ + 1, num_taken); items.more();
+         items.next()) {
+      const PeerSlots::Slot from = slots[items.row()];
+      std::byte* message = op.self() + layout_.tagged_message(op.bank(), from.rank, from.slot);
       std::byte* row = message + layout_.tagged_row_in_message();
       const uint32_t place =
-          LowLatencyLayout::message_in_workspace(params_.num_slots, src_rank, slot);
+          LowLatencyLayout::message_in_workspace(params_.num_slots, from.rank, from.slot);
+      const uint32_t first_part = items.first_part();
       const uint32_t end_of_row = min(items.end_part(), num_parts_);
       TaggedPart tagged;
-      if (items.first_part() < end_of_row) {
-        tagged.begin(row, num_vectors_, items.first_part(), op.tag());
+      if (first_part < end_of_row) {
+        const auto ask = [&] { tagged.begin(row, num_vectors_, first_part, op.tag()); };
+        ask();
+        const Coming coming = poll_message(
+            op, from, ask, [&] { return tagged.is_here(op.tag()); },
+            [&] {
+              return TaggedPart::wait(rank_, op.receiving(), from.rank, row, num_vectors_,
+                                      first_part);
+            });
+        if (coming == Coming::kGivenUp) return false;
+        if (coming == Coming::kNever) continue;
       }
 #pragma unroll 1
-      for (uint32_t part = items.first_part(); part < end_of_row; ++part) {
-        if (!poll_part(rank_, op.receiving(), src_rank, row, num_vectors_, part, &tagged)) {
+      for (uint32_t part = first_part; part < end_of_row; ++part) {
+        if (part > first_part &&
+            !poll_part(rank_, op.receiving(), from.rank, row, num_vectors_, part, &tagged)) {
           return false;
         }
         const Part p = tagged.part();
@@ -277,23 +295,63 @@ class RankMajorReceiver {
               scale.value;
         }
       }
-      if (items.end_part() > num_parts_ && !receive_routes(op, message, src_rank, place)) {
+      if (items.end_part() > num_parts_ && !receive_routes(op, message, from, place)) {
         return false;
       }
     }
     return true;
   }
 
-  // The message's experts and weights.
-  __device__ bool receive_routes(const Op& op, std::byte* message, uint32_t src_rank,
+  enum class Coming { kHere, kNever, kGivenUp };
+  // Until what has been asked for of a message is here, or it is known that there is no such
+  // message. `ask`, `are_here`, `wait`: see poll_tagged. One warp.
+  template <typename Ask, typename AreHere, typename Wait>
+  __device__ Coming poll_message(const Op& op, const PeerSlots::Slot& from, Ask ask,
+                                 AreHere are_here, Wait wait) const {
+    const auto* word =
+        at<uint64_t>(op.self(), layout_.signal(op.bank(), Phase::kDispatch, from.rank));
+    uint64_t signal = 0;
+    const auto is_none = [&] {
+      return protocol::signal_epoch(signal) == op.epoch() &&
+             protocol::signal_count(signal) <= from.slot;
+    };
+    const bool ok = poll_tagged(
+        true,
+        [&] {
+          ask();
+          signal = ptx::ld_relaxed_sys(word);
+        },
+        [&] { return are_here() || is_none(); },
+        [&] {
+          uint32_t source;
+          return op.take_signal(word, from.rank, false, &source) &&
+                 (protocol::signal_count(source) <= from.slot || wait());
+        });
+    if (!ok) return Coming::kGivenUp;
+    return __all_sync(kAllLanes, are_here()) ? Coming::kHere : Coming::kNever;
+  }
+
+  // The message's experts and weights, if there is one. False as in receive().
+  __device__ bool receive_routes(const Op& op, std::byte* message, const PeerSlots::Slot& from,
                                  uint32_t place) const {
+    const uint32_t top_k = layout_.config().top_k;
     const auto* words = reinterpret_cast<const uint4*>(message) + 1;
     auto* idx = at<uint32_t>(op.self(), layout_.workspace_topk_idx(workspace_, place));
     auto* weights = at<uint32_t>(op.self(), layout_.workspace_topk_weights(workspace_, place));
+    const uint32_t lane = threadIdx.x % kWarp;
+    uint4 word = {0, 0, 0, op.tag()};
+    const auto ask = [&] {
+      if (lane < top_k) word = ptx::ld_relaxed_sys_b128(words + lane);
+    };
+    ask();
+    const Coming coming = poll_message(
+        op, from, ask, [&] { return word.w == op.tag(); },
+        [&] { return op.have_tag(words + lane, from.rank, &word); });
+    if (coming != Coming::kHere) return coming == Coming::kNever;
     bool ok = true;
-    share_lanes<kIsUsual>(layout_.config().top_k, [&](uint32_t k) {
-      uint4 word = ptx::ld_relaxed_sys_b128(words + k);
-      ok = ok && op.have_tag(words + k, src_rank, &word);
+    share_lanes<kIsUsual>(top_k, [&](uint32_t k) {
+      if (k != lane) word = ptx::ld_relaxed_sys_b128(words + k);
+      ok = ok && op.have_tag(words + k, from.rank, &word);
       if (ok) idx[k] = word.x, weights[k] = word.y;
     });
     return __all_sync(kAllLanes, ok);

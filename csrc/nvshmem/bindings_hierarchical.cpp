@@ -62,11 +62,11 @@ void bind_hierarchical(py::module_& m) {
       .def("combine_send",
            [](HierarchicalRank& self, uintptr_t expert_out, uintptr_t num_messages,
               uintptr_t messages, uintptr_t entries, uintptr_t num_forwarded, uintptr_t forwarded,
-              int32_t workspace, uintptr_t stream) {
-             return self.combine_send(
-                 {make_combine_send(expert_out, num_messages, messages, entries, workspace),
-                  forwarded_at(num_forwarded, forwarded)},
-                 pointer<void>(stream));
+              int32_t workspace, uint32_t num_slots, uintptr_t stream) {
+             return self.combine_send({make_combine_send(expert_out, num_messages, messages,
+                                                         entries, workspace, num_slots),
+                                       forwarded_at(num_forwarded, forwarded)},
+                                      pointer<void>(stream));
            })
       .def("combine_recv",
            [](HierarchicalRank& self, uintptr_t out, uint32_t num_tokens, uintptr_t num_partials,

@@ -19,7 +19,7 @@
 namespace ep::protocol {
 
 // Changes whenever a region, a word or a rule does: ranks of different builds must not meet.
-constexpr uint32_t kProtocolVersion = 9;
+constexpr uint32_t kProtocolVersion = 10;
 
 // What all ranks must agree on.
 struct LowLatencyConfig {
@@ -77,15 +77,18 @@ class LowLatencyLayout {
     scales_stride_ = narrow(align_up(num_scales_ * 4, kScalesAlign));
     header_bytes_ = narrow(protocol::header_bytes(config.top_k));
     tagged_header_bytes_ = narrow(protocol::tagged_header_bytes(config.top_k));
-    tagged_row_bytes_ = narrow(protocol::tagged_row_bytes(combine_row_bytes_));
+    tagged_outcome_stride_ = num_combine_scales_ > 0
+                                 ? narrow(protocol::tagged_row_bytes(combine_row_bytes_))
+                                 : outcome_stride_;
     tagged_message_bytes_ =
         tagged_header_bytes_ + narrow(protocol::tagged_row_bytes(dispatch_row_bytes_));
 
     signals_offset_ = 0;
     credits_offset_ = end_of(signals_offset_, num_banks * kNumPhases * num_ranks * 8);
     workspace_credits_offset_ = end_of(credits_offset_, kNumPhases * num_ranks * 8);
-    sleepers_offset_ =
+    workspace_arrivals_offset_ =
         end_of(workspace_credits_offset_, uint64_t{config.num_workspaces} * num_ranks * 8);
+    sleepers_offset_ = end_of(workspace_arrivals_offset_, is_in_place ? num_ranks * 8 : 0);
     counts_offset_ = end_of(sleepers_offset_, 2 * kNumPhases * num_ranks * 4);
     const uint64_t counts_bytes = is_by_expert  ? count_words_for(config.num_experts) * kWordBytes
                                   : is_in_place ? 0
@@ -119,9 +122,12 @@ class LowLatencyLayout {
     const uint64_t num_tagged = config.num_max_tagged_tokens;
     tagged_outcome_offset_ =
         end_of(tagged_inbox_offset_, num_banks * num_ranks * num_tagged * tagged_message_bytes_);
-    const uint64_t num_tagged_rows = is_in_place ? 0 : num_tagged * num_outcome_columns_;
+    const uint64_t num_tagged_rows = !is_in_place ? num_tagged * num_outcome_columns_
+                                     : pulls_combine(config.transfer)
+                                         ? 0
+                                         : num_tagged * config.num_ranks;
     workspaces_offset_ =
-        end_of(tagged_outcome_offset_, num_banks * num_tagged_rows * tagged_row_bytes_);
+        end_of(tagged_outcome_offset_, num_banks * num_tagged_rows * tagged_outcome_stride_);
     const uint64_t num_rows =
         num_messages * (is_by_expert ? partition_.num_max_local_experts() : 1);
     const uint64_t num_listed = is_by_expert ? 0 : num_messages * config.top_k;
@@ -183,6 +189,10 @@ class LowLatencyLayout {
   // The epoch of the last dispatch into that workspace whose rows the peer is done with.
   EP_HOST_DEVICE constexpr uint64_t workspace_credit(uint32_t workspace, uint32_t peer_rank) const {
     return workspace_credits_offset_ + (workspace * config_.num_ranks + peer_rank) * uint64_t{8};
+  }
+  // What that source's dispatches have brought: 1 << kArrivalsShift each, a share from every block.
+  EP_HOST_DEVICE constexpr uint64_t workspace_arrivals(uint32_t src_rank) const {
+    return workspace_arrivals_offset_ + src_rank * uint64_t{8};
   }
   // How many of the owner's threads sleep on the signal (or credit) word of that peer. Only the
   // shm link reads it: a writer makes the wake-up system call only where somebody sleeps.
@@ -252,7 +262,15 @@ class LowLatencyLayout {
   EP_HOST_DEVICE constexpr uint64_t tagged_message_bytes() const { return tagged_message_bytes_; }
   EP_HOST_DEVICE constexpr uint64_t tagged_outcome(uint32_t bank, uint32_t outcome_slot) const {
     const uint32_t num_slots = config_.num_max_tagged_tokens * num_outcome_columns_;
-    return tagged_outcome_offset_ + wide(bank * num_slots + outcome_slot, tagged_row_bytes_);
+    return tagged_outcome_offset_ + wide(bank * num_slots + outcome_slot, tagged_outcome_stride_);
+  }
+  EP_HOST_DEVICE constexpr uint64_t tagged_outcome_stride() const { return tagged_outcome_stride_; }
+  // In rank-major workspaces: the row that answers a message, by the slot that it had at `rank`.
+  EP_HOST_DEVICE constexpr uint64_t answering_row(uint32_t bank, uint32_t rank,
+                                                  uint32_t slot) const {
+    const uint32_t num_before =
+        (bank * config_.num_ranks + rank) * config_.num_max_tagged_tokens + slot;
+    return tagged_outcome_offset_ + wide(num_before, tagged_outcome_stride_);
   }
 
   // What a rank is told where there is no expert: none, or one that other ranks own.
@@ -263,6 +281,14 @@ class LowLatencyLayout {
   // Whether workspaces hold a row a (token, expert), by expert, and not a row a message.
   EP_HOST_DEVICE constexpr bool has_expert_workspaces() const {
     return config_.num_workspaces > 0 && config_.reduction == Reduction::kSource;
+  }
+  // Whether an exchange with so many slots a source is tagged there.
+  EP_HOST_DEVICE constexpr bool is_tagged_in_workspace(uint32_t num_slots) const {
+    return !has_expert_workspaces() && num_slots <= config_.num_max_tagged_tokens;
+  }
+  // Whether rows of its combine are brought to their sources, which fetch them otherwise.
+  EP_HOST_DEVICE constexpr bool brings_from_workspace(uint32_t num_slots) const {
+    return is_tagged_in_workspace(num_slots) && !pulls_combine(config_.transfer);
   }
   // A workspace: rows and their scales as the experts take them, the experts and weights of a
   // message, and the rows that its source fetches. Messages are numbered source by source, with as
@@ -301,6 +327,9 @@ class LowLatencyLayout {
   EP_HOST_DEVICE constexpr uint64_t credits_offset() const { return credits_offset_; }
   EP_HOST_DEVICE constexpr uint64_t workspace_credits_offset() const {
     return workspace_credits_offset_;
+  }
+  EP_HOST_DEVICE constexpr uint64_t workspace_arrivals_offset() const {
+    return workspace_arrivals_offset_;
   }
   EP_HOST_DEVICE constexpr uint64_t sleepers_offset() const { return sleepers_offset_; }
   EP_HOST_DEVICE constexpr uint64_t counts_offset() const { return counts_offset_; }
@@ -345,9 +374,9 @@ class LowLatencyLayout {
   uint32_t header_bytes_ = 0, row_bytes_ = 0, combine_row_bytes_ = 0, outcome_stride_ = 0;
   uint32_t num_combine_scales_ = 0, combine_scales_in_row_ = 0;
   uint32_t dispatch_row_bytes_ = 0, dispatch_row_stride_ = 0, scales_stride_ = 0;
-  uint32_t tagged_header_bytes_ = 0, tagged_message_bytes_ = 0, tagged_row_bytes_ = 0;
+  uint32_t tagged_header_bytes_ = 0, tagged_message_bytes_ = 0, tagged_outcome_stride_ = 0;
   uint64_t signals_offset_ = 0, credits_offset_ = 0, workspace_credits_offset_ = 0;
-  uint64_t sleepers_offset_ = 0, counts_offset_ = 0;
+  uint64_t workspace_arrivals_offset_ = 0, sleepers_offset_ = 0, counts_offset_ = 0;
   uint64_t headers_offset_ = 0, inbox_offset_ = 0, scales_offset_ = 0, outcome_offset_ = 0;
   uint64_t tagged_inbox_offset_ = 0, tagged_outcome_offset_ = 0, workspaces_offset_ = 0;
   uint64_t recv_scales_in_workspace_ = 0, recv_topk_idx_in_workspace_ = 0;

@@ -102,7 +102,8 @@ struct DispatchRecvParams {
 struct CombineSendParams {
   const std::byte* expert_out;  // [L, S, H] or [R, M, H], as dispatch's output
   HandleView handle;
-  int32_t workspace;  // as above; expert_out is its combine input
+  int32_t workspace;   // as above; expert_out is its combine input
+  uint32_t num_slots;  // as above
 };
 struct CombineRecvParams {
   std::byte* out;  // out [T, H]

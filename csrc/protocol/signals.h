@@ -20,6 +20,9 @@ constexpr uint64_t kMaxCount = kTaggedBit - 1;
 // 2^48 epochs at 3,700 operations a second (61 layers, 60 steps a second) last 2,400 years.
 constexpr uint64_t kMaxEpoch = (uint64_t{1} << (64 - kEpochShift)) - 1;
 
+// A word of arrivals counts dispatches, in parts of which there are more than a grid has blocks.
+constexpr uint32_t kArrivalsShift = 20;
+
 EP_HOST_DEVICE constexpr uint64_t pack_signal(uint64_t epoch, uint64_t count) {
   return (epoch << kEpochShift) | count;
 }

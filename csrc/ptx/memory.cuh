@@ -118,6 +118,15 @@ __device__ inline uint64_t atom_add_relaxed_gpu(uint64_t* word, uint64_t value) 
   return before;
 }
 
+__device__ inline uint32_t atom_add_relaxed_gpu(uint32_t* word, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(word), "r"(value)
+               : "memory");
+  return before;
+}
+
 __device__ inline void red_add_relaxed_gpu(uint64_t* word, uint64_t value) {
   asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
@@ -125,6 +134,12 @@ __device__ inline void red_add_relaxed_gpu(uint64_t* word, uint64_t value) {
 __device__ inline void st_relaxed_sys(uint64_t* word, uint64_t value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
+
+__device__ inline void red_add_relaxed_sys(uint64_t* word, uint64_t value) {
+  asm volatile("red.relaxed.sys.global.add.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+}
+
+__device__ inline void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 __device__ inline void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 

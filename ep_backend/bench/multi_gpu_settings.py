@@ -111,8 +111,9 @@ class Options:
     def _with_transfer(self, case: Case) -> Case:
         if not self.with_default_transfer:
             return case
+        is_by_expert = case.output_layout == "expert_workspace"
         transfer = default_transfer(
-            case.num_ranks, has_workspaces=case.has_workspace, is_virtual=False
+            case.num_ranks, has_expert_workspaces=is_by_expert, is_virtual=False
         )
         return replace(case, transfer=transfer)
 

@@ -55,8 +55,9 @@ class Case:
     @property
     def has_workspace(self) -> bool:
         """On CUDA."""
-        is_fetched = self.transfer == "pull" and self.combine_dtype == "bf16"
-        return self.output_layout != "expert_major" and is_fetched
+        transfers = {"expert_workspace": ("pull",), "rank_major": ("pull", "pull_push")}
+        may_be = self.transfer in transfers.get(self.output_layout, ())
+        return may_be and self.combine_dtype == "bf16"
 
     def default_tagged_tokens(self, hidden: int, top_k: int) -> int:
         """Batches of up to so many tokens are tagged where `num_max_tagged_tokens` is None."""

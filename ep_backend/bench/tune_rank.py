@@ -157,7 +157,7 @@ def _space(
     transfers = ["pull"]
     if "transfer" in names:
         by_default = default_transfer(
-            shape.num_ranks, has_workspaces=False, is_virtual=groups[0].is_virtual
+            shape.num_ranks, has_expert_workspaces=False, is_virtual=groups[0].is_virtual
         )
         defaults["transfer"] = by_default
         transfers = [by_default, *(way for way in TRANSFERS if way != by_default)]

@@ -30,6 +30,12 @@ SETTINGS: list[dict[str, Any]] = [
     {"combine_dtype": torch.float8_e4m3fn, "num_max_tagged_tokens": 2, "reduction": "source"},
     FLOAT8 | {"output_layout": "rank_major", "num_workspaces": 2, "num_max_tagged_tokens": 0},
     UNPACKED | {"output_layout": "rank_major", "num_workspaces": 2, "num_max_tagged_tokens": 4},
+    {
+        "output_layout": "rank_major",
+        "num_workspaces": 2,
+        "num_max_tagged_tokens": 4,
+        "transfer": "pull_push",
+    },
 ]
 # Sends of all ranks wait for each other.
 ON_STREAMS: list[dict[str, Any]] = [FLOAT8 | {"reduction": "source", "num_workspaces": 2}]

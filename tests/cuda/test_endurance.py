@@ -33,6 +33,7 @@ FORMS = {
         "output_layout": "rank_major",
         "num_workspaces": 2,
         "num_max_tagged_tokens": 12,
+        "transfer": "pull_push",
     },
     "expert_workspaces": {"reduction": "source", "num_workspaces": 2},
 }

@@ -58,8 +58,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "float8_back_source_tagged": FLOAT8_BACK | SOURCE | {"num_max_tagged_tokens": 3},
     "workspaces": RANK_MAJOR | {"num_workspaces": 5, "num_max_tagged_tokens": 0},
     "tagged_workspaces": RANK_MAJOR | {"num_workspaces": 5, "num_max_tagged_tokens": 5},
+    "tagged_workspaces_push": RANK_MAJOR
+    | {"num_workspaces": 5, "num_max_tagged_tokens": 5, "transfer": "pull_push"},
     "float8_unpacked_workspaces": UNPACKED | RANK_MAJOR | {"num_workspaces": 5},
-    "float8_workspaces": FLOAT8 | RANK_MAJOR | {"num_workspaces": 5, "expert_ids": "global"},
+    "float8_workspaces": FLOAT8
+    | RANK_MAJOR
+    | {"num_workspaces": 5, "expert_ids": "global", "transfer": "pull_push"},
 }
 # Their sends wait for their peers': not for ranks that share a stream.
 EXPERT_WORKSPACES: dict[str, dict[str, Any]] = {
@@ -143,7 +147,9 @@ def test_many_experts_and_ranks_in_expert_workspaces(num_tokens: int) -> None:
 
 @pytest.mark.parametrize("num_max_tagged_tokens", [0, 3])
 @pytest.mark.parametrize(
-    "layout", [{}, {"output_layout": "rank_major", "num_workspaces": 1}], ids=["by_expert", "rank"]
+    "layout",
+    [{}, *(RANK_MAJOR | {"num_workspaces": 1, "transfer": t} for t in ("pull", "pull_push"))],
+    ids=["by_expert", "rank", "rank_push"],
 )
 @pytest.mark.parametrize(("num_ranks", "top_k"), [(18, 3), (2, 40)])
 def test_more_ranks_or_experts_a_token_than_usual(
@@ -298,7 +304,36 @@ def test_kernels_are_launched_on_the_current_stream() -> None:
             assert current_stream(device) == stream.cuda_stream
 
 
-@pytest.mark.parametrize("kind", ["workspaces", "tagged_workspaces"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["source_tagged", "tagged_workspaces_push"])
+def test_rows_of_all_ones_come_home(kind: str, dtype: torch.dtype) -> None:
+    """NaN whose bits, inverted, would be a blank: nobody would ever see it come."""
+    shape = replace(CUDA_SHAPE, dtype=dtype, **SETTINGS[kind])
+    buffers = shape.virtual_buffers(timeout_secs=10.0)
+    variant = Scenario(shape).add("uniform", [2, 2], seed=0).variant(0)
+    inputs = [[t.cuda() for t in variant.inputs(rank)] for rank in range(2)]
+    weights = [i.pop() if shape.reduction == "source" else None for i in inputs]
+    in_place = {"num_slots": 2} if shape.num_workspaces > 0 else {}
+    for _ in range(2 * shape.num_banks):
+        dispatches = [b.dispatch(*i, **in_place) for b, i in zip(buffers, inputs, strict=True)]
+        for _, hook in dispatches:
+            hook()
+        combines = []
+        for buffer, (result, _), weight in zip(buffers, dispatches, weights, strict=True):
+            rows = torch.empty_like(result.recv_x)
+            if in_place:
+                rows = buffer.combine_input(**in_place)
+            rows.view(torch.uint8).fill_(0xFF)
+            combines.append(buffer.combine(rows, result.handle, topk_weights=weight))
+        for _, hook in combines:
+            hook()
+        for out, _ in combines:
+            assert out.isnan().all()
+    for buffer in buffers:
+        buffer.close()
+
+
+@pytest.mark.parametrize("kind", ["workspaces", "tagged_workspaces", "tagged_workspaces_push"])
 def test_ranks_that_were_told_of_other_slots_are_noticed(kind: str) -> None:
     shape = replace(CUDA_SHAPE, **SETTINGS[kind])
     buffers = shape.virtual_buffers()

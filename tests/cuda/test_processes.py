@@ -48,6 +48,11 @@ def run_each_on_gpu(rank: Rank, scenarios: list[Scenario], programs: list[str]) 
 WORKSPACES: dict[str, dict[str, Any]] = {
     "untagged": {"output_layout": "rank_major", "num_max_tagged_tokens": 0},
     "tagged": {"output_layout": "rank_major", "num_max_tagged_tokens": 20},
+    "tagged_push": {
+        "output_layout": "rank_major",
+        "num_max_tagged_tokens": 12,
+        "transfer": "pull_push",
+    },
     "by_expert": {"reduction": "source"},
 }
 

@@ -115,7 +115,8 @@ struct Shape {
     output = is_by_expert ? OutputLayout::kExpertMajor : OutputLayout::kRankMajor;
     config.num_workspaces = program == &kTurns ? 2 : 1 + random.below(2);
     config.reduction = is_by_expert ? Reduction::kSource : Reduction::kRank;
-    config.transfer = protocol::Transfer::kPush;
+    config.transfer = is_by_expert || random.below(2) == 0 ? protocol::Transfer::kPull
+                                                           : protocol::Transfer::kPullPush;
     config.combine_dtype = config.dtype;
     if (is_by_expert) config.num_max_tagged_tokens = 0;
     config.global_expert_ids = !is_by_expert && random.below(2) == 1;
@@ -240,7 +241,7 @@ struct Batch {
             out.handle, out.workspace,     out.num_slots};
   }
   protocol::CombineSendParams send_home(const Outputs& out) const {
-    return {y, out.handle, out.workspace};
+    return {y, out.handle, out.workspace, out.num_slots};
   }
   protocol::CombineRecvParams recv_home(const Outputs& out) const {
     return {out.out,      num_tokens,    out.num_partials, out.answers,

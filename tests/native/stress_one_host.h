@@ -103,6 +103,7 @@ inline void run_step_in_workspace(const OneHostView& view, uint32_t what, const 
   const cuda::Launch launch;
   const Outputs& out = batch.seen;
   const auto& dispatch = cuda::workspace_dispatch(view.layout, out.num_slots);
+  const auto& combine = cuda::workspace_combine(view.layout, out.num_slots);
   auto take = [&] { on_one_thread(view, [&] { take_out(view, batch); }); };
   auto leave = [&] { on_one_thread(view, [&] { leave_outputs(view, batch); }); };
   if (view.is_fused) {
@@ -111,23 +112,23 @@ inline void run_step_in_workspace(const OneHostView& view, uint32_t what, const 
       take();
     } else if (what == Step::kCombineHook) {
       leave();
-      launch_workspace_combine(view, batch.send_home(out), batch.recv_home(out), launch);
+      combine.both(view, batch.send_home(out), batch.recv_home(out), launch);
     }
     return;
   }
   if (what == Step::kDispatch) dispatch.send(view, batch.send(out), launch);
   if (what == Step::kHook) {
     // Tagged messages are moved by all blocks; of others nothing is left to do but to wait.
-    const bool is_tagged = out.num_slots <= view.layout.config().num_max_tagged_tokens;
+    const bool is_tagged = view.layout.is_tagged_in_workspace(out.num_slots);
     dispatch.recv(view, batch.recv(out), is_tagged ? launch : cuda::Launch{1});
     take();
   }
   if (what == Step::kCombine) {
     leave();
-    launch_workspace_combine_send(view, batch.send_home(out), launch);
+    combine.send(view, batch.send_home(out), launch);
   }
   if (what == Step::kCombineHook) {
-    launch_workspace_combine_recv(view, batch.recv_home(out), launch);
+    combine.recv(view, batch.recv_home(out), launch);
   }
 }
 

@@ -22,6 +22,7 @@ KERNELS = (
     "cuda/workspace_tagged.cu",
     "cuda/workspace_expert_major.cu",
     "cuda/workspace_combine.cu",
+    "cuda/workspace_tagged_combine.cu",
 )
 WITH_SHARED = (*(k for k in KERNELS if "workspace" not in k), "cuda/workspace_dispatch.cuh")
 SHARED, FIXED_SHARED = "extern __shared__ uint32_t shared[];", "__shared__ uint32_t shared[4096];"
@@ -94,10 +95,35 @@ SEEDED_BUGS = [
         "continue;",
     ),
     SeededBug(
-        "rows_in_workspaces_are_signalled_before_all_blocks_have_sent",
+        "a_dispatch_in_workspaces_is_done_when_the_signals_are_there",
         "cuda/workspace_dispatch.cuh",
-        "if (!op.is_last_block()) return;",
-        "if (blockIdx.x != 0) return;",
+        "const bool is_all_here = op.wait_for_arrivals();",
+        "const bool is_all_here = true;",
+    ),
+    SeededBug(
+        "a_block_says_that_its_rows_are_there_before_all_warps_have_sent",
+        "cuda/workspace_dispatch.cuh",
+        "    sender.run(items, fetched);\n    if (!is_alone) {\n      __syncthreads();",
+        "    if (!is_alone) op.publish_arrivals<false>();\n    sender.run(items, fetched);\n"
+        "    __syncthreads();\n    if (false) {",
+    ),
+    SeededBug(
+        "rows_are_taken_from_blanks",
+        "cuda/part.cuh",
+        "return words_[0].w != 0 && words_[1].w != 0;",
+        "return true;",
+    ),
+    SeededBug(
+        "blanks_are_not_made_again",
+        "cuda/part.cuh",
+        "store_vectors({}, row, num_vectors, part);",
+        "",
+    ),
+    SeededBug(
+        "no_message_comes_where_no_signal_has_come_yet",
+        "cuda/workspace_rank_major.cuh",
+        "return protocol::signal_epoch(signal) == op.epoch() &&",
+        "return",
     ),
     SeededBug(
         "rows_in_workspaces_are_added_up_before_they_are_there",

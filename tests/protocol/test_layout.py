@@ -46,7 +46,7 @@ workspace_shapes = st.builds(
         shape,
         combine_dtype=None,
         output_layout="rank_major" if shape.reduction == "rank" else "expert_major",
-        transfer="pull",
+        transfer="pull_push" if shape.reduction == "rank" and shape.transfer == "push" else "pull",
         num_max_tagged_tokens=shape.num_max_tagged_tokens if shape.reduction == "rank" else 0,
         num_workspaces=num_workspaces,
     ),
@@ -110,6 +110,8 @@ def words_of(shape: Shape) -> Iterator[tuple[str, Part]]:
     for workspace, rank in product(range(shape.num_workspaces), ranks):
         at = layout.workspace_credit(workspace, rank)
         yield "workspace_credits", (at, 8, f"workspace credit {workspace} {rank}")
+    for rank in ranks if shape.num_workspaces > 0 else ():
+        yield "workspace_arrivals", (layout.workspace_arrivals(rank), 8, f"arrivals {rank}")
     for phase, rank in product(PHASES, ranks):
         at = layout.signal_sleepers(phase, rank)
         yield "sleepers", (at, 4, f"signal sleepers {phase} {rank}")
@@ -159,8 +161,14 @@ def messages_of(shape: Shape) -> Iterator[tuple[str, Part]]:
         at = layout.tagged_message(*place)
         yield "tagged_inbox", (at, layout.tagged_message_bytes, f"tagged message {place}")
     for place in product(banks, range(len(tagged) * layout.num_outcome_columns)):
-        num_bytes = tagged_row_bytes(combine_row_bytes(shape))
+        is_tagged = shape.combine_dtype is not None
+        num_bytes = tagged_row_bytes(combine_row_bytes(shape)) if is_tagged else row_bytes
         yield "tagged_outcome", (layout.tagged_outcome(*place), num_bytes, f"tagged row {place}")
+
+
+def has_answers(shape: Shape) -> bool:
+    """In workspaces: whether rows of combine come to their sources."""
+    return shape.config().transfer != _native.Transfer.PULL
 
 
 def workspaces_of(shape: Shape) -> Iterator[tuple[str, Part]]:
@@ -171,9 +179,13 @@ def workspaces_of(shape: Shape) -> Iterator[tuple[str, Part]]:
     num_rows *= layout.partition.num_max_local_experts() if is_by_expert else 1
     listed_bytes = 0 if is_by_expert else 4 * shape.top_k
     tagged = range(shape.config().num_max_tagged_tokens)
-    for place in product(range(shape.num_banks), range(shape.num_ranks), tagged):
+    places = list(product(range(shape.num_banks), range(shape.num_ranks), tagged))
+    for place in places:
         at = layout.tagged_message(*place)
         yield "tagged_inbox", (at, layout.tagged_message_bytes, f"tagged message {place}")
+    for place in places if has_answers(shape) else ():
+        at = layout.answering_row(*place)
+        yield "tagged_outcome", (at, combine_row_bytes(shape), f"answering row {place}")
     scale_bytes = 4 * num_scales(shape)
     if shape.scale_format == "ue8m0":
         scale_bytes = align_up(num_scales(shape), 4)
@@ -210,9 +222,11 @@ def test_no_two_parts_overlap_and_the_size_is_the_end_of_the_last(shape: Shape) 
 def test_regions_lie_in_the_documented_order_and_share_no_slot_line(shape: Shape) -> None:
     regions, layout = parts_by_region(shape), shape.layout()
     if shape.num_workspaces > 0:
-        names = ["signals", "credits", "workspace_credits", "sleepers"]
+        is_tagged = shape.config().num_max_tagged_tokens > 0
+        names = ["signals", "credits", "workspace_credits", "workspace_arrivals", "sleepers"]
         names += ["counts"] * (shape.reduction == "source")
-        names += ["tagged_inbox"] * (shape.config().num_max_tagged_tokens > 0) + ["workspaces"]
+        names += ["tagged_inbox"] * is_tagged
+        names += ["tagged_outcome"] * (is_tagged and has_answers(shape)) + ["workspaces"]
     else:
         names = ["signals", "credits", "sleepers", "counts", "headers", "inbox"]
         names += ["scales"] * shape.is_float8 + ["outcome"]
@@ -376,6 +390,15 @@ def test_memory_does_not_grow_with_the_number_of_experts() -> None:
         Shape(9, 5, 33, 7, 32, torch.float32, 3, "cuda", FLOAT8, FLOAT8, "ue8m0"),
         Shape(4, 128, 7168, 256, 8, device="cuda", reduction="source"),
         Shape(4, 9, 256, device="cuda", output_layout="rank_major", num_workspaces=2),
+        Shape(
+            4,
+            9,
+            256,
+            device="cuda",
+            output_layout="rank_major",
+            num_workspaces=2,
+            transfer="pull_push",
+        ),
         Shape(4, 9, 256, device="cuda", reduction="source", num_workspaces=2),
     ],
     ids=[
@@ -385,6 +408,7 @@ def test_memory_does_not_grow_with_the_number_of_experts() -> None:
         "R9-float8",
         "R4-source",
         "R4-workspaces",
+        "R4-workspaces-push",
         "R4-expert-workspaces",
     ],
 )

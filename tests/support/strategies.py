@@ -60,7 +60,8 @@ def shapes(
     may_be_in_place = device == "cuda" and output_layout == "rank_major" and not is_combine_float8
     if may_be_in_place and draw(st.booleans()):
         # One for each operation that the programs have in flight.
-        settings |= dict(num_workspaces=5, transfer="pull")
+        transfer = draw(st.sampled_from(["pull", "pull_push"]))
+        settings |= dict(num_workspaces=5, transfer=transfer)
         settings["expert_ids"] = draw(st.sampled_from(["local", "global"]))
     # Rank-major, the caller reduces.
     reductions = REDUCTIONS if output_layout == "expert_major" else ("rank",)

@@ -59,9 +59,16 @@ inline uint32_t atom_add_acq_rel_gpu(uint32_t* word, uint32_t value) {
 inline uint64_t atom_add_relaxed_gpu(uint64_t* word, uint64_t value) {
   return __atomic_fetch_add(word, value, __ATOMIC_RELAXED);
 }
+inline uint32_t atom_add_relaxed_gpu(uint32_t* word, uint32_t value) {
+  return __atomic_fetch_add(word, value, __ATOMIC_RELAXED);
+}
 inline void red_add_relaxed_gpu(uint64_t* word, uint64_t value) {
   __atomic_fetch_add(word, value, __ATOMIC_RELAXED);
 }
+inline void red_add_relaxed_sys(uint64_t* word, uint64_t value) {
+  __atomic_fetch_add(word, value, __ATOMIC_RELAXED);
+}
+inline void fence_acq_rel_gpu() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void fence_acq_rel_sys() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline uint64_t globaltimer_ns() {
   timespec now;
