@@ -60,8 +60,9 @@ TAGGED_BYTES_IN_WORKSPACES = 352 << 10
 save is the same for every batch, what they cost grows with its bytes. Of 32 tokens (hidden 7168,
 float8, top-8) they are 344 KiB: a pair of one kernel each way takes 10.3 us instead of 11.6 between
 two H200s over NVLink, 16.0 instead of 17.1 between four; with hooks 12.8 instead of 13.0, and 19.3
-instead of 18.8. Of 64 tokens it would gain 0.9 us and, with hooks, lose 0.9 and 2.4. Other rows
-have not been timed."""
+instead of 18.8. Of 64 tokens it would gain 0.9 us and, with hooks, lose 0.9 and 2.4. (All that was
+before a tagged batch's rows were sent home: now it gains 1.4 us of 64 tokens, and with hooks loses
+more.) Other rows have not been timed."""
 TAGGED_BYTES_OF_MANY_RANKS = 200 << 10
 """The same with more ranks than `FEW_RANKS`: a token goes to more of them, 5.3 of 8, and its words
 with it. Between GPUs that was not timed. Of 8 virtual ranks on one H100, which share a memory, 16

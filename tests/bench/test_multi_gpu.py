@@ -70,7 +70,8 @@ def test_rows_move_as_a_buffer_moves_them_unless_it_is_said() -> None:
     layouts = "--layout expert_major,rank_major"
     all_pulled = {("expert_major", "pull"), ("rank_major", "pull")}
     assert transfers(f"{layouts} --gpus 1", 2) == all_pulled
-    assert transfers(layouts, 4) == {("expert_major", "pull_push"), ("rank_major", "pull")}
+    assert transfers(layouts, 4) == {("expert_major", "pull_push"), ("rank_major", "pull_push")}
+    assert transfers("--layout expert_workspace", 4) == {("expert_workspace", "pull")}
     # Float8 goes home through no workspace.
     assert transfers("--layout rank_major --combine-dtype fp8", 4) == {("rank_major", "pull_push")}
     assert transfers(f"{layouts} --transfer pull", 4) == all_pulled
