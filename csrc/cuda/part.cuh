@@ -214,6 +214,7 @@ __device__ inline void fill_blanks(const Part& p, std::byte* row, uint32_t num_v
 // A part on its way into blanks, as TaggedPart above.
 class FilledPart {
  public:
+  static constexpr bool kMakesBlanks = true;
   __device__ void begin(const std::byte* row, uint32_t num_vectors, uint32_t part, uint32_t) {
     const Lane lane;
 #pragma unroll
@@ -234,7 +235,6 @@ class FilledPart {
     }
   }
   __device__ bool is_here(uint32_t) const { return words_[0].w != 0 && words_[1].w != 0; }
-  static constexpr bool kMakesBlanks = true;
   // Makes blanks of the words again.
   __device__ static void clear(std::byte* row, uint32_t num_vectors, uint32_t part) {
     store_vectors({}, row, num_vectors, part);

@@ -1,6 +1,7 @@
 // Combine of a tagged exchange from rank-major workspaces: each expert rank brings its rows to the
 // sources. So a source waits for one way of a link, and not for a signal's and then for a request's
-// and its answer's; for more rows their bytes, half as many again, would cost more than that.
+// and its answer's. (Of many rows the bytes take the time, which are as many either way, and a send
+// that brings them takes longer than one that signals.)
 //
 // One kernel, three forms, as in low_latency_combine.cu. Nobody waits for a signal but one warp,
 // for all: rows say themselves that they are there.
