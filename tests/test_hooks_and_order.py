@@ -172,7 +172,7 @@ def test_kernels_that_do_both_halves_get_the_arguments_of_both(scenario: Scenari
                 return recv(*args[num_sent:]) if sent.ok else sent
 
             kernels.dispatch = partial(run, kernels.dispatch_send, kernels.dispatch_recv, 11)
-            kernels.combine = partial(run, kernels.combine_send, kernels.combine_recv, 5)
+            kernels.combine = partial(run, kernels.combine_send, kernels.combine_recv, 6)
             Interpreter(buffer, scenario).run(PROGRAMS["fused_loop"](10, buffer.num_banks))
             assert num_done == 20
 
