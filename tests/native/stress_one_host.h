@@ -106,13 +106,16 @@ inline void run_step_in_workspace(const OneHostView& view, uint32_t what, const 
   const auto& combine = cuda::workspace_combine(view.layout, out.num_slots);
   auto take = [&] { on_one_thread(view, [&] { take_out(view, batch); }); };
   auto leave = [&] { on_one_thread(view, [&] { leave_outputs(view, batch); }); };
+  protocol::CombineSendParams send_home = batch.send_home(out);
+  send_home.expert_out =
+      view.self_base + view.layout.combine_input(static_cast<uint32_t>(out.workspace), 0);
   if (view.is_fused) {
     if (what == Step::kHook) {
       dispatch.both(view, batch.send(out), batch.recv(out), launch);
       take();
     } else if (what == Step::kCombineHook) {
       leave();
-      combine.both(view, batch.send_home(out), batch.recv_home(out), launch);
+      combine.both(view, send_home, batch.recv_home(out), launch);
     }
     return;
   }
@@ -125,7 +128,7 @@ inline void run_step_in_workspace(const OneHostView& view, uint32_t what, const 
   }
   if (what == Step::kCombine) {
     leave();
-    combine.send(view, batch.send_home(out), launch);
+    combine.send(view, send_home, launch);
   }
   if (what == Step::kCombineHook) {
     combine.recv(view, batch.recv_home(out), launch);
