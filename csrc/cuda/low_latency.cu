@@ -49,13 +49,13 @@ void prepare_kernels(const LowLatencyLayout& layout) {
     prepare_combine(layout.config());
     return;
   }
-  const WorkspaceDispatch& of_few = workspace_dispatch(layout, 1);
-  const WorkspaceDispatch& of_many =
-      workspace_dispatch(layout, layout.config().num_max_tokens_per_rank);
-  of_few.prepare();
-  if (&of_many != &of_few) of_many.prepare();
-  workspace_combine(layout, 1).prepare();
-  kWorkspaceCombine.prepare();
+  const auto prepare = [](const auto& of_few, const auto& of_many) {
+    of_few.prepare();
+    if (&of_many != &of_few) of_many.prepare();
+  };
+  const uint32_t most = layout.config().num_max_tokens_per_rank;
+  prepare(workspace_dispatch(layout, 1), workspace_dispatch(layout, most));
+  prepare(workspace_combine(layout, 1), workspace_combine(layout, most));
 }
 
 }  // namespace

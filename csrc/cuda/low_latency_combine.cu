@@ -43,8 +43,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   if (kReceives) {
     if (View::kBatch == Batch::kTagged) {
       if (!op.may_receive()) return;
-      const bool takes = OpOf<View>::is_clerk() && threadIdx.x / kWarp == kWarps - 1;
-      if (takes) ok = op.take_signals(skip_rank, nullptr, [] { return 0u; });
+      if (op.is_clerk_warp()) ok = op.take_signals(skip_rank, nullptr, [] { return 0u; });
     } else {
       ok = op.start_recv(skip_rank, nullptr, [] { return 0u; });
       if (!__syncthreads_and(ok)) return;

@@ -290,6 +290,8 @@ class OpOf {
 
   // Whether this block does what one block does for all: the last one has the fewest items.
   __device__ static bool is_clerk() { return blockIdx.x == gridDim.x - 1; }
+  // The same of a warp, for what needs no more: its last.
+  __device__ static bool is_clerk_warp() { return is_clerk() && threadIdx.x / kWarp == kWarps - 1; }
 
   // To rank `r`: this epoch and {is_tagged, count}. Whoever publishes untagged rows fences first.
   __device__ void publish_signal(uint32_t r, uint32_t source) const {

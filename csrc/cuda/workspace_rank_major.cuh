@@ -214,9 +214,7 @@ class RankMajorReceiver {
                       uint32_t num_taken) const {
     if (!kTagged) return count_messages(op, skip_rank, sets);
     if (!op.may_receive()) return false;
-    // The last warp of the last block has the fewest items.
-    const bool counts = Op::is_clerk() && threadIdx.x / kWarp == kWarps - 1;
-    const bool ok = !counts || count_messages(op, skip_rank, sets);
+    const bool ok = !Op::is_clerk_warp() || count_messages(op, skip_rank, sets);
     return receive(op, num_taken) && ok;
   }
 

@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   if (kReceives) {
     if (!op.may_receive()) return;
     const uint32_t warp = threadIdx.x / kWarp;
-    if (Op::is_clerk() && warp == kWarps - 1) {
+    if (Op::is_clerk_warp()) {
       ok = op.take_signals(
           rank.self_rank, nullptr, [] { return 0u; },
           [&](uint32_t r, uint32_t num_slots) {
