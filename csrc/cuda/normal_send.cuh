@@ -9,26 +9,25 @@ namespace ep::cuda::normal {
 
 // Which rows a block sends, and with which blocks it shares them.
 //
-// Where bulk stores to a peer and at home leave one SM, they wait for each other. With SMs for
-// both, some copy what stays at home and the others send. Between two H100s (NV18), 8192 bfloat16
-// rows of 7168 from each to both, us on 14 / 16 / 18 / 20 / 24 / 32 SMs: 352 / 381 / - / 429 / 418
-// / 387 where all SMs do both; 402 / 347 / 335 / 342 / 331 / 330 with these roles. On 24 that is
-// 354 GB/s over the link, where copy engines reach 387. On fewer SMs rows would be loaded twice for
-// nothing.
+// Between two GPUs half of the rows stay at home. Where bulk stores to the peer and at home leave
+// one SM, they wait for each other. With SMs for both, some copy what stays at home and the others
+// send. 8192 bfloat16 rows of 7168 from each of two H100s (NV18) to both, us on 14 / 16 / 18 / 20 /
+// 24 / 32 SMs: 352 / 381 / - / 429 / 418 / 387 where all SMs do both; 402 / 347 / 335 / 342 / 331 /
+// 330 with these roles. On 24 that is 354 GB/s over the link, where copy engines reach 387. On
+// fewer SMs rows would be loaded twice for nothing.
 //
-// Of more GPUs less stays at home; how much less is reckoned here, not measured.
+// Of more GPUs less stays at home, and the link wants all SMs: four H200s took 1093 and 1031 us for
+// as many rows each on 16 and 24 SMs, three of which copied at home, and 1068 and 988 where all
+// did both.
 struct Role {
   uint32_t block = blockIdx.x, num_blocks = gridDim.x;  // among those of this role
   bool sends_own = true, sends_to_peers = true;
 
   __device__ Role() {}
   __device__ explicit Role(const NormalView& rank) {
-    const uint32_t num_ranks = rank.layout.config().num_ranks;
-    if (rank.shares_gpu || num_ranks == 1 || gridDim.x <= kNumLinkSMs) return;
-    // Of a token's rows, one of R stays.
-    const uint32_t num_wanted = (kNumOwnSMs + num_ranks - 2) / (num_ranks - 1);
-    const uint32_t num_own = min(num_wanted, gridDim.x - kNumLinkSMs);
-    if (num_own * kNumOwnSMs < num_wanted * (kNumOwnSMs - 1)) return;
+    const bool has_one_peer = rank.layout.config().num_ranks == 2;
+    if (rank.shares_gpu || !has_one_peer || gridDim.x < kNumLinkSMs + kNumLeastOwnSMs) return;
+    const uint32_t num_own = min(kNumOwnSMs, gridDim.x - kNumLinkSMs);
     sends_own = blockIdx.x < num_own;
     sends_to_peers = !sends_own;
     block = sends_own ? blockIdx.x : blockIdx.x - num_own;
@@ -38,6 +37,7 @@ struct Role {
  private:
   static constexpr uint32_t kNumLinkSMs = 9;  // fill the link, nearly
   static constexpr uint32_t kNumOwnSMs = 8;   // copy as much at home meanwhile
+  static constexpr uint32_t kNumLeastOwnSMs = 7;
 };
 
 // Ranks of a token, two in a lane.
@@ -151,8 +151,9 @@ class RowSender {
       const uint32_t num_out = num_bytes / Rows::kBytesPerByte;
 #pragma unroll
       for (uint32_t half = 0; half < 2; ++half) {
-        if (!is_sent_in_bulk(targets.messages[half])) continue;
-        std::byte* peer = op_.peer(message_rank(targets.messages[half]));
+        const uint64_t message = targets.messages[half];
+        if (message == kNoMessage || is_stored_by_lanes(message)) continue;
+        std::byte* peer = op_.peer(message_rank(message));
         const uint64_t row = targets.rows[half];
         ptx::bulk_store(peer + layout_.row(row) + first_out, buffer_.out, num_out);
         if (has_bulk_scales_) {
@@ -161,7 +162,7 @@ class RowSender {
         }
       }
       ptx::bulk_commit();
-      if (stores_own_rows()) store_own(targets, first_out, num_out);
+      store_by_lanes(targets, first_out, num_out);
       if (rows_.num_scales > 0 && !has_bulk_scales_) {
         send_scales(targets, first_out / 128, num_out);
       }
@@ -183,33 +184,61 @@ class RowSender {
   __device__ bool is_own(uint64_t message) const {
     return message != kNoMessage && message_rank(message) == op_.rank().self_rank;
   }
-  // Of float8 rows: while they are made, the copy engine has time for the others. 8 ranks of one
-  // H100 took 6432 us so, 7063 us where the copy engine stored all (chunks of 7168 bytes).
-  __device__ bool stores_own_rows() const { return !Rows::kIsInPlace && op_.num_ranks() > 1; }
-  __device__ bool is_sent_in_bulk(uint64_t message) const {
-    return message != kNoMessage && !(stores_own_rows() && is_own(message));
+  // By ordinary stores; all else by the copy engine.
+  //
+  // Float8 rows that stay: while rows are made, the copy engine has time for the others. 8 ranks of
+  // one H100 took 6432 us so, 7063 us where it stored all (chunks of 7168 bytes).
+  //
+  // Rows as they are for several peers: four H200s took 1126 us on 8 SMs for 8192 bfloat16 rows,
+  // and 1202 us where the copy engine stored all; on 24 SMs as long. To one peer there is no
+  // difference, nor where all are stored so.
+  __device__ bool is_stored_by_lanes(uint64_t message) const {
+    if (message == kNoMessage) return false;
+    if (!Rows::kIsInPlace) return op_.num_ranks() > 1 && is_own(message);
+    return op_.num_ranks() > 2 && !op_.rank().shares_gpu && !is_own(message);
   }
 
-  // What this rank itself gets of the row, by ordinary stores.
-  __device__ void store_own(const Targets& targets, uint32_t first_out, uint32_t num_out) const {
-    bool is_there = false;
-    uint64_t row = 0;
+  // Whole warp.
+  __device__ void store_by_lanes(const Targets& targets, uint32_t first_out,
+                                 uint32_t num_out) const {
 #pragma unroll
     for (uint32_t half = 0; half < 2; ++half) {
-      const uint32_t lanes = __ballot_sync(kAllLanes, is_own(targets.messages[half]));
+      const bool is_target = is_stored_by_lanes(targets.messages[half]);
+      const uint32_t lanes = __ballot_sync(kAllLanes, is_target);
       if (lanes == 0) continue;
-      is_there = true;
-      row = __shfl_sync(kAllLanes, targets.rows[half], __ffs(lanes) - 1);
+      std::byte* peer = is_target ? op_.peer(message_rank(targets.messages[half])) : nullptr;
+      const uint64_t row = targets.rows[half];
+      store_vectors(buffer_.out, num_out / 16, peer + layout_.row(row) + first_out, lanes);
+      if (!has_bulk_scales_) continue;
+      const uint32_t num_vectors = protocol::scales_for(num_out) / 4;
+      store_vectors(buffer_.scales, num_vectors, peer + layout_.scales(row) + first_out / 128 * 4,
+                    lanes);
     }
-    if (!is_there) return;
-    const auto* from = reinterpret_cast<const uint4*>(buffer_.out);
-    auto* to = at<uint4>(op_.self(), layout_.row(row) + first_out);
-#pragma unroll 8
-    for (uint32_t v = lane_; v < num_out / 16; v += kWarp) to[v] = from[v];
-    if (!has_bulk_scales_) return;
-    auto* scales = at<float>(op_.self(), layout_.scales(row)) + first_out / 128;
-    for (uint32_t i = lane_; i < protocol::scales_for(num_out); i += kWarp) {
-      scales[i] = buffer_.scales[i];
+    __syncwarp();  // they may be overwritten
+  }
+
+  // Vectors of shared memory, each read once, to where each of `lanes` has its `to`.
+  __device__ void store_vectors(const void* shared, uint32_t num_vectors, std::byte* to,
+                                uint32_t lanes) const {
+    constexpr uint32_t kUnroll = Rows::kIsInPlace ? 7 : 8;  // whole chunks of 7168 elements, or all
+    const auto* from = static_cast<const uint4*>(shared);
+#pragma unroll 1
+    for (uint32_t first = lane_; first - lane_ < num_vectors; first += kUnroll * kWarp) {
+      uint4 vectors[kUnroll];
+#pragma unroll
+      for (uint32_t u = 0; u < kUnroll; ++u) {
+        if (first + u * kWarp < num_vectors) vectors[u] = from[first + u * kWarp];
+      }
+#pragma unroll 1
+      for (uint32_t left = lanes; left != 0; left &= left - 1) {
+        const auto address = reinterpret_cast<uint64_t>(to);
+        auto* target =
+            reinterpret_cast<uint4*>(__shfl_sync(kAllLanes, address, __ffs(left) - 1)) + first;
+#pragma unroll
+        for (uint32_t u = 0; u < kUnroll; ++u) {
+          if (first + u * kWarp < num_vectors) target[u * kWarp] = vectors[u];
+        }
+      }
     }
   }
 

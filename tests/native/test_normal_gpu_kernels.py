@@ -30,6 +30,7 @@ LINKS = Program(
         ("cuda/normal_send.cuh", "kNumSenders = 256;", "kNumSenders = 3;"),
         ("cuda/normal_send.cuh", "kNumLinkSMs = 9;", "kNumLinkSMs = 1;"),
         ("cuda/normal_send.cuh", "kNumOwnSMs = 8;", "kNumOwnSMs = 1;"),
+        ("cuda/normal_send.cuh", "kNumLeastOwnSMs = 7;", "kNumLeastOwnSMs = 1;"),
         ("cuda/normal_pull.cuh", "kPullWarps = 12;", "kPullWarps = 2;"),
         ("cuda/normal_pull.cuh", "kPieceBytes = 7168;", "kPieceBytes = 1024;"),
     ),
