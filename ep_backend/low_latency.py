@@ -106,10 +106,15 @@ class LowLatencyBuffer:
             all others are fetched.
         num_max_tagged_tokens: CUDA: batches of up to so many tokens travel with an epoch in every
             16 bytes, so that a receiver need not wait for a signal, and their rows come back so
-            that it can see them come. Default: 256 / ranks, and 0 where a row has more than 32 KiB.
-            In rank-major workspaces dispatches of up to so many `num_slots`; default: as many as
-            are 352 KiB, with the epochs, 32 of hidden 7168 in float8, 56 of hidden 2048 in
-            bfloat16; with more than four ranks 200 KiB, 18 and 32. Not in expert-major ones.
+            that it can see them come. In rank-major workspaces that is asked of `num_slots`, in
+            expert-major ones nothing is tagged. Default, at most 256 and 0 where a row has more
+            than 32 KiB: as many tokens as are 2816 KiB with the epochs, 256 of hidden 7168 in
+            float8, 130 in bfloat16; with more than four ranks 256 / ranks. In workspaces between
+            two ranks 352 KiB, 32 and 16 tokens; up to four 704 KiB; more 200 KiB. Without hooks
+            2816 KiB, 1408 KiB and 200 KiB.
+        with_hooks: CUDA: False says that every operation will be sent and received by one call
+            (`dispatch_and_receive`, `combine_and_receive`). All work either way; by this, defaults
+            are chosen.
         num_workspaces: CUDA, rank-major, or expert-major with reduction "source": if not 0, every
             exchange is in one of so many workspaces, sets of tensors in symmetric memory. Rows are
             sent straight to the `recv_*` tensors of their receiver, and fetched straight from its
@@ -164,6 +169,7 @@ class LowLatencyBuffer:
         reduction: str = "rank",
         transfer: str | None = None,
         num_max_tagged_tokens: int | None = None,
+        with_hooks: bool = True,
         num_workspaces: int = 0,
         expert_ids: str = "local",
         hierarchical: bool = False,
@@ -198,6 +204,7 @@ class LowLatencyBuffer:
             device=device_type(device),
             network=network,
             hierarchical=hierarchical,
+            with_hooks=with_hooks,
         )
         error: Exception | None = None
         tuned = Tuned()

@@ -55,19 +55,28 @@ EXPERT_WORKSPACE_SETTINGS = WORKSPACE_SETTINGS | {
     "expert_ids": ("local",),
     "num_max_tagged_tokens": (None, 0),
 }
-TAGGED_BYTES_IN_WORKSPACES = 352 << 10
-"""Of the messages of a batch, up to which tagged words are worth their bytes and a copy: what they
-save is the same for every batch, what they cost grows with its bytes. Of 32 tokens (hidden 7168,
-float8, top-8) they are 344 KiB: a pair of one kernel each way takes 10.3 us instead of 11.6 between
-two H200s over NVLink, 16.0 instead of 17.1 between four; with hooks 12.8 instead of 13.0, and 19.3
-instead of 18.8. Of 64 tokens it would gain 0.9 us and, with hooks, lose 0.9 and 2.4. (All that was
-before a tagged batch's rows were sent home: now it gains 1.4 us of 64 tokens, and with hooks loses
-more.) Other rows have not been timed."""
-TAGGED_BYTES_OF_MANY_RANKS = 200 << 10
-"""The same with more ranks than `FEW_RANKS`: a token goes to more of them, 5.3 of 8, and its words
-with it. Between GPUs that was not timed. Of 8 virtual ranks on one H100, which share a memory, 16
-tokens of hidden 7168 in bfloat16, 340 KiB, took 24.1 us instead of 20.4."""
 FEW_RANKS = 4
+"""Between more GPUs tagged words have not been timed: a token goes to more ranks, 5.3 of 8, and its
+words with it."""
+TAGGED_BYTES = 2816 << 10
+"""Of the messages of a batch between few ranks, up to which tagged words are worth their bytes:
+what they save, two fences and a signal's trip, is the same for every batch, what they cost grows
+with its bytes. Of 256 tokens (hidden 7168, float8, top-8) they are 2750 KiB: a pair of one kernel
+each way takes 39.9 us instead of 50.2 between two H200s over NVLink, 73.6 instead of 83.2 between
+four; with hooks 45.9 instead of 48.9, and 85.1 instead of 85.5. In bfloat16 128 tokens are as much:
+between four 54.1 instead of 58.5 and, with hooks, 66.0 instead of 62.2."""
+TAGGED_BYTES_IN_WORKSPACES = {2: (2816 << 10, 352 << 10), FEW_RANKS: (1408 << 10, 704 << 10)}
+"""The same in rank-major workspaces, where tagged rows are copied once more, by the largest number
+of ranks: in one kernel each way, and with hooks. Between two GPUs 64 and 128 float8 tokens take
+12.8 and 18.1 us instead of 14.1 and 18.8 in one kernel each way, 16.9 and 21.0 instead of 15.4 and
+20.1 with hooks; between four 22.0 and 36.4 instead of 24.0 and 37.4, 25.2 and 41.0 instead of 26.3
+and 40.9. In bfloat16 32 and 64 tokens take between four 17.7 and 27.4 instead of 18.0 and 27.0,
+20.6 and 31.7 instead of 19.5 and 29.9."""
+TAGGED_BYTES_OF_MANY_RANKS = 200 << 10
+"""The same of more ranks. Of 8 virtual ranks on one H100, which share a memory, 16 tokens of hidden
+7168 in bfloat16, 340 KiB, took 24.1 us instead of 20.4."""
+MAX_TAGGED_TOKENS = 256
+"""By default; larger batches have not been timed."""
 
 MAX_TIMEOUT_SECS = 1e6
 MAX_SPIN_US = 1e5
@@ -101,6 +110,7 @@ class BufferSettings:
     network: NetworkConfig | None = None
     """None: all ranks see each other's memory."""
     hierarchical: bool = False
+    with_hooks: bool = True
 
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""
@@ -338,11 +348,14 @@ class BufferSettings:
             return self.num_max_tagged_tokens
         if self.hidden * self.dtype.itemsize > MAX_TAGGED_ROW_BYTES:
             return 0
-        if self.num_workspaces > 0:
-            row_bytes = self.hidden * self.dispatch_dtype.itemsize
-            most = tagged_tokens_in_workspaces(row_bytes, self.top_k, num_ranks)
-            return min(self.num_max_tokens_per_rank, most)
-        return min(self.num_max_tokens_per_rank, default_tagged_tokens(num_ranks))
+        most = default_tagged_tokens(
+            self.hidden * self.dispatch_dtype.itemsize,
+            self.top_k,
+            num_ranks,
+            in_workspaces=self.num_workspaces > 0,
+            with_hooks=self.with_hooks,
+        )
+        return min(self.num_max_tokens_per_rank, most)
 
 
 def default_transfer(num_ranks: int, *, has_expert_workspaces: bool, is_virtual: bool) -> str:
@@ -355,20 +368,22 @@ def default_transfer(num_ranks: int, *, has_expert_workspaces: bool, is_virtual:
     return "pull_push" if num_ranks > 1 and not (has_expert_workspaces or is_virtual) else "pull"
 
 
-def default_tagged_tokens(num_ranks: int) -> int:
-    """Batches up to which tagged words are worth their bytes, half as many again: they save two
-    fences and a signal's trip. Two H200s over NVLink gain from it at 128 tokens still (pair of
-    hidden 7168, top-8: 25.6 instead of 29.4 us); with more ranks memory sets the limit."""
-    return max(1, 256 // num_ranks)
-
-
-def tagged_tokens_in_workspaces(row_bytes: int, top_k: int, num_ranks: int) -> int:
-    """Batches up to which `TAGGED_BYTES_IN_WORKSPACES`, or those of many ranks, are enough, of rows
-    of dispatch of so many bytes."""
+def default_tagged_tokens(
+    row_bytes: int, top_k: int, num_ranks: int, *, in_workspaces: bool, with_hooks: bool
+) -> int:
+    """Batches up to which tagged words are worth their bytes, half as many again as those of the
+    rows, of dispatches of rows of so many bytes. With more than a few ranks and by expert, memory
+    sets the limit."""
+    if num_ranks > FEW_RANKS and not in_workspaces:
+        return max(1, MAX_TAGGED_TOKENS // num_ranks)
+    num_bytes = TAGGED_BYTES
+    if in_workspaces:
+        by_form = (
+            limits for most, limits in TAGGED_BYTES_IN_WORKSPACES.items() if num_ranks <= most
+        )
+        num_bytes = next(by_form, (TAGGED_BYTES_OF_MANY_RANKS,) * 2)[with_hooks]
     message_bytes = _native.tagged_header_bytes(top_k) + _native.tagged_row_bytes(row_bytes)
-    is_few = num_ranks <= FEW_RANKS
-    num_bytes = TAGGED_BYTES_IN_WORKSPACES if is_few else TAGGED_BYTES_OF_MANY_RANKS
-    return max(1, num_bytes // message_bytes)
+    return min(MAX_TAGGED_TOKENS, max(1, num_bytes // message_bytes))
 
 
 def agreed_network(network: NetworkConfig | None) -> dict[str, Any]:

@@ -91,6 +91,7 @@ def make_buffer(
         reduction="source" if case.output_layout == "expert_workspace" else "rank",
         transfer=case.transfer,
         num_max_tagged_tokens=case.num_max_tagged_tokens if may_tag else None,
+        with_hooks=case.form == "hook",
         num_workspaces=int(has_workspace),
         timeout_secs=timeout_secs,
         device=device,

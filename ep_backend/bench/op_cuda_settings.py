@@ -15,11 +15,7 @@ from pathlib import Path
 import torch
 
 from ep_backend.bench.options import numbers, option_adder, words
-from ep_backend.settings import (
-    TRANSFERS,
-    default_tagged_tokens,
-    tagged_tokens_in_workspaces,
-)
+from ep_backend.settings import TRANSFERS, default_tagged_tokens
 
 PROGRAM = "ep-backend bench op --device cuda"
 
@@ -63,10 +59,13 @@ class Case:
         """Batches of up to so many tokens are tagged where `num_max_tagged_tokens` is None."""
         if self.output_layout == "expert_workspace" or self.num_ranks == 1:
             return 0
-        if self.has_workspace:
-            row_bytes = hidden * TRAVELLING_DTYPES[self.dispatch_dtype].itemsize
-            return tagged_tokens_in_workspaces(row_bytes, top_k, self.num_ranks)
-        return default_tagged_tokens(self.num_ranks)
+        return default_tagged_tokens(
+            hidden * TRAVELLING_DTYPES[self.dispatch_dtype].itemsize,
+            top_k,
+            self.num_ranks,
+            in_workspaces=self.has_workspace,
+            with_hooks=self.form == "hook",
+        )
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,7 @@ class LowLatencyCandidate(Candidate[LowLatencyBuffer, RankOps]):
                 output_layout=shape.output_layout,
                 reduction=shape.reduction,
                 num_workspaces=int(shape.has_workspaces),
+                with_hooks=settings.form == "hook",
                 timeout_secs=TIMEOUT_SECS,
                 device=ranks.device,
                 **tried,

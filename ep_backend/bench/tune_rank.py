@@ -189,6 +189,7 @@ def _default_tagged_tokens(settings: TuneSettings, shape: Shape) -> int:
         expert_ids="local",
         num_banks=2,
         device="cuda",
+        with_hooks=settings.form == "hook",
     )
     return by_default.config(shape.num_ranks).num_max_tagged_tokens
 

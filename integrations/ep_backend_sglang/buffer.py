@@ -121,7 +121,8 @@ class Buffer(deep_ep.Buffer):
         num_experts: int,
         num_workspaces: int,
     ) -> LowLatencyBuffer:
-        """Rank-major, for dispatches of such `x` `[T, H]` with `topk_idx` `[T, K]`."""
+        """Rank-major, for dispatches of such `x` `[T, H]` with `topk_idx` `[T, K]`. With one
+        workspace operations are sent and received at once, see `at_once`."""
         return self._buffer_for(
             LowLatencyBuffer,
             x.device,
@@ -132,6 +133,7 @@ class Buffer(deep_ep.Buffer):
             dtype=x.dtype,
             output_layout="rank_major",
             num_workspaces=num_workspaces,
+            with_hooks=num_workspaces != 1,
         )
 
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:

@@ -168,9 +168,14 @@ def _low_latency_shape(moe: Any, quant_config: Any, num_max_tokens: int) -> dict
 
 
 def _workspaces(manager: Any, shape: dict[str, Any], num_workspaces: int) -> Any:
-    """Of vLLM's standard format."""
-    in_workspaces = {"output_layout": "rank_major", "expert_ids": "global"}
-    return manager.get_handle(shape | in_workspaces | {"num_workspaces": num_workspaces})
+    """Of vLLM's standard format; more than one for micro-batches, whose rows hooks receive."""
+    in_workspaces = {
+        "output_layout": "rank_major",
+        "expert_ids": "global",
+        "num_workspaces": num_workspaces,
+        "with_hooks": num_workspaces > 1,
+    }
+    return manager.get_handle(shape | in_workspaces)
 
 
 def _make_low_latency(moe: Any, quant_config: Any) -> Any:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from ep_backend import NetworkConfig
 from ep_backend.cli import app
-from ep_backend.settings import tagged_tokens_in_workspaces
+from ep_backend.settings import default_tagged_tokens
 from tests.readme.pages import README, README_FLOWING, RESULTS, ROOT, results
 from tests.support.shapes import Shape
 
@@ -73,13 +73,13 @@ def test_copies_between_nodes_are_those_of_the_results() -> None:
 
 def test_sizes_are_those_of_the_code() -> None:
     most = [
-        tagged_tokens_in_workspaces(row_bytes, 8, num_ranks)
-        for num_ranks in (4, 5)
-        for row_bytes in (7168, 2 * 2048)
+        default_tagged_tokens(7168, 8, num_ranks, in_workspaces=True, with_hooks=with_hooks)
+        for with_hooks in (True, False)
+        for num_ranks in (2, 4, 5)
     ]
     told = (
-        "up to {} tokens of 7168 channels in float8 or {} of 2048 in bfloat16, with more than four "
-        "ranks {} and {}"
+        "Of 7168 channels in float8 that is up to {} tokens between two ranks, {} up to four, {} "
+        "between more; up to {}, {} and {} for a buffer"
     )
     assert told.format(*most) in README_FLOWING
     at_home, on_ranks = (num_bytes_over_network(r) >> 20 for r in ("source", "rank"))
