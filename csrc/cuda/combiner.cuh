@@ -46,7 +46,7 @@ class Combiner {
         is_pull_(protocol::pulls_combine(layout_.config().transfer) && !is_source_),
         packs_rows_(View::kHasNetwork && layout_.packs_rows()),
         rows_(layout_),
-        num_parts_(protocol::parts_for(layout_.combine_row_bytes())) {}
+        num_parts_(Rows::num_parts(layout_.combine_row_bytes())) {}
 
   // A partial row for every message. Whole block.
   __device__ void send() const {
@@ -81,7 +81,7 @@ class Combiner {
 
   // How the rows of all tokens of this rank are shared out.
   __device__ static Items items(const View& rank, uint32_t num_tokens) {
-    return Items(num_tokens, protocol::parts_for(rank.layout.combine_row_bytes()));
+    return Items(num_tokens, Rows::num_parts(rank.layout.combine_row_bytes()));
   }
   // Adds up the partial rows of every token. `items`: see above; `noted`: of the first of them.
   // False, on all lanes of a warp: it gave up.

@@ -141,7 +141,9 @@ class LowLatencyRank : public RankHost {
  private:
   // The view and the launch of a kernel with so much to do.
   struct Plan;
-  Plan plan(uint64_t num_items, void* stream, uint64_t num_parts = ~uint64_t{0});
+  Plan plan(uint64_t num_items, void* stream, uint64_t num_parts = ~uint64_t{0},
+            uint32_t items_per_warp = 1);
+  Plan plan_by_expert(uint64_t num_items, void* stream);
   Plan plan_workspace(uint32_t num_tokens, uint32_t num_slots, void* stream);
   Plan plan_workspace_combine(uint32_t num_tokens, uint32_t num_slots, bool sends, void* stream);
   // Parts of rows that the latest dispatch brings, and that its combine sends, at most.

@@ -73,15 +73,16 @@ void prepare_forms(const protocol::LowLatencyConfig& config) {
 }  // namespace
 
 void prepare_combine(const protocol::LowLatencyConfig& config) {
-  prepare_forms<PlainRows<__nv_bfloat16>>(config);
-  prepare_forms<PlainRows<float>>(config);
+  prepare_forms<PlainRows<__nv_bfloat16, 1>>(config);
+  prepare_forms<PlainRows<__nv_bfloat16, 2>>(config);
+  prepare_forms<PlainRows<float, 2>>(config);
   prepare_forms<Float8Rows<__nv_bfloat16>>(config);
   prepare_forms<Float8Rows<float>>(config);
 }
 
 void launch_combine_send(const RankView& rank, const CombineSendParams& send,
                          const Launch& launch) {
-  with_travelling_rows(rank.layout, [&](auto rows) {
+  with_travelling_rows(rank.layout, launch.is_small, [&](auto rows) {
     using Rows = typename decltype(rows)::type;
     with_view<Rows>(rank, has_usual_shape(rank.layout.config()), [&](const auto& view) {
       launch.run(combine_kernel<std::decay_t<decltype(view)>, Rows, true, false>,
@@ -93,7 +94,7 @@ void launch_combine_send(const RankView& rank, const CombineSendParams& send,
 void launch_combine_recv(const RankView& rank, const CombineRecvParams& recv,
                          const Launch& launch) {
   const bool is_usual = has_usual_shape(rank.layout.config());
-  with_travelling_rows(rank.layout, [&](auto rows) {
+  with_travelling_rows(rank.layout, launch.is_small, [&](auto rows) {
     using Rows = typename decltype(rows)::type;
     with_view<Rows, false>(rank, is_usual, recv.num_tokens, [&](const auto& view) {
       launch.run(combine_kernel<std::decay_t<decltype(view)>, Rows, false, true>, 0, view,
@@ -105,7 +106,7 @@ void launch_combine_recv(const RankView& rank, const CombineRecvParams& recv,
 void launch_combine(const RankView& rank, const CombineSendParams& send,
                     const CombineRecvParams& recv, const Launch& launch) {
   const bool is_usual = has_usual_shape(rank.layout.config());
-  with_travelling_rows(rank.layout, [&](auto rows) {
+  with_travelling_rows(rank.layout, launch.is_small, [&](auto rows) {
     using Rows = typename decltype(rows)::type;
     with_view<Rows, true>(rank, is_usual, recv.num_tokens, [&](const auto& view) {
       launch.run(combine_kernel<std::decay_t<decltype(view)>, Rows, true, true>,

@@ -195,71 +195,100 @@ __device__ __forceinline__ bool poll_part(const RankView& rank, OpId id, uint32_
       [&] { return TaggedPart::wait(rank, id, src_rank, row, num_vectors, part); });
 }
 
-// --- into blanks -----------------------------------------------------------------------------
+// --- pieces of rows of T ---------------------------------------------------------------------
 
-__device__ inline void fill_blanks(const Part& p, std::byte* row, uint32_t num_vectors,
-                                   uint32_t part) {
-  const Lane lane;
-#pragma unroll
-  for (uint32_t i = 0; i < 2; ++i) {
-    const uint32_t vector = lane.vector(part, i);
-    uint4 word = p.vectors[i];
-    word.w = protocol::filling(word.w);
-    if (vector < num_vectors) {
-      ptx::st_relaxed_sys_b128(reinterpret_cast<uint4*>(row) + vector, word);
-    }
+// Some vectors a lane: two are a part. With one, a warp runs half as many instructions, which is
+// what the time of a small batch goes into; with two, twice as many loads are on their way.
+template <uint32_t kVectors>
+struct Piece {
+  uint4 vectors[kVectors];
+
+  // Of a row.
+  __host__ __device__ static constexpr uint32_t count(uint64_t row_bytes) {
+    constexpr uint32_t kBytes = kVectors * kWarp * sizeof(uint4);
+    return static_cast<uint32_t>((row_bytes + kBytes - 1) / kBytes);
   }
-}
+  // Which vector of the row is the lane's `i`-th of a piece.
+  __device__ static uint32_t vector(uint32_t piece, uint32_t i) {
+    return (piece * kVectors + i) * kWarp + threadIdx.x % kWarp;
+  }
 
-// A part on its way into blanks, as TaggedPart above.
-class FilledPart {
- public:
-  static constexpr bool kMakesBlanks = true;
-  __device__ void begin(const std::byte* row, uint32_t num_vectors, uint32_t part, uint32_t) {
-    const Lane lane;
+  template <typename Load>
+  __device__ void load(const std::byte* row, uint32_t num_vectors, uint32_t piece, Load load) {
 #pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) {
-      const uint32_t vector = lane.vector(part, i);
-      words_[i] = {0, 0, 0, ~0u};
-      if (vector < num_vectors) {
-        words_[i] = ptx::ld_relaxed_sys_b128(reinterpret_cast<const uint4*>(row) + vector);
+    for (uint32_t i = 0; i < kVectors; ++i) {
+      vectors[i] = {};
+      if (vector(piece, i) < num_vectors) {
+        vectors[i] = load(reinterpret_cast<const uint4*>(row) + vector(piece, i));
       }
     }
   }
-  // A part that has not travelled.
-  __device__ void take(const Part& p) {
+  __device__ void store(std::byte* row, uint32_t num_vectors, uint32_t piece) const {
 #pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) {
-      words_[i] = p.vectors[i];
-      words_[i].w = protocol::filling(words_[i].w);
+    for (uint32_t i = 0; i < kVectors; ++i) {
+      if (vector(piece, i) < num_vectors) {
+        reinterpret_cast<uint4*>(row)[vector(piece, i)] = vectors[i];
+      }
     }
   }
-  __device__ bool is_here(uint32_t) const { return words_[0].w != 0 && words_[1].w != 0; }
+  // Into blanks.
+  __device__ void fill(std::byte* row, uint32_t num_vectors, uint32_t piece) const {
+#pragma unroll
+    for (uint32_t i = 0; i < kVectors; ++i) {
+      uint4 word = vectors[i];
+      word.w = protocol::filling(word.w);
+      if (vector(piece, i) < num_vectors) {
+        ptx::st_relaxed_sys_b128(reinterpret_cast<uint4*>(row) + vector(piece, i), word);
+      }
+    }
+  }
+};
+
+// A piece on its way into blanks, as TaggedPart above.
+template <uint32_t kVectors>
+class FilledPiece {
+ public:
+  static constexpr bool kMakesBlanks = true;
+  __device__ void begin(const std::byte* row, uint32_t num_vectors, uint32_t piece, uint32_t) {
+#pragma unroll
+    for (uint32_t i = 0; i < kVectors; ++i) {
+      const uint32_t vector = Piece<kVectors>::vector(piece, i);
+      words_.vectors[i] = {0, 0, 0, ~0u};
+      if (vector < num_vectors) {
+        words_.vectors[i] = ptx::ld_relaxed_sys_b128(reinterpret_cast<const uint4*>(row) + vector);
+      }
+    }
+  }
+  __device__ bool is_here(uint32_t) const {
+    return words_.vectors[0].w != 0 && words_.vectors[kVectors - 1].w != 0;
+  }
   // Makes blanks of the words again.
-  __device__ static void clear(std::byte* row, uint32_t num_vectors, uint32_t part) {
-    store_vectors({}, row, num_vectors, part);
+  __device__ static void clear(std::byte* row, uint32_t num_vectors, uint32_t piece) {
+    Piece<kVectors>{}.store(row, num_vectors, piece);
   }
   // Waits for this lane's words. False: the wait was given up.
   __device__ static bool wait(const RankView& rank, OpId id, uint32_t src_rank,
-                              const std::byte* row, uint32_t num_vectors, uint32_t part) {
-    const Lane lane;
+                              const std::byte* row, uint32_t num_vectors, uint32_t piece) {
     bool ok = true;
-    for (uint32_t i = 0; i < 2 && ok; ++i) {
-      const uint32_t vector = lane.vector(part, i);
+    for (uint32_t i = 0; i < kVectors && ok; ++i) {
+      const uint32_t vector = Piece<kVectors>::vector(piece, i);
       if (vector >= num_vectors) continue;
       ok = wait_for_filling(rank, id, src_rank, reinterpret_cast<const uint4*>(row) + vector);
     }
     return ok;
   }
-  __device__ Part part() const {
-    Part p = {{words_[0], words_[1]}, 0};
-    p.vectors[0].w = protocol::filled(words_[0].w);
-    p.vectors[1].w = protocol::filled(words_[1].w);
+  // `has_travelled`: else its words are as they were.
+  __device__ Piece<kVectors> part(bool has_travelled = true) const {
+    Piece<kVectors> p = words_;
+    if (!has_travelled) return p;
+#pragma unroll
+    for (uint32_t i = 0; i < kVectors; ++i) p.vectors[i].w = protocol::filled(p.vectors[i].w);
     return p;
   }
 
  private:
-  uint4 words_[2];
+  static_assert(kVectors <= 2);
+  Piece<kVectors> words_;
 };
 
 // --- a token's row, on its way out -----------------------------------------------------------

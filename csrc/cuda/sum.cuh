@@ -56,44 +56,54 @@ struct Sink {
   bool is_tagged;
   uint32_t tag;
 
-  __device__ void store(const Part& p, uint32_t num_vectors, uint32_t part) const {
+  template <uint32_t kVectors>
+  __device__ void store(const Piece<kVectors>& p, uint32_t num_vectors, uint32_t piece) const {
     if (is_tagged) {
-      fill_blanks(p, row, num_vectors, part);
+      p.fill(row, num_vectors, piece);
     } else {
-      store_vectors(p, row, num_vectors, part);
+      p.store(row, num_vectors, piece);
     }
   }
 };
 
-// kParts parts, kRows rows at a time: so many loads are on their way together.
-template <typename T, uint32_t kParts, uint32_t kRows>
-__device__ void sum_some_parts(const SumPlan& plan, uint32_t num_rows, uint32_t num_vectors,
-                               uint32_t first_part, uint32_t end_part, const Sink& sink) {
-  const Lane lane;
+// A piece of a sum.
+template <typename T, uint32_t kVectors>
+struct PieceSum {
+  Sum<T> of_vector[kVectors];
+
+  __device__ void add(const Piece<kVectors>& p, float weight, bool is_first) {
+#pragma unroll
+    for (uint32_t i = 0; i < kVectors; ++i) of_vector[i].add(p.vectors[i], weight, is_first);
+  }
+  __device__ Piece<kVectors> rounded() const {
+    Piece<kVectors> p;
+#pragma unroll
+    for (uint32_t i = 0; i < kVectors; ++i) p.vectors[i] = of_vector[i].rounded();
+    return p;
+  }
+};
+
+// kPieces pieces, kRows rows at a time: so many loads are on their way together.
+template <typename T, uint32_t kVectors, uint32_t kPieces, uint32_t kRows>
+__device__ void sum_some_pieces(const SumPlan& plan, uint32_t num_rows, uint32_t num_vectors,
+                                uint32_t first_piece, uint32_t end_piece, const Sink& sink) {
 #pragma unroll 1
-  for (uint32_t part = first_part; part < end_part; part += kParts) {
-    Sum<T> sums[kParts][2];
+  for (uint32_t piece = first_piece; piece < end_piece; piece += kPieces) {
+    PieceSum<T, kVectors> sums[kPieces];
 #pragma unroll 1
     for (uint32_t first = 0; first < num_rows; first += kRows) {
-      uint4 vectors[kRows][kParts][2];
-      const uint4* rows[kRows];  // all, before the first load of a row would hold up the others
+      Piece<kVectors> pieces[kRows][kPieces];
+      const std::byte* rows[kRows];  // all, before the first load of a row would hold up the others
 #pragma unroll
       for (uint32_t r = 0; r < kRows; ++r) {
-        rows[r] = reinterpret_cast<const uint4*>(plan.rows[first + r < num_rows ? first + r : 0]);
+        rows[r] = plan.rows[first + r < num_rows ? first + r : 0];
       }
 #pragma unroll
       for (uint32_t r = 0; r < kRows; ++r) {
-        const bool has_row = first + r < num_rows;
 #pragma unroll
-        for (uint32_t p = 0; p < kParts; ++p) {
-#pragma unroll
-          for (uint32_t i = 0; i < 2; ++i) {
-            const uint32_t vector = lane.vector(part + p, i);
-            vectors[r][p][i] = {};
-            if (has_row && part + p < end_part && vector < num_vectors) {
-              vectors[r][p][i] = ptx::ld_row(rows[r] + vector);
-            }
-          }
+        for (uint32_t p = 0; p < kPieces; ++p) {
+          const bool is_there = first + r < num_rows && piece + p < end_piece;
+          pieces[r][p].load(rows[r], is_there ? num_vectors : 0, piece + p, ptx::ld_row);
         }
       }
 #pragma unroll
@@ -101,55 +111,37 @@ __device__ void sum_some_parts(const SumPlan& plan, uint32_t num_rows, uint32_t 
         if (first + r < num_rows) {
           const float weight = plan.weights[first + r];
 #pragma unroll
-          for (uint32_t p = 0; p < kParts; ++p) {
-#pragma unroll
-            for (uint32_t i = 0; i < 2; ++i) {
-              sums[p][i].add(vectors[r][p][i], weight, first + r == 0);
-            }
+          for (uint32_t p = 0; p < kPieces; ++p) {
+            sums[p].add(pieces[r][p], weight, first + r == 0);
           }
         }
       }
     }
 #pragma unroll
-    for (uint32_t p = 0; p < kParts; ++p) {
-      if (part + p < end_part) {
-        const Part out = {{sums[p][0].rounded(), sums[p][1].rounded()}, 0};
-        sink.store(out, num_vectors, part + p);
-      }
+    for (uint32_t p = 0; p < kPieces; ++p) {
+      if (piece + p < end_piece) sink.store(sums[p].rounded(), num_vectors, piece + p);
     }
   }
 }
 
-// The same for a single row: nothing is kept but the row, so more parts fit.
-template <typename T, uint32_t kParts>
-__device__ void scale_some_parts(const SumPlan& plan, uint32_t num_vectors, uint32_t first_part,
-                                 uint32_t end_part, const Sink& sink) {
-  const Lane lane;
-  const auto* row = reinterpret_cast<const uint4*>(plan.rows[0]);
+// The same for a single row: nothing is kept but the row, so more pieces fit.
+template <typename T, uint32_t kVectors, uint32_t kPieces>
+__device__ void scale_some_pieces(const SumPlan& plan, uint32_t num_vectors, uint32_t first_piece,
+                                  uint32_t end_piece, const Sink& sink) {
   const float weight = plan.weights[0];
 #pragma unroll 1
-  for (uint32_t part = first_part; part < end_part; part += kParts) {
-    uint4 vectors[kParts][2] = {};
+  for (uint32_t piece = first_piece; piece < end_piece; piece += kPieces) {
+    Piece<kVectors> pieces[kPieces];
 #pragma unroll
-    for (uint32_t p = 0; p < kParts; ++p) {
-#pragma unroll
-      for (uint32_t i = 0; i < 2; ++i) {
-        const uint32_t vector = lane.vector(part + p, i);
-        if (part + p < end_part && vector < num_vectors) {
-          vectors[p][i] = ptx::ld_row(row + vector);
-        }
-      }
+    for (uint32_t p = 0; p < kPieces; ++p) {
+      const bool is_there = piece + p < end_piece;
+      pieces[p].load(plan.rows[0], is_there ? num_vectors : 0, piece + p, ptx::ld_row);
     }
 #pragma unroll
-    for (uint32_t p = 0; p < kParts; ++p) {
-      Part out = {};
-#pragma unroll
-      for (uint32_t i = 0; i < 2; ++i) {
-        Sum<T> sum;
-        sum.add(vectors[p][i], weight, true);
-        out.vectors[i] = sum.rounded();
-      }
-      if (part + p < end_part) sink.store(out, num_vectors, part + p);
+    for (uint32_t p = 0; p < kPieces; ++p) {
+      PieceSum<T, kVectors> sum;
+      sum.add(pieces[p], weight, true);
+      if (piece + p < end_piece) sink.store(sum.rounded(), num_vectors, piece + p);
     }
   }
 }
@@ -164,29 +156,31 @@ __device__ void scale_some_parts(const SumPlan& plan, uint32_t num_vectors, uint
 #define EP_OUT_OF_LINE __noinline__ inline
 #endif
 
-// Parts first_part .. end_part - 1 of a row as they are. One warp.
-__device__ EP_OUT_OF_LINE void copy_parts(const std::byte* row, uint32_t num_vectors,
-                                          uint32_t first_part, uint32_t end_part, Sink sink) {
-  const RowView view = {const_cast<std::byte*>(row), nullptr};
+// Pieces first_piece .. end_piece - 1 of a row as they are. One warp.
+template <uint32_t kVectors>
+__device__ EP_OUT_OF_LINE void copy_pieces(const std::byte* row, uint32_t num_vectors,
+                                           uint32_t first_piece, uint32_t end_piece, Sink sink) {
 #pragma unroll 2
-  for (uint32_t part = first_part; part < end_part; ++part) {
-    sink.store(load_part(view, {num_vectors, 0}, part, ptx::ld_row), num_vectors, part);
+  for (uint32_t piece = first_piece; piece < end_piece; ++piece) {
+    Piece<kVectors> p;
+    p.load(row, num_vectors, piece, ptx::ld_row);
+    sink.store(p, num_vectors, piece);
   }
 }
 
-// Parts first_part .. end_part - 1 of the sum. One warp.
-template <typename T>
-__device__ EP_OUT_OF_LINE void sum_parts(const SumPlan& plan, uint32_t num_rows,
-                                         uint32_t num_vectors, uint32_t first_part,
-                                         uint32_t end_part, Sink sink) {
+// Pieces first_piece .. end_piece - 1 of the sum. One warp.
+template <typename T, uint32_t kVectors>
+__device__ EP_OUT_OF_LINE void sum_pieces(const SumPlan& plan, uint32_t num_rows,
+                                          uint32_t num_vectors, uint32_t first_piece,
+                                          uint32_t end_piece, Sink sink) {
   if (num_rows == 1) {
-    scale_some_parts<T, 4>(plan, num_vectors, first_part, end_part, sink);
+    scale_some_pieces<T, kVectors, 4>(plan, num_vectors, first_piece, end_piece, sink);
   } else if (num_rows == 2) {
-    sum_some_parts<T, 2, 2>(plan, num_rows, num_vectors, first_part, end_part, sink);
+    sum_some_pieces<T, kVectors, 2, 2>(plan, num_rows, num_vectors, first_piece, end_piece, sink);
   } else if (num_rows <= 4) {
-    sum_some_parts<T, 1, 4>(plan, num_rows, num_vectors, first_part, end_part, sink);
+    sum_some_pieces<T, kVectors, 1, 4>(plan, num_rows, num_vectors, first_piece, end_piece, sink);
   } else {
-    sum_some_parts<T, 1, 8>(plan, num_rows, num_vectors, first_part, end_part, sink);
+    sum_some_pieces<T, kVectors, 1, 8>(plan, num_rows, num_vectors, first_piece, end_piece, sink);
   }
 }
 

@@ -9,15 +9,21 @@ namespace ep::cuda {
 
 using protocol::LowLatencyLayout;
 
-template <typename T>
+// `kOfPiece`: vectors of a lane.
+template <typename T, uint32_t kOfPiece>
 class PlainRows {
  public:
+  static constexpr uint32_t kVectors = kOfPiece;
   static constexpr bool kAreUsual = sizeof(T) == 2;  // see usual.cuh
   // A partial row to which nothing is added is the token's row.
   static constexpr bool kLonePartialIsResult = true;
   // How rows of a tagged batch come, and how many are on their way at the same time.
-  using Coming = FilledPart;
+  using Coming = FilledPiece<kVectors>;
   static constexpr uint32_t kTaggedBatch = 4;
+  // Of a row, for a warp each.
+  __host__ __device__ static constexpr uint32_t num_parts(uint64_t row_bytes) {
+    return Piece<kVectors>::count(row_bytes);
+  }
 
   __device__ explicit PlainRows(const LowLatencyLayout& layout)
       : num_vectors_(static_cast<uint32_t>(layout.combine_row_bytes() / sizeof(uint4))) {}
@@ -28,20 +34,20 @@ class PlainRows {
   // Parts first_part .. end_part - 1, as all below. One warp.
   __device__ void send_sum(const SumPlan& plan, uint32_t num_rows, uint32_t first_part,
                            uint32_t end_part, const Sink& sink) const {
-    sum_parts<T>(plan, num_rows, num_vectors_, first_part, end_part, sink);
+    sum_pieces<T, kVectors>(plan, num_rows, num_vectors_, first_part, end_part, sink);
   }
   __device__ void send_row(const std::byte* row, uint32_t first_part, uint32_t end_part,
                            const Sink& sink) const {
-    copy_parts(row, num_vectors_, first_part, end_part, sink);
+    copy_pieces<kVectors>(row, num_vectors_, first_part, end_part, sink);
   }
   __device__ void add_up(const SumPlan& plan, uint32_t num_rows, uint32_t first_part,
                          uint32_t end_part, std::byte* out) const {
-    sum_parts<T>(plan, num_rows, num_vectors_, first_part, end_part, {out, false, 0});
+    sum_pieces<T, kVectors>(plan, num_rows, num_vectors_, first_part, end_part, {out, false, 0});
   }
   // The sum of rows that have come, as it travels on; it may go where one of them lies.
   __device__ void add_up_to_send(const SumPlan& plan, uint32_t num_rows, uint32_t first_part,
                                  uint32_t end_part, const Sink& sink) const {
-    sum_parts<T>(plan, num_rows, num_vectors_, first_part, end_part, sink);
+    sum_pieces<T, kVectors>(plan, num_rows, num_vectors_, first_part, end_part, sink);
   }
 
   // A part of a token's row, from parts that have come one by one.
@@ -49,16 +55,15 @@ class PlainRows {
    public:
     // How many rows will be added.
     __device__ explicit PartSum(uint32_t) {}
-    __device__ void add(const Part& p, float weight, bool is_first) {
-      sums_[0].add(p.vectors[0], weight, is_first);
-      sums_[1].add(p.vectors[1], weight, is_first);
+    __device__ void add(const Piece<kVectors>& p, float weight, bool is_first) {
+      sum_.add(p, weight, is_first);
     }
-    __device__ void store(std::byte* out, uint32_t num_vectors, uint32_t part) const {
-      store_vectors({{sums_[0].rounded(), sums_[1].rounded()}, 0}, out, num_vectors, part);
+    __device__ void store(std::byte* out, uint32_t num_vectors, uint32_t piece) const {
+      sum_.rounded().store(out, num_vectors, piece);
     }
 
    private:
-    Sum<T> sums_[2];
+    PieceSum<T, kVectors> sum_;
   };
 
  private:
@@ -271,6 +276,9 @@ class Float8Rows {
   using Coming = TaggedPart;
   // With two, whose code is twice as long, a pair of 16 tokens takes 0.9 us more (as above).
   static constexpr uint32_t kTaggedBatch = 1;
+  __host__ __device__ static constexpr uint32_t num_parts(uint64_t row_bytes) {
+    return protocol::parts_for(row_bytes);
+  }
 
   __device__ explicit Float8Rows(const LowLatencyLayout& layout) : shape_(layout) {}
 
@@ -324,16 +332,22 @@ class Float8Rows {
   Float8Shape shape_;
 };
 
-// On the host. Calls `launch` with the TypeOf the rows of a layout's combine.
+// On the host. Calls `launch` with the TypeOf the rows of a layout's combine. `in_small_pieces`:
+// where there are kernels for that.
+template <typename Function>
+void with_travelling_rows(const LowLatencyLayout& layout, bool in_small_pieces, Function&& launch) {
+  with_type(layout, [&](auto value) {
+    using T = decltype(value);
+    if (layout.num_combine_scales() > 0) return launch(TypeOf<Float8Rows<T>>());
+    if constexpr (PlainRows<T, 1>::kAreUsual) {
+      if (in_small_pieces) return launch(TypeOf<PlainRows<T, 1>>());
+    }
+    launch(TypeOf<PlainRows<T, 2>>());
+  });
+}
 template <typename Function>
 void with_travelling_rows(const LowLatencyLayout& layout, Function&& launch) {
-  with_type(layout, [&](auto value) {
-    if (layout.num_combine_scales() > 0) {
-      launch(TypeOf<Float8Rows<decltype(value)>>());
-    } else {
-      launch(TypeOf<PlainRows<decltype(value)>>());
-    }
-  });
+  with_travelling_rows(layout, false, launch);
 }
 
 }  // namespace ep::cuda

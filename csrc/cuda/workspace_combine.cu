@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
       const uint32_t num_rows = answers.plan(&plan);
       items.next();
       if (items.more()) answers.fetch(items.row());
-      sum_parts<T>(plan, num_rows, static_cast<uint32_t>(layout.row_bytes() / sizeof(uint4)),
-                   first_part, end_part, {recv.out + token * layout.row_bytes(), false, 0});
+      sum_pieces<T, 2>(plan, num_rows, static_cast<uint32_t>(layout.row_bytes() / sizeof(uint4)),
+                       first_part, end_part, {recv.out + token * layout.row_bytes(), false, 0});
     }
   }
   op.complete(true);

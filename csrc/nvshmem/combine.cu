@@ -70,8 +70,8 @@ void with_types(const NetworkView& rank, Function&& launch) {
 }  // namespace
 
 void prepare_combine(const protocol::LowLatencyConfig& config) {
-  prepare_forms<PlainRows<__nv_bfloat16>>(config);
-  prepare_forms<PlainRows<float>>(config);
+  prepare_forms<PlainRows<__nv_bfloat16, 2>>(config);
+  prepare_forms<PlainRows<float, 2>>(config);
   prepare_forms<Float8Rows<__nv_bfloat16>>(config);
   prepare_forms<Float8Rows<float>>(config);
 }

@@ -61,8 +61,8 @@ uint64_t send_shared_bytes(const protocol::LowLatencyLayout& layout) {
 }  // namespace
 
 void prepare_hierarchical_combine() {
-  prepare_forms<PlainRows<__nv_bfloat16>>();
-  prepare_forms<PlainRows<float>>();
+  prepare_forms<PlainRows<__nv_bfloat16, 2>>();
+  prepare_forms<PlainRows<float, 2>>();
   prepare_forms<Float8Rows<__nv_bfloat16>>();
   prepare_forms<Float8Rows<float>>();
 }

@@ -110,13 +110,13 @@ SEEDED_BUGS = [
     SeededBug(
         "rows_are_taken_from_blanks",
         "cuda/part.cuh",
-        "return words_[0].w != 0 && words_[1].w != 0;",
+        "return words_.vectors[0].w != 0 && words_.vectors[kVectors - 1].w != 0;",
         "return true;",
     ),
     SeededBug(
         "blanks_are_not_made_again",
         "cuda/part.cuh",
-        "store_vectors({}, row, num_vectors, part);",
+        "Piece<kVectors>{}.store(row, num_vectors, piece);",
         "",
     ),
     SeededBug(

@@ -9,6 +9,7 @@ namespace ep::cuda {
 
 struct Launch {
   uint32_t num_blocks = 0;  // 0: all of the rank's; else the others wait
+  bool is_small = false;
 
   template <typename... Params>
   static void prepare(void (*)(Params...)) {}
