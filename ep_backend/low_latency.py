@@ -109,7 +109,7 @@ class LowLatencyBuffer:
             that it can see them come. In rank-major workspaces that is asked of `num_slots`, in
             expert-major ones nothing is tagged. Default, at most 256 and 0 where a row has more
             than 32 KiB: as many tokens as are 2816 KiB with the epochs, 256 of hidden 7168 in
-            float8, 130 in bfloat16; with more than four ranks 256 / ranks. In workspaces between
+            float8, 132 in bfloat16; with more than four ranks 256 / ranks. In workspaces between
             two ranks 352 KiB, 32 and 16 tokens; up to four 704 KiB; more 200 KiB. Without hooks
             2816 KiB, 1408 KiB and 200 KiB.
         with_hooks: CUDA: False says that every operation will be sent and received by one call

@@ -85,10 +85,12 @@ def test_workspaces_by_expert_are_for_rows_that_are_fetched(
 @pytest.mark.parametrize(
     ("settings", "num_tagged"),
     [
-        ({}, 128),  # 256 / ranks
-        ({"num_ranks": 8}, 32),
+        ({}, 128),
+        ({"num_max_tokens_per_rank": 512}, 256),
+        ({"hidden": 7168, "num_max_tokens_per_rank": 512}, 133),  # 2816 KiB
+        ({"num_ranks": 8}, 32),  # 256 / ranks
         ({"num_max_tokens_per_rank": 5}, 5),
-        ({"hidden": 16384}, 128),  # rows of 32 KiB
+        ({"hidden": 16384}, 58),  # rows of 32 KiB
         ({"hidden": 16384 + 8}, 0),
         ({"hidden": 16384 + 16, "dispatch_dtype": torch.float8_e4m3fn}, 0),
         ({"num_max_tagged_tokens": 0}, 0),
@@ -97,8 +99,12 @@ def test_workspaces_by_expert_are_for_rows_that_are_fetched(
         ({"hidden": 7168, "dispatch_dtype": torch.float8_e4m3fn} | IN_RANK_MAJOR, 33),
         ({"hidden": 2048} | IN_RANK_MAJOR, 57),
         ({"hidden": 2048, "num_max_tokens_per_rank": 5} | IN_RANK_MAJOR, 5),
-        ({"hidden": 2048, "num_ranks": 4} | IN_RANK_MAJOR, 57),
+        ({"hidden": 2048, "num_ranks": 4} | IN_RANK_MAJOR, 114),
         ({"hidden": 2048, "num_ranks": 8} | IN_RANK_MAJOR, 32),
+        ({"hidden": 7168, "with_hooks": False} | IN_RANK_MAJOR, 128),
+        ({"hidden": 7168, "with_hooks": False, "num_ranks": 4} | IN_RANK_MAJOR, 66),
+        ({"hidden": 2048, "with_hooks": False, "num_ranks": 8} | IN_RANK_MAJOR, 32),
+        ({"hidden": 7168, "with_hooks": False}, 128),
         ({"hidden": 16384 + 8} | IN_RANK_MAJOR, 0),
         ({"num_max_tagged_tokens": 5} | IN_RANK_MAJOR, 5),
         ({"num_ranks": 1} | IN_RANK_MAJOR, 0),

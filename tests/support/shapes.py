@@ -42,6 +42,7 @@ class Shape:
     network: NetworkConfig | None = None
     ranks_per_node: int | None = None
     hierarchical: bool = False
+    with_hooks: bool = True
 
     @property
     def is_float8(self) -> bool:
@@ -75,6 +76,7 @@ class Shape:
             device=self.device,
             network=self.network,
             hierarchical=self.hierarchical,
+            with_hooks=self.with_hooks,
         )
 
     def config(self) -> _native.LowLatencyConfig:
@@ -109,6 +111,7 @@ class Shape:
             num_sms=self.num_sms,
             network=self.network,
             hierarchical=self.hierarchical,
+            with_hooks=self.with_hooks,
         )
 
     @property
