@@ -17,8 +17,8 @@ struct Launch {
   uint32_t num_threads;
   cudaStream_t stream;
   bool starts_early;  // may be put on the GPU while the kernel before it ends
-  bool is_small =
-      false;  // has no more to do than warps do at once: its time is that of instructions
+  // It has no more to do than its warps do at once, so that its time is that of instructions.
+  bool is_small = false;
 
   // Once, before a kernel is launched, at any time: kernels that are loaded at their first launch
   // wait there for others to end, which may be waiting for this one.

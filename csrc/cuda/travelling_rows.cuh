@@ -9,11 +9,11 @@ namespace ep::cuda {
 
 using protocol::LowLatencyLayout;
 
-// `kOfPiece`: vectors of a lane.
-template <typename T, uint32_t kOfPiece>
+// `kVectors`: of a lane's piece.
+template <typename T, uint32_t kVectors>
 class PlainRows {
  public:
-  static constexpr uint32_t kVectors = kOfPiece;
+  static constexpr uint32_t kPieceVectors = kVectors;
   static constexpr bool kAreUsual = sizeof(T) == 2;  // see usual.cuh
   // A partial row to which nothing is added is the token's row.
   static constexpr bool kLonePartialIsResult = true;

@@ -195,13 +195,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
                                     const __grid_constant__ CombineSendParams send,
                                     const __grid_constant__ CombineRecvParams recv) {
   __shared__ ComingRows coming[kWarps];
-  const AnsweringRows<Rows::kVectors> answering(rank, send);
+  const AnsweringRows<Rows::kPieceVectors> answering(rank, send);
   const Items sent = answering.items(kSends);
   // Warps that have sent nothing begin.
   const Items received(kReceives ? recv.num_tokens : 0, Rows::num_parts(rank.layout.row_bytes()),
                        sent.size());
   WorkspacePublisher publisher(rank, send.workspace);
-  typename AnsweringRows<Rows::kVectors>::Fetched fetched;
+  typename AnsweringRows<Rows::kPieceVectors>::Fetched fetched;
   Noted noted;
   ptx::touch(rank);
   if (kSends) ptx::touch(send);
@@ -241,7 +241,8 @@ void prepare_receiving_forms() {
 // Of a kernel that adds nothing up: rows are copied, whatever they are.
 using AnyRows = PlainRows<float, 2>;
 
-// Calls `launch` with the TypeOf rows, and whether the shape is usual, of a std::bool_constant.
+// Calls `launch` with the TypeOf rows, and whether the shape is usual, of a std::bool_constant. (No
+// float8 rows come from workspaces.)
 template <typename Function>
 void with_kind(const LowLatencyLayout& layout, bool is_small, Function&& launch) {
   const bool is_usual = has_usual_shape(layout.config());
