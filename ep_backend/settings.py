@@ -65,16 +65,6 @@ with its bytes. Of 256 tokens (hidden 7168, float8, top-8) they are 2750 KiB: a 
 each way takes 39.9 us instead of 50.2 between two H200s over NVLink, 73.6 instead of 83.2 between
 four; with hooks 45.9 instead of 48.9, and 85.1 instead of 85.5. In bfloat16 128 tokens are as much:
 between four 54.1 instead of 58.5 and, with hooks, 66.0 instead of 62.2."""
-TAGGED_BYTES_IN_WORKSPACES = {2: (2816 << 10, 352 << 10), FEW_RANKS: (1408 << 10, 704 << 10)}
-"""The same in rank-major workspaces, where tagged rows are copied once more, by the largest number
-of ranks: in one kernel each way, and with hooks. Between two GPUs 64 and 128 float8 tokens take
-12.8 and 18.1 us instead of 14.1 and 18.8 in one kernel each way, 16.9 and 21.0 instead of 15.4 and
-20.1 with hooks; between four 22.0 and 36.4 instead of 24.0 and 37.4, 25.2 and 41.0 instead of 26.3
-and 40.9. In bfloat16 32 and 64 tokens take between four 17.7 and 27.4 instead of 18.0 and 27.0,
-20.6 and 31.7 instead of 19.5 and 29.9."""
-TAGGED_BYTES_OF_MANY_RANKS = 200 << 10
-"""The same of more ranks. Of 8 virtual ranks on one H100, which share a memory, 16 tokens of hidden
-7168 in bfloat16, 340 KiB, took 24.1 us instead of 20.4."""
 MAX_TAGGED_TOKENS = 256
 """By default; larger batches have not been timed."""
 
@@ -111,6 +101,7 @@ class BufferSettings:
     """None: all ranks see each other's memory."""
     hierarchical: bool = False
     with_hooks: bool = True
+    """Operations may be received through hooks: decides what is tagged by default."""
 
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""
@@ -376,14 +367,24 @@ def default_tagged_tokens(
     sets the limit."""
     if num_ranks > FEW_RANKS and not in_workspaces:
         return max(1, MAX_TAGGED_TOKENS // num_ranks)
-    num_bytes = TAGGED_BYTES
-    if in_workspaces:
-        by_form = (
-            limits for most, limits in TAGGED_BYTES_IN_WORKSPACES.items() if num_ranks <= most
-        )
-        num_bytes = next(by_form, (TAGGED_BYTES_OF_MANY_RANKS,) * 2)[with_hooks]
+    num_bytes = tagged_bytes_in_workspaces(num_ranks, with_hooks) if in_workspaces else TAGGED_BYTES
     message_bytes = _native.tagged_header_bytes(top_k) + _native.tagged_row_bytes(row_bytes)
     return min(MAX_TAGGED_TOKENS, max(1, num_bytes // message_bytes))
+
+
+def tagged_bytes_in_workspaces(num_ranks: int, with_hooks: bool) -> int:
+    """`TAGGED_BYTES` of rank-major workspaces, where tagged rows are copied once more. Between two
+    GPUs 64 and 128 float8 tokens take 12.8 and 18.1 us instead of 14.1 and 18.8 in one kernel each
+    way, 16.9 and 21.0 instead of 15.4 and 20.1 with hooks; between four 22.0 and 36.4 instead of
+    24.0 and 37.4, 25.2 and 41.0 instead of 26.3 and 40.9. In bfloat16 32 and 64 tokens take between
+    four 17.7 and 27.4 instead of 18.0 and 27.0, 20.6 and 31.7 instead of 19.5 and 29.9. Of 8
+    virtual ranks on one H100, which share a memory, 16 tokens of hidden 7168 in bfloat16, 340 KiB,
+    took 24.1 us instead of 20.4."""
+    if num_ranks > FEW_RANKS:
+        return 200 << 10
+    if num_ranks > 2:
+        return (704 if with_hooks else 1408) << 10
+    return (352 if with_hooks else 2816) << 10
 
 
 def agreed_network(network: NetworkConfig | None) -> dict[str, Any]:

@@ -76,6 +76,11 @@ struct LowLatencyRank::Plan {
   Launch launch;
 };
 
+// Whether a block an SM has a warp for every item.
+bool LowLatencyRank::has_one_each(uint64_t num_items) const {
+  return num_items <= uint64_t{num_sms_} * kWarps;
+}
+
 // `num_items`: parts of rows; of kernels that receive, an estimate from this rank's batch; peers'
 // are likely alike. `num_parts`: those that are read and written. Default: never little.
 // `items_per_warp`: that a warp may do for that.
@@ -89,7 +94,7 @@ LowLatencyRank::Plan LowLatencyRank::plan(uint64_t num_items, void* stream, uint
       (is_alone || num_items <= uint64_t{kWarps} * half_of_sms_ * items_per_warp);
   const uint32_t num_sms = has_little ? std::min(num_sms_, half_of_sms_) : num_sms_;
   // With more to do than a block an SM has warps, two a block: the next kernel then waits outside.
-  const bool has_much = has_room_for_two_ && num_items > uint64_t{num_sms_} * kWarps && !has_little;
+  const bool has_much = has_room_for_two_ && !has_one_each(num_items) && !has_little;
   const auto num_blocks = static_cast<uint32_t>(
       has_much ? kBlocksPerSM * num_sms : std::clamp<uint64_t>(num_items, 1, num_sms));
   // Ranks on one GPU wait for each other, so that all their blocks must find room: a block an SM
@@ -97,7 +102,7 @@ LowLatencyRank::Plan LowLatencyRank::plan(uint64_t num_items, void* stream, uint
   const bool starts_early = !(shares_gpu_ && has_much && lets_next_start_);
   // Small pieces gained 0.3 to 0.5 us of a pair of 1 and 16 tokens by expert between two H200s, and
   // lost 0.6 of 128. (Not timed with one rank.)
-  const bool is_small = !is_alone && num_items <= uint64_t{num_sms_} * kWarps;
+  const bool is_small = !is_alone && has_one_each(num_items);
   Plan plan = {view_,
                {num_blocks, kThreads, static_cast<cudaStream_t>(stream), starts_early, is_small}};
   plan.view.share = kProgressPerOp / num_blocks;
@@ -121,7 +126,7 @@ LowLatencyRank::Plan LowLatencyRank::plan_workspace(uint32_t num_tokens, uint32_
   }
   const uint64_t num_items = uint64_t{num_tokens} * num_parts;
   const uint64_t num_read = uint64_t{num_tokens} * protocol::parts_for(layout.row_bytes());
-  const bool spreads = layout.config().num_ranks == 1 || num_items > uint64_t{num_sms_} * kWarps;
+  const bool spreads = layout.config().num_ranks == 1 || !has_one_each(num_items);
   const uint64_t num_filled = (num_items + kWarps - 1) / kWarps;
   const uint64_t num_used = std::max(num_filled, std::min<uint64_t>(num_items, half_of_sms_));
   return plan(spreads ? num_items : num_used, stream, num_read + num_items * num_columns);

@@ -141,6 +141,7 @@ class LowLatencyRank : public RankHost {
  private:
   // The view and the launch of a kernel with so much to do.
   struct Plan;
+  bool has_one_each(uint64_t num_items) const;
   Plan plan(uint64_t num_items, void* stream, uint64_t num_parts = ~uint64_t{0},
             uint32_t items_per_warp = 1);
   Plan plan_by_expert(uint64_t num_items, void* stream);
