@@ -18,6 +18,13 @@ namespace {
 // a token, 16 tokens 7.5 and 8.7 us, 64 tokens 10.6 and 10.3.)
 constexpr uint32_t kLittle = 64;
 
+// Items that a warp may have before a kernel of workspaces takes two blocks an SM, where ranks
+// share a GPU. Beside two the next kernel may not be there before its turn, which costs more than
+// half of the warps: with 8 ranks on an H200 a pair of 16 tokens takes 17.4 us rank-major instead
+// of 19.9, by expert 21.4 instead of 22.1; of 128 tokens 60.7 instead of 59.6, and 84.0 instead
+// of 85.6. (Not in workspaces 16 tokens lose 1.5 us.)
+constexpr uint32_t kItemsWhereShared = 8;
+
 // About half of the SMs of the current device: a power of two, because work is cut into as many
 // pieces (Items). With 66 of an H100's 132 much of the gain is lost.
 uint32_t half_of_sms() {
@@ -67,6 +74,7 @@ LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_
       num_sms_(num_sms),
       half_of_sms_(half_of_sms()),
       shares_gpu_(shares_gpu),
+      items_per_warp_(shares_gpu && config.num_workspaces > 0 ? kItemsWhereShared : 1),
       has_room_for_two_(check_shared_memory(view_.layout, self_rank)) {
   prepare_kernels(view_.layout);
 }
@@ -94,11 +102,14 @@ LowLatencyRank::Plan LowLatencyRank::plan(uint64_t num_items, void* stream, uint
       (is_alone || num_items <= uint64_t{kWarps} * half_of_sms_ * items_per_warp);
   const uint32_t num_sms = has_little ? std::min(num_sms_, half_of_sms_) : num_sms_;
   // With more to do than a block an SM has warps, two a block: the next kernel then waits outside.
-  const bool has_much = has_room_for_two_ && !has_one_each(num_items) && !has_little;
+  const bool has_much =
+      has_room_for_two_ && !has_one_each(num_items / items_per_warp_) && !has_little;
   const auto num_blocks = static_cast<uint32_t>(
       has_much ? kBlocksPerSM * num_sms : std::clamp<uint64_t>(num_items, 1, num_sms));
   // Ranks on one GPU wait for each other, so that all their blocks must find room: a block an SM
-  // of one kernel, and one of the next, or two of one.
+  // of one kernel, and one of the next, or two of one. Of one with two, the next may not even be
+  // there when a warp of every block is done: a rank that has all it wants would take the room in
+  // which others have yet to send.
   const bool starts_early = !(shares_gpu_ && has_much && lets_next_start_);
   // Small pieces gained 0.3 to 0.5 us of a pair of 1 and 16 tokens by expert between two H200s, and
   // lost 0.6 of 128. (Not timed with one rank.)
@@ -107,7 +118,10 @@ LowLatencyRank::Plan LowLatencyRank::plan(uint64_t num_items, void* stream, uint
                {num_blocks, kThreads, static_cast<cudaStream_t>(stream), starts_early, is_small}};
   plan.view.share = kProgressPerOp / num_blocks;
   plan.view.first_share = kProgressPerOp - plan.view.share * (num_blocks - 1);
-  plan.view.next_starts_early = lets_next_start_ = has_room_for_two_ && !has_much;
+  lets_next_start_ = has_room_for_two_ && !has_much;
+  plan.view.next_starts = lets_next_start_ ? NextStarts::kAtOnce
+                          : shares_gpu_    ? NextStarts::kAsBlocksEnd
+                                           : NextStarts::kAsWarpsEnd;
   return plan;
 }
 

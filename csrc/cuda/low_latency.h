@@ -50,6 +50,10 @@ struct Owners {
 // whether its rows are tagged, or that there is no other rank.
 enum class Batch { kAny, kTagged, kUntagged, kAlone };
 
+// When the next kernel of a stream may be put on the GPU: when this one begins, when a warp of each
+// of its blocks is done, or when all blocks have ended.
+enum class NextStarts : uint32_t { kAtOnce, kAsWarpsEnd, kAsBlocksEnd };
+
 // What every kernel of one rank is given.
 struct RankView {
   static constexpr bool kHasNetwork = false;
@@ -75,10 +79,9 @@ struct RankView {
   uint64_t timeout_ns;
   Owners owners;
   uint32_t num_local_experts;
-  // Of this launch: what a block adds to the operation's progress (block 0, any other), and whether
-  // the next kernel of the stream may be on the GPU beside this one from the beginning.
+  // Of this launch: what a block adds to the operation's progress (block 0, any other).
   uint32_t first_share, share;
-  bool next_starts_early;
+  NextStarts next_starts;
 };
 
 // More would not fit the shared memory in which a dispatch counts rows by expert.
@@ -153,6 +156,7 @@ class LowLatencyRank : public RankHost {
 
   uint32_t num_sms_, half_of_sms_;
   bool shares_gpu_;
+  uint32_t items_per_warp_;       // with more, two blocks an SM
   bool lets_next_start_ = false;  // the kernel launched last, before its end
   bool has_room_for_two_;         // two blocks of any kernel fit an SM
   uint32_t num_tokens_ = 0;       // of the latest dispatch

@@ -82,7 +82,7 @@ class OpOf {
     ptx::wait_for_earlier_kernels();
     // Ranks on one GPU wait for each other. Two kernels of each fit there together, and there are
     // no more than two, because the next one starts only now.
-    if (rank.next_starts_early) ptx::let_next_kernel_start();
+    if (rank.next_starts == NextStarts::kAtOnce) ptx::let_next_kernel_start();
     // One thread asks for the block: these words are not cached near it, and one address of L2
     // answers thousands of warps one after the other (a quarter of a kernel's stalls, H100, ncu).
     // For all before it stores the first, or each would be awaited before the next is asked for.
@@ -316,7 +316,7 @@ class OpOf {
   // `makes_blanks`: before peers have the credit, what it has written must be there; after a kernel
   // that has sent, too, the next one gives it when this one has ended.
   __device__ void complete(bool ok, bool speaks_for_all = false, bool makes_blanks = false) const {
-    if (!rank_.next_starts_early) ptx::let_next_kernel_start();
+    if (rank_.next_starts == NextStarts::kAsWarpsEnd) ptx::let_next_kernel_start();
     if (!__syncthreads_and(ok) || threadIdx.x >= kWarp) return;
     const uint32_t share = speaks_for_all ? kProgressPerOp : this->share();
     bool is_last = false;

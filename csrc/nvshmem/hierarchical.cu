@@ -76,7 +76,7 @@ HierarchicalRank::Plan HierarchicalRank::plan(uint64_t num_items, void* stream) 
                {num_blocks, cuda::kThreads, static_cast<cudaStream_t>(stream), true}};
   plan.view.share = cuda::kProgressPerOp / num_blocks;
   plan.view.first_share = cuda::kProgressPerOp - plan.view.share * (num_blocks - 1);
-  plan.view.next_starts_early = false;
+  plan.view.next_starts = cuda::NextStarts::kAsWarpsEnd;
   return plan;
 }
 

@@ -21,6 +21,9 @@ from ep_backend import (
     ProtocolError,
     reference,
 )
+from ep_backend.bench.op_cuda_case import Chain, check_lockstep, inputs_of, open_buffers
+from ep_backend.bench.op_cuda_rank import RankOps
+from ep_backend.bench.op_cuda_settings import FORMS, OUTPUT_LAYOUTS, CudaBenchSettings
 from ep_backend.kernels import current_stream
 from tests.cuda.streams import exchange
 from tests.support.programs import STEPWISE_PROGRAMS, Interpreter
@@ -219,6 +222,31 @@ def test_ranks_on_streams_of_their_own_wait_for_each_other(
     for pair, buffer in zip(pairs, buffers, strict=True):
         buffer.raise_if_failed()
         assert torch.equal(pair.out, pair.expected())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", OUTPUT_LAYOUTS)
+@pytest.mark.parametrize("num_tokens", [8, 24])
+def test_kernels_of_all_ranks_find_room_in_chains(num_tokens: int, layout: str, form: str) -> None:
+    """Of ranks that share a GPU nobody's next kernel takes the room of a kernel that others wait
+    for, also where each has two blocks an SM."""
+    sizes = CudaBenchSettings(
+        num_ranks=(8,),
+        num_tokens=(num_tokens,),
+        dispatch_dtypes=("fp8",),
+        output_layouts=(layout,),
+        forms=(form,),
+        num_max_tokens_per_rank=num_tokens,
+        num_max_tagged_tokens=(None if layout == "expert_workspace" else num_tokens,),
+    )
+    (case,) = sizes.cases()
+    with open_buffers(sizes, case) as buffers:
+        ranks = [
+            RankOps(buffer, inputs, form)
+            for buffer, inputs in zip(buffers, inputs_of(sizes, 8, num_tokens), strict=True)
+        ]
+        check_lockstep(ranks, is_first=True)
+        Chain(ranks, RankOps.pair, num_ops=20).check()
 
 
 @pytest.mark.parametrize("is_fused", [False, True], ids=["halves", "fused"])
