@@ -106,12 +106,12 @@ class LowLatencyBuffer:
             all others are fetched.
         num_max_tagged_tokens: CUDA: batches of up to so many tokens travel with an epoch in every
             16 bytes, so that a receiver need not wait for a signal, and their rows come back so
-            that it can see them come. In rank-major workspaces that is asked of `num_slots`, in
-            expert-major ones nothing is tagged. Default, at most 256 and 0 where a row has more
-            than 32 KiB: as many tokens as are 2816 KiB with the epochs, 256 of hidden 7168 in
-            float8, 132 in bfloat16; with more than four ranks 256 / ranks. In workspaces between
-            two ranks 352 KiB, 32 and 16 tokens; up to four 704 KiB; more 200 KiB. Without hooks
-            2816 KiB, 1408 KiB and 200 KiB.
+            that it can see them come. In workspaces that is asked of `num_slots`. Default, at most
+            256 and 0 where a row has more than 32 KiB: as many tokens as are 2816 KiB with the
+            epochs, 256 of hidden 7168 in float8, 132 in bfloat16; with more than four ranks 256 /
+            ranks. In rank-major workspaces between two ranks 352 KiB, 32 and 16 tokens; up to four
+            704 KiB; more 200 KiB. Without hooks 2816 KiB, 1408 KiB and 200 KiB. Of virtual ranks in
+            workspaces up to four 352 KiB, more 128 KiB.
         with_hooks: CUDA: False says that every operation will be sent and received by one call
             (`dispatch_and_receive`, `combine_and_receive`). All work either way; by this, defaults
             are chosen.
@@ -119,7 +119,8 @@ class LowLatencyBuffer:
             exchange is in one of so many workspaces, sets of tensors in symmetric memory. Rows are
             sent straight to the `recv_*` tensors of their receiver, and fetched straight from its
             `combine_input`: nothing is copied. Expert-major, where a row goes depends on all
-            batches: the send of a dispatch waits until every rank has come to its own.
+            batches: the send of a dispatch that is not tagged waits until every rank has come to
+            its own.
         expert_ids: in workspaces, how received rows list their experts: "local", or "global". See
             `DispatchResult.recv_topk_idx`.
         hierarchical: where ranks are on several nodes (of a virtual world, `virtual_world`; on
@@ -205,6 +206,7 @@ class LowLatencyBuffer:
             network=network,
             hierarchical=hierarchical,
             with_hooks=with_hooks,
+            is_virtual=group.is_virtual,
         )
         error: Exception | None = None
         tuned = Tuned()

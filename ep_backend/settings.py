@@ -53,7 +53,6 @@ EXPERT_WORKSPACE_SETTINGS = WORKSPACE_SETTINGS | {
     "transfer": ("pull",),
     "reduction": ("source",),
     "expert_ids": ("local",),
-    "num_max_tagged_tokens": (None, 0),
 }
 FEW_RANKS = 4
 """Between more GPUs tagged words have not been timed: a token goes to more ranks, 5.3 of 8, and its
@@ -102,6 +101,8 @@ class BufferSettings:
     hierarchical: bool = False
     with_hooks: bool = True
     """Operations may be received through hooks: decides what is tagged by default."""
+    is_virtual: bool = False
+    """The ranks are threads, and on CUDA share a GPU: likewise."""
 
     def agreed(self) -> dict[str, Any]:
         """By name, for `Group.agree`."""
@@ -333,7 +334,7 @@ class BufferSettings:
         )
 
     def _num_tagged_tokens(self, num_ranks: int) -> int:
-        if self.num_workspaces > 0 and (self.output_layout == "expert_major" or num_ranks == 1):
+        if self.num_workspaces > 0 and num_ranks == 1:
             return 0
         if self.num_max_tagged_tokens is not None:
             return self.num_max_tagged_tokens
@@ -343,8 +344,9 @@ class BufferSettings:
             self.hidden * self.dispatch_dtype.itemsize,
             self.top_k,
             num_ranks,
-            in_workspaces=self.num_workspaces > 0,
+            workspaces_of=self.output_layout if self.num_workspaces > 0 else None,
             with_hooks=self.with_hooks,
+            is_virtual=self.is_virtual,
         )
         return min(self.num_max_tokens_per_rank, most)
 
@@ -360,31 +362,53 @@ def default_transfer(num_ranks: int, *, has_expert_workspaces: bool, is_virtual:
 
 
 def default_tagged_tokens(
-    row_bytes: int, top_k: int, num_ranks: int, *, in_workspaces: bool, with_hooks: bool
+    row_bytes: int,
+    top_k: int,
+    num_ranks: int,
+    *,
+    workspaces_of: str | None,
+    with_hooks: bool,
+    is_virtual: bool = False,
 ) -> int:
     """Batches up to which tagged words are worth their bytes, half as many again as those of the
-    rows, of dispatches of rows of so many bytes. With more than a few ranks and by expert, memory
-    sets the limit."""
-    if num_ranks > FEW_RANKS and not in_workspaces:
+    rows. With more than a few ranks and not in workspaces, memory sets the limit.
+
+    Args:
+        row_bytes: of a dispatch's row.
+        workspaces_of: the output layout, where exchanges are in workspaces.
+    """
+    if workspaces_of is not None and is_virtual:
+        num_bytes = tagged_bytes_of_virtual_ranks(num_ranks)
+    elif workspaces_of == "rank_major":
+        num_bytes = tagged_bytes_in_rank_major_workspaces(num_ranks, with_hooks)
+    elif num_ranks > FEW_RANKS:
         return max(1, MAX_TAGGED_TOKENS // num_ranks)
-    num_bytes = tagged_bytes_in_workspaces(num_ranks, with_hooks) if in_workspaces else TAGGED_BYTES
+    else:
+        num_bytes = TAGGED_BYTES
     message_bytes = _native.tagged_header_bytes(top_k) + _native.tagged_row_bytes(row_bytes)
     return min(MAX_TAGGED_TOKENS, max(1, num_bytes // message_bytes))
 
 
-def tagged_bytes_in_workspaces(num_ranks: int, with_hooks: bool) -> int:
-    """`TAGGED_BYTES` of rank-major workspaces, where tagged rows are copied once more. Between two
-    GPUs 64 and 128 float8 tokens take 12.8 and 18.1 us instead of 14.1 and 18.8 in one kernel each
-    way, 16.9 and 21.0 instead of 15.4 and 20.1 with hooks; between four 22.0 and 36.4 instead of
-    24.0 and 37.4, 25.2 and 41.0 instead of 26.3 and 40.9. In bfloat16 32 and 64 tokens take between
-    four 17.7 and 27.4 instead of 18.0 and 27.0, 20.6 and 31.7 instead of 19.5 and 29.9. Of 8
-    virtual ranks on one H100, which share a memory, 16 tokens of hidden 7168 in bfloat16, 340 KiB,
-    took 24.1 us instead of 20.4."""
+def tagged_bytes_in_rank_major_workspaces(num_ranks: int, with_hooks: bool) -> int:
+    """`TAGGED_BYTES` where tagged rows are copied once more than others. Between two GPUs 64 and
+    128 float8 tokens take 12.8 and 18.1 us instead of 14.1 and 18.8 in one kernel each way, 16.9
+    and 21.0 instead of 15.4 and 20.1 with hooks; between four 22.0 and 36.4 instead of 24.0 and
+    37.4, 25.2 and 41.0 instead of 26.3 and 40.9. In bfloat16 32 and 64 tokens take between four
+    17.7 and 27.4 instead of 18.0 and 27.0, 20.6 and 31.7 instead of 19.5 and 29.9. (Between more
+    nobody has timed it.)"""
     if num_ranks > FEW_RANKS:
         return 200 << 10
     if num_ranks > 2:
         return (704 if with_hooks else 1408) << 10
     return (352 if with_hooks else 2816) << 10
+
+
+def tagged_bytes_of_virtual_ranks(num_ranks: int) -> int:
+    """`TAGGED_BYTES` in workspaces of ranks that share a GPU: between eight on one H200 8, 12 and
+    16 tokens (hidden 7168, float8, top-8) take by expert 15.2, 20.3 and 22.5 us instead of 17.7,
+    20.0 and 21.4, rank-major 12.1, 15.1 and 17.0 instead of 13.6, 15.1 and 15.8; between four 32
+    tokens 18.7 and 13.3 instead of 19.1 and 15.0, and 64 rank-major 20.4 instead of 17.8."""
+    return (352 if num_ranks <= FEW_RANKS else 128) << 10
 
 
 def agreed_network(network: NetworkConfig | None) -> dict[str, Any]:

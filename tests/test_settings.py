@@ -14,6 +14,7 @@ from tests.support.shapes import Shape
 
 CUDA = Shape(2, num_max_tokens_per_rank=128, hidden=2048, device="cuda")
 IN_RANK_MAJOR: dict[str, Any] = {"num_workspaces": 1, "output_layout": "rank_major"}
+IN_EXPERT_WORKSPACES: dict[str, Any] = {"num_workspaces": 1, "reduction": "source"}
 
 
 def test_the_cpu_pushes_and_tags_nothing_whatever_it_is_told() -> None:
@@ -65,7 +66,6 @@ def test_only_rows_of_single_experts_can_be_reduced_at_home() -> None:
         ),
         ({"expert_ids": "global"}, "expert_ids 'global', but in such workspaces it is 'local'"),
         ({"transfer": "push"}, "transfer 'push', but in such workspaces it is 'pull'"),
-        ({"num_max_tagged_tokens": 3}, "num_max_tagged_tokens 3, but in such workspaces it is 0"),
         ({"device": "cpu"}, "device 'cpu', but in such workspaces it is 'cuda'"),
         (
             {"combine_dtype": torch.float8_e4m3fn},
@@ -108,13 +108,26 @@ def test_workspaces_by_expert_are_for_rows_that_are_fetched(
         ({"hidden": 16384 + 8} | IN_RANK_MAJOR, 0),
         ({"num_max_tagged_tokens": 5} | IN_RANK_MAJOR, 5),
         ({"num_ranks": 1} | IN_RANK_MAJOR, 0),
-        ({"num_workspaces": 1, "reduction": "source"}, 0),
+        (IN_EXPERT_WORKSPACES, 128),
+        ({"num_ranks": 8} | IN_EXPERT_WORKSPACES, 32),
+        ({"num_max_tagged_tokens": 5} | IN_EXPERT_WORKSPACES, 5),
+        ({"num_ranks": 1} | IN_EXPERT_WORKSPACES, 0),
     ],
 )
 def test_small_batches_of_rows_that_are_not_large_are_tagged(
     settings: dict[str, Any], num_tagged: int
 ) -> None:
     assert replace(CUDA, **settings).config().num_max_tagged_tokens == num_tagged
+
+
+@pytest.mark.parametrize("workspaces", [IN_RANK_MAJOR, IN_EXPERT_WORKSPACES])
+@pytest.mark.parametrize(("num_ranks", "num_tagged"), [(1, 0), (2, 32), (4, 32), (8, 11)])
+def test_ranks_that_share_a_gpu_tag_less_in_workspaces(
+    num_ranks: int, num_tagged: int, workspaces: dict[str, Any]
+) -> None:
+    shape = replace(CUDA, hidden=7168, top_k=8, dispatch_dtype=torch.float8_e4m3fn, **workspaces)
+    virtual = replace(shape.settings(), is_virtual=True, with_hooks=False)
+    assert virtual.config(num_ranks).num_max_tagged_tokens == num_tagged
 
 
 @pytest.mark.parametrize(

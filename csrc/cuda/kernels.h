@@ -48,16 +48,19 @@ struct WorkspaceDispatch {
 };
 extern const WorkspaceDispatch kExpertWorkspaceDispatch;
 // [1]: of usual shapes.
+extern const WorkspaceDispatch kTaggedExpertWorkspaceDispatch[2];
 extern const WorkspaceDispatch kRankMajorWorkspaceDispatch[2];
 extern const WorkspaceDispatch kTaggedWorkspaceDispatch[2];  // rank-major, too
 
 // Of an exchange with so many slots a source, on which all ranks agree.
 inline const WorkspaceDispatch& workspace_dispatch(const protocol::LowLatencyLayout& layout,
                                                    uint32_t num_slots) {
-  if (layout.has_expert_workspaces()) return kExpertWorkspaceDispatch;
-  return (layout.is_tagged_in_workspace(num_slots)
-              ? kTaggedWorkspaceDispatch
-              : kRankMajorWorkspaceDispatch)[has_usual_shape(layout.config())];
+  const bool is_tagged = layout.is_tagged_in_workspace(num_slots);
+  const bool is_usual = has_usual_shape(layout.config());
+  if (layout.has_expert_workspaces()) {
+    return is_tagged ? kTaggedExpertWorkspaceDispatch[is_usual] : kExpertWorkspaceDispatch;
+  }
+  return (is_tagged ? kTaggedWorkspaceDispatch : kRankMajorWorkspaceDispatch)[is_usual];
 }
 
 // Combine from workspaces.

@@ -160,6 +160,11 @@ class LowLatencyRank : public RankHost {
   bool lets_next_start_ = false;  // the kernel launched last, before its end
   bool has_room_for_two_;         // two blocks of any kernel fit an SM
   uint32_t num_tokens_ = 0;       // of the latest dispatch
+  struct OwnBatch {
+    uint32_t num_tokens;
+    uint32_t* answers;
+  };
+  std::vector<OwnBatch> batches_;  // [W]: of the latest send into each workspace
 };
 
 }  // namespace ep::cuda

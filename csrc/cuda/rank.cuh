@@ -509,25 +509,28 @@ __device__ void prefix_sum(uint32_t num_ranks, uint32_t* prefix, Count count) {
 }
 
 // What peers may have in a workspace, or this rank for them: slot by slot, of each the next rank's
-// first, and so on, so that ranks do not all begin with the same peer.
+// first, and so on, so that ranks do not all begin with the same peer. `with_self`: this rank has
+// slots, too.
 class PeerSlots {
  public:
   struct Slot {
     uint32_t rank, slot;
   };
   template <typename View>
-  __device__ explicit PeerSlots(const View& rank)
-      : self_rank_(rank.self_rank), num_peers_(rank.layout.config().num_ranks - 1) {}
+  __device__ explicit PeerSlots(const View& rank, bool with_self = false)
+      : self_rank_(rank.self_rank),
+        last_rank_(rank.layout.config().num_ranks - 1),
+        num_peers_(last_rank_ + (with_self ? 1 : 0)) {}
   // `num_slots`: of each of them.
   __device__ uint32_t size(uint32_t num_slots) const { return num_peers_ * num_slots; }
   __device__ Slot operator[](uint32_t i) const {
     const uint32_t slot = num_peers_ > 1 ? i / num_peers_ : i;
     const uint32_t r = self_rank_ + 1 + i - slot * num_peers_;
-    return {r <= num_peers_ ? r : r - num_peers_ - 1, slot};
+    return {r <= last_rank_ ? r : r - last_rank_ - 1, slot};
   }
 
  private:
-  uint32_t self_rank_, num_peers_;
+  uint32_t self_rank_, last_rank_, num_peers_;
 };
 
 // In shared memory: how many messages this rank has from each source, and so whose message is

@@ -12,10 +12,12 @@ namespace {
 
 // Where the rows of a token are: rank-major, a row for each rank that has answered, of weight 1; by
 // expert, a row for each k that is routed. A lane a column, as far as there are lanes; usually,
-// there are enough (usual.cuh).
-template <bool kIsByExpert, bool kIsUsual>
+// there are enough (usual.cuh). `kVectors`: of a piece in which rows are added up.
+template <bool kIsByExpert, bool kIsUsual, uint32_t kVectors = 2>
 class Answers {
  public:
+  static constexpr uint32_t kPieceVectors = kVectors;
+
   __device__ Answers(const RankView& rank, const CombineRecvParams& recv)
       : rank_(rank), layout_(rank.layout), recv_(recv) {}
 
@@ -84,7 +86,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   __shared__ SumPlan plans[kWarps];
   SumPlan& plan = plans[threadIdx.x / kWarp];
   const LowLatencyLayout& layout = rank.layout;
-  Items items(kReceives ? recv.num_tokens : 0, protocol::parts_for(layout.row_bytes()));
+  constexpr uint32_t kVectors = Answers::kPieceVectors;
+  Items items(kReceives ? recv.num_tokens : 0, Piece<kVectors>::count(layout.row_bytes()));
   WorkspacePublisher publisher(rank, send.workspace);
   Answers answers(rank, recv);
   ptx::touch(rank);
@@ -105,13 +108,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
         });
     if (!__syncthreads_and(ok)) return;
     while (items.more()) {
-      const uint32_t token = items.row(), first_part = items.first_part();
-      const uint32_t end_part = items.end_part();
+      const uint32_t token = items.row(), first_piece = items.first_part();
+      const uint32_t end_piece = items.end_part();
       const uint32_t num_rows = answers.plan(&plan);
       items.next();
       if (items.more()) answers.fetch(items.row());
-      sum_pieces<T, 2>(plan, num_rows, static_cast<uint32_t>(layout.row_bytes() / sizeof(uint4)),
-                       first_part, end_part, {recv.out + token * layout.row_bytes(), false, 0});
+      sum_pieces<T, kVectors>(
+          plan, num_rows, static_cast<uint32_t>(layout.row_bytes() / sizeof(uint4)), first_piece,
+          end_piece, {recv.out + token * layout.row_bytes(), false, 0});
     }
   }
   op.complete(true);
@@ -134,25 +138,30 @@ void prepare_forms() {
 // Of a kernel that adds no rows up: any.
 using NoAnswers = Answers<false, true>;
 
-// Calls `launch` with the TypeOf rows and of answers.
+// Calls `launch` with the TypeOf rows and of answers. `is_small`: see Launch.
 template <typename Function>
-void with_types(const LowLatencyLayout& layout, Function&& launch) {
+void with_types(const LowLatencyLayout& layout, bool is_small, Function&& launch) {
+  const bool is_usual = has_usual_shape(layout.config());
   with_type(layout, [&](auto value) {
     using T = TypeOf<decltype(value)>;
-    const bool is_usual = has_usual_shape(layout.config());
-    if (layout.has_expert_workspaces()) {
-      is_usual ? launch(T(), TypeOf<Answers<true, true>>())
-               : launch(T(), TypeOf<Answers<true, false>>());
-    } else {
-      is_usual ? launch(T(), TypeOf<Answers<false, true>>())
-               : launch(T(), TypeOf<Answers<false, false>>());
-    }
+    const auto with_answers = [&](auto by_expert) {
+      constexpr bool kIsByExpert = decltype(by_expert)::value;
+      if (!is_usual) return launch(T(), TypeOf<Answers<kIsByExpert, false>>());
+      if constexpr (sizeof(value) == 2) {
+        if (is_small) return launch(T(), TypeOf<Answers<kIsByExpert, true, 1>>());
+      }
+      launch(T(), TypeOf<Answers<kIsByExpert, true>>());
+    };
+    layout.has_expert_workspaces() ? with_answers(std::true_type())
+                                   : with_answers(std::false_type());
   });
 }
 
 void prepare() {
   Launch::prepare(workspace_combine_kernel<float, NoAnswers, true, false>);
   prepare_forms<__nv_bfloat16>();
+  prepare_receiving_forms<__nv_bfloat16, Answers<false, true, 1>>();
+  prepare_receiving_forms<__nv_bfloat16, Answers<true, true, 1>>();
   prepare_forms<float>();
 }
 
@@ -162,7 +171,7 @@ void send(const RankView& rank, const CombineSendParams& send, const Launch& lau
 }
 
 void receive(const RankView& rank, const CombineRecvParams& recv, const Launch& launch) {
-  with_types(rank.layout, [&](auto type, auto answers) {
+  with_types(rank.layout, launch.is_small, [&](auto type, auto answers) {
     using T = typename decltype(type)::type;
     launch.run(workspace_combine_kernel<T, typename decltype(answers)::type, false, true>, 0, rank,
                CombineSendParams{}, recv);
@@ -171,7 +180,7 @@ void receive(const RankView& rank, const CombineRecvParams& recv, const Launch& 
 
 void send_and_receive(const RankView& rank, const CombineSendParams& send,
                       const CombineRecvParams& recv, const Launch& launch) {
-  with_types(rank.layout, [&](auto type, auto answers) {
+  with_types(rank.layout, launch.is_small, [&](auto type, auto answers) {
     using T = typename decltype(type)::type;
     launch.run(workspace_combine_kernel<T, typename decltype(answers)::type, true, true>, 0, rank,
                send, recv);

@@ -67,6 +67,35 @@ class WorkspaceCredits {
   uint64_t last_epoch_ = 0, credit_ = 0;
 };
 
+enum class Coming { kHere, kNever, kGivenUp };
+// Until what has been asked for of a tagged message is here, or it is known that there is no such
+// message. `ask`, `are_here`, `wait`: see poll_tagged. One warp.
+template <typename Ask, typename AreHere, typename Wait>
+__device__ Coming poll_message(const RankView& rank, const Op& op, const PeerSlots::Slot& from,
+                               Ask ask, AreHere are_here, Wait wait) {
+  const auto* word =
+      at<uint64_t>(op.self(), rank.layout.signal(op.bank(), Phase::kDispatch, from.rank));
+  uint64_t signal = 0;
+  const auto is_none = [&] {
+    return protocol::signal_epoch(signal) == op.epoch() &&
+           protocol::signal_count(signal) <= from.slot;
+  };
+  const bool ok = poll_tagged(
+      true,
+      [&] {
+        ask();
+        signal = ptx::ld_relaxed_sys(word);
+      },
+      [&] { return are_here() || is_none(); },
+      [&] {
+        uint32_t source;
+        return op.take_signal(word, from.rank, false, &source) &&
+               (protocol::signal_count(source) <= from.slot || wait());
+      });
+  if (!ok) return Coming::kGivenUp;
+  return __all_sync(kAllLanes, are_here()) ? Coming::kHere : Coming::kNever;
+}
+
 template <typename Format, typename Rows, bool kSends, bool kReceives>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     workspace_dispatch_kernel(const __grid_constant__ RankView rank,
@@ -104,14 +133,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     if (!ok) return;
   }
   const Sender sender({rank, op, routing, sets, rows, send, behind_sets},
-                      &places[threadIdx.x / kWarp], is_alone && kReceives);
+                      &places[threadIdx.x / kWarp], kReceives && (is_alone || Format::kTagged));
   Receiver receiver(rank, recv, behind_sets + (kSends ? Sender::num_words(config) : 0));
-  const uint32_t skip_rank = kSends && kReceives ? rank.self_rank : kNoRank;
+  const bool takes_own = kSends && kReceives && !Format::kSendsToSelf;
+  const uint32_t skip_rank = takes_own ? rank.self_rank : kNoRank;
   // For what comes after this dispatch; one thread.
   const auto note = [&] {
     rank.workspace_dispatches[send.workspace] = protocol::pack_signal(op.epoch(), send.num_slots);
   };
   if constexpr (Format::kTagged) {
+    bool ok = true;
     if (kSends) {
       if (Op::is_clerk()) {
         for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
@@ -120,9 +151,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
         op.publish_arrivals<true>();
         if (threadIdx.x == 0) note();
       }
-      sender.run(items, fetched);
+      ok = sender.run(items, fetched);
     }
-    op.complete(!kReceives || receiver.run(op, skip_rank, sets, items.size()));
+    if (kReceives) ok = receiver.run(op, skip_rank, sets, items.size()) && ok;
+    op.complete(ok);
     return;
   }
   if (kSends) {

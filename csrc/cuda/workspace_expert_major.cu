@@ -3,76 +3,13 @@
 // other what its batch has for each expert, in words that nobody has to wait behind, and waits for
 // those of the ranks before: a send ends only when all ranks have come to it.
 
-#include "cuda/workspace_dispatch.cuh"
+#include "cuda/workspace_expert_counts.cuh"
 #include "protocol/scales.h"
 
 namespace ep::cuda {
 namespace {
 
-using protocol::count_words_for;
-using protocol::kCountsPerWord;
 using protocol::LowLatencyConfig;
-
-// The counts of every rank's batch.
-class ExpertCounts {
- public:
-  __device__ ExpertCounts(const RankView& rank, const Op& op) : rank_(rank), op_(op) {}
-
-  // This rank's to every rank; a block tells some of them.
-  __device__ void publish(const TokenSets& sets) const {
-    const auto& config = rank_.layout.config();
-    if (blockIdx.x >= config.num_ranks) return;
-    const uint32_t num_words = count_words_for(config.num_experts);
-#pragma unroll 1
-    for (uint32_t w = threadIdx.x; w < num_words; w += blockDim.x) {
-      uint32_t pairs[kCountsPerWord / 2] = {};
-#pragma unroll
-      for (uint32_t i = 0; i < kCountsPerWord; ++i) {
-        const uint32_t expert = w * kCountsPerWord + i;
-        if (expert < config.num_experts) {
-          pairs[i / 2] |= sets.tokens_of_expert(expert) << (i % 2 * 16);
-        }
-      }
-#pragma unroll 1
-      for (uint32_t r = blockIdx.x; r < config.num_ranks; r += gridDim.x) {
-        ptx::st_relaxed_sys_b128(word(op_.peer(r), rank_.self_rank, w),
-                                 {pairs[0], pairs[1], pairs[2], op_.tag()});
-      }
-    }
-  }
-
-  // The sum of what ranks first .. end - 1 have for an expert. False: one did not come, which is
-  // reported.
-  __device__ bool sum(uint32_t expert, uint32_t first, uint32_t end, uint32_t* sum) const {
-    constexpr uint32_t kBatch = 8;  // words on their way at the same time
-    const uint32_t w = expert / kCountsPerWord, i = expert % kCountsPerWord;
-    *sum = 0;
-#pragma unroll 1
-    for (; first < end; first += kBatch) {
-      uint4 words[kBatch];
-#pragma unroll
-      for (uint32_t j = 0; j < kBatch; ++j) {
-        if (first + j < end) words[j] = ptx::ld_relaxed_sys_b128(word(op_.self(), first + j, w));
-      }
-#pragma unroll
-      for (uint32_t j = 0; j < kBatch; ++j) {
-        if (first + j >= end) break;
-        if (!op_.have_tag(word(op_.self(), first + j, w), first + j, &words[j])) return false;
-        const uint32_t pair = i < 2 ? words[j].x : i < 4 ? words[j].y : words[j].z;
-        *sum += pair >> (i % 2 * 16) & 0xffff;
-      }
-    }
-    return true;
-  }
-
- private:
-  __device__ uint4* word(std::byte* base, uint32_t src_rank, uint32_t w) const {
-    return at<uint4>(base, rank_.layout.all_counts(op_.bank(), src_rank)) + w;
-  }
-
-  const RankView& rank_;
-  const Op& op_;
-};
 
 // Where a token's row goes, in the order of k. In shared memory, one for each warp.
 struct ExpertPlaces {
@@ -243,6 +180,7 @@ class ExpertMajorReceiver {
 struct ExpertMajor {
   static constexpr bool kByExpert = true;
   static constexpr bool kTagged = false;
+  static constexpr bool kSendsToSelf = false;
   using Places = ExpertPlaces;
   template <typename Rows>
   using Sender = ExpertMajorSender<Rows>;

@@ -39,8 +39,8 @@ class RankMajorSender {
   // A message's place depends on this rank's batch only.
   __device__ bool agree() const { return true; }
 
-  // `fetched`: the first part of the first item.
-  __device__ void run(Items items, typename Rows::Fetched fetched) const {
+  // `fetched`: the first part of the first item. Waits for nobody.
+  __device__ bool run(Items items, typename Rows::Fetched fetched) const {
     while (items.more()) {
       const uint32_t token = items.row(), end_part = items.end_part();
       const uint32_t end_of_row = min(end_part, num_parts_);
@@ -64,6 +64,7 @@ class RankMajorSender {
       }
       if (end_part > num_parts_) send_routes(token);
     }
+    return true;
   }
 
  private:
@@ -270,7 +271,7 @@ class RankMajorReceiver {
         const auto ask = [&] { tagged.begin(row, num_vectors_, first_part, op.tag()); };
         ask();
         const Coming coming = poll_message(
-            op, from, ask, [&] { return tagged.is_here(op.tag()); },
+            rank_, op, from, ask, [&] { return tagged.is_here(op.tag()); },
             [&] {
               return TaggedPart::wait(rank_, op.receiving(), from.rank, row, num_vectors_,
                                       first_part);
@@ -300,35 +301,6 @@ class RankMajorReceiver {
     return true;
   }
 
-  enum class Coming { kHere, kNever, kGivenUp };
-  // Until what has been asked for of a message is here, or it is known that there is no such
-  // message. `ask`, `are_here`, `wait`: see poll_tagged. One warp.
-  template <typename Ask, typename AreHere, typename Wait>
-  __device__ Coming poll_message(const Op& op, const PeerSlots::Slot& from, Ask ask,
-                                 AreHere are_here, Wait wait) const {
-    const auto* word =
-        at<uint64_t>(op.self(), layout_.signal(op.bank(), Phase::kDispatch, from.rank));
-    uint64_t signal = 0;
-    const auto is_none = [&] {
-      return protocol::signal_epoch(signal) == op.epoch() &&
-             protocol::signal_count(signal) <= from.slot;
-    };
-    const bool ok = poll_tagged(
-        true,
-        [&] {
-          ask();
-          signal = ptx::ld_relaxed_sys(word);
-        },
-        [&] { return are_here() || is_none(); },
-        [&] {
-          uint32_t source;
-          return op.take_signal(word, from.rank, false, &source) &&
-                 (protocol::signal_count(source) <= from.slot || wait());
-        });
-    if (!ok) return Coming::kGivenUp;
-    return __all_sync(kAllLanes, are_here()) ? Coming::kHere : Coming::kNever;
-  }
-
   // The message's experts and weights, if there is one. False as in receive().
   __device__ bool receive_routes(const Op& op, std::byte* message, const PeerSlots::Slot& from,
                                  uint32_t place) const {
@@ -343,7 +315,7 @@ class RankMajorReceiver {
     };
     ask();
     const Coming coming = poll_message(
-        op, from, ask, [&] { return word.w == op.tag(); },
+        rank_, op, from, ask, [&] { return word.w == op.tag(); },
         [&] { return op.have_tag(words + lane, from.rank, &word); });
     if (coming != Coming::kHere) return coming == Coming::kNever;
     bool ok = true;
@@ -381,6 +353,7 @@ template <bool kIsTagged, bool kIsUsual>
 struct RankMajor {
   static constexpr bool kByExpert = false;
   static constexpr bool kTagged = kIsTagged;
+  static constexpr bool kSendsToSelf = false;
   using Places = Receivers<kIsUsual>;
   template <typename Rows>
   using Sender = RankMajorSender<Rows, kTagged, kIsUsual>;

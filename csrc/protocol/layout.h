@@ -19,7 +19,7 @@
 namespace ep::protocol {
 
 // Changes whenever a region, a word or a rule does: ranks of different builds must not meet.
-constexpr uint32_t kProtocolVersion = 10;
+constexpr uint32_t kProtocolVersion = 11;
 
 // What all ranks must agree on.
 struct LowLatencyConfig {
@@ -284,7 +284,7 @@ class LowLatencyLayout {
   }
   // Whether an exchange with so many slots a source is tagged there.
   EP_HOST_DEVICE constexpr bool is_tagged_in_workspace(uint32_t num_slots) const {
-    return !has_expert_workspaces() && num_slots <= config_.num_max_tagged_tokens;
+    return num_slots <= config_.num_max_tagged_tokens;
   }
   // Whether rows of its combine are brought to their sources, which fetch them otherwise.
   EP_HOST_DEVICE constexpr bool brings_from_workspace(uint32_t num_slots) const {

@@ -98,6 +98,10 @@ struct DispatchRecvParams {
   HandleView handle;                    // out
   int32_t workspace;                    // as above
   uint32_t num_slots;                   // as above
+  // By expert in workspaces, where the send was a kernel of its own: its batch, whose answers the
+  // hook completes if its rows are tagged.
+  uint32_t num_tokens = 0;
+  uint32_t* answers = nullptr;
 };
 struct CombineSendParams {
   const std::byte* expert_out;  // [L, S, H] or [R, M, H], as dispatch's output

@@ -77,7 +77,6 @@ def make_buffer(
     """One rank's buffer for a case. On a CPU, without a workspace."""
     is_by_expert = case.output_layout != "rank_major"
     has_workspace = case.has_workspace and device == "cuda"
-    may_tag = not (has_workspace and is_by_expert)
     return LowLatencyBuffer(
         group,
         num_max_tokens_per_rank=settings.num_max_tokens_per_rank,
@@ -90,7 +89,7 @@ def make_buffer(
         output_layout="expert_major" if is_by_expert else "rank_major",
         reduction="source" if case.output_layout == "expert_workspace" else "rank",
         transfer=case.transfer,
-        num_max_tagged_tokens=case.num_max_tagged_tokens if may_tag else None,
+        num_max_tagged_tokens=case.num_max_tagged_tokens,
         with_hooks=case.form == "hook",
         num_workspaces=int(has_workspace),
         timeout_secs=timeout_secs,

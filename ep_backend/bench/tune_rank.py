@@ -162,7 +162,9 @@ def _space(
         defaults["transfer"] = by_default
         transfers = [by_default, *(way for way in TRANSFERS if way != by_default)]
     if can_tag:
-        defaults["num_max_tagged_tokens"] = _default_tagged_tokens(settings, shape)
+        defaults["num_max_tagged_tokens"] = _default_tagged_tokens(
+            settings, shape, is_virtual=groups[0].is_virtual
+        )
     space = Space(
         transfers=tuple(transfers),
         num_max_tokens=max(settings.num_tokens) if can_tag else 0,
@@ -171,7 +173,7 @@ def _space(
     return space, defaults
 
 
-def _default_tagged_tokens(settings: TuneSettings, shape: Shape) -> int:
+def _default_tagged_tokens(settings: TuneSettings, shape: Shape, *, is_virtual: bool) -> int:
     by_default = BufferSettings(
         num_max_tokens_per_rank=max(settings.num_tokens),
         hidden=shape.hidden,
@@ -190,6 +192,7 @@ def _default_tagged_tokens(settings: TuneSettings, shape: Shape) -> int:
         num_banks=2,
         device="cuda",
         with_hooks=settings.form == "hook",
+        is_virtual=is_virtual,
     )
     return by_default.config(shape.num_ranks).num_max_tagged_tokens
 

@@ -67,9 +67,8 @@ class Shape:
             return ("spin_us",)
         if not self.has_workspaces:
             return ("num_sms", "transfer", "num_max_tagged_tokens")
-        # There rows are pulled; and those of one rank, or by expert, are not tagged.
-        is_tagged = self.output_layout == "rank_major" and self.num_ranks > 1
-        return ("num_sms", "num_max_tagged_tokens") if is_tagged else ("num_sms",)
+        # There rows are pulled; and those of one rank are not tagged.
+        return ("num_sms", "num_max_tagged_tokens") if self.num_ranks > 1 else ("num_sms",)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from ep_backend.bench.multi_gpu_report import (
 from ep_backend.bench.multi_gpu_settings import NormalSettings, parse_arguments
 from ep_backend.bench.multi_gpu_world import RankedSpread, StepFailed, World
 from ep_backend.bench.op_cuda_graph import Spread
+from ep_backend.bench.op_cuda_settings import OUTPUT_LAYOUTS
 from tests.support.processes import Rank, RankProcesses
 
 NUM_GPUS = torch.cuda.device_count() if _native.has_cuda else 0
@@ -38,10 +39,10 @@ def test_off_is_left_out_where_default_is_off_already() -> None:
     cases = options.cases()
     assert {case.num_ranks for case in cases} == {8}
     small = {(1, None), (1, 0), (16, None), (16, 0), (64, None), (128, None)}
-    for layout in ("expert_major", "rank_major"):
+    for layout in OUTPUT_LAYOUTS:
         of_layout = [case for case in cases if case.output_layout == layout]
         assert {(case.num_tokens, case.num_max_tagged_tokens) for case in of_layout} == small
-    assert len(cases) == 2 * len(small) + 4  # in expert workspaces nothing is tagged
+    assert len(cases) == len(OUTPUT_LAYOUTS) * len(small)
     short = "--layout rank_major --hidden 2048 --dispatch-dtype bf16 --tokens 56,57"
     for form, of_more in (("hook", [(57, None)]), ("fused", [(57, None), (57, 0)])):
         cases = parse_arguments([*short.split(), "--form", form], 2).cases()

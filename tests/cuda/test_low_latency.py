@@ -68,10 +68,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     | RANK_MAJOR
     | {"num_workspaces": 5, "expert_ids": "global", "transfer": "pull_push"},
 }
-# Their sends wait for their peers': not for ranks that share a stream.
+# Their sends wait for their peers', if they are not tagged: not for ranks that share a stream.
 EXPERT_WORKSPACES: dict[str, dict[str, Any]] = {
-    "expert_workspaces": SOURCE | {"num_workspaces": 5},
-    "float8_expert_workspaces": FLOAT8 | SOURCE | {"num_workspaces": 5},
+    "expert_workspaces": SOURCE | {"num_workspaces": 5, "num_max_tagged_tokens": 0},
+    "float8_expert_workspaces": FLOAT8 | SOURCE | {"num_workspaces": 5, "num_max_tagged_tokens": 0},
+    "tagged_expert_workspaces": UNPACKED
+    | SOURCE
+    | {"num_workspaces": 5, "num_max_tagged_tokens": 5},
+    "float8_tagged_expert_workspaces": FLOAT8 | SOURCE | {"num_workspaces": 5},
 }
 ON_STREAMS = SETTINGS | EXPERT_WORKSPACES
 with_settings = pytest.mark.parametrize("settings_of", SETTINGS.values(), ids=SETTINGS.keys())
@@ -138,12 +142,15 @@ def test_drawn_shapes_in_expert_workspaces_equal_the_reference(scenario: Scenari
     drive_on_streams(scenario, num_ops=4)
 
 
+@pytest.mark.parametrize("num_max_tagged_tokens", [0, 3])
 @pytest.mark.parametrize("num_tokens", [0, 3])
-def test_many_experts_and_ranks_in_expert_workspaces(num_tokens: int) -> None:
+def test_many_experts_and_ranks_in_expert_workspaces(
+    num_tokens: int, num_max_tagged_tokens: int
+) -> None:
     """More experts than a block has threads, more ranks than are looked at together."""
     shape = Shape(
-        11, num_tokens + 1, 32, num_experts=700, top_k=40, device="cuda",
-        reduction="source", num_workspaces=1,
+        11, num_tokens + 1, 32, num_experts=700, top_k=40, device="cuda", reduction="source",
+        num_workspaces=1, num_max_tagged_tokens=min(num_max_tagged_tokens, num_tokens + 1),
     )  # fmt: skip
     drive_on_streams(Scenario(shape).add("uniform", [num_tokens] * 11, seed=1), num_ops=2)
 
@@ -237,7 +244,7 @@ def test_kernels_of_all_ranks_find_room_in_chains(num_tokens: int, layout: str, 
         output_layouts=(layout,),
         forms=(form,),
         num_max_tokens_per_rank=num_tokens,
-        num_max_tagged_tokens=(None if layout == "expert_workspace" else num_tokens,),
+        num_max_tagged_tokens=(num_tokens,),
     )
     (case,) = sizes.cases()
     with open_buffers(sizes, case) as buffers:

@@ -118,7 +118,6 @@ struct Shape {
     config.transfer = is_by_expert || random.below(2) == 0 ? protocol::Transfer::kPull
                                                            : protocol::Transfer::kPullPush;
     config.combine_dtype = config.dtype;
-    if (is_by_expert) config.num_max_tagged_tokens = 0;
     config.global_expert_ids = !is_by_expert && random.below(2) == 1;
   }
   bool is_source() const { return config.reduction == Reduction::kSource; }

@@ -126,7 +126,10 @@ inline void run_step_in_workspace(const OneHostView& view, uint32_t what, const 
   if (what == Step::kHook) {
     // Tagged messages are moved by all blocks; of others nothing is left to do but to wait.
     const bool is_tagged = view.layout.is_tagged_in_workspace(out.num_slots);
-    dispatch.recv(view, batch.recv(out), is_tagged ? launch : cuda::Launch{1});
+    protocol::DispatchRecvParams recv = batch.recv(out);
+    recv.num_tokens = batch.num_tokens;
+    recv.answers = out.answers;
+    dispatch.recv(view, recv, is_tagged ? launch : cuda::Launch{1});
     take();
   }
   if (what == Step::kCombine) {

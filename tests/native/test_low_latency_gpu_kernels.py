@@ -23,6 +23,7 @@ KERNELS = (
     "cuda/workspace_expert_major.cu",
     "cuda/workspace_combine.cu",
     "cuda/workspace_tagged_combine.cu",
+    "cuda/workspace_tagged_expert_major.cu",
 )
 WITH_SHARED = (*(k for k in KERNELS if "workspace" not in k), "cuda/workspace_dispatch.cuh")
 SHARED, FIXED_SHARED = "extern __shared__ uint32_t shared[];", "__shared__ uint32_t shared[4096];"
@@ -121,9 +122,21 @@ SEEDED_BUGS = [
     ),
     SeededBug(
         "no_message_comes_where_no_signal_has_come_yet",
-        "cuda/workspace_rank_major.cuh",
+        "cuda/workspace_dispatch.cuh",
         "return protocol::signal_epoch(signal) == op.epoch() &&",
         "return",
+    ),
+    SeededBug(
+        "tagged_rows_of_experts_are_placed_before_counts_are_there",
+        "cuda/workspace_tagged_expert_major.cu",
+        "ok = op.have_tag(address, r, &word);",
+        "ok = true;",
+    ),
+    SeededBug(
+        "entries_of_a_tagged_message_are_taken_before_they_are_there",
+        "cuda/workspace_tagged_expert_major.cu",
+        "return header.w == op.tag() && (!is_there() || entry.w == op.tag()) &&",
+        "return header.w == op.tag() &&",
     ),
     SeededBug(
         "rows_in_workspaces_are_added_up_before_they_are_there",

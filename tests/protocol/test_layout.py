@@ -47,7 +47,6 @@ workspace_shapes = st.builds(
         combine_dtype=None,
         output_layout="rank_major" if shape.reduction == "rank" else "expert_major",
         transfer="pull_push" if shape.reduction == "rank" and shape.transfer == "push" else "pull",
-        num_max_tagged_tokens=shape.num_max_tagged_tokens if shape.reduction == "rank" else 0,
         num_workspaces=num_workspaces,
     ),
     shapes,

@@ -73,7 +73,7 @@ def test_copies_between_nodes_are_those_of_the_results() -> None:
 
 def test_sizes_are_those_of_the_code() -> None:
     most = [
-        default_tagged_tokens(7168, 8, num_ranks, in_workspaces=True, with_hooks=with_hooks)
+        default_tagged_tokens(7168, 8, num_ranks, workspaces_of="rank_major", with_hooks=with_hooks)
         for with_hooks in (True, False)
         for num_ranks in (2, 4, 5)
     ]

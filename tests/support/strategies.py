@@ -56,7 +56,7 @@ def shapes(
         "expert_major" if in_expert_workspaces else draw(st.sampled_from(OUTPUT_LAYOUTS))
     )
     if in_expert_workspaces:
-        settings |= dict(num_workspaces=3, transfer="pull", num_max_tagged_tokens=None)
+        settings |= dict(num_workspaces=3, transfer="pull")
     may_be_in_place = device == "cuda" and output_layout == "rank_major" and not is_combine_float8
     if may_be_in_place and draw(st.booleans()):
         # One for each operation that the programs have in flight.

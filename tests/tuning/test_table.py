@@ -126,9 +126,6 @@ def test_which_settings_a_shape_has() -> None:
     assert SHAPE.settings_of("cuda") == ("num_sms", "transfer", "num_max_tagged_tokens")
     assert rank_major.settings_of("cuda") == ("num_sms", "num_max_tagged_tokens")
     assert replace(rank_major, num_ranks=1).settings_of("cuda") == ("num_sms",)
-    assert replace(SHAPE, reduction="source", has_workspaces=True).settings_of("cuda") == (
-        "num_sms",
-    )
     assert SHAPE.settings_of("cpu") == ("spin_us",)
     assert replace(SHAPE, kernels="normal").settings_of("cuda") == ("num_bytes", "num_sms")
 
