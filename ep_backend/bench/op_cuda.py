@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -72,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not _native.has_cuda or not torch.cuda.is_available():
         print("bench op --device cuda: needs a GPU and a build with CUDA", file=sys.stderr)
         return 1
+    # So that no two ranks' streams share one of the GPU's queues; read when CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     untuned_unless_asked()
     begin = datetime.now(timezone.utc)
     floors = measure_floors(settings) if settings.with_floors else None

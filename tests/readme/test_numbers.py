@@ -32,7 +32,7 @@ def test_numbers_of_flashinfer_are_those_of_the_results() -> None:
 
 
 def test_one_gpu_numbers_are_those_of_the_results() -> None:
-    measured = results("op-cuda-h100.json")
+    measured = results("op-cuda-h200.json")
 
     def cases_of(form: str, dtype: str) -> dict[tuple[int, int, str], dict]:
         return {
