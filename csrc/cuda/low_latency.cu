@@ -209,10 +209,10 @@ OpResult LowLatencyRank::dispatch_recv(const DispatchRecvParams& recv, void* str
   if (recv.workspace >= 0) {
     const bool is_tagged = view_.layout.is_tagged_in_workspace(recv.num_slots);
     const Plan p = is_tagged ? plan_workspace(0, recv.num_slots, stream) : plan(1, stream);
-    DispatchRecvParams with_batch = recv;
-    with_batch.num_tokens = batches_[recv.workspace].num_tokens;
-    with_batch.answers = batches_[recv.workspace].answers;
-    workspace_dispatch(view_.layout, recv.num_slots).recv(p.view, with_batch, p.launch);
+    DispatchRecvParams of_own_send = recv;
+    of_own_send.num_tokens = batches_[recv.workspace].num_tokens;
+    of_own_send.answers = batches_[recv.workspace].answers;
+    workspace_dispatch(view_.layout, recv.num_slots).recv(p.view, of_own_send, p.launch);
   } else {
     const Plan p = plan_by_expert(num_parts_received(), stream);
     launch_dispatch_recv(p.view, recv, p.launch);

@@ -23,26 +23,28 @@ struct TaggedReceivers {
   uint32_t first;  // of the rank that is served first
 };
 
-// Rows that an expert has in all its workspace, and where one of a token's rows is.
-struct ExpertRows {
+// What both halves need to note where the rows of this rank's tokens lie.
+struct OwnRoutes {
   const RankView& rank;
   const Op& op;
-  uint32_t capacity;
+  uint32_t capacity;  // rows of an expert
 
-  __device__ ExpertRows(const RankView& rank, const Op& op, uint32_t num_slots)
+  __device__ OwnRoutes(const RankView& rank, const Op& op, uint32_t num_slots)
       : rank(rank), op(op), capacity(rank.layout.rows_of_expert_in_workspace(num_slots)) {}
 
-  // Whether the ranks before this one have told what they have for an expert; `*before`: that.
-  __device__ bool count_before(uint32_t expert, uint32_t* before) const {
-    const ExpertCounts counts(rank, op);
-    // Memory that contradicts itself must not choose what combine reads.
-    return counts.sum(expert, 0, rank.self_rank, before) &&
-           (*before < capacity || op.corrupt(0, capacity, *before));
+  // Which row of an expert is that of a token which `position` of this rank's are before: behind
+  // those of the ranks before, whose counts are waited for. False: one did not come, or memory that
+  // contradicts itself would choose what combine reads; it is reported.
+  __device__ bool find_row(uint32_t expert, uint32_t position, uint32_t* row) const {
+    uint32_t before;
+    if (!ExpertCounts(rank, op).sum(expert, 0, rank.self_rank, &before)) return false;
+    *row = before + position;
+    return *row < capacity || op.corrupt(0, capacity, *row);
   }
-  // Calls `each(token, k)` for every route of `num_tokens` tokens, by all blocks together; the last
-  // warps begin, as the first ones have rows to move.
+  // Calls `each(token, k)` for every k of `num_tokens` tokens, by all blocks together; the last
+  // warps begin, as the first ones have rows to move. False on threads for which one was false.
   template <typename Each>
-  __device__ bool for_each_route(uint32_t num_tokens, Each each) const {
+  __device__ bool for_each(uint32_t num_tokens, Each each) const {
     const uint32_t top_k = rank.layout.config().top_k;
     const uint32_t shift = ceil_log2(top_k);  // no division
     const uint32_t from_last = kWarps - 1 - threadIdx.x / kWarp;
@@ -141,20 +143,19 @@ class TaggedExpertSender {
   // Which rows combine fetches. What the ranks before have is still unknown to a kernel that only
   // sends: the hook adds it.
   __device__ bool note_answers() const {
-    const ExpertRows expert_rows(rank_, op_, params_.num_slots);
-    return expert_rows.for_each_route(routing_.num_tokens, [&](uint32_t token, uint32_t k) {
+    const OwnRoutes routes(rank_, op_, params_.num_slots);
+    return routes.for_each(routing_.num_tokens, [&](uint32_t token, uint32_t k) {
       uint32_t* answers = params_.answers + token * layout_.num_answer_words() + k;
       const int64_t routed = routing_.expert(token, k);
       answers[0] = kNoRank;
       if (routed < 0) return true;
       const auto expert = static_cast<uint32_t>(routed);
-      uint32_t before = 0;
-      if (receives_ && !expert_rows.count_before(expert, &before)) return false;
+      uint32_t row = sets_.before_expert(expert, token);
+      if (receives_ && !routes.find_row(expert, row, &row)) return false;
       const uint32_t owner = routing_.owners.owner(expert);
       answers[0] = owner;
       answers[routing_.top_k] =
-          (expert - routing_.owners.first_expert(owner)) * expert_rows.capacity +
-          sets_.before_expert(expert, token) + before;
+          (expert - routing_.owners.first_expert(owner)) * routes.capacity + row;
       return true;
     });
   }
@@ -279,18 +280,17 @@ class TaggedExpertReceiver {
   // Where the send was a kernel of its own.
   __device__ bool complete_answers(const Op& op) const {
     if (params_.answers == nullptr) return true;
-    const ExpertRows expert_rows(rank_, op, params_.num_slots);
+    const OwnRoutes routes(rank_, op, params_.num_slots);
     const uint32_t top_k = layout_.config().top_k;
-    return expert_rows.for_each_route(params_.num_tokens, [&](uint32_t token, uint32_t k) {
+    return routes.for_each(params_.num_tokens, [&](uint32_t token, uint32_t k) {
       uint32_t* answers = params_.answers + token * layout_.num_answer_words() + k;
       const uint32_t owner = answers[0];
       if (owner == kNoRank) return true;
-      uint32_t before;
       const uint32_t local_expert = answers[top_k] / capacity_;
-      if (!expert_rows.count_before(rank_.owners.first_expert(owner) + local_expert, &before)) {
-        return false;
-      }
-      answers[top_k] += before;
+      uint32_t row = answers[top_k] - local_expert * capacity_;
+      const uint32_t expert = rank_.owners.first_expert(owner) + local_expert;
+      if (!routes.find_row(expert, row, &row)) return false;
+      answers[top_k] = local_expert * capacity_ + row;
       return true;
     });
   }
