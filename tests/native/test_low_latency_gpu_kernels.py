@@ -133,10 +133,10 @@ SEEDED_BUGS = [
         "ok = true;",
     ),
     SeededBug(
-        "entries_of_a_tagged_message_are_taken_before_they_are_there",
+        "a_tagged_message_is_placed_before_its_header_is_there",
         "cuda/workspace_tagged_expert_major.cu",
         "return header.w == op.tag() && (!is_there() || entry.w == op.tag()) &&",
-        "return header.w == op.tag() &&",
+        "return (!is_there() || entry.w == op.tag()) &&",
     ),
     SeededBug(
         "rows_in_workspaces_are_added_up_before_they_are_there",
