@@ -208,21 +208,10 @@ class DispatchReceiver {
     return min(items.end_part(), num_parts_);
   }
 
-  // A thread an expert, the last ones, because the first ones count messages.
+  // By the last threads, because the first ones count messages.
   __device__ void count_up_rows() const {
-    const uint32_t num_local = arrivals_.num_local_experts;
-#pragma unroll 1
-    for (uint32_t e = kThreads - 1 - threadIdx.x; e < num_local; e += kThreads) {
-      uint32_t* rows = arrivals_.rows + e;
-      uint32_t sum = 0;
-#pragma unroll 4
-      for (uint32_t r = 0; r < arrivals_.sources.num_ranks; ++r, rows += num_local) {
-        const uint32_t count = *rows;
-        *rows = sum;
-        sum += count;
-      }
-      *rows = sum;
-    }
+    cuda::count_up_rows(arrivals_.rows, arrivals_.sources.num_ranks, arrivals_.num_local_experts,
+                        kThreads - 1 - threadIdx.x);
   }
 
   // Some parts of message `m`, the `slot`-th of its source. One warp. False, on all its lanes: it

@@ -508,6 +508,24 @@ __device__ void prefix_sum(uint32_t num_ranks, uint32_t* prefix, Count count) {
   if (threadIdx.x == 0) prefix[num_ranks] = before;
 }
 
+// Rows of local experts from each source, [R + 1][L], become those from the sources before it, and
+// behind them all. A thread an expert, the `thread`-th of the block's first.
+__device__ inline void count_up_rows(uint32_t* rows, uint32_t num_ranks, uint32_t num_local,
+                                     uint32_t thread) {
+#pragma unroll 1
+  for (uint32_t e = thread; e < num_local; e += kThreads) {
+    uint32_t* of_source = rows + e;
+    uint32_t sum = 0;
+#pragma unroll 4
+    for (uint32_t r = 0; r < num_ranks; ++r, of_source += num_local) {
+      const uint32_t count = *of_source;
+      *of_source = sum;
+      sum += count;
+    }
+    *of_source = sum;
+  }
+}
+
 // What peers may have in a workspace, or this rank for them: slot by slot, of each the next rank's
 // first, and so on, so that ranks do not all begin with the same peer. `with_self`: this rank has
 // slots, too.

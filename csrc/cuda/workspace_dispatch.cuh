@@ -67,6 +67,20 @@ class WorkspaceCredits {
   uint64_t last_epoch_ = 0, credit_ = 0;
 };
 
+// Whether a signal tells of as many slots as this exchange has, see Op::take_signal: a source that
+// was told of others has written elsewhere.
+struct HasSlots {
+  const Op& op;
+  uint32_t num_slots;
+  bool is_tagged;
+
+  __device__ bool operator()(uint32_t r, uint32_t source) const {
+    return (protocol::signal_is_tagged(source) == is_tagged &&
+            protocol::signal_count(source) <= num_slots) ||
+           op.corrupt(r, num_slots, source);
+  }
+};
+
 enum class Coming { kHere, kNever, kGivenUp };
 // Until what has been asked for of a tagged message is here, or it is known that there is no such
 // message. `ask`, `are_here`, `wait`: see poll_tagged. One warp.

@@ -229,12 +229,7 @@ class RankMajorReceiver {
     for (uint32_t r = first; r < num_ranks_; r += step) {
       old_counts_[r] = is_alike ? counted[r] : params_.num_slots;
     }
-    const auto is_right = [&](uint32_t r, uint32_t source) {
-      // A source that was told of other slots has written elsewhere.
-      return (protocol::signal_is_tagged(source) == kTagged &&
-              protocol::signal_count(source) <= params_.num_slots) ||
-             op.corrupt(r, params_.num_slots, source);
-    };
+    const HasSlots is_right = {op, params_.num_slots, kTagged};
     const auto own = [&] { return sets.tokens_of_rank(skip_rank); };
     if (kTagged) {
       const bool ok = op.take_signals(skip_rank, sources_.words, own, is_right);

@@ -203,7 +203,7 @@ class TaggedExpertReceiver {
                       uint32_t num_taken) const {
     if (!op.may_receive()) return false;
     if (!__syncthreads_and(read_counts(op))) return false;
-    count_up();
+    count_up_rows(rows_, num_ranks_, num_local_, threadIdx.x);
     __syncthreads();
     bool ok = !Op::is_clerk_warp() || take_signals(op, skip_rank);
     if (Op::is_clerk()) write_counts();
@@ -237,20 +237,6 @@ class TaggedExpertReceiver {
     }
     return ok;
   }
-  __device__ void count_up() const {
-#pragma unroll 1
-    for (uint32_t e = threadIdx.x; e < num_local_; e += blockDim.x) {
-      uint32_t* rows = rows_ + e;
-      uint32_t sum = 0;
-#pragma unroll 4
-      for (uint32_t r = 0; r < num_ranks_; ++r, rows += num_local_) {
-        const uint32_t count = *rows;
-        *rows = sum;
-        sum += count;
-      }
-      *rows = sum;
-    }
-  }
   // Of one block.
   __device__ void write_counts() const {
 #pragma unroll 1
@@ -263,13 +249,7 @@ class TaggedExpertReceiver {
   // Of one warp: waits for all signals, and notes how many messages there are.
   __device__ bool take_signals(const Op& op, uint32_t skip_rank) const {
     const bool ok = op.take_signals(
-        skip_rank, sources_, [] { return 0u; },
-        [&](uint32_t r, uint32_t source) {
-          // A source that was told of other slots has written elsewhere.
-          return (protocol::signal_is_tagged(source) &&
-                  protocol::signal_count(source) <= params_.num_slots) ||
-                 op.corrupt(r, params_.num_slots, source);
-        });
+        skip_rank, sources_, [] { return 0u; }, HasSlots{op, params_.num_slots, true});
     if (!__all_sync(kAllLanes, ok)) return false;
     for (uint32_t r = threadIdx.x % kWarp; r < num_ranks_; r += kWarp) {
       params_.handle.num_messages[r] = static_cast<uint32_t>(protocol::signal_count(sources_[r]));

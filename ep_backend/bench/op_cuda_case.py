@@ -75,7 +75,6 @@ def make_buffer(
     device: str = "cuda",
 ) -> LowLatencyBuffer:
     """One rank's buffer for a case. On a CPU, without a workspace."""
-    is_by_expert = case.output_layout != "rank_major"
     has_workspace = case.has_workspace and device == "cuda"
     return LowLatencyBuffer(
         group,
@@ -86,7 +85,7 @@ def make_buffer(
         dtype=torch.bfloat16,
         dispatch_dtype=TRAVELLING_DTYPES[case.dispatch_dtype],
         combine_dtype=TRAVELLING_DTYPES[case.combine_dtype],
-        output_layout="expert_major" if is_by_expert else "rank_major",
+        output_layout=case.buffer_layout,
         reduction="source" if case.output_layout == "expert_workspace" else "rank",
         transfer=case.transfer,
         num_max_tagged_tokens=case.num_max_tagged_tokens,

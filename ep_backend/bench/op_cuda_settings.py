@@ -55,18 +55,21 @@ class Case:
         may_be = self.transfer in transfers.get(self.output_layout, ())
         return may_be and self.combine_dtype == "bf16"
 
+    @property
+    def buffer_layout(self) -> str:
+        """The buffer's `output_layout`."""
+        return "rank_major" if self.output_layout == "rank_major" else "expert_major"
+
     def default_tagged_tokens(self, hidden: int, top_k: int) -> int:
         """Batches of up to so many tokens are tagged where `num_max_tagged_tokens` is None, between
         GPUs."""
         if self.has_workspace and self.num_ranks == 1:
             return 0
-        by_expert = self.output_layout == "expert_workspace"
-        layout = "expert_major" if by_expert else self.output_layout
         return default_tagged_tokens(
             hidden * TRAVELLING_DTYPES[self.dispatch_dtype].itemsize,
             top_k,
             self.num_ranks,
-            workspaces_of=layout if self.has_workspace else None,
+            workspaces_of=self.buffer_layout if self.has_workspace else None,
             with_hooks=self.form == "hook",
         )
 
