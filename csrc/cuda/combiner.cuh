@@ -129,7 +129,7 @@ class Combiner {
     for (uint32_t r = threadIdx.x; r < received_.num_ranks; r += blockDim.x) {
       const bool is_tagged = received_.is_tagged(r) || !op_.reaches(r);
       if (r == skip_rank_ || is_tagged != to_tagged) continue;
-      if (!is_tagged) ptx::fence_acq_rel_sys();
+      if (!is_tagged) op_.fence();
       op_.publish_signal(r, received_.count(r));
     }
   }

@@ -91,8 +91,7 @@ class DispatchSender {
     if (is_tagged_ || !op_.is_last_block()) return;
     for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
       if (!op_.reaches(r)) continue;
-      // In every publishing thread: a release is a fence and its own store.
-      ptx::fence_acq_rel_sys();
+      op_.fence();
       op_.publish_signal(r, source_word(r));
     }
   }

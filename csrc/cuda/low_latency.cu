@@ -25,6 +25,11 @@ constexpr uint32_t kLittle = 64;
 // of 85.6. (Not in workspaces 16 tokens lose 1.5 us.)
 constexpr uint32_t kItemsWhereShared = 8;
 
+// Ranks that share a GPU, of which it has two kernels each at the same time. No GPU has more than
+// 128; with those of 63 or 64 ranks an H200 now and then had no room for one that all others waited
+// for, and with those of 62 never. The rest is for whatever else the process runs.
+constexpr uint32_t kNumRanksWithTwoKernels = 32;
+
 // About half of the SMs of the current device: a power of two, because work is cut into as many
 // pieces (Items). With 66 of an H100's 132 much of the gain is lost.
 uint32_t half_of_sms() {
@@ -77,10 +82,10 @@ LowLatencyRank::LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_
     : RankHost(config, self_rank, bases, timeout_ns),
       num_sms_(num_sms),
       half_of_sms_(half_of_sms()),
-      shares_gpu_(shares_gpu),
       items_per_warp_(shares_gpu && config.num_workspaces > 0 ? kItemsWhereShared : 1),
       has_room_for_two_(check_shared_memory(view_.layout, self_rank)),
       batches_(config.num_workspaces) {
+  view_.shares_gpu = shares_gpu;
   prepare_kernels(view_.layout);
 }
 
@@ -103,7 +108,7 @@ LowLatencyRank::Plan LowLatencyRank::plan(uint64_t num_items, void* stream, uint
   // the instructions of one kernel. Peers are far, so there no warp does more items for it.
   const bool is_alone = view_.layout.config().num_ranks == 1;
   const bool has_little =
-      !shares_gpu_ && num_parts <= uint64_t{kLittle} * half_of_sms_ &&
+      !view_.shares_gpu && num_parts <= uint64_t{kLittle} * half_of_sms_ &&
       (is_alone || num_items <= uint64_t{kWarps} * half_of_sms_ * items_per_warp);
   const uint32_t num_sms = has_little ? std::min(num_sms_, half_of_sms_) : num_sms_;
   // With more to do than a block an SM has warps, two a block: the next kernel then waits outside.
@@ -115,7 +120,7 @@ LowLatencyRank::Plan LowLatencyRank::plan(uint64_t num_items, void* stream, uint
   // of one kernel, and one of the next, or two of one. Of one with two, the next may not even be
   // there when a warp of every block is done: a rank that has all it wants would take the room in
   // which others have yet to send.
-  const bool starts_early = !(shares_gpu_ && has_much && lets_next_start_);
+  const bool starts_early = !(view_.shares_gpu && has_much && lets_next_start_);
   // Small pieces gained 0.3 to 0.5 us of a pair of 1 and 16 tokens by expert between two H200s, and
   // lost 0.6 of 128. (Not timed with one rank.)
   const bool is_small = !is_alone && has_one_each(num_items);
@@ -123,10 +128,12 @@ LowLatencyRank::Plan LowLatencyRank::plan(uint64_t num_items, void* stream, uint
                {num_blocks, kThreads, static_cast<cudaStream_t>(stream), starts_early, is_small}};
   plan.view.share = kProgressPerOp / num_blocks;
   plan.view.first_share = kProgressPerOp - plan.view.share * (num_blocks - 1);
-  lets_next_start_ = has_room_for_two_ && !has_much;
-  plan.view.next_starts = lets_next_start_ ? NextStarts::kAtOnce
-                          : shares_gpu_    ? NextStarts::kAsBlocksEnd
-                                           : NextStarts::kAsWarpsEnd;
+  const uint32_t num_ranks = view_.layout.config().num_ranks;
+  lets_next_start_ =
+      has_room_for_two_ && !has_much && !(view_.shares_gpu && num_ranks > kNumRanksWithTwoKernels);
+  plan.view.next_starts = lets_next_start_   ? NextStarts::kAtOnce
+                          : view_.shares_gpu ? NextStarts::kAsBlocksEnd
+                                             : NextStarts::kAsWarpsEnd;
   return plan;
 }
 

@@ -79,6 +79,7 @@ struct RankView {
   uint64_t timeout_ns;
   Owners owners;
   uint32_t num_local_experts;
+  bool shares_gpu;  // with all its peers
   // Of this launch: what a block adds to the operation's progress (block 0, any other).
   uint32_t first_share, share;
   NextStarts next_starts;
@@ -124,7 +125,7 @@ class RankHost {
 class LowLatencyRank : public RankHost {
  public:
   // `bases[r]`: memory of rank r as the current device sees it. `num_sms`: blocks a kernel has at
-  // most. `shares_gpu`: other ranks of this process are on the same GPU. Throws std::runtime_error
+  // most. `shares_gpu`: all ranks are on the same GPU, in this process. Throws std::runtime_error
   // with the CUDA error where the device refuses, std::invalid_argument where it has too little
   // shared memory.
   LowLatencyRank(const protocol::LowLatencyConfig& config, uint32_t self_rank,
@@ -155,7 +156,6 @@ class LowLatencyRank : public RankHost {
   uint64_t num_parts_answered() const;
 
   uint32_t num_sms_, half_of_sms_;
-  bool shares_gpu_;
   uint32_t items_per_warp_;       // with more, two blocks an SM
   bool lets_next_start_ = false;  // the kernel launched last, before its end
   bool has_room_for_two_;         // two blocks of any kernel fit an SM

@@ -169,30 +169,33 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     }
     if (kReceives) ok = receiver.run(op, skip_rank, sets, items.size()) && ok;
     op.complete(ok);
-    return;
-  }
-  if (kSends) {
-    if (!sender.agree()) return;
-    if (Op::is_clerk()) {
-      for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
-        if (r != skip_rank) op.publish_signal(r, sets.tokens_of_rank(r));
+  } else {
+    if (kSends) {
+      const auto first = sender.begin(items, fetched);
+      if (Op::is_clerk()) {
+        for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
+          if (r != skip_rank) op.publish_signal(r, sets.tokens_of_rank(r));
+        }
+        if (is_alone && threadIdx.x == 0) note();
       }
-      if (is_alone && threadIdx.x == 0) note();
+      if (!sender.agree()) return;
+      sender.run(items, fetched, first);
+      if (!is_alone) {
+        __syncthreads();
+        // All blocks have read the last note.
+        if (threadIdx.x == kWarp && op.is_last_to_come()) note();
+        op.publish_arrivals<false>();
+      }
     }
-    sender.run(items, fetched);
-    if (!is_alone) {
-      __syncthreads();
-      // All blocks have read the last note.
-      if (threadIdx.x == kWarp && op.is_last_to_come()) note();
-      op.publish_arrivals<false>();
+    bool ok = true;
+    if (kReceives && (is_alone ? blockIdx.x == 0 : Op::is_clerk())) {
+      // What signals say is written down while rows are on their way; in a hook both are there.
+      const bool is_all_here = kSends || op.wait_for_arrivals();
+      ok = receiver.run(op, skip_rank, sets, 0) && is_all_here;
+      if (kSends) ok = ok && op.wait_for_arrivals();
     }
+    op.complete(ok, !kSends);
   }
-  bool ok = true;
-  if (kReceives && (is_alone ? blockIdx.x == 0 : Op::is_clerk())) {
-    const bool is_all_here = op.wait_for_arrivals();
-    ok = receiver.run(op, skip_rank, sets, 0) && is_all_here;
-  }
-  op.complete(ok, !kSends);
 }
 
 // --- on the host -----------------------------------------------------------------------------

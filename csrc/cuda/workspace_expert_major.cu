@@ -11,10 +11,13 @@ namespace {
 
 using protocol::LowLatencyConfig;
 
-// Where a token's row goes, in the order of k. In shared memory, one for each warp.
+// Where a token's row goes, in the order of k; at first as if the ranks before had no rows. In
+// shared memory, one for each warp.
 struct ExpertPlaces {
   std::byte* rows[kMaxTopK];
   uint32_t* scales[kMaxTopK];
+  uint32_t row_of[kMaxTopK];  // the row's number in the workspace
+  uint16_t experts[kMaxTopK], ks[kMaxTopK];
   uint32_t size;
 };
 
@@ -40,11 +43,18 @@ class ExpertMajorSender {
     return config.num_experts;
   }
 
+  // Tells what this rank has for each expert; while others do, the first part of the first item
+  // (`fetched`), which is returned, and most of where it goes. Whole block.
+  __device__ Part begin(const Items& items, const typename Rows::Fetched& fetched) const {
+    if (!keeps_counts_) ExpertCounts(rank_, op_).publish(sets_);
+    if (!items.more()) return {};
+    find_places(items.row(), items.first_part() == 0);
+    return rows_.finish(fetched);
+  }
   // Rows of each expert from the ranks before. Whole block, which ends where it is false.
   __device__ bool agree() const {
     if (keeps_counts_) return true;
     const ExpertCounts counts(rank_, op_);
-    counts.publish(sets_);
     bool ok = true;
 #pragma unroll 1
     for (uint32_t e = threadIdx.x; e < routing_.num_experts && ok; e += blockDim.x) {
@@ -59,16 +69,37 @@ class ExpertMajorSender {
     return __syncthreads_and(ok);
   }
 
-  // `fetched`: the first part of the first item.
-  __device__ void run(Items items, typename Rows::Fetched fetched) const {
-    send_rows(
-        rows_, protocol::parts_for(layout_.dispatch_row_bytes()), items, fetched,
-        [&](uint32_t token, uint32_t part) { find_places(token, part == 0); },
-        [&](const Part& p, uint32_t part) { send_part(p, part); }, [](uint32_t, bool) {});
+  // `p`: what begin() has returned.
+  __device__ void run(Items items, typename Rows::Fetched fetched, Part p) const {
+    if (!items.more()) return;
+    uint32_t token = items.row(), part = items.first_part(), end_part = items.end_part();
+    items.next();
+    move_places(token, part == 0);
+#pragma unroll 1
+    while (true) {
+      // The next part is on its way while this one leaves.
+      const bool goes_on = part + 1 < end_part, more = goes_on || items.more();
+      if (more) {
+        fetched =
+            rows_.fetch(goes_on ? token : items.row(), goes_on ? part + 1 : items.first_part());
+      }
+      send_part(p, part);
+      if (!more) return;
+      if (goes_on) {
+        ++part;
+      } else {
+        token = items.row(), part = items.first_part(), end_part = items.end_part();
+        items.next();
+        find_places(token, part == 0);
+        move_places(token, part == 0);
+      }
+      p = rows_.finish(fetched);
+    }
   }
 
  private:
-  // A lane an expert of the token. `notes`: what combine wants to know, too.
+  // As if the ranks before had no rows. A lane an expert of the token. `notes`: what combine wants
+  // to know, too.
   __device__ void find_places(uint32_t token, bool notes) const {
     const uint32_t lane = threadIdx.x % kWarp, top_k = routing_.top_k;
     const uint32_t num_scale_words = layout_.num_scale_words();
@@ -85,8 +116,7 @@ class ExpertMajorSender {
         const auto e = static_cast<uint32_t>(expert);
         owner = routing_.owners.owner(e);
         const uint32_t local_expert = e - routing_.owners.first_expert(owner);
-        const uint32_t position =
-            (keeps_counts_ ? 0 : num_before_[e]) + sets_.before_expert(e, token);
+        const uint32_t position = sets_.before_expert(e, token);
         row = local_expert * capacity_ + position;
         std::byte* peer = op_.peer(owner);
         const uint32_t i = size + __popc(routed & ((1u << lane) - 1));
@@ -94,6 +124,9 @@ class ExpertMajorSender {
         places_->scales[i] =
             at<uint32_t>(peer, layout_.workspace_scales(workspace_, 0)) +
             protocol::expert_scale_word_idx(num_scale_words, capacity_, local_expert, position, 0);
+        places_->row_of[i] = row;
+        places_->experts[i] = static_cast<uint16_t>(e);
+        places_->ks[i] = static_cast<uint16_t>(k);
       }
       if (notes && k < top_k) {
         answers[k] = owner;
@@ -104,6 +137,20 @@ class ExpertMajorSender {
     if (lane == 0) {
       places_->size = size;
       if (notes) params_.num_partials[token] = size;
+    }
+    __syncwarp();
+  }
+
+  // Behind the rows of the ranks before. `notes`: as above.
+  __device__ void move_places(uint32_t token, bool notes) const {
+    if (keeps_counts_) return;
+    uint32_t* rows = params_.answers + token * layout_.num_answer_words() + routing_.top_k;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x % kWarp; i < places_->size; i += kWarp) {
+      const uint32_t before = num_before_[places_->experts[i]];
+      places_->rows[i] += before * layout_.dispatch_row_bytes();
+      places_->scales[i] += before;
+      if (notes) rows[places_->ks[i]] = places_->row_of[i] + before;
     }
     __syncwarp();
   }
@@ -149,7 +196,6 @@ class ExpertMajorReceiver {
     const bool keeps_counts = num_ranks == 1 && skip_rank != kNoRank;
     const ExpertCounts counts(rank_, op);
     bool ok = true;
-    // Counts come long before the signals.
 #pragma unroll 1
     for (uint32_t e = threadIdx.x; e < rank_.num_local_experts && ok; e += blockDim.x) {
       uint32_t num_rows;
@@ -162,7 +208,7 @@ class ExpertMajorReceiver {
       ptx::red_add_relaxed_gpu(rank_.num_expert_rows + e, num_rows);
     }
     ok = op.start_recv(
-             skip_rank, num_messages_, [&] { return sets.tokens_of_rank(skip_rank); }, false) &&
+             skip_rank, num_messages_, [&] { return sets.tokens_of_rank(skip_rank); }, true) &&
          ok;
     if (!__syncthreads_and(ok)) return false;
     for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {

@@ -36,11 +36,13 @@ class RankMajorSender {
         num_parts_(protocol::parts_for(layout_.dispatch_row_bytes())) {}
   __host__ __device__ static uint32_t num_words(const LowLatencyConfig&) { return 0; }
 
-  // A message's place depends on this rank's batch only.
+  // A message's place depends on this rank's batch only: there is nothing to agree upon.
+  struct Begun {};
+  __device__ Begun begin(const Items&, const typename Rows::Fetched&) const { return {}; }
   __device__ bool agree() const { return true; }
 
   // `fetched`: the first part of the first item. Waits for nobody.
-  __device__ bool run(Items items, typename Rows::Fetched fetched) const {
+  __device__ bool run(Items items, typename Rows::Fetched fetched, Begun = {}) const {
     while (items.more()) {
       const uint32_t token = items.row(), end_part = items.end_part();
       const uint32_t end_of_row = min(end_part, num_parts_);
@@ -235,7 +237,7 @@ class RankMajorReceiver {
       const bool ok = op.take_signals(skip_rank, sources_.words, own, is_right);
       if (!__all_sync(kAllLanes, ok)) return false;
     } else {
-      const bool ok = op.start_recv(skip_rank, sources_.words, own, false, is_right);
+      const bool ok = op.start_recv(skip_rank, sources_.words, own, true, is_right);
       if (!__syncthreads_and(ok)) return false;
     }
     for (uint32_t r = first; r < num_ranks_; r += step) {

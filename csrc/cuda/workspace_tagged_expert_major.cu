@@ -77,9 +77,6 @@ class TaggedExpertSender {
         receives_(receives) {}
   __host__ __device__ static uint32_t num_words(const LowLatencyConfig&) { return 0; }
 
-  // A message's place depends on this rank's batch only.
-  __device__ bool agree() const { return true; }
-
   // `fetched`: the first part of the first item. False on some threads: they gave up.
   __device__ bool run(Items items, typename Rows::Fetched fetched) const {
     ExpertCounts(rank_, op_).publish(sets_);
