@@ -155,9 +155,9 @@ class LowLatencyCalls(BufferBase):
         Returns:
             `recv_x` `[L, S, H]`, with `use_fp8` `(recv_x, scales)`: expert e has its tokens in rows
             `0 .. recv_count[e] - 1`, rows behind them hold anything. Overwritten by the hook of the
-            second dispatch of this shape from here. Scales are `[L, S, N]` float32, or with
-            `use_ue8m0` `[L, S, ceil(N / 4)]` int32, four exponents a word, the lowest first; those
-            of one channel group lie side by side.
+            second dispatch of this shape from here (with one rank, by its send). Scales are
+            `[L, S, N]` float32, or with `use_ue8m0` `[L, S, ceil(N / 4)]` int32, four exponents a
+            word, the lowest first; those of one channel group lie side by side.
             `recv_count`: `[L]` int32.
             The handle, for combine.
             The event.

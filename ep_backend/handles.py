@@ -170,8 +170,9 @@ class DispatchResult:
     """What a dispatch brings; contents are valid once its hook has returned.
 
     The tensors named `recv_*` are a bank of the buffer: they are overwritten by the hook of the
-    dispatch `num_banks` later. Or they are a workspace: peers may overwrite them once combine has
-    been called. Copy them to keep them longer.
+    dispatch `num_banks` later; on CUDA, where a rank has no peers, by its send. Or they are a
+    workspace: peers may overwrite them once combine has been called. Copy them to keep them
+    longer.
     """
 
     handle: DispatchHandle

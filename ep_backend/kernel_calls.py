@@ -72,6 +72,11 @@ class KernelCalls:
             self._fail_if_done(kind, error)
             raise
 
+    def require_done(self, kind: str) -> None:
+        """In place of a kernel whose work an earlier one has done: raises as `run`."""
+        self.require_usable(kind)
+        self._raise_unless_ok(self._kernels.report())
+
     def require_usable(self, what: str) -> None:
         """Raises, where the buffer is closed or has failed."""
         if self._is_closed:

@@ -87,6 +87,16 @@ def current_stream(device: torch.device) -> int:
     return stream_of(device)
 
 
+def follow_stream(earlier: int, device: torch.device) -> None:
+    """What comes next on the thread's current stream waits for what `earlier`, which may be the
+    same, has been given so far. Raises as `check_current`."""
+    if current_stream(device) != earlier:
+        stream = torch.cuda.default_stream(device)  # which CUDA knows as 0
+        if earlier != 0:
+            stream = torch.cuda.ExternalStream(earlier, device=device)
+        torch.cuda.current_stream(device).wait_stream(stream)
+
+
 class CpuKernels:
     """They run in the calling thread and wait there, without the interpreter lock.
 

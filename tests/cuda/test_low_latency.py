@@ -477,6 +477,45 @@ def test_hooks_of_another_thread() -> None:
                         rank.step(what, op)
 
 
+@pytest.mark.parametrize("kind", ["pull", "workspaces", "expert_workspaces"])
+def test_a_lone_rank_has_received_when_it_has_sent(kind: str) -> None:
+    """Its hooks launch nothing, and make the streams that they are called on wait for the sends."""
+    shape = replace(CUDA_SHAPE, num_ranks=1, **ON_STREAMS[kind])
+    (buffer,) = shape.virtual_buffers()
+    x, idx, *weights = (t.cuda() for t in mixed_scenario(shape).variants[0].inputs(0))
+    of_combine = weights.pop() if shape.reduction == "source" else None
+    hooks_stream = torch.cuda.Stream()
+
+    def run(x: torch.Tensor, delay: int) -> torch.Tensor:
+        """The sum of what `hooks_stream` sees, which is early, as it sees it."""
+        torch.cuda._sleep(delay)
+        result, hook = buffer.dispatch(x, idx, *weights)
+        with torch.cuda.stream(hooks_stream):
+            hook()
+            rows = result.recv_x.nan_to_num()
+        torch.cuda.current_stream().wait_stream(hooks_stream)
+        expert_out = rows
+        if shape.num_workspaces > 0:
+            expert_out = buffer.combine_input().copy_(rows)
+        torch.cuda._sleep(delay)
+        out, hook = buffer.combine(expert_out, result.handle, topk_weights=of_combine)
+        with torch.cuda.stream(hooks_stream):
+            hook()
+            out = out.clone()
+        hooks_stream.synchronize()
+        return out
+
+    for values in (torch.zeros_like(x), -x):
+        run(values, 0)
+    out = run(x, 50_000_000)
+    assert out.any()
+    assert torch.equal(out, run(x, 0))
+    buffer.dispatch(x, idx, *weights)
+    torch.cuda.synchronize()
+    num_ops = buffer.statistics().num_ops
+    assert num_ops["dispatch_recv"] == num_ops["dispatch_send"] == 5
+
+
 @with_settings
 @pytest.mark.parametrize("num_sms", [1, 4])
 def test_few_sms_are_enough(num_sms: int, settings_of: dict[str, Any]) -> None:
