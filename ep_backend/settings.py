@@ -378,7 +378,9 @@ def default_tagged_tokens(
         workspaces_of: the output layout, where exchanges are in workspaces.
     """
     if workspaces_of is not None and is_virtual:
-        num_bytes = tagged_bytes_of_virtual_ranks(num_ranks)
+        num_bytes = tagged_bytes_of_virtual_ranks(num_ranks, workspaces_of, with_hooks)
+        if num_bytes == 0:
+            return 0
     elif workspaces_of == "rank_major":
         num_bytes = tagged_bytes_in_rank_major_workspaces(num_ranks, with_hooks)
     elif num_ranks > FEW_RANKS:
@@ -403,12 +405,16 @@ def tagged_bytes_in_rank_major_workspaces(num_ranks: int, with_hooks: bool) -> i
     return (352 if with_hooks else 2816) << 10
 
 
-def tagged_bytes_of_virtual_ranks(num_ranks: int) -> int:
-    """`TAGGED_BYTES` in workspaces of ranks that share a GPU: between eight on one H200 8, 12 and
-    16 tokens (hidden 7168, float8, top-8) take by expert 15.2, 20.3 and 22.5 us instead of 17.7,
-    20.0 and 21.4, rank-major 12.1, 15.1 and 17.0 instead of 13.6, 15.1 and 15.8; between four 32
-    tokens 18.7 and 13.3 instead of 19.1 and 15.0, and 64 rank-major 20.4 instead of 17.8."""
-    return (352 if num_ranks <= FEW_RANKS else 128) << 10
+def tagged_bytes_of_virtual_ranks(num_ranks: int, workspaces_of: str, with_hooks: bool) -> int:
+    """`TAGGED_BYTES` in workspaces of ranks that share a GPU. Between eight on one H200 1, 4 and 6
+    tokens (hidden 7168, float8, top-8) take by expert 11.4, 12.5 and 15.0 us instead of 13.9, 13.6
+    and 14.4, rank-major 9.0, 10.4 and 11.4 instead of 10.2, 10.6 and 11.1; between four 8 and 16
+    tokens 11.1 and 13.5 instead of 12.2 and 13.5, and 9.4 and 10.8 instead of 9.7 and 10.4. With
+    hooks between eight 1, 2 and 4 tokens take 13.8, 14.7 and 14.8 instead of 14.6, 14.9 and 14.8,
+    and 12.1, 12.5 and 13.4 instead of 11.5, 11.9 and 11.8."""
+    if with_hooks:
+        return 0 if workspaces_of == "rank_major" else 32 << 10
+    return (144 if num_ranks <= FEW_RANKS else 64) << 10
 
 
 def agreed_network(network: NetworkConfig | None) -> dict[str, Any]:

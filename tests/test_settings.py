@@ -121,13 +121,16 @@ def test_small_batches_of_rows_that_are_not_large_are_tagged(
 
 
 @pytest.mark.parametrize("workspaces", [IN_RANK_MAJOR, IN_EXPERT_WORKSPACES])
-@pytest.mark.parametrize(("num_ranks", "num_tagged"), [(1, 0), (2, 32), (4, 32), (8, 11)])
+@pytest.mark.parametrize(("num_ranks", "num_tagged"), [(1, 0), (2, 13), (4, 13), (8, 5)])
 def test_ranks_that_share_a_gpu_tag_less_in_workspaces(
     num_ranks: int, num_tagged: int, workspaces: dict[str, Any]
 ) -> None:
     shape = replace(CUDA, hidden=7168, top_k=8, dispatch_dtype=torch.float8_e4m3fn, **workspaces)
     virtual = replace(shape.settings(), is_virtual=True, with_hooks=False)
     assert virtual.config(num_ranks).num_max_tagged_tokens == num_tagged
+    virtual = replace(virtual, with_hooks=True)
+    is_by_expert = workspaces is IN_EXPERT_WORKSPACES and num_ranks > 1
+    assert virtual.config(num_ranks).num_max_tagged_tokens == (2 if is_by_expert else 0)
 
 
 @pytest.mark.parametrize(
