@@ -98,15 +98,15 @@ SEEDED_BUGS = [
     SeededBug(
         "a_dispatch_in_workspaces_is_done_when_the_signals_are_there",
         "cuda/workspace_dispatch.cuh",
-        "const bool is_all_here = op.wait_for_arrivals();",
-        "const bool is_all_here = true;",
+        "if (kSends) ok = ok && op.wait_for_arrivals();",
+        "",
     ),
     SeededBug(
         "a_block_says_that_its_rows_are_there_before_all_warps_have_sent",
         "cuda/workspace_dispatch.cuh",
-        "    sender.run(items, fetched);\n    if (!is_alone) {\n      __syncthreads();",
-        "    if (!is_alone) op.publish_arrivals<false>();\n    sender.run(items, fetched);\n"
-        "    __syncthreads();\n    if (false) {",
+        "sender.run(items, fetched, first);\n      if (!is_alone) {\n",
+        "if (!is_alone) op.publish_arrivals<false>();\n"
+        "      sender.run(items, fetched, first);\n      __syncthreads();\n      if (false) {\n",
     ),
     SeededBug(
         "rows_are_taken_from_blanks",
