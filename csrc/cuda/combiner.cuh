@@ -72,8 +72,10 @@ class Combiner {
     for (; items.more(); items.next()) {
       const uint32_t i = items.row();
       const uint32_t m = behind_own(half == 0 ? i : i / 2 + (i % 2) * half);
+      const Answered answered = fetch(m);  // on its way while its source is looked up
       const uint32_t src_rank = source_of(received_.prefix, num_ranks, m);
-      make_partial<kAreTagged>(m, src_rank, m - received_.prefix[src_rank], nullptr, items);
+      make_partial<kAreTagged>(answered, m, src_rank, m - received_.prefix[src_rank], nullptr,
+                               items);
       if constexpr (View::kHasNetwork) put_rows(m, src_rank, m - received_.prefix[src_rank]);
     }
     if (!all_tagged && op_.is_last_block()) publish(false);
@@ -154,16 +156,29 @@ class Combiner {
               rank_.network.arrivals(op_.bank(), Phase::kCombine, rank_.self_rank), src_rank);
   }
 
+  // A message to be answered, and the lane's entry of it: beside the message, not after it, as
+  // entries of message m begin at m * K.
+  struct Answered {
+    HandleMessage message;
+    HandleEntry entry;
+  };
+  __device__ Answered fetch(uint32_t m) const {
+    const uint32_t top_k = layout_.config().top_k, lane = threadIdx.x % kWarp;
+    Answered answered = {send_.handle.messages[m], {}};
+    if (lane < top_k) answered.entry = send_.handle.entries[uint64_t{m} * top_k + lane];
+    return answered;
+  }
+
   // The partial row of message `m` to where its source looks for it, or to `out`. One warp.
   template <bool kIsTagged, typename AnyItems>
-  __device__ void make_partial(uint32_t m, uint32_t src_rank, uint32_t slot, std::byte* out,
-                               const AnyItems& items) const {
+  __device__ void make_partial(const Answered& answered, uint32_t m, uint32_t src_rank,
+                               uint32_t slot, std::byte* out, const AnyItems& items) const {
     const uint32_t top_k = layout_.config().top_k;
-    const HandleMessage message = send_.handle.messages[m];
+    const HandleMessage message = answered.message;
     __syncwarp();  // the last plan has been used
     share_lanes<View::kIsUsual>(top_k, [&](uint32_t j) {
-      // Beside the message, not after it: entries of message m begin at m * K.
-      const HandleEntry entry = send_.handle.entries[uint64_t{m} * top_k + j];
+      const HandleEntry entry =
+          j < kWarp ? answered.entry : send_.handle.entries[uint64_t{m} * top_k + j];
       plan_->rows[j] = const_cast<std::byte*>(send_.expert_out) + entry.row * layout_.row_bytes();
       plan_->weights[j] = entry.weight;
     });
@@ -219,8 +234,8 @@ class Combiner {
     if (own == 0) return true;
     const bool is_only = Rows::kLonePartialIsResult && num_columns == 1;
     // Lanes of this warp read it back.
-    make_partial<false>(received_.prefix[skip_rank_] + own - 1, skip_rank_, own - 1,
-                        is_only ? out : nullptr, items);
+    const uint32_t m = received_.prefix[skip_rank_] + own - 1;
+    make_partial<false>(fetch(m), m, skip_rank_, own - 1, is_only ? out : nullptr, items);
     return !is_only;
   }
 

@@ -431,8 +431,7 @@ class DispatchReceiver {
       const uint32_t lane = __ffs(static_cast<int>(lanes)) - 1;
       const uint32_t row = __shfl_sync(kAllLanes, place.row, lane);
       const uint32_t first_scale = __shfl_sync(kAllLanes, place.first_scale, lane);
-      store_vectors(p, params_.recv_x + row * layout_.dispatch_row_bytes(), shape_.num_vectors,
-                    part);
+      p.store(params_.recv_x + row * layout_.dispatch_row_bytes(), shape_.num_vectors, part);
       if (scale.is_there) scales()[first_scale + word] = scale.value;
     }
   }

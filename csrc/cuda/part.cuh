@@ -12,21 +12,63 @@
 
 namespace ep::cuda {
 
-constexpr uint32_t kPartVectors = protocol::kPartBytes / sizeof(uint4);
+// Some vectors a lane of a row: two are a part. With one, a warp runs half as many instructions,
+// which is what the time of a small batch goes into; with two, twice as many loads are on their
+// way.
+template <uint32_t kVectors>
+struct Piece {
+  uint4 vectors[kVectors];
 
-struct Part {
-  uint4 vectors[2];
-  uint32_t scale;  // bits of a float32, in lanes 8g (of vectors[0]) and 8g + 1 (of vectors[1])
+  // Of a row.
+  __host__ __device__ static constexpr uint32_t count(uint64_t row_bytes) {
+    constexpr uint32_t kBytes = kVectors * kWarp * sizeof(uint4);
+    return static_cast<uint32_t>((row_bytes + kBytes - 1) / kBytes);
+  }
+  // Which vector of the row is the lane's `i`-th of a piece.
+  __device__ static uint32_t vector(uint32_t piece, uint32_t i) {
+    return piece * (kVectors * kWarp) + i * kWarp + threadIdx.x % kWarp;
+  }
+
+  template <typename Load>
+  __device__ void load(const std::byte* row, uint32_t num_vectors, uint32_t piece, Load load) {
+#pragma unroll
+    for (uint32_t i = 0; i < kVectors; ++i) {
+      vectors[i] = {};
+      if (vector(piece, i) < num_vectors) {
+        vectors[i] = load(reinterpret_cast<const uint4*>(row) + vector(piece, i));
+      }
+    }
+  }
+  __device__ void store(std::byte* row, uint32_t num_vectors, uint32_t piece) const {
+#pragma unroll
+    for (uint32_t i = 0; i < kVectors; ++i) {
+      if (vector(piece, i) < num_vectors) {
+        reinterpret_cast<uint4*>(row)[vector(piece, i)] = vectors[i];
+      }
+    }
+  }
+  // Into blanks.
+  __device__ void fill(std::byte* row, uint32_t num_vectors, uint32_t piece) const {
+#pragma unroll
+    for (uint32_t i = 0; i < kVectors; ++i) {
+      uint4 word = vectors[i];
+      word.w = protocol::filling(word.w);
+      if (vector(piece, i) < num_vectors) {
+        ptx::st_relaxed_sys_b128(reinterpret_cast<uint4*>(row) + vector(piece, i), word);
+      }
+    }
+  }
 };
 
-// Which vectors and which scale of a part this lane has.
+struct Part : Piece<2> {
+  uint32_t scale;  // bits of a float32, in lanes 8g (of vectors[0]) and 8g + 1 (of vectors[1])
+};
+static_assert(sizeof(Piece<2>) * kWarp == protocol::kPartBytes);
+
+// Which scale of a part this lane has.
 struct Lane {
   uint32_t lane = threadIdx.x % kWarp;
 
-  // In vectors of the row.
-  __device__ uint32_t vector(uint32_t part, uint32_t i) const {
-    return part * kPartVectors + i * kWarp + lane;
-  }
   __device__ bool has_scale() const { return lane % 8 < 2; }
   // In scales of the row; for lanes that have one.
   __device__ uint32_t scale(uint32_t part) const {
@@ -49,13 +91,7 @@ template <typename Load>
 __device__ Part load_part(const RowView& row, const RowShape& shape, uint32_t part, Load load) {
   const Lane lane;
   Part out = {};
-#pragma unroll
-  for (uint32_t i = 0; i < 2; ++i) {
-    const uint32_t vector = lane.vector(part, i);
-    if (vector < shape.num_vectors) {
-      out.vectors[i] = load(reinterpret_cast<const uint4*>(row.payload) + vector);
-    }
-  }
+  out.load(row.payload, shape.num_vectors, part, load);
   if (shape.num_scales > 0 && lane.has_scale() && lane.scale(part) < shape.num_scales) {
     out.scale =
         ptx::ld_relaxed_sys(reinterpret_cast<const uint32_t*>(row.scales) + lane.scale(part));
@@ -63,20 +99,10 @@ __device__ Part load_part(const RowView& row, const RowShape& shape, uint32_t pa
   return out;
 }
 
-__device__ inline void store_vectors(const Part& p, std::byte* payload, uint32_t num_vectors,
-                                     uint32_t part) {
-  const Lane lane;
-#pragma unroll
-  for (uint32_t i = 0; i < 2; ++i) {
-    const uint32_t vector = lane.vector(part, i);
-    if (vector < num_vectors) reinterpret_cast<uint4*>(payload)[vector] = p.vectors[i];
-  }
-}
-
 __device__ inline void store_part(const Part& p, const RowView& row, const RowShape& shape,
                                   uint32_t part) {
   const Lane lane;
-  store_vectors(p, row.payload, shape.num_vectors, part);
+  p.store(row.payload, shape.num_vectors, part);
   if (shape.num_scales > 0 && lane.has_scale() && lane.scale(part) < shape.num_scales) {
     reinterpret_cast<uint32_t*>(row.scales)[lane.scale(part)] = p.scale;
   }
@@ -117,7 +143,7 @@ __device__ inline uint4* tagged_words(std::byte* row, uint32_t part) {
 
 // Lanes whose vectors[0] is behind the row's end have nothing to say.
 __device__ inline bool has_words(uint32_t num_vectors, uint32_t part) {
-  return Lane().vector(part, 0) < num_vectors;
+  return Part::vector(part, 0) < num_vectors;
 }
 
 __device__ inline void store_tagged(const Part& p, std::byte* row, uint32_t num_vectors,
@@ -159,8 +185,8 @@ class TaggedPart {
     return ok;
   }
   __device__ Part part() const {
-    return {{{words_[0].x, words_[0].y, words_[0].z, words_[1].x},
-             {words_[1].y, words_[1].z, words_[2].x, words_[2].y}},
+    return {{{{words_[0].x, words_[0].y, words_[0].z, words_[1].x},
+              {words_[1].y, words_[1].z, words_[2].x, words_[2].y}}},
             words_[2].z};
   }
 
@@ -195,54 +221,7 @@ __device__ __forceinline__ bool poll_part(const RankView& rank, OpId id, uint32_
       [&] { return TaggedPart::wait(rank, id, src_rank, row, num_vectors, part); });
 }
 
-// --- pieces of rows of T ---------------------------------------------------------------------
-
-// Some vectors a lane: two are a part. With one, a warp runs half as many instructions, which is
-// what the time of a small batch goes into; with two, twice as many loads are on their way.
-template <uint32_t kVectors>
-struct Piece {
-  uint4 vectors[kVectors];
-
-  // Of a row.
-  __host__ __device__ static constexpr uint32_t count(uint64_t row_bytes) {
-    constexpr uint32_t kBytes = kVectors * kWarp * sizeof(uint4);
-    return static_cast<uint32_t>((row_bytes + kBytes - 1) / kBytes);
-  }
-  // Which vector of the row is the lane's `i`-th of a piece.
-  __device__ static uint32_t vector(uint32_t piece, uint32_t i) {
-    return (piece * kVectors + i) * kWarp + threadIdx.x % kWarp;
-  }
-
-  template <typename Load>
-  __device__ void load(const std::byte* row, uint32_t num_vectors, uint32_t piece, Load load) {
-#pragma unroll
-    for (uint32_t i = 0; i < kVectors; ++i) {
-      vectors[i] = {};
-      if (vector(piece, i) < num_vectors) {
-        vectors[i] = load(reinterpret_cast<const uint4*>(row) + vector(piece, i));
-      }
-    }
-  }
-  __device__ void store(std::byte* row, uint32_t num_vectors, uint32_t piece) const {
-#pragma unroll
-    for (uint32_t i = 0; i < kVectors; ++i) {
-      if (vector(piece, i) < num_vectors) {
-        reinterpret_cast<uint4*>(row)[vector(piece, i)] = vectors[i];
-      }
-    }
-  }
-  // Into blanks.
-  __device__ void fill(std::byte* row, uint32_t num_vectors, uint32_t piece) const {
-#pragma unroll
-    for (uint32_t i = 0; i < kVectors; ++i) {
-      uint4 word = vectors[i];
-      word.w = protocol::filling(word.w);
-      if (vector(piece, i) < num_vectors) {
-        ptx::st_relaxed_sys_b128(reinterpret_cast<uint4*>(row) + vector(piece, i), word);
-      }
-    }
-  }
-};
+// --- into blanks -----------------------------------------------------------------------------
 
 // A piece on its way into blanks, as TaggedPart above.
 template <uint32_t kVectors>
@@ -382,12 +361,11 @@ struct QuantizeRow {
     uint4 inputs[2][kInputs];
   };
   __device__ Fetched fetch(uint32_t token, uint32_t part) const {
-    const Lane lane;
     const auto* row = reinterpret_cast<const uint4*>(x + uint64_t{token} * hidden * sizeof(T));
     Fetched out = {};
 #pragma unroll
     for (uint32_t i = 0; i < 2; ++i) {
-      const uint32_t vector = lane.vector(part, i);
+      const uint32_t vector = Part::vector(part, i);
       if (vector >= shape.num_vectors) continue;
 #pragma unroll
       for (uint32_t j = 0; j < kInputs; ++j) {

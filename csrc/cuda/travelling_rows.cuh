@@ -168,13 +168,12 @@ __device__ EP_OUT_OF_LINE void quantize_sum(const std::byte* const* rows, const 
                                             uint32_t end_part, Float8Shape shape, Sink sink) {
   constexpr uint32_t kVectors = ChannelSum<T>::kVectors;
   constexpr uint32_t kRows = 8 / kVectors;  // on their way together
-  const Lane lane;
 #pragma unroll 1
   for (uint32_t part = first_part; part < end_part; ++part) {
     Part out;
 #pragma unroll 1
     for (uint32_t i = 0; i < 2; ++i) {
-      const uint32_t vector = lane.vector(part, i);
+      const uint32_t vector = Part::vector(part, i);
       ChannelSum<T> sum;
 #pragma unroll 1
       for (uint32_t first = 0; first < num_rows; first += kRows) {
@@ -234,12 +233,11 @@ template <typename T>
 __device__ EP_OUT_OF_LINE void add_up_float8(const SumPlan& plan, uint32_t num_rows,
                                              uint32_t first_part, uint32_t end_part,
                                              Float8Shape shape, std::byte* out) {
-  const Lane lane;
 #pragma unroll 1
   for (uint32_t part = first_part; part < end_part; ++part) {
 #pragma unroll 1
     for (uint32_t i = 0; i < 2; ++i) {
-      const uint32_t vector = lane.vector(part, i);
+      const uint32_t vector = Part::vector(part, i);
       ChannelSum<T> sum(num_rows == 0 ? 0.0f : -0.0f);
       add_rows(sum, plan, num_rows, shape, vector);
       if (vector < shape.row.num_vectors) sum.store(out, vector);
@@ -252,13 +250,12 @@ template <typename T>
 __device__ EP_OUT_OF_LINE void add_up_to_float8(const SumPlan& plan, uint32_t num_rows,
                                                 uint32_t first_part, uint32_t end_part,
                                                 Float8Shape shape, Sink sink) {
-  const Lane lane;
 #pragma unroll 1
   for (uint32_t part = first_part; part < end_part; ++part) {
     Part out;
 #pragma unroll 1
     for (uint32_t i = 0; i < 2; ++i) {
-      const uint32_t vector = lane.vector(part, i);
+      const uint32_t vector = Part::vector(part, i);
       ChannelSum<T> sum;
       add_rows(sum, plan, num_rows, shape, vector);
       put_float8(sum, i, &out);
@@ -316,10 +313,9 @@ class Float8Rows {
       }
     }
     __device__ void store(std::byte* out, uint32_t num_vectors, uint32_t part) const {
-      const Lane lane;
 #pragma unroll
       for (uint32_t i = 0; i < 2; ++i) {
-        const uint32_t vector = lane.vector(part, i);
+        const uint32_t vector = Part::vector(part, i);
         if (vector < num_vectors) sums_[i].store(out, vector);
       }
     }

@@ -160,7 +160,7 @@ class ExpertMajorSender {
     const uint32_t size = places_->size;
 #pragma unroll 4
     for (uint32_t i = 0; i < size; ++i) {
-      store_vectors(p, places_->rows[i], rows_.shape.num_vectors, part);
+      p.store(places_->rows[i], rows_.shape.num_vectors, part);
       if (scale.is_there) places_->scales[i][uint64_t{scale.idx} * capacity_] = scale.value;
     }
   }

@@ -106,7 +106,7 @@ class RankMajorSender {
         store_tagged(p, receivers_->rows[i], rows_.shape.num_vectors, part, op_.tag());
         continue;
       }
-      store_vectors(p, receivers_->rows[i], rows_.shape.num_vectors, part);
+      p.store(receivers_->rows[i], rows_.shape.num_vectors, part);
       if (scale.is_there) receivers_->scales[i][scale.idx] = scale.value;
     }
   }
@@ -284,7 +284,7 @@ class RankMajorReceiver {
         }
         const Part p = tagged.part();
         if (part + 1 < end_of_row) tagged.begin(row, num_vectors_, part + 1, op.tag());
-        store_vectors(p, op.self() + layout_.workspace_row(workspace_, place), num_vectors_, part);
+        p.store(op.self() + layout_.workspace_row(workspace_, place), num_vectors_, part);
         const ScaleWord<kIsUsual> scale(p, part, layout_);
         if (scale.is_there) {
           at<uint32_t>(op.self(), layout_.workspace_scales(workspace_, place))[scale.idx] =

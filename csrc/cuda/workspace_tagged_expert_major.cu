@@ -358,7 +358,7 @@ class TaggedExpertReceiver {
         const uint32_t lane = __ffs(static_cast<int>(left)) - 1;
         const auto to = shuffled(place.row, lane);
         const auto scales = shuffled(place.scales, lane);
-        store_vectors(p, to, num_vectors_, part);
+        p.store(to, num_vectors_, part);
         if (scale.is_there) scales[uint64_t{scale.idx} * capacity_] = scale.value;
       }
     }
