@@ -8,7 +8,7 @@ from tests.readme.pages import FLOWING, PAGES, from_to, results
 
 
 def test_numbers_of_flashinfer_are_those_of_the_results() -> None:
-    measured = results("op-cuda-flashinfer-h100.json")
+    measured = results("op-cuda-flashinfer-h200.json")
     sizes = ("num_ranks", "num_tokens", "dispatch_dtype")
     ours_us = {tuple(c[s] for s in sizes): c["pair"]["median_us"] for c in measured["cases"]}
     theirs: dict[tuple, list[tuple[float, int]]] = {key: [] for key in ours_us}
@@ -25,7 +25,8 @@ def test_numbers_of_flashinfer_are_those_of_the_results() -> None:
             cells += [f"{us:.1f} ({block_size})", f"{ours_us[key]:.1f}", f"{ratios[key]:.2f}"]
         assert f"| {' | '.join(cells)} |" in PAGES
     assert f"{min(ratios.values()):.2f} to {max(ratios.values()):.2f} times as long" in FLOWING
-    assert f"faster in {sum(ratio < 1 for ratio in ratios.values())} cases of 24" in FLOWING
+    assert min(ratios.values()) > 1
+    assert "faster in none of 24 cases" in FLOWING
     more = [dict(map(reversed, rows)) for rows in theirs.values() if len(rows) == 2]
     more_us = [by_block[256] - by_block[512] for by_block in more]
     assert f"takes {min(more_us):.1f} to {max(more_us):.1f} us more where 512 fit" in FLOWING
