@@ -81,6 +81,10 @@ struct HasSlots {
   }
 };
 
+// Of an untagged receiver, whether its wait for signals is counted: not in a hook, where others
+// wait for arrivals meanwhile, and are.
+__device__ inline bool counts_signals(uint32_t skip_rank) { return skip_rank != kNoRank; }
+
 enum class Coming { kHere, kNever, kGivenUp };
 // Until what has been asked for of a tagged message is here, or it is known that there is no such
 // message. `ask`, `are_here`, `wait`: see poll_tagged. One warp.

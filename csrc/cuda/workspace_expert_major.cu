@@ -207,9 +207,8 @@ class ExpertMajorReceiver {
       params_.num_recv_tokens_per_expert[e] = static_cast<int32_t>(num_rows);
       ptx::red_add_relaxed_gpu(rank_.num_expert_rows + e, num_rows);
     }
-    ok = op.start_recv(
-             skip_rank, num_messages_, [&] { return sets.tokens_of_rank(skip_rank); }, true) &&
-         ok;
+    const auto own = [&] { return sets.tokens_of_rank(skip_rank); };
+    ok = op.start_recv(skip_rank, num_messages_, own, counts_signals(skip_rank)) && ok;
     if (!__syncthreads_and(ok)) return false;
     for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
       params_.handle.num_messages[r] = num_messages_[r];

@@ -237,7 +237,8 @@ class RankMajorReceiver {
       const bool ok = op.take_signals(skip_rank, sources_.words, own, is_right);
       if (!__all_sync(kAllLanes, ok)) return false;
     } else {
-      const bool ok = op.start_recv(skip_rank, sources_.words, own, true, is_right);
+      const bool ok =
+          op.start_recv(skip_rank, sources_.words, own, counts_signals(skip_rank), is_right);
       if (!__syncthreads_and(ok)) return false;
     }
     for (uint32_t r = first; r < num_ranks_; r += step) {
