@@ -62,7 +62,7 @@ FLASHINFER_CAPTION = (
 CAPTION = (
     "All ranks at once. pair us: median of a chain's replays / its length; dispatch: the same of "
     "dispatches alone; combine: their difference. MB: what a pair must read and write; roofline: "
-    "time of a copy of that / pair."
+    "time of a copy of that / pair. One rank has received when it has sent: its hooks do nothing."
 )
 
 
