@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from ep_backend import Group, RendezvousError, virtual_world
+from ep_backend import Group, RendezvousError, _native, virtual_world
 from ep_backend import group as group_module
+from ep_backend.memory import cuda
 from tests.support.ports import free_ports
 from tests.support.processes import Rank, RankProcesses
 from tests.support.programs import PROGRAMS, Interpreter
@@ -125,6 +128,18 @@ def test_a_failed_virtual_rank_ends_the_others() -> None:
 def test_a_missing_virtual_rank_is_a_rendezvous_error() -> None:
     with pytest.raises(RendezvousError, match="did not arrive"):
         virtual_world(2, timeout_secs=0.2).groups[0].all_gather(None)
+
+
+def test_virtual_ranks_on_different_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their fences order what they write for one."""
+    monkeypatch.setattr(_native, "DeviceMemory", lambda num_bytes: object(), raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    same = virtual_world(2, timeout_secs=30.0)
+    same.run(lambda group: cuda.allocate(group, 64, torch.device("cuda", 0)))
+    with pytest.raises(RendezvousError, match=r"rank 1: is on cuda:1, rank 0 on cuda:0, .*process"):
+        virtual_world(2, timeout_secs=30.0).run(
+            lambda group: cuda.allocate(group, 64, torch.device("cuda", group.self_rank))
+        )
 
 
 def test_a_virtual_world_has_at_least_one_rank() -> None:

@@ -59,7 +59,8 @@ def allocate(group: Group, num_bytes: int, device: torch.device) -> PeerPointers
     """Zeroed memory of every rank on its `device`. Collective.
 
     Raises:
-        RendezvousError: on every rank, when any rank cannot allocate or map.
+        RendezvousError: on every rank, when any rank cannot allocate or map, or virtual ranks are
+            on different GPUs: their kernels order what they write for one.
     """
     own: _native.DeviceMemory | None = None
     error = None
@@ -69,9 +70,12 @@ def allocate(group: Group, num_bytes: int, device: torch.device) -> PeerPointers
         except RuntimeError as e:
             error = f"cannot allocate {num_bytes} bytes on {device}: {e}"
         if group.is_virtual:
-            shared = group.all_gather((own, error))
-            raise_first([e for _, e in shared])
-            return PeerPointers([memory for memory, _ in shared if memory is not None])
+            shared = group.all_gather((own, error, device))
+            raise_first([e for _, e, _ in shared])
+            first = shared[0][2]
+            elsewhere = f", rank 0 on {first}; threads share a GPU. Start a process for each GPU."
+            raise_first([None if d == first else f"is on {d}{elsewhere}" for _, _, d in shared])
+            return PeerPointers([memory for memory, *_ in shared if memory is not None])
 
         handles = group.all_gather((own.ipc_handle() if own is not None else b"", error))
         raise_first([e for _, e in handles])
