@@ -179,7 +179,7 @@ class CudaKernels(_GpuKernels):
 
     Args:
         num_sms: blocks a kernel has at most.
-        shares_gpu: other ranks of this process are on the same GPU.
+        shares_gpu: all ranks are on the same GPU, in this process.
     """
 
     def __init__(

@@ -385,8 +385,7 @@ class LowLatencyBuffer:
             if sent_in is None:
                 self._calls.run("dispatch_recv", num_tokens, *output.arguments(result))
             else:
-                self._calls.require_done("dispatch_recv")
-                follow_stream(sent_in, self.device)
+                self._follow_lone_send("dispatch_recv", sent_in)
             handle.is_received = True
 
         def receive() -> None:
@@ -490,8 +489,7 @@ class LowLatencyBuffer:
                 arguments = _combine_recv_arguments(out, handle, topk_weights)
                 self._calls.run("combine_recv", num_tokens, *arguments)
             else:
-                self._calls.require_done("combine_recv")
-                follow_stream(sent_in, self.device)
+                self._follow_lone_send("combine_recv", sent_in)
 
         def receive() -> None:
             self._combines.hook(epoch, add_up)
@@ -534,6 +532,11 @@ class LowLatencyBuffer:
         if num_slots is None:
             num_slots = self.num_max_tokens_per_rank
         return self._workspaces.at(workspace, num_slots).combine_input
+
+    def _follow_lone_send(self, kind: str, sent_in: int) -> None:
+        """In place of a hook's kernel, where the send, in that stream, has received."""
+        self._calls.require_done(kind)
+        follow_stream(sent_in, self.device)
 
     def _output_of(self, handle: DispatchHandle) -> RecvBank | Workspace:
         """Where that dispatch, which has got its epoch, arrives."""
