@@ -136,7 +136,7 @@ def test_virtual_ranks_on_different_gpus_are_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     same = virtual_world(2, timeout_secs=30.0)
     same.run(lambda group: cuda.allocate(group, 64, torch.device("cuda", 0)))
-    with pytest.raises(RendezvousError, match=r"rank 1: is on cuda:1, rank 0 on cuda:0, .*process"):
+    with pytest.raises(RendezvousError, match=r"rank 1: is on cuda:1, rank 0 on cuda:0; .*process"):
         virtual_world(2, timeout_secs=30.0).run(
             lambda group: cuda.allocate(group, 64, torch.device("cuda", group.self_rank))
         )
