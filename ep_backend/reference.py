@@ -1,12 +1,12 @@
 """What dispatch and combine mean, in plain PyTorch over all ranks at once. Slow and obvious.
 
 Every kernel must equal these functions bit for bit: rows are ordered by source rank, then token;
-each product and each sum is rounded to float32; a rank adds its experts in k order and its partial
-sum is rounded to the payload's dtype; a token adds its ranks in rank order, or, where all rows come
-home, those in k order. Hierarchical, a node adds its ranks in rank order and rounds, and a token
-adds its nodes in node order. Where rows of dispatch travel as float8, `quantize` says what becomes
-of them; `dispatch` then takes its result as `x`. Rows of combine that do are quantised from
-float32.
+a row times its weight is added with one rounding to float32 (`multiply_add`); a rank adds its
+experts in k order and its partial sum is rounded to the payload's dtype; a token adds its ranks in
+rank order, or, where all rows come home, those in k order. Hierarchical, a node adds its ranks in
+rank order and rounds, and a token adds its nodes in node order. Where rows of dispatch travel as
+float8, `quantize` says what becomes of them; `dispatch` then takes its result as `x`. Rows of
+combine that do are quantised from float32.
 
 R ranks, T_r tokens of rank r, H hidden, K top_k, N = ceil(H / 128) scales a float8 row.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -216,13 +217,13 @@ def combine(
     num_experts, num_ranks = len(expert_out), len(topk_idx)
     owned = [experts_of_rank(num_experts, num_ranks, rank) for rank in range(num_ranks)]
 
-    def add_up(terms: dict[int, torch.Tensor], experts: list[int]) -> torch.Tensor:
+    def add_up(terms: dict[int, _Term], experts: list[int]) -> torch.Tensor:
         """The partial sum of each rank, then their sum."""
         partials = {}
         for rank, of_rank in enumerate(owned):
             of_rank_terms = [term for k, term in terms.items() if experts[k] in of_rank]
             if of_rank_terms:
-                partial = _ordered_sum(of_rank_terms)
+                partial = _weighted_sum(of_rank_terms)
                 partials[rank] = travelled(partial[None], combine_dtype or dtype)[0]
         return _sum_of_ranks(partials, combine_dtype or dtype, ranks_per_node)
 
@@ -248,7 +249,7 @@ def combine_source(
         topk_idx,
         topk_weights,
         dtype,
-        lambda terms, _: _ordered_sum(list(terms.values())),
+        lambda terms, _: _weighted_sum(list(terms.values())),
     )
 
 
@@ -258,17 +259,17 @@ def _combine_tokens(
     topk_idx: list[torch.Tensor],
     topk_weights: list[torch.Tensor],
     dtype: torch.dtype,
-    add_up: Callable[[dict[int, torch.Tensor], list[int]], torch.Tensor],
+    add_up: Callable[[dict[int, _Term], list[int]], torch.Tensor],
 ) -> list[torch.Tensor]:
-    """As `combine`, with `add_up(terms, experts)`: of a token, its weighted rows by k, in order of
-    k, and its experts, to their sum in float32."""
+    """As `combine`, with `add_up(terms, experts)`: of a token, its weights and rows by k, in order
+    of k, and its experts, to the sum of rows times weights in float32."""
     row_of = [{origin: i for i, origin in enumerate(e.origins)} for e in received]
     outs = []
     for src_rank, (idx, weights) in enumerate(zip(topk_idx, topk_weights, strict=True)):
         out = torch.zeros((idx.shape[0], expert_out[0].shape[1]), dtype=dtype)
         for token, experts in enumerate(idx.tolist()):
             terms = {
-                k: weights[token, k] * expert_out[e][row_of[e][src_rank, token]].float()
+                k: (weights[token, k], expert_out[e][row_of[e][src_rank, token]].float())
                 for k, e in enumerate(experts)
                 if e >= 0
             }
@@ -330,6 +331,36 @@ def _sum_of_ranks(
         by_node.setdefault(rank // ranks_per_node, []).append(partial)
     sums = torch.stack([_ordered_sum(of_node) for of_node in by_node.values()])
     return _ordered_sum(list(travelled(sums, combine_dtype)))
+
+
+_Term: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""A weight and a row, float32."""
+
+
+def _weighted_sum(terms: list[_Term]) -> torch.Tensor:
+    weight, row = terms[0]
+    total = weight * row
+    for weight, row in terms[1:]:
+        total = multiply_add(weight, row, total)
+    return total
+
+
+def multiply_add(weight: torch.Tensor, row: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """`weight * row + total` of float32, rounded once.
+
+    A product of float32 is exact in float64. The sum is rounded there to odd, not to even, after
+    which a second rounding to half as many bits is that of the exact sum (Boldo and Melquiond,
+    "Emulation of a FMA and correctly rounded sums", 2008).
+    """
+    product, addend = weight.double() * row.double(), total.double()
+    rounded = product + addend
+    of_addend = rounded - product
+    error = (product - (rounded - of_addend)) + (addend - of_addend)
+    is_even = (rounded.view(torch.int64) & 1) == 0
+    is_inexact = rounded.isfinite() & (error != 0)
+    towards = torch.copysign(torch.full_like(rounded, torch.inf), error)
+    to_odd = torch.nextafter(rounded, towards)
+    return torch.where(is_inexact & is_even, to_odd, rounded).float()
 
 
 def _ordered_sum(terms: list[torch.Tensor]) -> torch.Tensor:

@@ -76,6 +76,21 @@ def test_both_weights_of_a_repeated_expert_count() -> None:
         assert out.tolist() == [[3.0 * 0.5 + 3.0 * 0.25]]
 
 
+def test_a_weighted_row_is_added_with_one_rounding() -> None:
+    """Where a product rounded by itself, or a sum rounded to float64 first, gives other bits."""
+
+    def fused(weight: float, row: float, total: float) -> float:
+        return reference.multiply_add(*map(torch.tensor, (weight, row, total))).item()
+
+    a = 1 + 2.0**-12
+    assert fused(a, a, -(1 + 2.0**-11)) == 2.0**-24  # the product's last bit
+    # 2^-24 - 2^-54 is less than half a step of 1 + 2^-23, which float64 does not see.
+    assert fused(2.0**-24 * (1 + 2.0**-15), 1 - 2.0**-15, 1 + 2.0**-23) == 1 + 2.0**-23
+    assert fused(-(2.0**-24) * (1 + 2.0**-15), 1 - 2.0**-15, -(1 + 2.0**-23)) == -(1 + 2.0**-23)
+    assert fused(1.0, float("inf"), 1.0) == float("inf")
+    assert fused(0.0, 1.0, -0.0) == 0.0
+
+
 def test_worked_example_of_the_dispatch_kernel() -> None:
     """Numbers of the first comment of csrc/cpu/low_latency_dispatch.cpp and _combine.cpp."""
     a, b, c, p, q = 1.0, 2.0, 4.0, 0.5, 0.25

@@ -1,6 +1,7 @@
 #include "cpu/rows.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "protocol/tagged.h"
@@ -11,12 +12,17 @@
 #include <emmintrin.h>
 #endif
 
-// One build serves every x86-64 CPU: the loader picks the widest clone that the CPU has.
-// ThreadSanitizer's runtime is not ready when the loader runs those resolvers.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__SANITIZE_THREAD__)
-#define EP_VECTOR_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
-#else
+// One build serves every x86-64 CPU: the loader picks the widest clone that the CPU has. (The
+// default one calls a function for every fused multiply-add, which CPUs since 2013 have.)
+// ThreadSanitizer's runtime is not ready when the loader runs those resolvers. GCC before 12 does
+// not know levels.
+#if !defined(__x86_64__) || !defined(__gnu_linux__) || defined(__SANITIZE_THREAD__)
 #define EP_VECTOR_CLONES
+#elif __GNUC__ >= 12
+#define EP_VECTOR_CLONES \
+  __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define EP_VECTOR_CLONES __attribute__((target_clones("default", "fma", "avx512f")))
 #endif
 #define EP_INLINE inline __attribute__((always_inline))
 
@@ -107,7 +113,7 @@ EP_INLINE void add_block(float* acc, const Block<T>& row, float weight, bool is_
   if (is_first) {
     for (uint32_t i = 0; i < length; ++i) acc[i] = weight * row[i];
   } else {
-    for (uint32_t i = 0; i < length; ++i) acc[i] += weight * row[i];
+    for (uint32_t i = 0; i < length; ++i) acc[i] = std::fma(weight, row[i], acc[i]);
   }
 }
 

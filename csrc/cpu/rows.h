@@ -1,6 +1,6 @@
-// Arithmetic on rows of `hidden` elements. Every multiply and add is rounded to float32 on its own
-// (no fused multiply-add) and terms are added in the order given, so results equal plain PyTorch
-// code, and later the CUDA kernels, bit for bit.
+// Arithmetic on rows of `hidden` elements, the same bits on every CPU and GPU: terms are added in
+// the order given, and a weighted one by a fused multiply-add, which rounds to float32 once. All
+// else is rounded one by one, whatever a compiler would like to fuse.
 #pragma once
 
 #include <cstddef>
@@ -34,9 +34,9 @@ struct RowFormat {
   uint64_t scales_in_row = 0;  // bytes; float8 only, float32 scales
 };
 
-// out[i] = weights[0] * rows[0][i] + weights[1] * rows[1][i] + ..., float32 inside, stored as
-// `dtype`, which is that of the rows, or float32, or with rows of float8 any other. `weights` null
-// adds the rows up. No rows: zeros.
+// out[i] = fma(weights[1], rows[1][i], weights[0] * rows[0][i]) and so on, float32 inside, stored
+// as `dtype`, which is that of the rows, or float32, or with rows of float8 any other. `weights`
+// null adds the rows up. No rows: zeros.
 void weighted_sum(RowFormat format, protocol::DType dtype, std::byte* out,
                   const std::byte* const* rows, const float* weights, uint32_t num_rows,
                   uint32_t hidden, Store store);

@@ -287,7 +287,7 @@ class Combiner {
             }
             const float weight =
                 is_source_ ? recv.topk_weights[first_column + column_of(first + i)] : 1.0f;
-            sum.add(batch[i].part(), weight, first + i == 0);
+            sum.add(batch[i].part(), weight);
           }
         }
       }

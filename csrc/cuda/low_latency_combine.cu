@@ -1,5 +1,5 @@
-// Combine on a GPU; the meaning is in csrc/cpu/low_latency_combine.cpp. Every product and every sum
-// is rounded on its own, in the same order as there: the bits are the same.
+// Combine on a GPU; the meaning is in csrc/cpu/low_latency_combine.cpp. Rows are added up in the
+// same order as there, and rounded as often: the bits are the same.
 //
 // One kernel, three forms: it sends, it receives, or it does both. A warp makes some parts of a
 // partial row, or of a token's row. Where it does both, a warp makes this rank's partial row of its

@@ -30,13 +30,13 @@ struct Piece {
   }
 
   template <typename Load>
-  __device__ void load(const std::byte* row, uint32_t num_vectors, uint32_t piece, Load load) {
+  __device__ void load(const std::byte* row, uint32_t num_vectors, uint32_t piece, Load load,
+                       bool is_there = true) {
+    const auto* own = reinterpret_cast<const uint4*>(row) + vector(piece, 0);
 #pragma unroll
     for (uint32_t i = 0; i < kVectors; ++i) {
       vectors[i] = {};
-      if (vector(piece, i) < num_vectors) {
-        vectors[i] = load(reinterpret_cast<const uint4*>(row) + vector(piece, i));
-      }
+      if (is_there && vector(piece, i) < num_vectors) vectors[i] = load(own + i * kWarp);
     }
   }
   __device__ void store(std::byte* row, uint32_t num_vectors, uint32_t piece) const {

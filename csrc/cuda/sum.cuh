@@ -1,5 +1,5 @@
-// Weighted sums of rows. Every product and every sum is rounded on its own, in the order of the
-// rows: the bits are those of csrc/cpu/rows.cpp.
+// Weighted sums of rows, in their order; a product is rounded only with the sum it is added to: the
+// bits are those of csrc/cpu/rows.cpp.
 #pragma once
 
 #include "cuda/part.cuh"
@@ -9,21 +9,24 @@ namespace ep::cuda {
 
 using protocol::kMaxTopK;
 
+// With what a sum of so many rows begins: -0, to which anything can be added and keeps its sign.
+__device__ inline float start_of_sum(uint32_t num_rows) { return num_rows == 0 ? 0.0f : -0.0f; }
+
 // 16 bytes of a row of T, as a lane adds them up.
 template <typename T>
 struct Sum {
   static constexpr uint32_t kWidth = sizeof(uint4) / sizeof(T);
-  float acc[kWidth] = {};
+  float acc[kWidth];
 
-  // The first one is not added to anything: 0 + -0 would lose a sign.
-  __device__ void add(const uint4& vector, float weight, bool is_first) {
+  __device__ void start(float value) {
+#pragma unroll
+    for (uint32_t c = 0; c < kWidth; ++c) acc[c] = value;
+  }
+  __device__ void add(const uint4& vector, float weight) {
     float values[kWidth];
     widen(vector, values);
 #pragma unroll
-    for (uint32_t c = 0; c < kWidth; ++c) {
-      const float product = __fmul_rn(weight, values[c]);
-      acc[c] = is_first ? product : __fadd_rn(acc[c], product);
-    }
+    for (uint32_t c = 0; c < kWidth; ++c) acc[c] = __fmaf_rn(weight, values[c], acc[c]);
   }
   __device__ uint4 rounded() const;
 };
@@ -68,52 +71,63 @@ struct Sink {
 
 // A piece of a sum.
 template <typename T, uint32_t kVectors>
-struct PieceSum {
-  Sum<T> of_vector[kVectors];
-
-  __device__ void add(const Piece<kVectors>& p, float weight, bool is_first) {
+class PieceSum {
+ public:
+  // Of how many rows.
+  __device__ void start(uint32_t num_rows) {
 #pragma unroll
-    for (uint32_t i = 0; i < kVectors; ++i) of_vector[i].add(p.vectors[i], weight, is_first);
+    for (uint32_t i = 0; i < kVectors; ++i) of_vector_[i].start(start_of_sum(num_rows));
+  }
+  __device__ void add(const Piece<kVectors>& p, float weight) {
+#pragma unroll
+    for (uint32_t i = 0; i < kVectors; ++i) of_vector_[i].add(p.vectors[i], weight);
   }
   __device__ Piece<kVectors> rounded() const {
     Piece<kVectors> p;
 #pragma unroll
-    for (uint32_t i = 0; i < kVectors; ++i) p.vectors[i] = of_vector[i].rounded();
+    for (uint32_t i = 0; i < kVectors; ++i) p.vectors[i] = of_vector_[i].rounded();
     return p;
   }
+
+ private:
+  Sum<T> of_vector_[kVectors];
 };
 
 // kPieces pieces, kRows rows at a time: so many loads are on their way together.
 template <typename T, uint32_t kVectors, uint32_t kPieces, uint32_t kRows>
 __device__ void sum_some_pieces(const SumPlan& plan, uint32_t num_rows, uint32_t num_vectors,
                                 uint32_t first_piece, uint32_t end_piece, const Sink& sink) {
+  static_assert(kMaxTopK % kRows == 0);
 #pragma unroll 1
   for (uint32_t piece = first_piece; piece < end_piece; piece += kPieces) {
     PieceSum<T, kVectors> sums[kPieces];
+#pragma unroll
+    for (uint32_t p = 0; p < kPieces; ++p) sums[p].start(num_rows);
 #pragma unroll 1
     for (uint32_t first = 0; first < num_rows; first += kRows) {
-      Piece<kVectors> pieces[kRows][kPieces];
-      const std::byte* rows[kRows];  // all, before the first load of a row would hold up the others
+      const uint32_t num_left = num_rows - first;
+      // All, before the first load of a row would hold up the others; behind the last there is
+      // room.
+      const std::byte* rows[kRows];
+      float weights[kRows];
 #pragma unroll
       for (uint32_t r = 0; r < kRows; ++r) {
-        rows[r] = plan.rows[first + r < num_rows ? first + r : 0];
+        rows[r] = plan.rows[first + r], weights[r] = plan.weights[first + r];
       }
+      Piece<kVectors> pieces[kRows][kPieces];
 #pragma unroll
       for (uint32_t r = 0; r < kRows; ++r) {
 #pragma unroll
         for (uint32_t p = 0; p < kPieces; ++p) {
-          const bool is_there = first + r < num_rows && piece + p < end_piece;
-          pieces[r][p].load(rows[r], is_there ? num_vectors : 0, piece + p, ptx::ld_row);
+          const bool is_there = r < num_left && piece + p < end_piece;
+          pieces[r][p].load(rows[r], num_vectors, piece + p, ptx::ld_row, is_there);
         }
       }
 #pragma unroll
       for (uint32_t r = 0; r < kRows; ++r) {
-        if (first + r < num_rows) {
-          const float weight = plan.weights[first + r];
+        if (r < num_left) {
 #pragma unroll
-          for (uint32_t p = 0; p < kPieces; ++p) {
-            sums[p].add(pieces[r][p], weight, first + r == 0);
-          }
+          for (uint32_t p = 0; p < kPieces; ++p) sums[p].add(pieces[r][p], weights[r]);
         }
       }
     }
@@ -134,13 +148,13 @@ __device__ void scale_some_pieces(const SumPlan& plan, uint32_t num_vectors, uin
     Piece<kVectors> pieces[kPieces];
 #pragma unroll
     for (uint32_t p = 0; p < kPieces; ++p) {
-      const bool is_there = piece + p < end_piece;
-      pieces[p].load(plan.rows[0], is_there ? num_vectors : 0, piece + p, ptx::ld_row);
+      pieces[p].load(plan.rows[0], num_vectors, piece + p, ptx::ld_row, piece + p < end_piece);
     }
 #pragma unroll
     for (uint32_t p = 0; p < kPieces; ++p) {
       PieceSum<T, kVectors> sum;
-      sum.add(pieces[p], weight, true);
+      sum.start(1);
+      sum.add(pieces[p], weight);
       if (piece + p < end_piece) sink.store(sum.rounded(), num_vectors, piece + p);
     }
   }

@@ -54,10 +54,8 @@ class PlainRows {
   class PartSum {
    public:
     // How many rows will be added.
-    __device__ explicit PartSum(uint32_t) {}
-    __device__ void add(const Piece<kVectors>& p, float weight, bool is_first) {
-      sum_.add(p, weight, is_first);
-    }
+    __device__ explicit PartSum(uint32_t num_rows) { sum_.start(num_rows); }
+    __device__ void add(const Piece<kVectors>& p, float weight) { sum_.add(p, weight); }
     __device__ void store(std::byte* out, uint32_t num_vectors, uint32_t piece) const {
       sum_.rounded().store(out, num_vectors, piece);
     }
@@ -70,17 +68,17 @@ class PlainRows {
   uint32_t num_vectors_;
 };
 
-// The channels of a 16-byte vector of float8, as a lane adds them up: several vectors of T. Starts
-// with -0, to which anything can be added and keeps its sign.
+// The channels of a 16-byte vector of float8, as a lane adds them up: several vectors of T.
 template <typename T>
 class ChannelSum {
  public:
   static constexpr uint32_t kWidth = sizeof(uint4) / sizeof(T);
   static constexpr uint32_t kVectors = kChannelsPerVector / kWidth;
 
-  __device__ explicit ChannelSum(float start = -0.0f) {
+  // Of how many rows, see start_of_sum.
+  __device__ explicit ChannelSum(uint32_t num_rows) {
 #pragma unroll
-    for (uint32_t c = 0; c < kChannelsPerVector; ++c) acc_[c] = start;
+    for (uint32_t c = 0; c < kChannelsPerVector; ++c) acc_[c] = start_of_sum(num_rows);
   }
   __device__ void add(const uint4 (&vectors)[kVectors], float weight) {
 #pragma unroll
@@ -123,7 +121,7 @@ class ChannelSum {
 
  private:
   __device__ void add_channel(uint32_t c, float value, float weight) {
-    acc_[c] = __fadd_rn(acc_[c], __fmul_rn(weight, value));
+    acc_[c] = __fmaf_rn(weight, value, acc_[c]);
   }
   float acc_[kChannelsPerVector];
 };
@@ -174,7 +172,7 @@ __device__ EP_OUT_OF_LINE void quantize_sum(const std::byte* const* rows, const 
 #pragma unroll 1
     for (uint32_t i = 0; i < 2; ++i) {
       const uint32_t vector = Part::vector(part, i);
-      ChannelSum<T> sum;
+      ChannelSum<T> sum(num_rows);
 #pragma unroll 1
       for (uint32_t first = 0; first < num_rows; first += kRows) {
         uint4 vectors[kRows][kVectors];
@@ -238,7 +236,7 @@ __device__ EP_OUT_OF_LINE void add_up_float8(const SumPlan& plan, uint32_t num_r
 #pragma unroll 1
     for (uint32_t i = 0; i < 2; ++i) {
       const uint32_t vector = Part::vector(part, i);
-      ChannelSum<T> sum(num_rows == 0 ? 0.0f : -0.0f);
+      ChannelSum<T> sum(num_rows);
       add_rows(sum, plan, num_rows, shape, vector);
       if (vector < shape.row.num_vectors) sum.store(out, vector);
     }
@@ -256,7 +254,7 @@ __device__ EP_OUT_OF_LINE void add_up_to_float8(const SumPlan& plan, uint32_t nu
 #pragma unroll 1
     for (uint32_t i = 0; i < 2; ++i) {
       const uint32_t vector = Part::vector(part, i);
-      ChannelSum<T> sum;
+      ChannelSum<T> sum(num_rows);
       add_rows(sum, plan, num_rows, shape, vector);
       put_float8(sum, i, &out);
     }
@@ -301,10 +299,9 @@ class Float8Rows {
   class PartSum {
    public:
     __device__ explicit PartSum(uint32_t num_rows)
-        : sums_{ChannelSum<T>(num_rows == 0 ? 0.0f : -0.0f),
-                ChannelSum<T>(num_rows == 0 ? 0.0f : -0.0f)} {}
+        : sums_{ChannelSum<T>(num_rows), ChannelSum<T>(num_rows)} {}
     // Whole warp.
-    __device__ void add(const Part& p, float weight, bool) {
+    __device__ void add(const Part& p, float weight) {
       const uint32_t first_lane = threadIdx.x % kWarp / 8 * 8;
 #pragma unroll
       for (uint32_t i = 0; i < 2; ++i) {

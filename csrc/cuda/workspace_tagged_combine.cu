@@ -173,7 +173,7 @@ class TokenSums {
       for (uint32_t i = 0; i < kBatch; ++i) {
         if (first + i >= num_rows) break;
         if (!is_own(i)) Coming::clear(coming_->rows[first + i], num_vectors_, piece);
-        sum.add(batch[i].part(!is_own(i)), 1.0f, first + i == 0);
+        sum.add(batch[i].part(!is_own(i)), 1.0f);
       }
     }
     sum.store(out, num_vectors_, piece);

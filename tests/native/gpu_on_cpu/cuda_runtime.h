@@ -210,4 +210,5 @@ inline uint32_t __float_as_uint(float value) {
   return bits;
 }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
