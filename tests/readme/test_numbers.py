@@ -74,7 +74,7 @@ def test_one_gpu_numbers_are_those_of_the_results() -> None:
     assert f"those 16 tokens {since_tuned:.1f} us by default" in FLOWING
     by_sms = {
         (case["output_layout"], case["num_sms"]): case["pair"]["median_us"]
-        for case in results("op-cuda-h100-sms.json")["cases"]
+        for case in results("op-cuda-h200-sms.json")["cases"]
     }
     slower = [
         by_sms[layout, 16] / by_sms[layout, 132]
