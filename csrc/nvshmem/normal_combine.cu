@@ -32,6 +32,11 @@ __device__ void add_up_rows(const Terms& terms, uint32_t num_vectors, std::byte*
   constexpr uint32_t kAtOnce = 4;
   for (uint32_t first = threadIdx.x % kWarp; first < num_vectors; first += kAtOnce * kWarp) {
     cuda::Sum<T> sums[kAtOnce], own[kAtOnce];
+#pragma unroll
+    for (uint32_t v = 0; v < kAtOnce; ++v) {
+      sums[v].start(cuda::start_of_sum(terms.size));
+      own[v].start(cuda::start_of_sum(terms.own_end - terms.own_begin));
+    }
     for (uint32_t i = 0; i < terms.size; ++i) {
       const auto* row = reinterpret_cast<const uint4*>(terms.rows[i]) + first;
       uint4 vectors[kAtOnce];
@@ -44,11 +49,11 @@ __device__ void add_up_rows(const Terms& terms, uint32_t num_vectors, std::byte*
 #pragma unroll
       for (uint32_t v = 0; v < kAtOnce; ++v) {
         if (is_own) {
-          own[v].add(vectors[v], 1.0f, i == terms.own_begin);
+          own[v].add(vectors[v], 1.0f);
           if (i + 1 < terms.own_end) continue;
           vectors[v] = own[v].rounded();
         }
-        sums[v].add(vectors[v], 1.0f, i == 0 || (is_own && terms.own_begin == 0));
+        sums[v].add(vectors[v], 1.0f);
       }
     }
 #pragma unroll
